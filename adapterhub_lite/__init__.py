@@ -1,0 +1,26 @@
+"""Many small LoRA adapters on one frozen base model: train them, keep them with proof, share them, serve them all.
+
+The public names below are loaded on first use, so that `import adapterhub_lite` stays fast and imports no torch.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AdapterHubError": "adapterhub_lite.errors",
+}
+__all__ = sorted(_HOMES)  # noqa: PLE0605 - a list of literals, only sorted
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'adapterhub_lite' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

@@ -1,0 +1,99 @@
+"""The fingerprint of a base: one sha256 over what decides its answers. Standard library only.
+
+Covered: the configuration (without keys that only say who wrote it), the tokenizer, the chat template, and every
+tensor's name, dtype, shape and bytes. The order of tensors in a file, and how many files there are, do not matter.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from adapterhub_lite.errors import UsageError
+
+# Written by whoever saved the folder; they change with a library version and not with the model.
+VOLATILE_CONFIG_KEYS = frozenset({"transformers_version", "_name_or_path", "_model_name_or_path", "use_cache"})
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja")
+BLOCK_BYTES = 4 << 20
+
+
+def base_fingerprint(folder: str | Path) -> str:
+    """Return the sha256 (64 hex digits) of the base in `folder`.
+
+    The result is remembered in `<folder>/.fingerprint.json`, keyed by every file's size and modification time, so that
+    asking again costs no reading; a folder that cannot be written to is simply read again.
+
+    Raises:
+        UsageError: there is no `config.json` or no `.safetensors` file in `folder`.
+    """
+    root = Path(folder)
+    weights = sorted(root.glob("*.safetensors"))
+    if not (root / "config.json").is_file() or not weights:
+        raise UsageError(
+            f"{root} is not a base model: wanted config.json and .safetensors weights there. "
+            "Give a folder written by save_pretrained."
+        )
+    names = ["config.json", *TOKENIZER_FILES, *(path.name for path in weights)]
+    files = [root / name for name in names if (root / name).is_file()]
+    stamp = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+    remembered = _read_memo(root, stamp)
+    if remembered is not None:
+        return remembered
+    fingerprint = _compute(root, weights)
+    _write_memo(root, stamp, fingerprint)
+    return fingerprint
+
+
+def _compute(root: Path, weights: list[Path]) -> str:
+    config: dict[str, Any] = json.loads((root / "config.json").read_bytes())
+    kept = {key: value for key, value in config.items() if key not in VOLATILE_CONFIG_KEYS}
+    parts = {"config": hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()}
+    for name in TOKENIZER_FILES:
+        if (root / name).is_file():
+            parts[name] = hashlib.sha256((root / name).read_bytes()).hexdigest()
+    for path in weights:
+        parts.update(_tensor_digests(path))
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _tensor_digests(path: Path) -> dict[str, str]:
+    """Digest each tensor of a safetensors file under the key `tensor:<name>:<dtype>:<shape>`."""
+    digests: dict[str, str] = {}
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(header_bytes))
+        data_start = 8 + header_bytes
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            start, end = entry["data_offsets"]
+            file.seek(data_start + start)
+            digest = hashlib.sha256()
+            remaining = end - start
+            while remaining > 0:
+                block = file.read(min(BLOCK_BYTES, remaining))
+                if not block:
+                    raise UsageError(f"{path} is truncated: tensor {name!r} is cut off. Get the base again.")
+                digest.update(block)
+                remaining -= len(block)
+            digests[f"tensor:{name}:{entry['dtype']}:{entry['shape']}"] = digest.hexdigest()
+    return digests
+
+
+def _read_memo(root: Path, stamp: dict[str, list[int]]) -> str | None:
+    try:
+        memo = json.loads((root / ".fingerprint.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return memo["fingerprint"] if isinstance(memo, dict) and memo.get("files") == stamp else None
+
+
+def _write_memo(root: Path, stamp: dict[str, list[int]], fingerprint: str) -> None:
+    target = root / ".fingerprint.json"
+    aside = target.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        aside.write_text(json.dumps({"files": stamp, "fingerprint": fingerprint}))
+        aside.replace(target)
+    except OSError:
+        aside.unlink(missing_ok=True)

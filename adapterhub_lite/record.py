@@ -1,0 +1,79 @@
+"""The training record: what a run was, as JSON beside its adapter. Training writes it, the registry keeps it.
+
+Lies below both rooms so that neither imports the other. Unknown keys are refused on reading.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from adapterhub_lite.errors import DataError
+
+RECORD_FILE = "training_record.json"
+
+
+class StrictModel(BaseModel):
+    """A frozen value object read from JSON: unknown keys and wrong types are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class BaseRecord(StrictModel):
+    """The base a run started from. `revision` is a 40-hex commit, or None for a local or embedded base."""
+
+    id: str
+    revision: str | None = None
+    fingerprint: str
+    quantization: str | None = None
+
+
+class DataRecord(StrictModel):
+    """The data a run saw. `fingerprint` is a sha256 over the tokenised rows."""
+
+    id: str
+    rows: int
+    fingerprint: str
+
+
+class MemoryRecord(StrictModel):
+    """Bytes the plan predicted (None when no plan was made) and the peak that the run measured."""
+
+    predicted_bytes: int | None = None
+    measured_peak_bytes: int
+
+
+class TrainingRecord(StrictModel):
+    """Everything needed to say what a run was, and to run it again."""
+
+    schema_version: int = 1
+    base: BaseRecord
+    data: DataRecord
+    template_digest: str
+    seeds: dict[str, int]
+    hyperparameters: dict[str, Any]
+    packages: dict[str, str]
+    preset: str
+    loss_backend: dict[str, str]
+    memory: MemoryRecord
+    hardware: dict[str, str | int | float]
+    steps: int
+    final_loss: float | None = None
+    wall_seconds: float = Field(ge=0)
+
+
+def read_record(folder: Path) -> TrainingRecord | None:
+    """Read the record beside an adapter, or None where there is none.
+
+    Raises:
+        DataError: the file is there but is not a record of this schema.
+    """
+    path = folder / RECORD_FILE
+    if not path.exists():
+        return None
+    try:
+        return TrainingRecord.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"{path} is not a training record: {where}: {first['msg']}. Train again, or remove it.") from error

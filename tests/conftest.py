@@ -1,0 +1,107 @@
+"""What every test may use: a home of its own, a tiny random Llama with a byte tokenizer, adapters for it."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Set before anything imports huggingface_hub, which reads them once: no test talks to the real hub.
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ.setdefault("HF_ENDPOINT", "http://127.0.0.1:1")
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh, empty home folder for each test."""
+    folder = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("ADAPTERHUB_HOME", str(folder))
+    monkeypatch.setenv("HF_HOME", str(folder / "hf"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> Any:
+    """A tokenizer with one token a byte, ChatML markers and no merges: 256 bytes, then 4 special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|pad|>", bos_token="<|im_start|>"
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Any) -> Path:
+    """The folder of a random 2-layer Llama (hidden 32, vocabulary 272, fp32, tied head) with the byte tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny-base")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=272,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        bos_token_id=byte_tokenizer.bos_token_id,
+        eos_token_id=byte_tokenizer.eos_token_id,
+        pad_token_id=byte_tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    byte_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A function (seed=0, rank=4, alpha=8, targets=(...), **lora) -> folder of a plain PEFT adapter for `tiny_base`.
+
+    B is random rather than zero, so that every adapter changes the base's answers.
+    """
+
+    def make(
+        seed: int = 0,
+        rank: int = 4,
+        alpha: int = 8,
+        targets: tuple[str, ...] = ("q_proj", "v_proj", "up_proj"),
+        **lora: Any,
+    ) -> Path:
+        import torch
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        folder = tmp_path_factory.mktemp(f"adapter-{seed}-{rank}")
+        torch.manual_seed(seed)
+        base = AutoModelForCausalLM.from_pretrained(tiny_base)
+        config = LoraConfig(
+            r=rank, lora_alpha=alpha, target_modules=list(targets), task_type="CAUSAL_LM", **lora
+        )
+        model = get_peft_model(base, config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.2)
+        model.save_pretrained(folder)
+        return folder
+
+    return make
