@@ -1,0 +1,54 @@
+"""The plain loss on the full logits: what every other implementation is compared with. Knows torch only."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from adapterhub_lite.losses.options import LossOptions
+
+
+def full_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: LossOptions) -> Tensor:
+    """Logits (N, V) in the dtype of `hidden`, scaled and soft-capped as `options` say."""
+    logits = F.linear(hidden, weight, bias)
+    if options.logit_scale != 1.0:
+        logits = logits * options.logit_scale
+    if options.softcap is not None:
+        logits = torch.tanh(logits / options.softcap) * options.softcap
+    return logits
+
+
+def full_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    options: LossOptions,
+    bias: Tensor | None = None,
+    token_weights: Tensor | None = None,
+) -> Tensor:
+    """Cross entropy through the whole (N, V) logits, up-cast to fp32 as the model classes of transformers do.
+
+    Returns a scalar, or (N,) in fp32 for `reduction="none"`. All targets ignored gives a differentiable zero.
+    """
+    logits = full_logits(hidden, weight, bias, options)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    losses = F.cross_entropy(
+        logits, targets, ignore_index=options.ignore_index, label_smoothing=options.label_smoothing, reduction="none"
+    )
+    valid = targets != options.ignore_index
+    if options.z_loss:
+        losses = losses + options.z_loss * torch.logsumexp(logits, -1).square() * valid
+    return reduce_losses(losses, valid, options.reduction, token_weights)
+
+
+def reduce_losses(losses: Tensor, valid: Tensor, reduction: str, token_weights: Tensor | None) -> Tensor:
+    """Weigh losses (N,) and reduce them; the mean divides by the sum of the valid tokens' weights, never by zero."""
+    if token_weights is not None:
+        losses = losses * token_weights
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    if reduction == "sum":
+        return total
+    weights = valid.to(total.dtype) if token_weights is None else valid * token_weights
+    divisor = weights.sum()
+    return total / torch.where(divisor == 0, torch.ones_like(divisor), divisor)
