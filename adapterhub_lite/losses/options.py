@@ -41,22 +41,30 @@ class LossOptions:
 
 
 def check_shapes(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, token_weights: Tensor | None
+    hidden: Tensor,
+    head: tuple[int, int],
+    targets: Tensor,
+    bias: Tensor | None,
+    token_weights: Tensor | None,
+    extra: Tensor | None = None,
 ) -> None:
-    """Refuse tensors that do not fit together, naming every misfit at once.
+    """Refuse tensors that do not fit together, naming every misfit at once; `head` is the weight's (V, D).
 
     Raises:
-        UsageError: not hidden (N, D), weight (V, D), targets (N,) int64, bias (V,), token_weights (N,).
+        UsageError: not hidden (N, D), targets (N,) int64, bias (V,), token_weights (N,), extra (V, r).
     """
+    vocabulary, columns = head[0], head[1] + (0 if extra is None else extra.shape[-1])
     problems = []
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[-1]:
-        problems.append(f"hidden (N, D) and weight (V, D) came as {tuple(hidden.shape)} and {tuple(weight.shape)}")
+    if hidden.dim() != 2 or hidden.shape[1] != columns or not hidden.is_floating_point():
+        problems.append(f"hidden (N, {columns}) came as {tuple(hidden.shape)} {hidden.dtype}")
     if targets.dtype != torch.int64 or targets.shape != hidden.shape[:1]:
         problems.append(f"targets (N,) int64 came as {tuple(targets.shape)} {targets.dtype}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        problems.append(f"bias (V,) came as {tuple(bias.shape)}")
+    if bias is not None and bias.shape != (vocabulary,):
+        problems.append(f"bias ({vocabulary},) came as {tuple(bias.shape)}")
     if token_weights is not None and token_weights.shape != targets.shape:
         problems.append(f"token_weights (N,) came as {tuple(token_weights.shape)}")
+    if extra is not None and (extra.dim() != 2 or extra.shape[0] != vocabulary):
+        problems.append(f"extra ({vocabulary}, r) came as {tuple(extra.shape)}")
     if problems:
         raise UsageError("linear_cross_entropy wants tensors that fit together: " + "; ".join(problems) + ".")
 

@@ -1,17 +1,23 @@
-"""Cross entropy of a linear head, tile by tile over the valid tokens. Knows torch only.
+"""Cross entropy of a linear head without its logits, on any device. Knows torch only.
 
-No (tokens, vocabulary) tensor is ever held: a tile is (chunk_tokens, V), and its gradient is recomputed in backward.
+Two ways, one interface. Where only the hidden states are trained, one pass over the tiles gives the losses and their
+gradient, kept in fp32 for an upstream gradient of one and scaled in backward. Where the head is trained too, the
+forward pass keeps only the log-sum-exp and backward makes the tiles again. In both, the upstream gradient (and with it
+the factor of a gradient scaler) is multiplied before anything is rounded.
 """
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.losses.options import LossOptions, check_shapes, check_targets
+from adapterhub_lite.losses.passes import Problem, Statistics, gradients, statistics
 from adapterhub_lite.losses.reference import reduce_losses
-
-TILE_BYTES = 32 * 2**20
+from adapterhub_lite.losses.rows import RowReader, is_quantised, is_sharded, is_zero3, open_rows, rows_shape
 
 
 def linear_cross_entropy(
@@ -33,10 +39,12 @@ def linear_cross_entropy(
 
     Args:
         hidden: (N, D), any floating dtype.
-        weight: (V, D); its gradient is computed only where it is wanted, as that of `bias` (V,).
+        weight: (V, D); its gradient is computed only where it is wanted, as that of `bias` (V,). A DTensor or a
+            ZeRO-3 parameter is gathered in forward and in backward; a bitsandbytes one is unpacked in blocks.
         targets: (N,) int64; positions equal to `ignore_index` cost nothing, and give no loss and no gradient.
         reduction: `mean` divides by the sum of the valid tokens' weights (1 each without `token_weights`).
-        token_weights: (N,), multiplies each token's loss.
+        softcap, logit_scale, label_smoothing, z_loss: see `LossOptions`.
+        token_weights: (N,), multiplies each token's loss; a constant, it gets no gradient.
         chunk_tokens: tokens in a tile; None chooses by size.
 
     Returns:
@@ -46,89 +54,138 @@ def linear_cross_entropy(
         UsageError: shapes that do not fit, a target outside the vocabulary, an option out of its range.
     """
     options = LossOptions(ignore_index, reduction, softcap, logit_scale, label_smoothing, z_loss, chunk_tokens)
-    check_shapes(hidden, weight, targets, bias, token_weights)
-    valid = targets != ignore_index
+    return tiled_cross_entropy(hidden, weight, targets, options, bias=bias, token_weights=token_weights)
+
+
+def tiled_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    options: LossOptions,
+    *,
+    bias: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    extra: Tensor | None = None,
+) -> Tensor:
+    """`linear_cross_entropy` with its options in one object, and `extra` (V, r), more columns of the head.
+
+    `hidden` is then (N, D + r). This is how a LoRA on the head is trained: z = [h, s * A h] @ [W, B].T exactly, so
+    that B gets its gradient here and A through the hidden states.
+    """
+    check_shapes(hidden, rows_shape(weight), targets, bias, token_weights, extra)
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    if weight.requires_grad and is_sharded(weight):
+        weight = weight.full_tensor()  # type: ignore[attr-defined]
+    elif weight.requires_grad and is_zero3(weight):
+        raise ConfigurationError(
+            "A trained head under ZeRO-3 cannot be read outside its module: use the full loss, ZeRO-2, or freeze it."
+        )
+    valid = targets != options.ignore_index
     index = valid.nonzero().squeeze(1)
-    check_targets(targets[index], weight.shape[0])
-    kept = _TiledLosses.apply(hidden[index], weight, bias, targets[index], options)
-    losses = torch.zeros(targets.shape, dtype=kept.dtype, device=kept.device).index_put((index,), kept)
-    return reduce_losses(losses, valid, reduction, token_weights)
+    everything = len(index) == len(targets)
+    kept = targets if everything else targets[index]
+    check_targets(kept, rows_shape(weight)[0])
+    losses = _TiledLosses.apply(
+        hidden if everything else hidden.index_select(0, index),
+        _Frozen(weight) if is_quantised(weight) or not weight.requires_grad else None,
+        weight if weight.requires_grad else None,
+        bias,
+        extra,
+        kept,
+        replace(options, reduction="none"),
+        torch.is_grad_enabled(),
+    )
+    if not everything:
+        losses = torch.zeros(targets.shape, dtype=losses.dtype, device=losses.device).index_put((index,), losses)
+    return reduce_losses(losses, valid, options.reduction, token_weights)
+
+
+@dataclass(frozen=True)
+class _Frozen:
+    """A weight that autograd shall not see: it may be a DTensor, empty outside its module, or packed bytes."""
+
+    weight: Tensor
 
 
 class _TiledLosses(torch.autograd.Function):
-    """Losses (n,) of n valid tokens; recomputes each tile in backward, so that it sees a scaled upstream gradient."""
+    """Losses (n,) of n valid tokens, in the wide dtype."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, options: LossOptions
+        ctx: Any,
+        hidden: Tensor,
+        frozen: _Frozen | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        extra: Tensor | None,
+        targets: Tensor,
+        options: LossOptions,
+        training: bool,
     ) -> Tensor:
-        step = options.chunk_tokens or max(1, TILE_BYTES // (4 * weight.shape[0]))
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        losses = torch.empty(len(targets), dtype=wide, device=hidden.device)
-        lse = torch.empty_like(losses)
-        for start in range(0, len(targets), step):
-            part = slice(start, start + step)
-            logits = _tile_logits(hidden[part], weight, bias, options)
-            lse[part] = torch.logsumexp(logits, -1)
-            picked = logits.gather(1, targets[part, None]).squeeze(1)
-            smooth = options.label_smoothing
-            losses[part] = lse[part] - (1 - smooth) * picked
-            if smooth:
-                losses[part] -= smooth * logits.mean(-1)
-            if options.z_loss:
-                losses[part] += options.z_loss * lse[part].square()
-        ctx.save_for_backward(hidden, weight, bias, targets, lse)
-        ctx.options, ctx.step = options, step
-        return losses
+        rows = frozen.weight if frozen is not None else weight
+        assert rows is not None
+        wanted = ctx.needs_input_grad
+        head_trained = wanted[2] or wanted[3] or wanted[4]
+        in_one_pass = wanted[0] and not head_trained and not (options.softcap and options.label_smoothing)
+        problem = Problem(hidden, targets, rows_shape(rows)[0], bias, options)
+        with open_rows(rows) as read:
+            known = statistics(problem, _with_extra(read, extra), gradient=training and in_one_pass)
+        ctx.frozen, ctx.options, ctx.one_pass, ctx.dtype = frozen, options, in_one_pass, hidden.dtype
+        if training and in_one_pass:
+            ctx.save_for_backward(known.gradient)
+        elif training:
+            ctx.save_for_backward(hidden, weight, bias, extra, targets, known.logsumexp, known.target_logits)
+        return known.losses
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> Any:
-        hidden, weight, bias, targets, lse = ctx.saved_tensors
-        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
-        wide = upstream[0].dtype
-        grad_hidden = torch.empty_like(hidden) if want_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if want_weight else None
-        grad_bias = torch.zeros(weight.shape[:1], dtype=wide, device=weight.device) if want_bias else None
-        for start in range(0, len(targets), ctx.step):
-            part = slice(start, start + ctx.step)
-            logits = _tile_logits(hidden[part], weight, bias, ctx.options)
-            grad = _tile_gradient(logits, targets[part], lse[part], upstream[0][part], ctx.options)
-            narrow = grad.to(hidden.dtype)
-            if grad_hidden is not None:
-                torch.mm(narrow, weight, out=grad_hidden[part])
-            if grad_weight is not None:
-                grad_weight += narrow.t() @ hidden[part]
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-        )
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        if ctx.one_pass:
+            (unit,) = ctx.saved_tensors
+            scaled = torch.empty(unit.shape, dtype=ctx.dtype, device=unit.device)
+            return torch.mul(unit, upstream[:, None], out=scaled), *[None] * 7
+        hidden, weight, bias, extra, targets, logsumexp, target_logits = ctx.saved_tensors
+        rows = ctx.frozen.weight if ctx.frozen is not None else weight
+        known = Statistics(upstream, logsumexp, target_logits, None)
+        problem = Problem(hidden, targets, rows_shape(rows)[0], bias, ctx.options)
+        wanted = ctx.needs_input_grad
+        trained = None
+        if wanted[2]:
+            trained = slice(0, hidden.shape[1]), weight.dtype
+        elif wanted[4]:
+            trained = slice(hidden.shape[1] - extra.shape[1], hidden.shape[1]), extra.dtype
+        with open_rows(rows) as read:
+            found = gradients(
+                problem,
+                _with_extra(read, extra),
+                known,
+                upstream,
+                hidden_wanted=wanted[0],
+                rows_wanted=trained,
+                bias_wanted=wanted[3],
+            )
+        by_weight, by_extra = _split(found.rows, wanted, None if weight is None else weight.shape[1])
+        by_bias = None if found.bias is None else found.bias.to(bias.dtype)
+        by_hidden = None if found.hidden is None else found.hidden.to(hidden.dtype)
+        return by_hidden, None, by_weight, by_bias, by_extra, None, None, None
 
 
-def _tile_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: LossOptions) -> Tensor:
-    logits = (hidden @ weight.t()).to(torch.promote_types(hidden.dtype, torch.float32))
-    if bias is not None:
-        logits += bias
-    if options.logit_scale != 1.0:
-        logits *= options.logit_scale
-    if options.softcap is not None:
-        logits.div_(options.softcap).tanh_().mul_(options.softcap)
-    return logits
+def _split(rows: Tensor | None, wanted: Any, columns: int | None) -> tuple[Tensor | None, Tensor | None]:
+    """Gradient of the head's rows as (weight, extra): whichever is trained."""
+    if rows is None:
+        return None, None
+    if not wanted[2]:
+        return None, rows
+    return (rows[:, :columns], rows[:, columns:]) if wanted[4] else (rows[:, :columns], None)
 
 
-def _tile_gradient(logits: Tensor, targets: Tensor, lse: Tensor, upstream: Tensor, options: LossOptions) -> Tensor:
-    """Gradient (t, V) of the weighted losses by hidden @ weight.T + bias."""
-    grad = torch.exp(logits - lse[:, None])
-    if options.z_loss:
-        grad *= (1 + 2 * options.z_loss * lse)[:, None]
-    if options.label_smoothing:
-        grad -= options.label_smoothing / logits.shape[1]
-    rows = torch.arange(len(targets), device=targets.device)
-    grad[rows, targets] -= 1 - options.label_smoothing
-    if options.softcap is not None:
-        grad *= 1 - (logits / options.softcap).square()
-    return grad * (upstream * options.logit_scale)[:, None]
+def _with_extra(read: RowReader, extra: Tensor | None) -> RowReader:
+    if extra is None:
+        return read
+
+    def joined(part: slice) -> Tensor:
+        rows = read(part)
+        return torch.cat([rows, extra[part].to(rows.dtype)], 1)
+
+    return joined

@@ -1,0 +1,111 @@
+"""Where the rows of a head come from: plain, partitioned over processes, or quantised. Knows torch; others by shape.
+
+`open_rows(weight)` gathers or unpacks as little as it can, for one pass, and yields a reader of row blocks.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapterhub_lite.errors import ConfigurationError
+
+RowReader = Callable[[slice], Tensor]
+"""Rows of the head: slice of the vocabulary -> (v, D) tensor, any floating dtype."""
+
+
+def is_zero3(weight: Tensor) -> bool:
+    """Whether DeepSpeed ZeRO-3 holds the parameter in parts (outside its module it is empty)."""
+    return hasattr(weight, "ds_id") and hasattr(weight, "ds_shape")
+
+
+def is_sharded(weight: Tensor) -> bool:
+    """Whether the parameter is a DTensor, as FSDP2 leaves it outside its module."""
+    return callable(getattr(weight, "full_tensor", None))
+
+
+def is_quantised(weight: Tensor) -> bool:
+    """Whether bitsandbytes holds the parameter in 4 or 8 bits."""
+    return getattr(weight, "quant_state", None) is not None or getattr(weight, "SCB", None) is not None
+
+
+def rows_shape(weight: Tensor) -> tuple[int, int]:
+    """The (V, D) of a head's weight, however it is held."""
+    shape = weight.shape
+    if is_zero3(weight):
+        shape = weight.ds_shape  # type: ignore[attr-defined]
+    elif getattr(weight, "quant_state", None) is not None:
+        shape = weight.quant_state.shape  # type: ignore[attr-defined]
+    if len(shape) != 2:
+        raise ConfigurationError(f"A head's weight must be (vocabulary, hidden), not {tuple(shape)}.")
+    return int(shape[0]), int(shape[1])
+
+
+@contextmanager
+def open_rows(weight: Tensor) -> Iterator[RowReader]:
+    """Yield a reader of row blocks. Partitioned weights are gathered here, and let go at the end: once a pass.
+
+    Every process of the group must enter, because gathering is collective.
+    """
+    if is_zero3(weight):
+        from deepspeed.zero import GatheredParameters
+
+        # A tied head may be in use by the embedding at this moment: gathering it again would free it too early.
+        held = weight.numel() > 0
+        with GatheredParameters([weight], enabled=not held):
+            yield _plain(weight.detach())
+    elif is_sharded(weight):
+        yield _plain(weight.detach().full_tensor())  # type: ignore[attr-defined]
+    elif getattr(weight, "quant_state", None) is not None:
+        yield _four_bit(weight)
+    elif getattr(weight, "SCB", None) is not None:
+        yield _eight_bit(weight)
+    else:
+        yield _plain(weight.detach())
+
+
+def _plain(weight: Tensor) -> RowReader:
+    return lambda part: weight[part]
+
+
+def _eight_bit(weight: Any) -> RowReader:
+    """LLM.int8 (arXiv:2208.07339): one scale a row, the largest value of the row over 127."""
+    codes = weight.CB if getattr(weight, "CB", None) is not None else weight.data
+    scales = weight.SCB.float() / 127.0
+    return lambda part: codes[part].float() * scales[part, None]
+
+
+def _four_bit(weight: Any) -> RowReader:
+    """Blocks of bitsandbytes' nf4 or fp4. The scales, themselves quantised, are unpacked once; the weights in parts."""
+    from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
+
+    state = weight.quant_state
+    scales = state.absmax
+    if state.nested:
+        scales = dequantize_blockwise(state.absmax, state.state2).float() + state.offset
+    vocabulary, columns = state.shape
+    packed = weight.data.view(torch.uint8).reshape(-1)
+    per_row = max(1, state.blocksize // columns) if columns % state.blocksize else 1
+    if (columns * per_row) % state.blocksize:
+        whole = dequantize_4bit(weight.data, state)
+        return _plain(whole)
+
+    def read(part: slice) -> Tensor:
+        start = part.start - part.start % per_row
+        stop = min(vocabulary, -(-part.stop // per_row) * per_row)
+        first, last = start * columns, stop * columns
+        shape = torch.Size((stop - start, columns))
+        local = QuantState(
+            absmax=scales[first // state.blocksize : -(-last // state.blocksize)],
+            shape=shape,
+            code=state.code,
+            blocksize=state.blocksize,
+            quant_type=state.quant_type,
+            dtype=state.dtype,
+        )
+        rows = dequantize_4bit(packed[first // 2 : -(-last // 2)].reshape(-1, 1), local)
+        return rows.reshape(shape)[part.start - start : part.stop - start]
+
+    return read
