@@ -93,9 +93,7 @@ def make_adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> A
         folder = tmp_path_factory.mktemp(f"adapter-{seed}-{rank}")
         torch.manual_seed(seed)
         base = AutoModelForCausalLM.from_pretrained(tiny_base)
-        config = LoraConfig(
-            r=rank, lora_alpha=alpha, target_modules=list(targets), task_type="CAUSAL_LM", **lora
-        )
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), task_type="CAUSAL_LM", **lora)
         model = get_peft_model(base, config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
