@@ -103,3 +103,12 @@ def make_adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> A
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def real_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the embedded base, made once a session; `$ADAPTERHUB_TEST_HOME` may name a home with it."""
+    from adapterhub_lite.bases import resolve_base
+
+    home = os.environ.get("ADAPTERHUB_TEST_HOME") or tmp_path_factory.mktemp("real-home")
+    return resolve_base("smollm2-135m", home=home).folder

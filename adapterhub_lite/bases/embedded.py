@@ -107,7 +107,8 @@ def _convert(gguf: Path, target: Path) -> None:
             dtype=torch.float32,
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model.to(torch.bfloat16).save_pretrained(target)
+        torch.nn.Module.to(model, torch.bfloat16)
+        model.save_pretrained(target)
         tokenizer.save_pretrained(target)
     finally:
         logging.enable_progress_bar()
