@@ -4,7 +4,7 @@ Standard library only, so that `adapterhub-lite train --help` starts at once.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from adapterhub_lite.errors import ConfigurationError
 
@@ -29,7 +29,7 @@ class TrainingRecipe:
     alpha: int = _setting(0, "LoRA alpha; 0 means twice the rank.")
     target_modules: str = _setting("all-linear", "Modules to adapt: all-linear, attention or mlp.")
     max_length: int = _setting(1024, "Longest row, in tokens.")
-    overlong: str = _setting("error", "A longer row: error, truncate or drop.")
+    overlong: Literal["refuse", "truncate", "drop"] = _setting("refuse", "A longer row: refuse, truncate or drop.")
     seed: int = _setting(0, "Seed of adapter and data order.")
     save_steps: int = _setting(25, "Optimizer steps between checkpoints.")
 
@@ -44,7 +44,7 @@ class TrainingRecipe:
             problems.append(f"alpha is {self.alpha}, wanted 0 or more")
         for name, allowed in (
             ("target_modules", ("all-linear", "attention", "mlp")),
-            ("overlong", ("error", "truncate", "drop")),
+            ("overlong", ("refuse", "truncate", "drop")),
         ):
             if getattr(self, name) not in allowed:
                 problems.append(f"{name} is {getattr(self, name)!r}, wanted one of {', '.join(allowed)}")
