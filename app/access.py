@@ -56,7 +56,9 @@ class Access:
                 'Wanted {"ana": {"password": "8 characters or more", "role": "admin"}}.'
             ) from error
         if not logins:
-            raise ConfigurationError(f"{file} names nobody, so nobody could log in. Add a login, or leave the file out.")
+            raise ConfigurationError(
+                f"{file} names nobody, so nobody could log in. Add a login, or leave the file out."
+            )
         return cls(logins)
 
     @property

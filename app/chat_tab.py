@@ -70,7 +70,14 @@ def build_chat_tab(backend: Backend, task: gr.Dropdown) -> None:
         about_it = literal_markdown(describe_task(picked, backend.registry))
         return about_it, gr.Dataset(samples=samples, visible=bool(samples))
 
-    gr.on([question.submit, send.click], on_ask, [task, question, turns, *settings], outputs, trigger_mode="once", show_progress="hidden")
+    gr.on(
+        [question.submit, send.click],
+        on_ask,
+        [task, question, turns, *settings],
+        outputs,
+        trigger_mode="once",
+        show_progress="hidden",
+    )
     again.click(on_retry, [task, turns, *settings], outputs, trigger_mode="once", show_progress="hidden")
     stop.click(on_stop, queue=False)
     clear.click(lambda: ([], [], ""), None, [chatbot, turns, question], queue=False)

@@ -43,7 +43,12 @@ def build_compare_tab(backend: Backend) -> gr.Dropdown:
         backend.live.stop(live_key(str(request.session_hash)))
 
     gr.on(
-        [run.click, prompt.submit], on_run, [prompt, picked, length], outputs, trigger_mode="once", show_progress="hidden"
+        [run.click, prompt.submit],
+        on_run,
+        [prompt, picked, length],
+        outputs,
+        trigger_mode="once",
+        show_progress="hidden",
     )
     stop.click(on_stop, queue=False)
     return picked
@@ -83,7 +88,12 @@ def _updates(
     answers: list[Answer] = []
     for answers in compare(backend, session, prompt, adapters, settings):
         yield [gr.skip(), gr.skip(), gr.skip(), *_columns(names, answers, fresh=False)]
-    yield [gr.skip(), gr.Button(visible=True), gr.Button(visible=False), *_columns(names, answers, fresh=False, done=True)]
+    yield [
+        gr.skip(),
+        gr.Button(visible=True),
+        gr.Button(visible=False),
+        *_columns(names, answers, fresh=False, done=True),
+    ]
 
 
 def _columns(names: Sequence[str], answers: Sequence[Answer], *, fresh: bool, done: bool = False) -> list[Any]:

@@ -106,7 +106,9 @@ def free_port(host: str, port: int | None) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Start the app from the command line (`python -m app`). Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m app", description=main.__doc__)
-    parser.add_argument("--base", default=os.environ.get("ADAPTERHUB_BASE", "smollm2-135m"), help="base model name or folder")
+    parser.add_argument(
+        "--base", default=os.environ.get("ADAPTERHUB_BASE", "smollm2-135m"), help="base model name or folder"
+    )
     parser.add_argument("--home", default=None, help="registry home; default $ADAPTERHUB_HOME or ~/.adapterhub-lite")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=None, help="port; default 7860 or the next free one")

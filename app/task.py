@@ -141,5 +141,7 @@ def _part(piece: str) -> tuple[str, float]:
     except ValueError:
         factor = math.nan
     if not math.isfinite(factor):
-        raise ReferenceSyntaxError(f"The weight in {piece!r:.80} is not a number; wanted a blend such as sql*0.7+event*0.3.")
+        raise ReferenceSyntaxError(
+            f"The weight in {piece!r:.80} is not a number; wanted a blend such as sql*0.7+event*0.3."
+        )
     return str(AdapterReference.parse(reference.strip())), factor

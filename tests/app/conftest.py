@@ -47,7 +47,10 @@ def world(tiny_base: Path, make_adapter: Any, tmp_path_factory: pytest.TempPathF
     about: list[tuple[str, dict[str, Any]]] = [
         ("sql", {"task": "A question to SQL", "examples": ["Films of 1999?", "Who ordered twice?"]}),
         ("sql", {"task": "A question to SQL", "examples": ["Films of 1999?", "Who ordered twice?"]}),
-        ("event", {"task": "A sentence to a calendar event", "examples": ["Lunch with Ana on Friday"], "tags": ["json"]}),
+        (
+            "event",
+            {"task": "A sentence to a calendar event", "examples": ["Lunch with Ana on Friday"], "tags": ["json"]},
+        ),
         ("odd", {"task": HOSTILE, "examples": [HOSTILE], "tags": [HOSTILE[:60]]}),
     ]
     metric = {"metric": "exact match", "adapter_value": 0.87, "base_value": 0.02, "data": "held-out rows"}

@@ -6,7 +6,16 @@ import pytest
 
 from app.answers import STOPPED, AnswerSettings
 from app.chat import ask, retry
-from app.transcript import INTERRUPTED, MAX_CHARACTERS, MAX_TURNS, Turn, chat_bubbles, model_messages, read_turns, write_turns
+from app.transcript import (
+    INTERRUPTED,
+    MAX_CHARACTERS,
+    MAX_TURNS,
+    Turn,
+    chat_bubbles,
+    model_messages,
+    read_turns,
+    write_turns,
+)
 
 SHORT = AnswerSettings(max_new_tokens=12)
 
@@ -48,7 +57,12 @@ def test_a_blend_answers_with_both_digests(world: Any) -> None:
 
 @pytest.mark.parametrize(
     ("task", "expected"),
-    [("nobody", "no such|There is no"), ("../etc", "Wanted an adapter"), ("sql*x", "not a number"), ("sql:9", "There is no")],
+    [
+        ("nobody", "no such|There is no"),
+        ("../etc", "Wanted an adapter"),
+        ("sql*x", "not a number"),
+        ("sql:9", "There is no"),
+    ],
 )
 def test_a_task_that_is_none_is_a_sentence_in_place(world: Any, task: str, expected: str) -> None:
     answer = last(ask(world.backend(), "s", task, "hello", [], SHORT))[-1]
@@ -111,7 +125,14 @@ def test_earlier_turns_go_along_only_when_wanted() -> None:
 
 
 @pytest.mark.parametrize(
-    "sent", [[{"role": "system", "text": "x"}], [{"role": "user"}], [{"role": "user", "text": "x", "html": "y"}], "x", {"a": 1}]
+    "sent",
+    [
+        [{"role": "system", "text": "x"}],
+        [{"role": "user"}],
+        [{"role": "user", "text": "x", "html": "y"}],
+        "x",
+        {"a": 1},
+    ],
 )
 def test_what_is_no_conversation_is_refused(sent: object) -> None:
     from adapterhub_lite.errors import DataError
