@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from adapterhub_lite.canary import CANARY_FILE as CANARY_FILE
 from adapterhub_lite.errors import IntegrityError, SchemaVersionError
 from adapterhub_lite.record import BaseRecord, StrictModel, TrainingRecord
 from adapterhub_lite.registry.reference import is_name
@@ -18,7 +19,6 @@ SCHEMA_VERSION = 1
 MANIFEST_FILE = "adapterhub.json"
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-CANARY_FILE = "canary.safetensors"
 SIGNATURE_FILE = "adapterhub.sig.json"
 CARD_FILE = "README.md"
 MAX_MANIFEST_BYTES = 1 << 20
@@ -105,7 +105,7 @@ class MergeRecipe(StrictModel):
 class AdapterManifest(StrictModel):
     """What one adapter version is. `version` counts from 1 within `name`; `created` is UTC, ISO 8601."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = Field(SCHEMA_VERSION, ge=1, le=SCHEMA_VERSION)
     name: str
     version: int = Field(gt=0, lt=1_000_000_000)
     digest: Digest
