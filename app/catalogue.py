@@ -1,13 +1,9 @@
 """What the Registry tab shows: rows, and everything about one version. Plain text and numbers out, never HTML."""
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from adapterhub_lite.registry import AdapterManifest, AdapterRegistry
-from app.escape import literal_markdown, one_line
-from app.task import short_digest
+from app.escape import one_line
 
 COLUMNS = ("Adapter", "Version", "Aliases", "Task", "Metric", "Base", "Adapter score", "Rank", "Made")
 

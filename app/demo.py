@@ -36,9 +36,8 @@ def build_demo(
             choices=task_choices(registry, backend.base_name), value=BASE, label="Task", allow_custom_value=True,
             render=False, elem_id="task", info="The base, an adapter, or any reference such as sql:2",
         )  # fmt: skip
-        with gr.Tabs(elem_id="tabs"):
-            with gr.Tab("Chat", id="chat"):
-                build_chat_tab(backend, task)
+        with gr.Tabs(elem_id="tabs"), gr.Tab("Chat", id="chat"):
+            build_chat_tab(backend, task)
         appearance.click(None, js=_TOGGLE_APPEARANCE)
         demo.load(
             lambda: gr.Dropdown(choices=task_choices(registry, backend.base_name)), None, task, show_progress="hidden"

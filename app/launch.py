@@ -127,4 +127,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _spoken_host(host: str) -> str:
-    return "127.0.0.1" if host in ("", "0.0.0.0", "::") else host
+    everywhere = host in ("", "0.0.0.0", "::")  # noqa: S104 - compared with, not bound to
+    return "127.0.0.1" if everywhere else host

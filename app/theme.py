@@ -1,4 +1,4 @@
-"""How the app looks: colours and type as a Gradio theme, the rest in style.css beside it. Fetches nothing: local fonts."""
+"""How the app looks: a Gradio theme, and style.css beside it for the rest. Fetches nothing: local fonts."""
 
 from pathlib import Path
 

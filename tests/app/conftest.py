@@ -1,4 +1,4 @@
-"""A small world for the app's tests: a tiny base, adapters in a real registry, a real engine, a served page, Chromium."""
+"""A small world for the app: a tiny base, adapters in a real registry, a real engine, a served page, Chromium."""
 
 import shutil
 from collections.abc import Callable, Iterator
