@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,17 +103,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/quickstart.sh", description=__doc__)
     parser.add_argument("--headless", action="store_true", help="stop before the app; the last line is one JSON object")
     parser.add_argument("--fresh", action="store_true", help="start over instead of reusing what is there")
+    usual = QuickstartSettings()
+    parser.add_argument("--base", default=usual.base, help="base model: an embedded name, a folder or a Hub id")
+    parser.add_argument(
+        "--held-out", type=int, default=usual.held_out, help="questions a task that are kept for the test"
+    )
+    for task, steps in usual.steps:
+        parser.add_argument(f"--{task}-steps", type=int, default=steps, help=f"optimizer steps of the {task} task")
     options = parser.parse_args()
+    settings = replace(
+        usual,
+        base=options.base,
+        held_out=options.held_out,
+        steps=tuple((task, getattr(options, f"{task}_steps")) for task in usual.tasks),
+    )
     home = adapterhub_home()
     try:
-        report = run_quickstart(home, QuickstartSettings(), fresh=options.fresh)
+        report = run_quickstart(home, settings, fresh=options.fresh)
         print_report(report)
         if options.headless:
             print(json.dumps(report))
             return
         from app import launch
 
-        launch(home=home)
+        launch(base=settings.base, home=home)
     except AdapterHubError as error:
         console.print(f"Error: {error}", style="bold red", markup=False)
         sys.exit(2)
