@@ -98,6 +98,16 @@ def print_report(report: dict[str, Any]) -> None:
     )
 
 
+def open_app(base: str, home: Path) -> None:
+    """Serve the app on one resident base with every adapter in the registry, until it is interrupted."""
+    from adapterhub_lite.serving import InferenceEngine
+    from app import launch
+
+    registry = AdapterRegistry(home)
+    with InferenceEngine.from_base(base, registry=registry, home=home) as engine:
+        launch(engine, registry, base_name=base)
+
+
 def main() -> None:
     """Parse the flags, run, and open the app unless `--headless` was given."""
     parser = argparse.ArgumentParser(prog="scripts/quickstart.sh", description=__doc__)
@@ -124,9 +134,7 @@ def main() -> None:
         if options.headless:
             print(json.dumps(report))
             return
-        from app import launch
-
-        launch(base=settings.base, home=home)
+        open_app(settings.base, home)
     except AdapterHubError as error:
         console.print(f"Error: {error}", style="bold red", markup=False)
         sys.exit(2)
