@@ -86,6 +86,7 @@ def add_adapter(
         raise UsageError(f"Wanted a name of 1 to 64 letters, digits, '.', '_', '-'; got {name!r:.80}.")
     if not folder.is_dir():
         raise UsageError(f"There is no adapter folder {str(folder)!r}. Give the folder that training saved.")
+    registry.database.read()  # a registry of a newer schema is refused before anything is written
     with registry.objects.staging() as staging:
         base = base or _recorded_base(folder, registry.home)
         staged = stage_adapter(folder, staging, base=base)

@@ -7,10 +7,11 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from adapterhub_lite.errors import SchemaVersionError, UnknownNameError
+from adapterhub_lite.registry.locks import store_lock
 
 DATABASE_FILE = "registry.db"
 DATABASE_VERSION = 1
@@ -46,17 +47,21 @@ class Database:
         self._local = threading.local()
 
     @contextmanager
-    def write(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that no other writer runs beside; rolled back when the block raises."""
-        connection = self._connection(create=True)
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield connection
-            connection.execute("COMMIT")
-        except BaseException:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
+    def write(self, *, locked: bool = False) -> Iterator[sqlite3.Connection]:
+        """A transaction that no other writer runs beside; rolled back when the block raises.
+
+        `locked` says that the caller holds the store's lock; a rebuild never replaces the database under a writer.
+        """
+        with nullcontext() if locked else store_lock(self.path.parent, exclusive=False):
+            connection = self._connection(create=True)
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
 
     def read(self) -> sqlite3.Connection:
         """A connection to read from; an empty database in memory where there is none on disk yet."""
@@ -67,12 +72,14 @@ class Database:
         held = getattr(self._local, "connection", None)
         self._local.connection = None
         # SQLite forbids using, and so closing, a connection that was opened before a fork.
-        if held is not None and self._local.process == os.getpid():
+        if held is not None and self._local.opened[0] == os.getpid():
             held.close()
 
     def _connection(self, *, create: bool) -> sqlite3.Connection:
         held: sqlite3.Connection | None = getattr(self._local, "connection", None)
-        if held is not None and self._local.process == os.getpid() and (self._local.writable or not create):
+        opened = self._local.opened if held is not None else None
+        # Another process after a fork, or another file after a rebuild, wants another connection.
+        if held is not None and opened == (os.getpid(), _inode(self.path)) and (self._local.writable or not create):
             return held
         if held is not None:
             self.close()
@@ -84,7 +91,8 @@ class Database:
             empty = sqlite3.connect(":memory:", isolation_level=None)
             empty.executescript(SCHEMA)
             return empty
-        self._local.connection, self._local.process, self._local.writable = connection, os.getpid(), create
+        self._local.connection, self._local.writable = connection, create
+        self._local.opened = (os.getpid(), _inode(self.path))
         return connection
 
     def _open_existing(self) -> sqlite3.Connection:
@@ -125,6 +133,13 @@ class Database:
                 f"{self.path} has schema version {found}, this version of adapterhub-lite reads up to "
                 f"{DATABASE_VERSION}. Upgrade adapterhub-lite, or set ADAPTERHUB_HOME to another folder."
             )
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None
 
 
 def known_names(connection: sqlite3.Connection) -> list[str]:

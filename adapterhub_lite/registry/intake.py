@@ -12,6 +12,7 @@ from pathlib import Path
 from adapterhub_lite.bases import EMBEDDED_BASES, ResolvedBase
 from adapterhub_lite.errors import RegistryError
 from adapterhub_lite.record import BaseRecord
+from adapterhub_lite.registry.aliases import record_act
 from adapterhub_lite.registry.lora_config import LoraConfigFile
 from adapterhub_lite.registry.manifest import AdapterManifest, FileRecord, canonical_json
 from adapterhub_lite.registry.objects import ObjectStore, stage_file, write_durably
@@ -79,6 +80,9 @@ def publish(
                 f"{manifest.reference} {state} another adapter here ({row[0]:.19}..., not {manifest.digest:.19}...). "
                 "Take it in under another name."
             )
+        if row:
+            # Otherwise a rebuild would take the removal in the journal for the last word.
+            record_act(connection, home, act="restore", name=manifest.name, version=manifest.version)
     path = manifest_path(home, *key)
     if signature is not None:
         write_durably(path.with_suffix(".sig"), signature)

@@ -20,7 +20,7 @@ class JournalEntry(StrictModel):
     """One act. `number` counts up in the database; `at` is UTC, ISO 8601."""
 
     number: int
-    act: Literal["set", "rollback", "drop", "pin", "unpin", "remove"]
+    act: Literal["set", "rollback", "drop", "pin", "unpin", "remove", "restore"]
     name: str
     alias: str | None = None
     version: int | None = None

@@ -4,21 +4,18 @@ Law of the folder: a file at its final name is complete and on disk. It is writt
 folder fsynced.
 """
 
-import fcntl
 import hashlib
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from adapterhub_lite.errors import RegistryError
+from adapterhub_lite.registry.locks import store_lock
 from adapterhub_lite.registry.manifest import FileRecord
 
 BLOCK_BYTES = 1 << 20
-LOCK_SECONDS = 60.0
 
 
 class ObjectStore:
@@ -36,7 +33,7 @@ class ObjectStore:
     @contextmanager
     def staging(self) -> Iterator[Path]:
         """A fresh folder on the same disk, gone at the end; collection waits for it."""
-        with self.lock(exclusive=False):
+        with store_lock(self.home, exclusive=False):
             self.staging_root.mkdir(parents=True, exist_ok=True)
             folder = Path(tempfile.mkdtemp(dir=self.staging_root))
             try:
@@ -65,27 +62,6 @@ class ObjectStore:
         for folder in sorted(self.root.glob("??")):
             for path in sorted(folder.iterdir()):
                 yield folder.name + path.name, path
-
-    @contextmanager
-    def lock(self, *, exclusive: bool) -> Iterator[None]:
-        """Hold the store: shared by those who add, exclusive for the one who collects.
-
-        Raises:
-            RegistryError: it was not free within a minute.
-        """
-        self.home.mkdir(parents=True, exist_ok=True)
-        with (self.home / "store.lock").open("a") as file:
-            kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
-            deadline = time.monotonic() + LOCK_SECONDS
-            while True:
-                try:
-                    fcntl.flock(file, kind | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise RegistryError(f"Other processes kept {self.home} busy for {LOCK_SECONDS:g} s.") from None
-                    time.sleep(0.01)
-            yield
 
 
 def stage_file(source: Path, target: Path, *, limit: int) -> None:

@@ -3,25 +3,31 @@
 This file is the public face; the work is in the files beside it.
 """
 
+import os
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 from adapterhub_lite.bases import ResolvedBase
-from adapterhub_lite.errors import IntegrityError, UnknownNameError
+from adapterhub_lite.errors import IntegrityError, UnknownNameError, UsageError
 from adapterhub_lite.home import adapterhub_home
 from adapterhub_lite.registry import aliases as alias_moves
 from adapterhub_lite.registry.adding import About, add_adapter
 from adapterhub_lite.registry.aliases import AliasMove
+from adapterhub_lite.registry.collection import GcPlan, collect, plan_collection, remove_version, set_pin
 from adapterhub_lite.registry.database import Database
+from adapterhub_lite.registry.doctor import DoctorReport, examine_registry
 from adapterhub_lite.registry.exporting import export_folder
+from adapterhub_lite.registry.listing import AdapterDetails, AdapterSummary, describe, filter_versions, summarize
+from adapterhub_lite.registry.locks import Lease, store_lock
 from adapterhub_lite.registry.machine import machine_errors
 from adapterhub_lite.registry.manifest import AdapterManifest, EvaluationRecord, MergeRecipe, ParentRecord
 from adapterhub_lite.registry.objects import ObjectStore
+from adapterhub_lite.registry.rebuilding import RebuildReport, rebuild_database
 from adapterhub_lite.registry.reference import AdapterReference
 from adapterhub_lite.registry.rows import find_manifest, parse_stored
-from adapterhub_lite.registry.signing import TrustPolicy
+from adapterhub_lite.registry.signing import Signature, TrustPolicy, sign_version, verify_version
 
 # Spelled here, for inside the class `list` is the method.
 Manifests = list[AdapterManifest]
@@ -83,11 +89,22 @@ class AdapterRegistry:
         with self.guard(f"resolve {parsed}"):
             return find_manifest(self.database.read(), parsed)
 
-    def list(self, name: str | None = None) -> Manifests:
-        """Every version (of `name`), by name and version."""
-        sql = "SELECT manifest FROM versions WHERE ?1 IS NULL OR name = ?1 ORDER BY name, version"
+    def list(self, name: str | None = None, **filters: str | None) -> Manifests:
+        """Every version (of `name`), by name and version; for `filters` see `listing.filter_versions`."""
+        wanted = filter_versions(name, **filters)
+        sql = f"SELECT manifest FROM versions v WHERE {wanted.sql} ORDER BY name, version"  # noqa: S608 - values are bound
         with self.guard("list adapters"):
-            return [parse_stored(row[0]) for row in self.database.read().execute(sql, [name])]
+            return [parse_stored(row[0]) for row in self.database.read().execute(sql, wanted.values)]
+
+    def summaries(self, name: str | None = None, **filters: str | None) -> Sequence[AdapterSummary]:
+        """What `list` shows, one light line a version: 10,000 of them take under 100 ms."""
+        with self.guard("list adapters"):
+            return summarize(self.database.read(), filter_versions(name, **filters))
+
+    def show(self, reference: str | AdapterReference) -> AdapterDetails:
+        """All that is known here of one version: manifest, aliases, pin, signature, size, whether a server holds it."""
+        with self.guard(f"show {reference}"):
+            return describe(self, self.resolve(reference))
 
     def file(self, manifest: AdapterManifest, filename: str) -> Path:
         """The immutable local file `filename` of a version; read it, never write to it.
@@ -147,6 +164,81 @@ class AdapterRegistry:
         """Every move of the aliases of `name` (or of one of them), oldest first."""
         with self.guard(f"read the history of {name!r}"):
             return alias_moves.alias_history(self.database.read(), name, alias)
+
+    def hold(self, reference: str | AdapterReference | AdapterManifest) -> Lease:
+        """Keep a version from being collected while it is in use; release the lease, or leave its `with` block.
+
+        Raises:
+            UnknownNameError: it is not there (any more).
+        """
+        with self.guard(f"hold {reference}"), self._shared_lock():
+            if isinstance(reference, AdapterManifest):
+                reference = reference.reference
+            return Lease(self.home, self.resolve(reference).digest)
+
+    def pin(self, reference: str | AdapterReference) -> None:
+        """Keep a version whatever a collection thinks."""
+        with self.guard(f"pin {reference}"):
+            set_pin(self, self.resolve(reference), pinned=True)
+
+    def unpin(self, reference: str | AdapterReference) -> None:
+        """Take a pin away; again is no error."""
+        with self.guard(f"unpin {reference}"):
+            set_pin(self, self.resolve(reference), pinned=False)
+
+    def remove(self, reference: str) -> None:
+        """Forget the version `name:3`; its bytes go with the next `gc`, its number is never given again.
+
+        Raises:
+            RegistryError: an alias, a pin or a running server refers to it.
+            UsageError: not a reference with a version.
+        """
+        if AdapterReference.parse(reference).version is None:
+            raise UsageError(f"Wanted the version to remove as 'name:3', got {reference!r}.")
+        with self.guard(f"remove {reference}"):
+            remove_version(self, self.resolve(reference))
+
+    def plan_gc(self, *, keep_newest: int = 1) -> GcPlan:
+        """What `gc` would free now, and why the rest stays. Nothing is changed."""
+        with self.guard("look for garbage"):
+            return plan_collection(self, keep_newest)
+
+    def gc(self, *, keep_newest: int = 1) -> GcPlan:
+        """Free every version that no alias, pin or running server refers to, but the `keep_newest` of each name."""
+        with self.guard("collect garbage"):
+            return collect(self, keep_newest)
+
+    def sign(self, reference: str | AdapterReference, *, key: str = "default") -> Signature:
+        """Sign a version with a key made by `signing.generate_key`.
+
+        Raises:
+            UnknownNameError: no such version or key.
+        """
+        with self.guard(f"sign {reference}"):
+            return sign_version(self, self.resolve(reference), key)
+
+    def verify(self, reference: str | AdapterReference) -> str | None:
+        """Check a version's signature and every byte it covers; the trusted signer's name, or None for a stranger's.
+
+        Raises:
+            IntegrityError: not signed, the signature is wrong, or a file is not what was signed.
+        """
+        with self.guard(f"verify {reference}"):
+            return verify_version(self, self.resolve(reference))
+
+    def examine(self) -> DoctorReport:
+        """Read everything and compare; see `doctor.examine_registry`."""
+        with self.guard("examine the registry"):
+            return examine_registry(self)
+
+    def rebuild(self) -> RebuildReport:
+        """Make the database again from the manifests and the journal; the old one is kept beside it."""
+        with self.guard("rebuild the database"):
+            return rebuild_database(self)
+
+    def _shared_lock(self) -> AbstractContextManager[None]:
+        # In a read-only home nobody collects, and no lock can be taken.
+        return store_lock(self.home, exclusive=False) if os.access(self.home, os.W_OK) else nullcontext()
 
     def export(self, reference: str | AdapterReference, folder: str | Path) -> Path:
         """Write a plain PEFT folder of one version; see `exporting.export_folder`."""

@@ -69,6 +69,7 @@ def import_adapter(
         SchemaVersionError: a newer version of this project wrote the manifest.
     """
     with registry.guard(f"take in {folder.name!r}"), registry.objects.staging() as staging:
+        registry.database.read()  # a registry of a newer schema is refused before anything is kept
         manifest = _read_promise(folder, expected)
         if name is not None and not is_name(name):
             raise UsageError(f"Wanted a name of 1 to 64 letters, digits, '.', '_', '-'; got {name!r:.80}.")
