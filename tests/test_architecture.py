@@ -29,7 +29,7 @@ ALLOWED = {
     "registry": FOUNDATION,
     "merging": FOUNDATION | {"registry"},
     "serving": FOUNDATION | {"registry"},
-    "hub_server": set(),
+    "hub_server": {"errors"},
 }
 LAZY_AT_IMPORT = ("torch", "transformers", "peft", "gradio", "datasets", "huggingface_hub")
 

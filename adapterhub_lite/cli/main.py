@@ -1,6 +1,7 @@
 """The entry point `adapterhub-lite`: registers the verbs and turns errors into one sentence and an exit code."""
 
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Annotated
 
@@ -16,7 +17,7 @@ from adapterhub_lite.cli.sharing import pull, push
 from adapterhub_lite.cli.train import train
 from adapterhub_lite.errors import AdapterHubError
 
-VERBS = {
+VERBS: dict[str, Callable[..., None]] = {
     "train": train,
     "eval": evaluate,
     "list": list_adapters,

@@ -7,6 +7,7 @@ import typer
 
 from adapterhub_lite.cli.options import build_settings, options_from
 from adapterhub_lite.cli.output import HomeOption, JsonOption, print_json, say, short
+from adapterhub_lite.errors import ReferenceSyntaxError
 from adapterhub_lite.home import adapterhub_home
 from adapterhub_lite.recipe import TrainingRecipe
 
@@ -28,11 +29,14 @@ def train(
     """
     from adapterhub_lite.bases import resolve_base
     from adapterhub_lite.registry import AdapterRegistry
-    from adapterhub_lite.registry.reference import check_name
+    from adapterhub_lite.registry.reference import is_name
     from adapterhub_lite.training.recipe import rows_for, train_adapter
 
     recipe = build_settings(TrainingRecipe, given, config)
-    check_name(name)
+    if not is_name(name):
+        raise ReferenceSyntaxError(
+            f"{name!r} cannot name an adapter: wanted letters, digits, '.', '_', '-', 64 at most."
+        )
     rows, data_id = rows_for(data, task, recipe)
     resolved = resolve_base(base, home=home, progress=say)
     folder = adapterhub_home(home) / "runs" / name

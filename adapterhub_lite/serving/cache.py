@@ -5,6 +5,7 @@ import torch
 from adapterhub_lite.serving.packing import Run, Step
 
 FIRST_CAPACITY = 512
+CLEAN_BLOCK = 256
 
 
 class RowCache:
@@ -21,6 +22,8 @@ class RowCache:
         # Made at the first write of a layer, which knows heads and dtype; models may differ from layer to layer.
         self._keys: list[torch.Tensor | None] = [None] * layers
         self._values: list[torch.Tensor | None] = [None] * layers
+        # Up to here a row's memory is known to hold numbers: masked places are multiplied by 0, and 0 * NaN is NaN.
+        self._clean = [0] * rows
         self._step: Step | None = None
         self._flat = torch.empty(0)
         self._masks: dict[tuple[int, int | None, torch.dtype], torch.Tensor] = {}
@@ -34,7 +37,7 @@ class RowCache:
                 for layer, old in enumerate(store):
                     if old is not None:
                         grown = old.new_empty(self.rows, self._wanted, *old.shape[2:])
-                        grown[:, : self.capacity] = old
+                        grown[:, : max(self._clean)] = old[:, : max(self._clean)]
                         store[layer] = grown
             self.capacity = self._wanted
 
@@ -44,6 +47,7 @@ class RowCache:
             self._keys = [None] * len(self._keys)
             self._values = [None] * len(self._values)
             self.capacity, self._wanted = 0, FIRST_CAPACITY
+            self._clean = [0] * self.rows
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of row `source` to row `target`."""
@@ -51,6 +55,11 @@ class RowCache:
             for tensor in store:
                 if tensor is not None:
                     tensor[target, :length] = tensor[source, :length]
+        self._clean[target] = max(self._clean[target], length)
+
+    def spoil(self, row: int) -> None:
+        """Trust nothing in a row: what ended there may have left numbers that are not finite."""
+        self._clean[row] = 0
 
     def begin(self, step: Step) -> None:
         """Fix the step that the following `attend` calls belong to."""
@@ -58,6 +67,19 @@ class RowCache:
         self._step = step
         self._flat = step.token_rows * self.capacity + step.positions
         self._masks = {}
+        for run in step.runs:
+            for row in range(run.rows.start, run.rows.stop):
+                if self._clean[row] < run.kv_length:
+                    self._wipe(row, run.kv_length)
+
+    def _wipe(self, row: int, length: int) -> None:
+        """Zero a row from where it is known to be clean to a little beyond `length`."""
+        end = min(self.capacity, -(-length // CLEAN_BLOCK) * CLEAN_BLOCK)
+        for store in (self._keys, self._values):
+            for tensor in store:
+                if tensor is not None:
+                    tensor[row, self._clean[row] : end].zero_()
+        self._clean[row] = end
 
     def attend(
         self,
@@ -101,6 +123,8 @@ class RowCache:
             if held is None:
                 # empty, not zeros: pages that no row has reached are never committed
                 held = fresh.new_empty(self.rows, self.capacity, *fresh.shape[1:])
+                for row, clean in enumerate(self._clean):
+                    held[row, :clean].zero_()
                 store[layer] = held
             held.view(-1, *fresh.shape[1:]).index_copy_(0, self._flat, fresh)
             pair.append(held)

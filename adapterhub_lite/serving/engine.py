@@ -155,12 +155,9 @@ class InferenceEngine:
             QueueFullError: every slot is in use or pinned.
         """
         entry, _ = self._acquire(self._locate(str(reference)))
-        try:
-            if pin:
-                self._residency.pin(entry.digest, True)
-            return next(one for one in self._residency.resident() if one.digest == entry.digest)
-        finally:
-            self._residency.release(entry)
+        if pin:
+            self._residency.pin(entry.digest, True)
+        return self._residency.release(entry)
 
     def unload(self, reference: str | Path, *, timeout: float | None = None) -> bool:
         """Take an adapter out of memory once nobody uses it; False when it was not there."""

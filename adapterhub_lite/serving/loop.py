@@ -127,6 +127,7 @@ class EngineLoop:
     def _fail(self, job: Job, error: Exception) -> None:
         failure = ServingError(f"The model failed on this request: {type(error).__name__}: {error}")
         failure.__cause__ = error
+        self._trunk.cache.spoil(job.row)
         self._leave(job)
         job.end(failure)
 

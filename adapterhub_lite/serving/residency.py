@@ -79,12 +79,14 @@ class Residency:
         self._load(entry, load)
         return entry, False
 
-    def release(self, entry: Entry) -> None:
-        """Count one use less."""
+    def release(self, entry: Entry) -> ResidentAdapter:
+        """Count one use less, and say what the entry is then."""
         with self._changed:
             entry.uses -= 1
             assert entry.uses >= 0, "released more often than acquired"
             self._changed.notify_all()
+            assert entry.weights is not None
+            return _view(entry, entry.weights)
 
     def pin(self, digest: str, pinned: bool) -> None:
         """Keep an adapter in memory whatever happens, or stop keeping it."""

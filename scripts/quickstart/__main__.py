@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,22 +98,43 @@ def print_report(report: dict[str, Any]) -> None:
     )
 
 
+def open_app(base: str, home: Path) -> None:
+    """Serve the app on one resident base with every adapter in the registry, until it is interrupted."""
+    from adapterhub_lite.serving import InferenceEngine
+    from app import launch
+
+    registry = AdapterRegistry(home)
+    with InferenceEngine.from_base(base, registry=registry, home=home) as engine:
+        launch(engine, registry, base_name=base)
+
+
 def main() -> None:
     """Parse the flags, run, and open the app unless `--headless` was given."""
     parser = argparse.ArgumentParser(prog="scripts/quickstart.sh", description=__doc__)
     parser.add_argument("--headless", action="store_true", help="stop before the app; the last line is one JSON object")
     parser.add_argument("--fresh", action="store_true", help="start over instead of reusing what is there")
+    usual = QuickstartSettings()
+    parser.add_argument("--base", default=usual.base, help="base model: an embedded name, a folder or a Hub id")
+    parser.add_argument(
+        "--held-out", type=int, default=usual.held_out, help="questions a task that are kept for the test"
+    )
+    for task, steps in usual.steps:
+        parser.add_argument(f"--{task}-steps", type=int, default=steps, help=f"optimizer steps of the {task} task")
     options = parser.parse_args()
+    settings = replace(
+        usual,
+        base=options.base,
+        held_out=options.held_out,
+        steps=tuple((task, getattr(options, f"{task}_steps")) for task in usual.tasks),
+    )
     home = adapterhub_home()
     try:
-        report = run_quickstart(home, QuickstartSettings(), fresh=options.fresh)
+        report = run_quickstart(home, settings, fresh=options.fresh)
         print_report(report)
         if options.headless:
             print(json.dumps(report))
             return
-        from app import launch
-
-        launch(home=home)
+        open_app(settings.base, home)
     except AdapterHubError as error:
         console.print(f"Error: {error}", style="bold red", markup=False)
         sys.exit(2)

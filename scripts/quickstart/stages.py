@@ -106,8 +106,8 @@ def share_stage(
                 examples=[row["messages"][1]["content"] for row in rows[:4]],
             )
             reference = f"{name}:{manifest.version}"
-            receipt = registry.push(reference, f"quickstart/{name}-lora", endpoint=hub.url, token=hub.token)
-            pulled = second.pull(f"quickstart/{name}-lora", revision=receipt.tag, endpoint=hub.url, token=hub.token)
+            receipt = registry.push(reference, f"quickstart/{name}-lora", endpoint=hub.url)
+            pulled = second.pull(f"quickstart/{name}-lora", revision=receipt.tag, endpoint=hub.url)
             _compare(registry, manifest, second, pulled.manifest)
             versions[name], digests[name] = manifest.version, manifest.digest
     return {"versions": versions, "digests": digests, "hub_round_trip": "identical"}

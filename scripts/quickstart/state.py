@@ -25,6 +25,7 @@ class QuickstartState:
         if stage in done:
             say(f"{stage}: done in an earlier run, reused (--fresh starts over)")
             return done[stage]
+        say(f"{stage} ...")
         result = work()
         self._write({**self._read(), stage: result})
         return result

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from adapterhub_lite.bases import ResolvedBase, resolve_base
+from adapterhub_lite.hub_server.testing import hub_server  # noqa: F401
 from adapterhub_lite.registry import AdapterRegistry
 
 

@@ -58,8 +58,9 @@ class PeftAlone:
                 else:
                     model.load_adapter(folder, adapter_name=f"a{i}")
                 for module in model.modules():
-                    if f"a{i}" in getattr(module, "scaling", {}):
-                        module.scaling[f"a{i}"] *= factor
+                    scaling = getattr(module, "scaling", None)
+                    if isinstance(scaling, dict) and f"a{i}" in scaling:
+                        scaling[f"a{i}"] *= factor
             if parts:
                 model.base_model.set_adapter([f"a{i}" for i in range(len(parts))])
             self._models[parts] = model.eval()
