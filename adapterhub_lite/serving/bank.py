@@ -28,26 +28,64 @@ def _key(parts: Parts) -> tuple[tuple[int, float], ...]:
     return tuple((part.weights.load_id, part.factor) for part in parts)
 
 
-@dataclass
-class _FamilyBank:
-    a: torch.Tensor  # (layers, rows, rank, in)
-    b: torch.Tensor  # (layers, rows, rank, out), scale and factor folded in
-    filled: list[bool]
+class GroupBank:
+    """Pairs of the families that share one input, for all layers and rows.
+
+    `a` (layers, rows, families, rank, in), so that one product serves the whole group; `b` one (layers, rows, rank,
+    out) a family, with scale and factor folded in. A row without the family has zeros in `b`; `a` may hold anything.
+    """
+
+    def __init__(
+        self, group: Sequence[Family], rows: int, rank: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        layers = len(group[0].paths)
+        options = {"dtype": dtype, "device": device}
+        self.names = tuple(family.name for family in group)
+        self.a = torch.zeros(layers, rows, len(group), rank, group[0].in_features, **options)  # type: ignore[call-overload]
+        self.b: list[torch.Tensor] = [
+            torch.zeros(layers, rows, rank, family.out_features, **options)  # type: ignore[call-overload]
+            for family in group
+        ]
+
+    def fill(self, row: int, parts: Parts) -> None:
+        """Copy the sum of `parts` into a row."""
+        for place, name in enumerate(self.names):
+            a, b = self.a[:, row, place], self.b[place][:, row]
+            at = 0
+            for part in parts:
+                pair = part.weights.families.get(name)
+                if pair is None:
+                    continue
+                width = pair.a.shape[1]
+                scale = pair.scale * part.factor
+                whole = len(pair.layers) == a.shape[0]
+                if not whole:
+                    b[:, at : at + width] = 0
+                layers = slice(None) if whole else list(pair.layers)
+                a[layers, at : at + width] = pair.a.to(a.dtype)
+                b[layers, at : at + width] = (pair.b * scale).to(b.dtype)
+                at += width
+            b[:, at:] = 0
 
 
 class RowBank:
-    """`rows` rows of LoRA pairs for each family. `dtype` is what the products are computed in."""
+    """`rows` rows of LoRA pairs for each group of families. `dtype` is what the products are computed in."""
 
     def __init__(
-        self, families: Sequence[Family], rows: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+        self,
+        groups: Sequence[Sequence[Family]],
+        rows: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
     ) -> None:
-        self._families = {family.name: family for family in families}
+        self._groups = groups
         self._rows: list[Parts] = [()] * rows
         self._held = [_key(())] * rows
-        self._banks: dict[str, _FamilyBank] = {}
+        self._banks: list[GroupBank | None] = [None] * len(groups)
         self._dtype = dtype
         self._device = device
-        self._active: frozenset[str] = frozenset()
+        self._routes: list[list[tuple[int, slice]]] = [[] for _ in groups]
         self._runs: tuple[Run, ...] = ()
         self.rank = 0
 
@@ -67,37 +105,39 @@ class RowBank:
         self._rows[row] = ()
 
     def begin(self, step: Step) -> None:
-        """Compute the routing of a step: which families and which runs have any adapter at all."""
-        self._active = frozenset(
-            name for row in step.rows for part in self._rows[row] for name in part.weights.families
-        )
+        """Compute the routing of a step, for all its layers: which runs and which families have any adapter at all."""
         self._runs = tuple(
             run for run in step.runs if any(self._rows[row] for row in range(run.rows.start, run.rows.stop))
         )
+        active = {name for row in step.rows for part in self._rows[row] for name in part.weights.families}
+        for group, route in zip(self._groups, self._routes, strict=True):
+            route.clear()
+            offset = 0
+            for place, family in enumerate(group):
+                if family.name in active:
+                    route.append((place, slice(offset, offset + family.out_features)))
+                offset += family.out_features
 
-    def add(self, family: str, layer: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Add each row's own delta to y (T, out) in place, from x (T, in); return y."""
-        if family not in self._active:
+    def add(self, group: int, layer: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Add each row's own delta to y in place, from x (T, in); return y (T, the outs of the group side by side)."""
+        routes = self._routes[group]
+        bank = self._banks[group]
+        if not routes or bank is None:
             return y
-        bank = self._banks[family]
-        a, b = bank.a[layer], bank.b[layer]
+        a = bank.a[layer]
         for run in self._runs:
             n, length = run.count, run.query_length
-            inputs = x[run.tokens].view(n, length, -1).to(self._dtype)
-            down = torch.bmm(inputs, a[run.rows].transpose(1, 2))
-            y[run.tokens].view(n, length, -1).add_(torch.bmm(down, b[run.rows]))
+            inputs = x[run.tokens].to(self._dtype).view(n, length, -1)
+            down = torch.bmm(inputs, a[run.rows].flatten(1, 2).transpose(1, 2))
+            target = y[run.tokens].view(n, length, -1)
+            for place, columns in routes:
+                own = down[:, :, place * self.rank : (place + 1) * self.rank]
+                target[:, :, columns].add_(torch.bmm(own, bank.b[place][layer, run.rows]))
         return y
-
-    def clear(self) -> None:
-        """Route every row to the base and give the memory back."""
-        self._rows = [()] * len(self._rows)
-        self._held = [_key(())] * len(self._rows)
-        self._banks = {}
-        self._active, self._runs, self.rank = frozenset(), (), 0
 
     def _grow(self, rank: int) -> None:
         self.rank = rank
-        self._banks = {}
+        self._banks = [None] * len(self._groups)
         self._held = [_key(())] * len(self._rows)
         for row, parts in enumerate(self._rows):
             if parts:
@@ -106,32 +146,11 @@ class RowBank:
     def _fill(self, row: int) -> None:
         parts = self._rows[row]
         wanted = {name for part in parts for name in part.weights.families}
-        for name in wanted - self._banks.keys():
-            self._banks[name] = self._allocate(self._families[name])
-        for name, bank in self._banks.items():
-            if name in wanted:
-                self._fill_family(bank, row, [p for p in parts if name in p.weights.families], name)
-            elif bank.filled[row]:
-                bank.b[:, row].zero_()
-            bank.filled[row] = name in wanted
+        for number, group in enumerate(self._groups):
+            bank = self._banks[number]
+            if bank is None and any(family.name in wanted for family in group):
+                bank = GroupBank(group, len(self._rows), self.rank, self._dtype, self._device)
+                self._banks[number] = bank
+            if bank is not None:
+                bank.fill(row, parts)
         self._held[row] = _key(parts)
-
-    def _allocate(self, family: Family) -> _FamilyBank:
-        shape = (len(family.paths), len(self._rows), self.rank)
-        a = torch.zeros(*shape, family.in_features, dtype=self._dtype, device=self._device)
-        b = torch.zeros(*shape, family.out_features, dtype=self._dtype, device=self._device)
-        return _FamilyBank(a, b, [False] * len(self._rows))
-
-    def _fill_family(self, bank: _FamilyBank, row: int, parts: list[Part], name: str) -> None:
-        whole = len(parts) == 1 and len(parts[0].weights.families[name].layers) == bank.a.shape[0]
-        if not whole:
-            bank.b[:, row].zero_()
-        at = 0
-        for part in parts:
-            pair = part.weights.families[name]
-            width = pair.a.shape[1]
-            layers = slice(None) if len(pair.layers) == bank.a.shape[0] else list(pair.layers)
-            bank.a[layers, row, at : at + width] = pair.a.to(self._dtype)
-            bank.b[layers, row, at : at + width] = (pair.b * (pair.scale * part.factor)).to(self._dtype)
-            at += width
-        bank.b[:, row, at:].zero_()
