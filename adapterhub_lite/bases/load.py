@@ -20,6 +20,7 @@ def load_base_model(
 
     `dtype` None keeps the one it was saved in.
     """
+    import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -31,9 +32,11 @@ def load_base_model(
         trust_remote_code=False,
         local_files_only=True,
     )
+    model.eval()
     if quantization_config is None:
-        model = model.to(device)
-    return model.eval()
+        # nn.Module's own `to`: the one that transformers wraps around it has no usable type.
+        torch.nn.Module.to(model, device)
+    return model
 
 
 def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":

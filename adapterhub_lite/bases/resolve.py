@@ -69,6 +69,7 @@ def resolve_base(
 
 
 def _from_hub(repo_id: str, revision: str | None, bases: Path, progress: Callable[[str], None]) -> ResolvedBase:
+    import httpx2  # what huggingface_hub 2 speaks HTTP with; its network errors pass through unwrapped
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -82,7 +83,7 @@ def _from_hub(repo_id: str, revision: str | None, bases: Path, progress: Callabl
             f"The base {repo_id!r} (revision {revision or 'main'}) was not found on the hub, or is private or gated. "
             "Check the spelling, or log in with `hf auth login`."
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
         raise HubUnreachableError(
             f"The base {repo_id!r} could not be fetched: {type(error).__name__}. "
             "Check the network, or give a local folder."

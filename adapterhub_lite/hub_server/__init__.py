@@ -1,1 +1,16 @@
-"""TODO-hub_server"""
+"""A small Hugging Face Hub on loopback: for the quickstart, for tests, and for teams without a network.
+
+It speaks the part of the hub's wire that the unmodified `huggingface_hub` client needs to create, publish, read,
+tag, list and delete model repositories. What it is not: it has one flat pool of contents (who knows a sha256 may link
+it), keeps no git objects (so no `git clone`), guesses the upload mode from the file name, checks of a card only that
+its YAML parses and that `base_model` has the form of a repository id, has no pull requests, quotas, scanning,
+datasets or spaces, answers each listing as one page, and serves Xet through the client's own on-disk scheme
+`local://`, which works only for clients on the same machine (others set HF_HUB_DISABLE_XET=1). It binds to 127.0.0.1
+and speaks plain HTTP. One process may own a data folder at a time.
+"""
+
+from adapterhub_lite.hub_server.app import Account, create_app
+from adapterhub_lite.hub_server.faults import FAULT_KINDS, Fault, Faults
+from adapterhub_lite.hub_server.server import HubServer
+
+__all__ = ["FAULT_KINDS", "Account", "Fault", "Faults", "HubServer", "create_app"]

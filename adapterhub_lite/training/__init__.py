@@ -1,1 +1,8 @@
-"""TODO-training"""
+"""Training: a base model and rows in, an adapter folder with its record out. Knows nothing of serving."""
+
+from adapterhub_lite.training.arguments import AdapterTrainingArguments
+from adapterhub_lite.training.exact_match import ExactMatch, evaluate_exact_match
+from adapterhub_lite.training.rows import load_rows
+from adapterhub_lite.training.trainer import AdapterTrainer
+
+__all__ = ["AdapterTrainer", "AdapterTrainingArguments", "ExactMatch", "evaluate_exact_match", "load_rows"]

@@ -1,0 +1,170 @@
+"""The canary: a few prompts and the logits an adapter gave for them, kept beside it and asked again later.
+
+It catches by behaviour what no checksum of the adapter can: a moved base, a renamed module, a wrong alpha, a changed
+quantisation. Knows models that map `input_ids` to `.logits`; knows no adapter format. Torch is imported on use.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterhub_lite.errors import AdapterRejectedError, IntegrityError
+
+if TYPE_CHECKING:
+    import torch
+
+CANARY_FILE = "canary.safetensors"
+CANARY_FORMAT = "adapterhub-canary-1"
+TOP_K = 16
+MAX_PROBES = 64
+MAX_PROBE_TOKENS = 512
+# The prompts are kept as token ids, so that a replay needs no tokenizer; they only have to differ from each other.
+DEFAULT_PROBES = (
+    "The capital of France is",
+    "def add(a, b):\n    return",
+    "SELECT name FROM users WHERE",
+    '{"event": "meeting", "date": "',
+    "Once upon a time, in a village by the sea,",
+    "7 + 5 = 12. 9 + 8 =",
+)
+# Largest difference of a logit, as a fraction of the largest logit in the probe, between two sound runs: other
+# kernels, thread counts and batch shapes. Half the mantissa bits of a dtype are lost on the way through a network.
+TOLERANCES = {"float32": 2e-4, "float16": 1e-2, "bfloat16": 4e-2}
+
+
+@dataclass(frozen=True)
+class CanaryResult:
+    """How far a model is from the recorded logits, in units of logits; `tolerance` belongs to the coarser dtype."""
+
+    max_abs_difference: float
+    tolerance: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Canary:
+    """A canary as read from disk. `prompts` are token ids; `top_ids` and `top_logits` are (probes, TOP_K)."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    top_ids: "torch.Tensor"
+    top_logits: "torch.Tensor"
+    dtype: str
+
+
+def write_canary(model: Any, tokenizer: Any, folder: str | Path, prompts: Sequence[str] = DEFAULT_PROBES) -> Path:
+    """Record the top logits of `model` after each of `prompts` as `folder`/canary.safetensors; returns its path.
+
+    The model is asked in evaluation mode and left in the mode it was in.
+
+    Raises:
+        AdapterRejectedError: a logit is NaN or infinite.
+    """
+    import torch
+    from safetensors.torch import save
+
+    encoded = [tuple(tokenizer(prompt, add_special_tokens=True)["input_ids"])[:MAX_PROBE_TOKENS] for prompt in prompts]
+    logits = _ask(model, encoded)
+    if not torch.isfinite(logits).all():
+        raise AdapterRejectedError("The model", ["its logits for the canary's probes are NaN or infinite"])
+    top = logits.topk(min(TOP_K, logits.shape[-1]), dim=-1)
+    lengths = torch.tensor([len(ids) for ids in encoded])
+    tokens = torch.zeros(len(encoded), int(lengths.max()), dtype=torch.int64)
+    for row, ids in enumerate(encoded):
+        tokens[row, : len(ids)] = torch.tensor(ids)
+    content = save(
+        {
+            "tokens": tokens,
+            "lengths": lengths,
+            "top_ids": top.indices.contiguous(),
+            "top_logits": top.values.contiguous(),
+        },
+        metadata={"format": CANARY_FORMAT, "dtype": _dtype_name(model)},
+    )
+    path = Path(folder) / CANARY_FILE
+    aside = path.with_name(f".{CANARY_FILE}.{os.getpid()}.tmp")
+    aside.write_bytes(content)
+    aside.replace(path)
+    return path
+
+
+def replay_canary(model: Any, folder_or_path: str | Path) -> CanaryResult:
+    """Ask `model` (with the adapter on it) the recorded probes again and compare.
+
+    Raises:
+        IntegrityError: the file is no canary, or its tokens are outside the model's vocabulary.
+    """
+    import torch
+
+    canary = read_canary(folder_or_path)
+    logits = _ask(model, canary.prompts, vocabulary_above=int(canary.top_ids.max()))
+    asked = logits.gather(1, canary.top_ids)
+    worst = float((asked - canary.top_logits).abs().max()) if torch.isfinite(asked).all() else float("inf")
+    fraction = max(TOLERANCES.get(name, max(TOLERANCES.values())) for name in (canary.dtype, _dtype_name(model)))
+    tolerance = fraction * max(1.0, float(canary.top_logits.abs().max()))
+    return CanaryResult(max_abs_difference=worst, tolerance=tolerance, passed=worst <= tolerance)
+
+
+def read_canary(folder_or_path: str | Path) -> Canary:
+    """Read and check a canary file, given it or its folder.
+
+    Raises:
+        IntegrityError: it is not there, or no canary.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(folder_or_path)
+    path = path / CANARY_FILE if path.is_dir() else path
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (OSError, SafetensorError) as error:
+        raise IntegrityError(f"{path.name} could not be read as a canary: {error}.") from error
+    if metadata.get("format") != CANARY_FORMAT or set(found) != {"tokens", "lengths", "top_ids", "top_logits"}:
+        raise IntegrityError(f"{path.name} is not a canary of this format ({CANARY_FORMAT}).")
+    tokens, lengths = found["tokens"], found["lengths"]
+    probes, longest = tokens.shape if tokens.dim() == 2 else (0, 0)
+    shapes_fit = (
+        0 < probes <= MAX_PROBES
+        and longest <= MAX_PROBE_TOKENS
+        and lengths.shape == (probes,)
+        and found["top_ids"].shape == found["top_logits"].shape
+        and found["top_ids"].dim() == 2
+        and len(found["top_ids"]) == probes
+        and found["top_ids"].numel() > 0
+    )
+    if not shapes_fit or not (int(lengths.min()) > 0 and int(lengths.max()) <= longest):
+        raise IntegrityError(f"{path.name} holds shapes that no canary has.")
+    if int(tokens.min()) < 0 or int(found["top_ids"].min()) < 0:
+        raise IntegrityError(f"{path.name} holds negative token ids.")
+    prompts = tuple(tuple(row[:length].tolist()) for row, length in zip(tokens, lengths.tolist(), strict=True))
+    return Canary(prompts, found["top_ids"], found["top_logits"], metadata.get("dtype", ""))
+
+
+def _ask(model: Any, prompts: Sequence[Sequence[int]], vocabulary_above: int = 0) -> "torch.Tensor":
+    """Logits in fp32 on the CPU after each prompt, (probes, vocabulary); each asked alone: no padding counts."""
+    import torch
+
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    largest = max(vocabulary_above, *(max(ids) for ids in prompts))
+    if largest >= vocabulary:
+        raise IntegrityError(f"The canary names token {largest}; the model's vocabulary has {vocabulary}.")
+    device = model.get_input_embeddings().weight.device
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            answers = [
+                model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits[0, -1].float().cpu()
+                for ids in prompts
+            ]
+    finally:
+        model.train(was_training)
+    return torch.stack(answers)
+
+
+def _dtype_name(model: Any) -> str:
+    # The base decides: a LoRA in fp32 on a bf16 base still answers with bf16's precision.
+    return str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")

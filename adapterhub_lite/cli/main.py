@@ -1,0 +1,67 @@
+"""The entry point `adapterhub-lite`: registers the verbs and turns errors into one sentence and an exit code."""
+
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from adapterhub_lite.cli.aliases import alias, rollback
+from adapterhub_lite.cli.demo import demo
+from adapterhub_lite.cli.doctor import doctor
+from adapterhub_lite.cli.evaluate import evaluate
+from adapterhub_lite.cli.hub import hub
+from adapterhub_lite.cli.listing import list_adapters, show
+from adapterhub_lite.cli.sharing import pull, push
+from adapterhub_lite.cli.train import train
+from adapterhub_lite.errors import AdapterHubError
+
+VERBS: dict[str, Callable[..., None]] = {
+    "train": train,
+    "eval": evaluate,
+    "list": list_adapters,
+    "show": show,
+    "alias": alias,
+    "rollback": rollback,
+    "push": push,
+    "pull": pull,
+    "demo": demo,
+    "hub": hub,
+    "doctor": doctor,
+}
+
+
+def build_app() -> typer.Typer:
+    """Return the Typer application with every verb registered."""
+    app = typer.Typer(
+        name="adapterhub-lite",
+        help="Train small LoRA adapters, keep every version with its proof, share them, serve them from one base.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="markdown",
+    )
+    app.callback()(_root)
+    for name, verb in VERBS.items():
+        app.command(name)(verb)
+    return app
+
+
+def _root(
+    show_version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and stop.")] = False,
+) -> None:
+    if show_version:
+        typer.echo(version("adapterhub-lite"))
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; a known error is one sentence on standard error and exit code 2, never a traceback."""
+    try:
+        build_app()()
+    except AdapterHubError as error:
+        typer.echo(f"Error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted. Run the same command again to go on.", err=True)
+        sys.exit(130)

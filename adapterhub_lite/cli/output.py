@@ -1,0 +1,52 @@
+"""How every verb reports: a rich table for people, one JSON document with `--json`, progress on standard error."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+HomeOption = Annotated[
+    str | None,
+    typer.Option("--home", help="Where adapters and bases are kept.", envvar="ADAPTERHUB_HOME", show_default=False),
+]
+
+
+def print_json(payload: Any) -> None:
+    """Print `payload` as one JSON document on standard output."""
+    typer.echo(json.dumps(payload, indent=2, default=str))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print rows under a title; colours only on a terminal. Cell texts are data and are never read as markup."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(title), title_justify="left", header_style="bold")
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(escape(str(cell)) for cell in row))
+    Console().print(table)
+
+
+def say(text: str) -> None:
+    """Tell the user what is going on, on standard error, so that `--json` output stays clean."""
+    typer.echo(text, err=True)
+
+
+@contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """Show a spinner on standard error while slow work without a known length runs; nothing where it is no terminal."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
+
+
+def short(digest: str) -> str:
+    """The first twelve hex digits of a digest, as people compare them."""
+    return digest.removeprefix("sha256:")[:12]

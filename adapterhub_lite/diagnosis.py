@@ -1,0 +1,89 @@
+"""What this machine can do: one finding a capability. Looks, and changes nothing. Imports no room above `bases`."""
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+from adapterhub_lite.home import adapterhub_home
+from adapterhub_lite.record import StrictModel
+
+CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
+
+
+class Finding(StrictModel):
+    """One capability: whether it works here, what was seen, and how to get it where it does not."""
+
+    what: str
+    works: bool
+    detail: str
+    remedy: str | None = None
+
+
+def diagnose(home: str | Path | None = None) -> list[Finding]:
+    """Return a finding for every capability that depends on the machine."""
+    return [_gpu(), *(_package(*row) for row in _PACKAGES), _chromium(), _home(adapterhub_home(home))]
+
+
+def find_chromium() -> str | None:
+    """The path of an installed Chromium, or None; browser tests need one."""
+    return next((path for name in CHROMIUM_NAMES if (path := shutil.which(name))), None)
+
+
+def _gpu() -> Finding:
+    import torch
+
+    if torch.cuda.is_available():
+        return Finding(what="GPU", works=True, detail=torch.cuda.get_device_name())
+    return Finding(
+        what="GPU",
+        works=False,
+        detail=f"none; {os.cpu_count()} CPU cores are used. GPU-only tests and presets are skipped",
+        remedy="a machine with an NVIDIA GPU and the CUDA build of torch",
+    )
+
+
+# package, what it is for, how to get it
+_PACKAGES = (
+    ("bitsandbytes", "8-bit and nf4 bases (QLoRA)", "pip install bitsandbytes"),
+    ("triton", "GPU kernels of cut_cross_entropy and Liger", "comes with the CUDA build of torch"),
+    ("hf_xet", "fast transfers with the hub (Xet)", "pip install hf-xet"),
+    ("deepspeed", "ZeRO training on several devices", "pip install 'adapterhub-lite[deepspeed]'"),
+    ("ray", "serving on several machines", "pip install 'adapterhub-lite[cluster]'"),
+    ("trl", "peers in the benches", "pip install 'adapterhub-lite[bench]'"),
+)
+
+
+def _package(name: str, purpose: str, remedy: str) -> Finding:
+    found = importlib.util.find_spec(name) is not None
+    detail = (
+        f"{importlib.metadata.version(name.replace('_', '-'))}: {purpose}" if found else f"not installed: {purpose}"
+    )
+    return Finding(what=name, works=found, detail=detail, remedy=None if found else remedy)
+
+
+def _chromium() -> Finding:
+    path = find_chromium()
+    return Finding(
+        what="chromium",
+        works=path is not None,
+        detail=path or "not installed: the browser tests are skipped",
+        remedy=None if path else "apt-get install chromium",
+    )
+
+
+def _home(home: Path) -> Finding:
+    folder: Path = home
+    while not folder.exists():
+        folder = folder.parent
+    writable = os.access(folder, os.W_OK)
+    free = shutil.disk_usage(folder).free
+    works = writable and free > 1 << 30
+    problem = "" if works else "; less than 1 GiB" if writable else "; read-only"
+    return Finding(
+        what="home folder",
+        works=works,
+        detail=f"{home}: {free >> 30} GiB free{problem}",
+        remedy=None if works else "set ADAPTERHUB_HOME to a writable folder with space",
+    )

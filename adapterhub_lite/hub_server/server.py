@@ -1,0 +1,54 @@
+"""The hub on a loopback port, in a thread of this process."""
+
+import socket
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import uvicorn
+
+from adapterhub_lite.errors import ResourceError
+from adapterhub_lite.hub_server.app import Account, create_app
+from adapterhub_lite.hub_server.faults import FaultLayer, Faults
+
+
+class HubServer:
+    """A context manager: `with HubServer(folder) as hub: HfApi(endpoint=hub.url)`.
+
+    `port` 0 takes a free one. `tokens` maps tokens to accounts; None lets everybody read and write. Files above
+    `part_bytes` are uploaded in parts. Raises ResourceError when the port is taken.
+    """
+
+    def __init__(
+        self, data: Path, *, port: int = 0, tokens: Mapping[str, Account] | None = None, part_bytes: int = 64_000_000
+    ) -> None:
+        self.faults = Faults()
+        self._socket = socket.socket()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            self._socket.bind(("127.0.0.1", port))
+        except OSError as error:
+            self._socket.close()
+            raise ResourceError(f"Port {port} on 127.0.0.1 is not free ({error.strerror}); pick another.") from error
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        layered = FaultLayer(create_app(data, tokens=tokens, part_bytes=part_bytes), self.faults)
+        config = uvicorn.Config(layered, log_level="critical", lifespan="off", timeout_graceful_shutdown=2)
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, args=([self._socket],), daemon=True)
+
+    def __enter__(self) -> "HubServer":
+        self._socket.listen(128)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+        self._socket.close()
+
+    def wait(self) -> None:
+        """Block until the server stops, as on an interrupt of the caller."""
+        self._thread.join()

@@ -1,0 +1,151 @@
+"""Makes the database again from the manifests and the journal, when it is lost or damaged."""
+
+import contextlib
+import os
+import sqlite3
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapterhub_lite.errors import AdapterHubError
+from adapterhub_lite.registry.database import DATABASE_FILE, Database
+from adapterhub_lite.registry.journal import JournalEntry, read_journal
+from adapterhub_lite.registry.locks import store_lock
+from adapterhub_lite.registry.manifest import AdapterManifest, read_manifest
+from adapterhub_lite.registry.objects import fsync_folder
+from adapterhub_lite.registry.rows import delete_version, insert_version
+
+if TYPE_CHECKING:
+    from adapterhub_lite.registry.store import AdapterRegistry
+
+
+@dataclass(frozen=True)
+class RebuildReport:
+    """What the new database holds, what could not be taken into it, and where the old one was put."""
+
+    versions: int
+    aliases: int
+    skipped: tuple[str, ...]
+    old_database: Path | None
+
+
+def rebuild_database(registry: "AdapterRegistry") -> RebuildReport:
+    """Put a database made from `manifests/` and the journal in place of the present one, which is kept beside it.
+
+    Raises:
+        SchemaVersionError: a newer version of this project wrote the present one.
+    """
+    home = registry.home
+    # What a newer version of this project wrote is not ours to replace; anything else may be damaged.
+    with contextlib.suppress(sqlite3.Error):
+        registry.database.read()
+    with store_lock(home, exclusive=True):
+        aside = home / f".rebuild-{os.getpid()}"
+        aside.mkdir()
+        try:
+            fresh = Database(aside)
+            with fresh.write(locked=True) as connection:
+                skipped = _insert_manifests(registry, connection)
+                skipped += _replay(connection, read_journal(home))
+                versions, aliases = (_count(connection, table) for table in ("versions", "aliases"))
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            fresh.close()
+            registry.database.close()
+            old = _move_away(home)
+            (aside / DATABASE_FILE).replace(home / DATABASE_FILE)
+            fsync_folder(home)
+        finally:
+            for path in aside.iterdir():
+                path.unlink()
+            aside.rmdir()
+    return RebuildReport(versions, aliases, tuple(skipped), old)
+
+
+def _insert_manifests(registry: "AdapterRegistry", connection: sqlite3.Connection) -> list[str]:
+    skipped = []
+    # Oldest first, so that a digest resolves to the newest version that has it, as before.
+    found: list[tuple[AdapterManifest, bytes | None]] = []
+    gone = _removed(read_journal(registry.home))
+    for path in sorted((registry.home / "manifests").glob("*/*.json")):
+        label = str(path.relative_to(registry.home))
+        try:
+            manifest = read_manifest(path.read_bytes())
+            for name in manifest.files:
+                registry.file(manifest, name)
+        except AdapterHubError as error:
+            skipped.append(f"{label}: {error}")
+            continue
+        if (manifest.name, f"{manifest.version}.json") != (path.parent.name, path.name):
+            skipped.append(f"{label}: it is the manifest of {manifest.reference}")
+            continue
+        if (manifest.name, manifest.version) in gone:
+            continue
+        signature = path.with_suffix(".sig")
+        found.append((manifest, signature.read_bytes() if signature.exists() else None))
+    for manifest, content in sorted(found, key=lambda item: (item[0].created, item[0].version)):
+        insert_version(connection, manifest, content)
+    return skipped
+
+
+def _removed(entries: list[JournalEntry]) -> dict[tuple[str, int | None], int]:
+    """The versions that are removed in the end, with the number of the act that did it."""
+    gone: dict[tuple[str, int | None], int] = {}
+    for entry in entries:
+        if entry.act == "remove":
+            gone[entry.name, entry.version] = entry.number
+        elif entry.act == "restore":
+            gone.pop((entry.name, entry.version), None)
+    return gone
+
+
+def _replay(connection: sqlite3.Connection, entries: list[JournalEntry]) -> list[str]:
+    skipped = []
+    gone = _removed(entries)
+    for entry in entries:
+        key = (entry.name, entry.version)
+        values = entry.model_dump()
+        columns, marks = ", ".join(values), ", ".join("?" * len(values))
+        connection.execute(f"INSERT INTO journal ({columns}) VALUES ({marks})", list(values.values()))  # noqa: S608
+        if entry.act in ("set", "rollback"):
+            connection.execute(
+                "INSERT OR REPLACE INTO aliases VALUES (?, ?, ?)", (entry.name, entry.alias, entry.version)
+            )
+        elif entry.act == "drop":
+            connection.execute("DELETE FROM aliases WHERE name = ? AND alias = ?", (entry.name, entry.alias))
+        elif entry.act in ("pin", "unpin"):
+            connection.execute(
+                "UPDATE versions SET pinned = ? WHERE name = ? AND version = ?", (entry.act == "pin", *key)
+            )
+        elif entry.version is not None and gone.get(key) == entry.number:
+            _replay_removal(connection, entry.name, entry.version, entry.digest or "")
+    dangling = connection.execute(
+        "SELECT name, alias, version FROM aliases a WHERE NOT EXISTS"
+        " (SELECT 1 FROM versions v WHERE (v.name, v.version) = (a.name, a.version))"
+    ).fetchall()
+    for name, alias, version in dangling:
+        skipped.append(f"{name}@{alias}: its version {version} is not there")
+        connection.execute("DELETE FROM aliases WHERE name = ? AND alias = ?", (name, alias))
+    return skipped
+
+
+def _replay_removal(connection: sqlite3.Connection, name: str, version: int, digest: str) -> None:
+    connection.execute(
+        "INSERT INTO names VALUES (?1, ?2) ON CONFLICT (name) DO UPDATE SET last_version = max(last_version, ?2)",
+        (name, version),
+    )
+    delete_version(connection, name, version, digest)
+
+
+def _count(connection: sqlite3.Connection, table: str) -> int:
+    return int(connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0])  # noqa: S608
+
+
+def _move_away(home: Path) -> Path | None:
+    for name in (f"{DATABASE_FILE}-wal", f"{DATABASE_FILE}-shm"):
+        # A log belongs to its database: beside another one it would damage it.
+        if (home / name).exists():
+            (home / name).replace(home / f"old-{name}")
+    if not (home / DATABASE_FILE).exists():
+        return None
+    (home / DATABASE_FILE).replace(home / f"old-{DATABASE_FILE}")
+    return home / f"old-{DATABASE_FILE}"

@@ -1,0 +1,156 @@
+"""The bank: for every row of the batch the LoRA pairs it is routed to, padded to one rank, beside the frozen layers.
+
+Row by row, never token by token; filled when the batch changes, not at every step. A row of the base holds zeros.
+Adapters are never merged into the base.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from adapterhub_lite.serving.packing import Run, Step
+from adapterhub_lite.serving.weights import AdapterWeights, Family
+
+
+@dataclass(frozen=True)
+class Part:
+    """An adapter's weights with the factor on its delta; several of them make a blend."""
+
+    weights: AdapterWeights
+    factor: float = 1.0
+
+
+Parts = tuple[Part, ...]
+
+
+def _key(parts: Parts) -> tuple[tuple[int, float], ...]:
+    return tuple((part.weights.load_id, part.factor) for part in parts)
+
+
+class GroupBank:
+    """Pairs of the families that share one input, for all layers and rows.
+
+    `a` (layers, rows, families, rank, in), so that one product serves the whole group; `b` one (layers, rows, rank,
+    out) a family, with scale and factor folded in. A row without the family has zeros in `b`; `a` may hold anything.
+    """
+
+    def __init__(
+        self, group: Sequence[Family], rows: int, rank: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        layers = len(group[0].paths)
+        options = {"dtype": dtype, "device": device}
+        self.names = tuple(family.name for family in group)
+        self.a = torch.zeros(layers, rows, len(group), rank, group[0].in_features, **options)  # type: ignore[call-overload]
+        self.b: list[torch.Tensor] = [
+            torch.zeros(layers, rows, rank, family.out_features, **options)  # type: ignore[call-overload]
+            for family in group
+        ]
+
+    def fill(self, row: int, parts: Parts) -> None:
+        """Copy the sum of `parts` into a row."""
+        for place, name in enumerate(self.names):
+            a, b = self.a[:, row, place], self.b[place][:, row]
+            at = 0
+            for part in parts:
+                pair = part.weights.families.get(name)
+                if pair is None:
+                    continue
+                width = pair.a.shape[1]
+                scale = pair.scale * part.factor
+                whole = len(pair.layers) == a.shape[0]
+                if not whole:
+                    b[:, at : at + width] = 0
+                layers = slice(None) if whole else list(pair.layers)
+                a[layers, at : at + width] = pair.a.to(a.dtype)
+                b[layers, at : at + width] = (pair.b * scale).to(b.dtype)
+                at += width
+            b[:, at:] = 0
+
+
+class RowBank:
+    """`rows` rows of LoRA pairs for each group of families. `dtype` is what the products are computed in."""
+
+    def __init__(
+        self,
+        groups: Sequence[Sequence[Family]],
+        rows: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._groups = groups
+        self._rows: list[Parts] = [()] * rows
+        self._held = [_key(())] * rows
+        self._banks: list[GroupBank | None] = [None] * len(groups)
+        self._dtype = dtype
+        self._device = device
+        self._routes: list[list[tuple[int, slice]]] = [[] for _ in groups]
+        self._runs: tuple[Run, ...] = ()
+        self.rank = 0
+
+    def place(self, row: int, parts: Parts) -> None:
+        """Route `row` to the sum of `parts`; no parts is the base. What the row holds already is not copied again."""
+        self._rows[row] = parts
+        if self._held[row] == _key(parts):
+            return
+        needed = sum(part.weights.rank for part in parts)
+        if needed > self.rank:
+            self._grow(1 << (needed - 1).bit_length())
+        else:
+            self._fill(row)
+
+    def leave(self, row: int) -> None:
+        """Let go of the weights of a row; what was copied stays until another request needs the row."""
+        self._rows[row] = ()
+
+    def begin(self, step: Step) -> None:
+        """Compute the routing of a step, for all its layers: which runs and which families have any adapter at all."""
+        self._runs = tuple(
+            run for run in step.runs if any(self._rows[row] for row in range(run.rows.start, run.rows.stop))
+        )
+        active = {name for row in step.rows for part in self._rows[row] for name in part.weights.families}
+        for group, route in zip(self._groups, self._routes, strict=True):
+            route.clear()
+            offset = 0
+            for place, family in enumerate(group):
+                if family.name in active:
+                    route.append((place, slice(offset, offset + family.out_features)))
+                offset += family.out_features
+
+    def add(self, group: int, layer: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Add each row's own delta to y in place, from x (T, in); return y (T, the outs of the group side by side)."""
+        routes = self._routes[group]
+        bank = self._banks[group]
+        if not routes or bank is None:
+            return y
+        a = bank.a[layer]
+        for run in self._runs:
+            n, length = run.count, run.query_length
+            inputs = x[run.tokens].to(self._dtype).view(n, length, -1)
+            down = torch.bmm(inputs, a[run.rows].flatten(1, 2).transpose(1, 2))
+            target = y[run.tokens].view(n, length, -1)
+            for place, columns in routes:
+                own = down[:, :, place * self.rank : (place + 1) * self.rank]
+                target[:, :, columns].add_(torch.bmm(own, bank.b[place][layer, run.rows]))
+        return y
+
+    def _grow(self, rank: int) -> None:
+        self.rank = rank
+        self._banks = [None] * len(self._groups)
+        self._held = [_key(())] * len(self._rows)
+        for row, parts in enumerate(self._rows):
+            if parts:
+                self._fill(row)
+
+    def _fill(self, row: int) -> None:
+        parts = self._rows[row]
+        wanted = {name for part in parts for name in part.weights.families}
+        for number, group in enumerate(self._groups):
+            bank = self._banks[number]
+            if bank is None and any(family.name in wanted for family in group):
+                bank = GroupBank(group, len(self._rows), self.rank, self._dtype, self._device)
+                self._banks[number] = bank
+            if bank is not None:
+                bank.fill(row, parts)
+        self._held[row] = _key(parts)

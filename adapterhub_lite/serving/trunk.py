@@ -1,0 +1,74 @@
+"""The frozen base with a bank and a cache beside it: packed steps in, logits out, by the leanest pass that fits it."""
+
+import hashlib
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from adapterhub_lite.errors import ConfigurationError
+from adapterhub_lite.serving.bank import RowBank
+from adapterhub_lite.serving.cache import RowCache
+from adapterhub_lite.serving.fused import FusedTrunk, can_fuse, fused_groups
+from adapterhub_lite.serving.hosted import HostedTrunk
+from adapterhub_lite.serving.packing import Step
+from adapterhub_lite.serving.weights import Family, find_families
+
+
+class Trunk:
+    """A base model that only ever computes packed steps. Not thread-safe: one thread owns it.
+
+    `fused` None chooses the lean pass where it computes the same; False always takes the model's own code.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, rows: int, fused: bool | None = None) -> None:
+        self.model = model.requires_grad_(False)
+        self.device = model.device
+        self.rows = rows
+        self.families: tuple[Family, ...] = find_families(model)
+        if not self.families:
+            raise ConfigurationError(f"{type(model).__name__} has no linear layers that adapters could be put beside.")
+        config = model.config.get_text_config()
+        self.max_length: int = getattr(config, "max_position_embeddings", None) or 1 << 20
+        self.fused = can_fuse(model) if fused is None else fused
+        groups = fused_groups(self.families) if self.fused else tuple((family,) for family in self.families)
+        # Products in float32 are faster than in bfloat16 on a CPU, which converts small bf16 matrices at each call.
+        dtype = torch.float32 if self.device.type == "cpu" else model.dtype
+        self.bank = RowBank(groups, rows, dtype=dtype, device=self.device)
+        self.cache = RowCache(config.num_hidden_layers, rows, device=self.device)
+        self._tensors = dict(_named_tensors(model))
+        self._pass = (
+            FusedTrunk(model, self.bank, self.cache)
+            if self.fused
+            else HostedTrunk(model, self.bank, self.cache, groups)
+        )
+        for name in self._pass.tensors():
+            del self._tensors[name]
+
+    @torch.inference_mode()
+    def forward(self, step: Step) -> torch.Tensor:
+        """Compute a step; logits (rows of the step that want them, vocabulary) in float32, in the order of rows."""
+        self.bank.begin(step)
+        self.cache.begin(step)
+        return self._pass.forward(step).float()
+
+    def idle(self) -> None:
+        """Give back memory that only long requests needed. Only when no row is in use."""
+        self.cache.shrink()
+
+    def base_digest(self) -> str:
+        """The sha256 over the base's weights as they are in memory now, the same whichever pass is used."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted((self._tensors | self._pass.tensors()).items()):
+            digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    found: list[tuple[str, torch.Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+    for name, parameter in model.named_parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            found.append((f"{name}.absmax", state.absmax))
+    return found

@@ -1,0 +1,155 @@
+"""An adapter in memory: its LoRA pairs stacked over layers, read from safetensors. Knows nothing of slots or requests.
+
+The layers of a model repeat one shape, so the pairs of one projection over all layers are one tensor: putting an
+adapter into a row of the bank is then a copy per projection, not per layer.
+"""
+
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from adapterhub_lite.errors import AdapterRejectedError
+
+PREFIX = "base_model.model."
+TENSOR = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Linear modules of one shape at one place of every layer, e.g. all `q_proj`. `paths` is in layer order."""
+
+    name: str
+    in_features: int
+    out_features: int
+    paths: tuple[str, ...]
+
+
+def find_families(model: nn.Module) -> tuple[Family, ...]:
+    """Return the families of linear modules inside the repeated layers of `model`, the output head left out.
+
+    8-bit and 4-bit layers count: bitsandbytes derives them from `nn.Linear`.
+    """
+    found: dict[tuple[str, int, int], list[str]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and re.search(r"\.\d+\.", path):
+            key = (re.sub(r"\.\d+\.", ".{}.", path), module.in_features, module.out_features)
+            found.setdefault(key, []).append(path)
+    return tuple(Family(name, i, o, tuple(paths)) for (name, i, o), paths in found.items())
+
+
+@dataclass(frozen=True)
+class FamilyWeights:
+    """The pairs of one family. `layers` are indices into `Family.paths`; n of them.
+
+    `a` (n, rank, in), `b` (n, rank, out) as saved and transposed, `scale` (n, 1, 1) float32 for `b`: the scale is
+    folded in when a row is filled, in float32, so that no rounding is added here.
+    """
+
+    layers: tuple[int, ...]
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: torch.Tensor
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """All pairs of an adapter, by family name. `rank` is the largest; `modules` how many pairs there are.
+
+    `load_id` is fresh for each load: what is copied or cached under it can never be taken for another load.
+    """
+
+    families: dict[str, FamilyWeights]
+    rank: int
+    modules: int
+    load_id: int = field(default_factory=itertools.count(1).__next__)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held in memory."""
+        return sum(t.nbytes for f in self.families.values() for t in (f.a, f.b, f.scale))
+
+
+def read_adapter_weights(
+    path: Path,
+    families: Sequence[Family],
+    scaling_of: Callable[[str], float],
+    *,
+    max_rank: int,
+    subject: str,
+    device: torch.device | str = "cpu",
+) -> AdapterWeights:
+    """Read `path` (safetensors, PEFT's names) for the linear modules in `families`; nothing in it is executed.
+
+    `scaling_of` gives the scale of a module path such as "model.layers.0.self_attn.q_proj".
+
+    Raises:
+        AdapterRejectedError: unreadable, not for these modules, no module matches, a half pair, a rank above
+            `max_rank`, a wrong shape, or values that are not finite. All reasons are listed.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError) as error:
+        raise AdapterRejectedError(subject, [f"{path.name} cannot be read: {error}"]) from error
+    problems: list[str] = []
+    pairs: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        match = TENSOR.fullmatch(name)
+        if match:
+            pairs.setdefault(match["module"], {})[match["part"]] = tensor
+        else:
+            problems.append(f"tensor {name} is no LoRA pair of a linear layer; only those can be served")
+    shapes = {path: family for family in families for path in family.paths}
+    for module, pair in pairs.items():
+        problems += _pair_problems(module, pair, shapes.get(module), max_rank)
+    if not pairs and not problems:
+        problems.append("it holds no LoRA pair at all, so it would answer like the base")
+    if problems:
+        raise AdapterRejectedError(subject, problems)
+    stacked = {f.name: _stack(f, pairs, scaling_of, device) for f in families if any(p in pairs for p in f.paths)}
+    rank = max(weights.a.shape[1] for weights in stacked.values())
+    return AdapterWeights(stacked, rank, len(pairs))
+
+
+def _pair_problems(module: str, pair: dict[str, torch.Tensor], family: Family | None, max_rank: int) -> list[str]:
+    if family is None:
+        return [f"the base has no linear layer {module} inside its layers"]
+    if set(pair) != {"A", "B"}:
+        return [f"{module} has lora_{next(iter(pair))} without its partner"]
+    a, b = pair["A"], pair["B"]
+    rank = a.shape[0] if a.ndim == 2 else 0
+    wanted = ((rank, family.in_features), (family.out_features, rank))
+    if rank == 0 or (tuple(a.shape), tuple(b.shape)) != wanted:
+        return [
+            f"{module} has shapes {tuple(a.shape)} and {tuple(b.shape)}, the base needs {wanted[0]} and {wanted[1]}"
+        ]
+    if rank > max_rank:
+        return [f"{module} has rank {rank}, the engine takes at most {max_rank}; start it with a larger max_rank"]
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        return [f"{module} holds values that are not finite"]
+    return []
+
+
+def _stack(
+    family: Family,
+    pairs: dict[str, dict[str, torch.Tensor]],
+    scaling_of: Callable[[str], float],
+    device: torch.device | str,
+) -> FamilyWeights:
+    layers = tuple(i for i, path in enumerate(family.paths) if path in pairs)
+    own = [pairs[family.paths[i]] for i in layers]
+    rank = max(pair["A"].shape[0] for pair in own)
+    a = own[0]["A"].new_zeros(len(layers), rank, family.in_features)
+    b = own[0]["B"].new_zeros(len(layers), rank, family.out_features)
+    for i, pair in enumerate(own):
+        width = pair["A"].shape[0]
+        a[i, :width] = pair["A"]
+        b[i, :width] = pair["B"].T
+    scale = torch.tensor([scaling_of(family.paths[i]) for i in layers]).view(-1, 1, 1)
+    return FamilyWeights(layers, a.to(device), b.to(device), scale.to(device))

@@ -1,0 +1,60 @@
+"""What a task is: a system prompt and a seeded source of question and answer pairs."""
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Literal
+
+from adapterhub_lite.errors import DataError
+
+Row = dict[str, list[dict[str, str]]]
+Split = Literal["train", "held-out"]
+# One question in this many is held out.
+HELD_OUT_SHARE = 5
+# So many draws without a new question mean that the task has no more of them.
+EXHAUSTED_AFTER = 20_000
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task. `sample` draws a (question, answer) pair; `system` is the system message of every row."""
+
+    name: str
+    description: str
+    system: str
+    sample: Callable[[random.Random], tuple[str, str]]
+
+    def rows(self, count: int, *, seed: int = 0, split: Split = "train") -> list[Row]:
+        """Return `count` chats, distinct within the call: `{"messages": [system, user, assistant]}`.
+
+        The same arguments give the same rows on every machine. No question is in both splits.
+
+        Raises:
+            DataError: the task does not have so many different questions.
+        """
+        return [self._row(question, answer) for question, answer in islice(self._pairs(seed, split), count)]
+
+    def _pairs(self, seed: int, split: Split) -> Iterator[tuple[str, str]]:
+        generator = random.Random(f"{self.name}/{seed}")
+        seen: set[str] = set()
+        misses = 0
+        while misses < EXHAUSTED_AFTER:
+            question, answer = self.sample(generator)
+            misses += 1
+            if question not in seen and split_of(question) == split:
+                misses = 0
+                seen.add(question)
+                yield question, answer
+        raise DataError(f"The task {self.name!r} has only {len(seen)} different {split} questions. Ask for fewer rows.")
+
+    def _row(self, question: str, answer: str) -> Row:
+        turns = (("system", self.system), ("user", question), ("assistant", answer))
+        return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def split_of(question: str) -> Split:
+    """Say which split a question belongs to: a property of its text alone."""
+    held_out = hashlib.sha256(question.encode()).digest()[0] % HELD_OUT_SHARE == 0
+    return "held-out" if held_out else "train"

@@ -1,0 +1,41 @@
+"""The states that go into the output head, taken from an ordinary forward pass of the whole model.
+
+The pass goes through the outermost wrapper, so that DDP and the like see it; the head is run on one position only.
+"""
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+from adapterhub_lite.errors import ConfigurationError
+
+
+class HiddenStates:
+    """Runs a causal language model and returns the hidden states (batch, seq, D) after its final norm.
+
+    Raises:
+        ConfigurationError: the model has no output head, or no decoder of its own to listen to.
+    """
+
+    def __init__(self, model: Any) -> None:
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+        decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else None
+        if head is None or decoder is None or decoder is inner:
+            raise ConfigurationError(
+                f"{type(inner).__name__} has no output head over a decoder. Load the base with AutoModelForCausalLM."
+            )
+        self._short = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(inner.forward).parameters else {}
+        self._seen: Tensor | None = None
+        decoder.register_forward_hook(self._listen)
+
+    def _listen(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._seen = output[0]
+
+    def of(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        """Run `model`, however it is wrapped, on `inputs`; return (hidden states, the model's own output)."""
+        output = model(**self._short, **inputs)
+        seen, self._seen = self._seen, None
+        assert seen is not None
+        return seen, output

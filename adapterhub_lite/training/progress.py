@@ -1,0 +1,142 @@
+"""What a run shows while it goes and leaves behind: the progress bar, `metrics.jsonl` and `loss.png`."""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from adapterhub_lite.training.measurement import PeakMemory
+
+METRICS_FILE = "metrics.jsonl"
+PLOT_FILE = "loss.png"
+
+
+@dataclass
+class RunMeter:
+    """Counts what a run has done so far: real tokens (padding left out), seconds, peak bytes."""
+
+    memory: PeakMemory
+    tokens: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the run began."""
+        return time.perf_counter() - self.started
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Real tokens trained on a second, over the whole run."""
+        return self.tokens / max(self.seconds, 1e-9)
+
+
+class MetricsCallback(TrainerCallback):
+    """Appends every logged line to `metrics.jsonl` and draws `loss.png` at the end."""
+
+    def __init__(self, meter: RunMeter) -> None:
+        self.meter = meter
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write one line: the logged values with step, tokens, tokens a second and peak bytes."""
+        if not state.is_world_process_zero or not args.output_dir:
+            return
+        line = {"step": state.global_step, **(logs or {}), "tokens": self.meter.tokens}
+        line["tokens_per_second"] = round(self.meter.tokens_per_second, 1)
+        line["peak_bytes"] = self.meter.memory.peak_bytes()
+        with (Path(args.output_dir) / METRICS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, default=float) + "\n")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draw the losses that the state remembers."""
+        if state.is_world_process_zero and args.output_dir:
+            draw_losses(state.log_history, Path(args.output_dir) / PLOT_FILE)
+
+
+def draw_losses(history: list[dict[str, Any]], path: Path) -> None:
+    """Plot training loss and each evaluation loss of `history` over the steps into `path` (PNG)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    names = sorted({key for line in history for key in line if key == "loss" or key.endswith("_loss")} - {"train_loss"})
+    for name in names:
+        points = [(line["step"], line[name]) for line in history if name in line]
+        axes.plot(*zip(*points, strict=True), label="training" if name == "loss" else name.replace("_", " "))
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss per token (nats)")
+    if names:
+        axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+class ProgressCallback(TrainerCallback):
+    """A rich bar on the terminal: steps, loss, tokens a second, peak memory, time left."""
+
+    def __init__(self, meter: RunMeter, console: Console | None = None) -> None:
+        self.meter = meter
+        self.console = console or Console(stderr=True)
+        self.bar: Progress | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar on the first process of the run."""
+        if not state.is_local_process_zero:
+            return
+        self.bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self.bar.start()
+        self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, figures="")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Move the bar by one step."""
+        if self.bar:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the newest loss, speed and memory."""
+        if self.bar and logs and "loss" in logs:
+            peak = self.meter.memory.peak_bytes() / (1 << 20)
+            figures = f"loss {logs['loss']:.4f}  {self.meter.tokens_per_second:,.0f} tokens/s  {peak:,.0f} MiB"
+            self.bar.update(self.task, figures=figures)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the bar."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the bar, however the run ended."""
+        if self.bar:
+            self.bar.stop()
+            self.bar = None

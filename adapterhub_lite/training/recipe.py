@@ -1,0 +1,112 @@
+"""From a recipe to an adapter folder: one run, which goes on from its last checkpoint if it was interrupted."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import get_last_checkpoint
+
+from adapterhub_lite.bases import ResolvedBase
+from adapterhub_lite.errors import ConfigurationError
+from adapterhub_lite.recipe import TrainingRecipe
+from adapterhub_lite.record import TrainingRecord, read_record
+from adapterhub_lite.tasks import get_task
+from adapterhub_lite.training.arguments import AdapterTrainingArguments
+from adapterhub_lite.training.rows import load_rows
+from adapterhub_lite.training.trainer import AdapterTrainer
+
+# Rows drawn from an example task at the most; longer runs see them again.
+MOST_TASK_ROWS = 2000
+TARGETS: dict[str, str | list[str]] = {
+    "all-linear": "all-linear",
+    "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "mlp": ["gate_proj", "up_proj", "down_proj"],
+}
+
+
+@dataclass(frozen=True)
+class TrainingOutcome:
+    """A finished run: the adapter's folder (plain PEFT) and the record of how it came about."""
+
+    folder: Path
+    record: TrainingRecord
+
+
+def rows_for(data: str | None, task: str | None, recipe: TrainingRecipe) -> tuple[Any, str]:
+    """Return the training rows and the name they go by in the record.
+
+    Raises:
+        ConfigurationError: both `data` and `task` were given, or neither.
+        DataError: the data cannot be used.
+    """
+    if (data is None) == (task is None):
+        raise ConfigurationError("Give either --data (a JSONL file or a Hub id) or --task (an example task).")
+    if data is not None:
+        return load_rows(data), Path(data).name if Path(data).exists() else data
+    wanted = recipe.steps * recipe.batch_size * recipe.accumulation
+    example = get_task(str(task))
+    return example.rows(min(wanted, MOST_TASK_ROWS), seed=recipe.seed), f"adapterhub-lite/tasks/{example.name}"
+
+
+def train_adapter(
+    base: ResolvedBase,
+    rows: Sequence[dict[str, Any]] | Any,
+    folder: str | Path,
+    recipe: TrainingRecipe,
+    *,
+    data_id: str | None = None,
+    show_progress: bool = True,
+) -> TrainingOutcome:
+    """Train on `rows` (anything `load_rows` takes) and return the adapter, in a run folder of its own under `folder`.
+
+    The same base, rows and settings are the same run: a finished one is returned as it is, an interrupted one goes on
+    from its last checkpoint.
+
+    Raises:
+        DataError: a row cannot be used.
+        TrainingError: the run stopped because going on would be wrong.
+    """
+    rows = load_rows(rows)
+    run = Path(folder) / _run_key(base, rows, recipe)
+    finished = read_record(run / "adapter")
+    if finished is not None:
+        return TrainingOutcome(run / "adapter", finished)
+    arguments = _arguments(recipe, run, show_progress)
+    trainer = AdapterTrainer(str(base.folder), arguments, train_dataset=rows, base=base)
+    if data_id is not None:
+        trainer.data_name = data_id
+    last = get_last_checkpoint(str(run)) if run.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    adapter = trainer.save_adapter(run / "adapter")
+    record = read_record(adapter)
+    assert record is not None, "save_adapter writes the record"
+    return TrainingOutcome(adapter, record)
+
+
+def _arguments(recipe: TrainingRecipe, run: Path, show_progress: bool) -> AdapterTrainingArguments:
+    return AdapterTrainingArguments(
+        output_dir=str(run),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulation,
+        learning_rate=recipe.learning_rate,
+        rank=recipe.rank,
+        alpha=recipe.alpha or 2 * recipe.rank,
+        target_modules=TARGETS[recipe.target_modules],
+        max_length=recipe.max_length,
+        overlong=recipe.overlong,
+        seed=recipe.seed,
+        save_steps=recipe.save_steps,
+        show_progress=show_progress,
+    )
+
+
+def _run_key(base: ResolvedBase, rows: Any, recipe: TrainingRecipe) -> str:
+    """Twelve hex digits that name a run: the same base, rows and settings give the same run, anything else another."""
+    digest = hashlib.sha256(json.dumps([base.fingerprint, asdict(recipe)], sort_keys=True).encode())
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True).encode())
+    return digest.hexdigest()[:12]

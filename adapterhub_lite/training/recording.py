@@ -1,0 +1,68 @@
+"""Writes down what a run was. Knows the record's schema and where each of its facts lies."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from adapterhub_lite.bases import ResolvedBase
+from adapterhub_lite.record import RECORD_FILE, BaseRecord, TrainingRecord
+from adapterhub_lite.training.arguments import AdapterTrainingArguments
+
+PACKAGES = ("adapterhub-lite", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "bitsandbytes")
+# Where a run is, not what it is; and fields that would put a secret into a file that is published.
+LEFT_OUT = frozenset({"output_dir", "logging_dir", "hub_token", "push_to_hub_token", "run_name", "local_rank"})
+
+
+def describe_base(base: ResolvedBase | None, model: PeftModel) -> BaseRecord:
+    """Say which base a run started from; a model that came without one is identified by its weights in memory."""
+    config = model.config
+    quantization = getattr(config, "quantization_config", None)
+    method = None if quantization is None else json.dumps(_plain(quantization), sort_keys=True, default=str)
+    if base is not None:
+        return BaseRecord(id=base.model_id, revision=base.revision, fingerprint=base.fingerprint, quantization=method)
+    digest = hashlib.sha256()
+    for name, parameter in model.get_base_model().named_parameters():
+        if "lora_" not in name:
+            flat = parameter.detach().cpu().contiguous().flatten()
+            digest.update(name.replace(".base_layer", "").encode())
+            digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    return BaseRecord(
+        id=config._name_or_path or type(model.get_base_model()).__name__,
+        fingerprint=f"memory:{digest.hexdigest()}",
+        quantization=method,
+    )
+
+
+def _plain(quantization: Any) -> Any:
+    return quantization.to_dict() if hasattr(quantization, "to_dict") else quantization
+
+
+def hyperparameters(args: AdapterTrainingArguments, peft: Mapping[str, Any]) -> dict[str, Any]:
+    """Return every argument of the run as JSON values, and the adapter's own configuration under `adapter`."""
+    values = {key: value for key, value in args.to_dict().items() if key not in LEFT_OUT and "token" not in key}
+    values["adapter"] = {key: sorted(value) if isinstance(value, set) else value for key, value in peft.items()}
+    return json.loads(json.dumps(values, default=str))
+
+
+def packages() -> dict[str, str]:
+    """Return the versions of the packages that decide what a run computes."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write_record(record: TrainingRecord, folder: Path) -> Path:
+    """Write the record beside the adapter in `folder`."""
+    path = folder / RECORD_FILE
+    path.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return path

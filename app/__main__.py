@@ -1,0 +1,7 @@
+"""`python -m app`."""
+
+import sys
+
+from app.launch import main
+
+sys.exit(main())

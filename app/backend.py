@@ -1,0 +1,60 @@
+"""What every tab works with: the engine, the registry, the access rules, and the answers under way."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from adapterhub_lite.registry import AdapterRegistry
+from adapterhub_lite.serving import InferenceEngine
+from app.access import Access
+
+
+class Cancellable(Protocol):
+    """An answer under way."""
+
+    def cancel(self) -> None:
+        """Ask for its end; returns at once."""
+
+
+class LiveAnswers:
+    """The answers under way in each browser session, so that Stop ends one's own and nobody else's. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_session: dict[str, list[Cancellable]] = {}
+
+    @contextmanager
+    def watch(self, session: str, answer: Cancellable) -> Iterator[None]:
+        """Count `answer` as under way in `session` for the block, and cancel it should the block end early."""
+        with self._lock:
+            self._by_session.setdefault(session, []).append(answer)
+        try:
+            yield
+        finally:
+            answer.cancel()
+            with self._lock:
+                remaining = self._by_session[session]
+                remaining.remove(answer)
+                if not remaining:
+                    del self._by_session[session]
+
+    def stop(self, session: str) -> int:
+        """Cancel everything under way in `session`; returns how many answers that were."""
+        with self._lock:
+            answers = list(self._by_session.get(session, ()))
+        for answer in answers:
+            answer.cancel()
+        return len(answers)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The rooms behind the page; `base_name` is what people call the base that the engine serves."""
+
+    engine: InferenceEngine
+    registry: AdapterRegistry
+    base_name: str
+    access: Access = field(default_factory=Access)
+    live: LiveAnswers = field(default_factory=LiveAnswers)

@@ -1,0 +1,100 @@
+"""The Chat tab's components and what they are wired to. The work is done in chat.py."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gradio as gr
+
+from app.answers import AnswerSettings
+from app.backend import Backend
+from app.chat import ask, retry
+from app.escape import literal_markdown
+from app.notice import sentence
+from app.task import describe_task, task_examples
+from app.transcript import Turn, chat_bubbles, read_turns, write_turns
+
+EXAMPLE_LENGTH = 300
+
+
+def build_chat_tab(backend: Backend, task: gr.Dropdown) -> None:
+    """Lay out the tab around the task picker and wire it."""
+    # The conversation lives in the page (see transcript.py); this carries it to and fro and shows nothing.
+    turns = gr.JSON(value=[], visible=False)
+    with gr.Row(equal_height=False, elem_id="chat"):
+        with gr.Column(scale=1, min_width=260, elem_id="chat-side"):
+            task.render()
+            about = gr.Markdown(elem_id="task-about", elem_classes="quiet")
+            examples = gr.Dataset(
+                components=[gr.Textbox(visible=False)], samples=[], label="Examples", elem_id="examples", visible=False
+            )
+            with gr.Accordion("Settings", open=False):
+                length = gr.Slider(8, 512, value=128, step=8, label="Longest answer, tokens")
+                temperature = gr.Slider(0, 1.5, value=0, step=0.1, label="Temperature (0 always picks the likeliest)")
+                remember = gr.Checkbox(value=True, label="Send the earlier turns along")
+        with gr.Column(scale=3, min_width=320):
+            chatbot = gr.Chatbot(
+                elem_id="transcript", show_label=False, height="min(62vh, 620px)", render_markdown=False,
+                allow_tags=False, latex_delimiters=[], buttons=[], placeholder="Pick a task and ask.",
+            )  # fmt: skip
+            with gr.Row(elem_id="ask"):
+                question = gr.Textbox(
+                    show_label=False, label="Your message", placeholder="Write a message, Enter sends it", lines=1,
+                    max_lines=6, scale=8, container=False, autofocus=True, elem_id="question",
+                )  # fmt: skip
+                send = gr.Button("Send", variant="primary", scale=1, min_width=80, elem_id="send")
+                stop = gr.Button("Stop", variant="stop", scale=1, min_width=80, elem_id="stop", visible=False)
+            with gr.Row(elem_classes="natural"):
+                again = gr.Button("Retry", size="sm", elem_id="retry")
+                clear = gr.Button("New conversation", size="sm", elem_id="clear")
+
+    settings: list[Any] = [length, temperature, remember]
+    outputs = [chatbot, turns, question, send, stop]
+
+    def on_ask(
+        picked: str, text: str, held: Any, tokens: float, warmth: float, earlier: bool, request: gr.Request
+    ) -> Iterator[tuple[Any, ...]]:
+        session, how = str(request.session_hash), AnswerSettings(int(tokens), float(warmth))
+        yield from _updates(held, lambda turns: ask(backend, session, picked, text, turns, how, remember=earlier))
+
+    def on_retry(
+        picked: str, held: Any, tokens: float, warmth: float, earlier: bool, request: gr.Request
+    ) -> Iterator[tuple[Any, ...]]:
+        session, how = str(request.session_hash), AnswerSettings(int(tokens), float(warmth))
+        yield from _updates(held, lambda turns: retry(backend, session, picked, turns, how, remember=earlier))
+
+    def on_stop(request: gr.Request) -> None:
+        backend.live.stop(str(request.session_hash))
+
+    def on_task(picked: str) -> tuple[Any, Any]:
+        samples = [[example] for example in task_examples(picked, backend.registry)]
+        about_it = literal_markdown(describe_task(picked, backend.registry))
+        return about_it, gr.Dataset(samples=samples, visible=bool(samples))
+
+    gr.on(
+        [question.submit, send.click],
+        on_ask,
+        [task, question, turns, *settings],
+        outputs,
+        trigger_mode="once",
+        show_progress="hidden",
+    )
+    again.click(on_retry, [task, turns, *settings], outputs, trigger_mode="once", show_progress="hidden")
+    stop.click(on_stop, queue=False)
+    clear.click(lambda: ([], [], ""), None, [chatbot, turns, question], queue=False)
+    task.change(on_task, task, [about, examples], queue=False, show_progress="hidden")
+    examples.click(lambda row: row[0], examples, question, queue=False, show_progress="hidden")
+
+
+def _updates(held: Any, answering: Callable[[list[Turn]], Iterator[list[Turn]]]) -> Iterator[tuple[Any, ...]]:
+    """Turn snapshots of a conversation into updates of (chatbot, turns, question, send, stop)."""
+    snapshot: list[Turn] = []
+    try:
+        for number, snapshot in enumerate(answering(read_turns(held))):
+            bubbles = chat_bubbles(snapshot)
+            if number == 0:
+                yield bubbles, write_turns(snapshot), "", gr.Button(visible=False), gr.Button(visible=True)
+            else:
+                yield bubbles, gr.skip(), gr.skip(), gr.skip(), gr.skip()
+    except Exception as error:  # a page that holds no readable conversation; the answer's own errors are turns
+        snapshot = [Turn(role="assistant", text="", by="app", notice=sentence(error))]
+    yield chat_bubbles(snapshot), write_turns(snapshot), gr.skip(), gr.Button(visible=True), gr.Button(visible=False)

@@ -1,0 +1,131 @@
+"""Starts the app on this machine: picks the port, shuts the doors, says where it is. Knows no tab."""
+
+import argparse
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import gradio as gr
+
+from adapterhub_lite.errors import AdapterHubError, ResourceError
+from adapterhub_lite.registry import AdapterRegistry
+from adapterhub_lite.serving import InferenceEngine
+from app.access import Access
+from app.demo import build_demo
+from app.headers import security_middleware
+from app.theme import STYLE_SHEET, build_theme
+
+DEFAULT_PORT = 7860
+PORTS_TRIED = 100
+
+
+@dataclass(frozen=True)
+class RunningApp:
+    """An app that is being served at `url`; `close()` ends it and leaves the engine alone."""
+
+    url: str
+    demo: gr.Blocks
+
+    def close(self) -> None:
+        """Stop serving and free the port."""
+        self.demo.close(verbose=False)
+
+
+def launch(
+    engine: InferenceEngine,
+    registry: AdapterRegistry,
+    *,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    base_name: str | None = None,
+    access: Access | None = None,
+    block: bool = True,
+) -> RunningApp:
+    """Serve the app and print where it is. With `block`, return when it is interrupted.
+
+    `port` None means 7860 or the next free one.
+
+    Raises:
+        ResourceError: the port asked for, or every port tried, is in use.
+    """
+    access = access or Access()
+    chosen = free_port(host, port)
+    demo = build_demo(engine, registry, base_name=base_name, access=access)
+    demo.queue(default_concurrency_limit=None, api_open=False)
+    try:
+        demo.launch(
+            server_name=host,
+            server_port=chosen,
+            auth=access.check if access.has_login else None,
+            share=False,
+            quiet=True,
+            show_error=False,
+            prevent_thread_lock=True,
+            footer_links=[],
+            run_history=False,
+            enable_monitoring=False,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            app_kwargs={"middleware": security_middleware()},
+            theme=build_theme(),
+            css_paths=STYLE_SHEET,
+        )
+    except OSError as error:
+        raise ResourceError(f"Port {chosen} on {host} was taken by another program meanwhile. Start again.") from error
+    running = RunningApp(url=f"http://{_spoken_host(host)}:{chosen}/", demo=demo)
+    moved = f" (port {DEFAULT_PORT} is in use)" if port is None and chosen != DEFAULT_PORT else ""
+    print(f"adapterhub-lite is at {running.url}{moved}", flush=True)
+    if block:
+        demo.block_thread()
+    return running
+
+
+def free_port(host: str, port: int | None) -> int:
+    """Return `port` if it is free, or for None the first free one from 7860 on; 0 lets the system choose.
+
+    Raises:
+        ResourceError: it is, or all of them are, in use.
+    """
+    candidates = range(DEFAULT_PORT, DEFAULT_PORT + PORTS_TRIED) if port is None else (port,)
+    for candidate in candidates:
+        with socket.socket() as probe:
+            # As the server does, so that a port whose last connections are still closing counts as free.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, candidate))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    tried = f"Ports {DEFAULT_PORT} to {DEFAULT_PORT + PORTS_TRIED - 1} are" if port is None else f"Port {port} is"
+    raise ResourceError(f"{tried} in use on {host}. Stop the other program, or give another port.")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Start the app from the command line (`python -m app`). Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m app", description=main.__doc__)
+    parser.add_argument(
+        "--base", default=os.environ.get("ADAPTERHUB_BASE", "smollm2-135m"), help="base model name or folder"
+    )
+    parser.add_argument("--home", default=None, help="registry home; default $ADAPTERHUB_HOME or ~/.adapterhub-lite")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=None, help="port; default 7860 or the next free one")
+    parser.add_argument("--users", default=None, help="JSON file of logins with their roles; default no login")
+    chosen = parser.parse_args(arguments)
+    try:
+        access = Access.read(chosen.users) if chosen.users else Access()
+        registry = AdapterRegistry(chosen.home)
+        with InferenceEngine.from_base(chosen.base, registry=registry, home=chosen.home) as engine:
+            launch(
+                engine, registry, host=chosen.host, port=chosen.port, base_name=Path(chosen.base).name, access=access
+            )
+    except AdapterHubError as error:
+        parser.exit(2, f"{error}\n")
+    return 0
+
+
+def _spoken_host(host: str) -> str:
+    everywhere = host in ("", "0.0.0.0", "::")  # noqa: S104 - compared with, not bound to
+    return "127.0.0.1" if everywhere else host

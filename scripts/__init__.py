@@ -1,0 +1,1 @@
+"""What people and CI run: quickstart, tests, benches. Not part of the installed package."""

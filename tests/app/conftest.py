@@ -1,0 +1,89 @@
+"""A small world for the app: a tiny base, adapters in a real registry, a real engine, a served page, Chromium."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapterhub_lite.bases import resolve_base
+from adapterhub_lite.registry import AdapterRegistry
+from adapterhub_lite.serving import InferenceEngine
+from app.access import Access
+from app.backend import Backend
+from app.launch import RunningApp, launch
+
+HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'> ![x](http://127.0.0.1:9/x.png)"
+# Without these Chromium looks for its maker's servers at every start.
+BROWSER_FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+
+
+@dataclass
+class World:
+    """A registry with `sql` (versions 1 and 2, prod at 1), `event` and `odd` (hostile texts), and an engine over it."""
+
+    home: Path
+    registry: AdapterRegistry
+    engine: InferenceEngine
+    adapter_folder: Path
+
+    def backend(self, access: Access | None = None) -> Backend:
+        """The rooms as the handlers get them."""
+        return Backend(self.engine, self.registry, "tiny", access or Access())
+
+
+@pytest.fixture(scope="module")
+def world(tiny_base: Path, make_adapter: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """One world for a whole file of tests; tests that write use names of their own."""
+    home = tmp_path_factory.mktemp("app-home")
+    registry = AdapterRegistry(home)
+    base = resolve_base(tiny_base)
+    folders = [make_adapter(seed=seed) for seed in range(4)]
+    about: list[tuple[str, dict[str, Any]]] = [
+        ("sql", {"task": "A question to SQL", "examples": ["Films of 1999?", "Who ordered twice?"]}),
+        ("sql", {"task": "A question to SQL", "examples": ["Films of 1999?", "Who ordered twice?"]}),
+        (
+            "event",
+            {"task": "A sentence to a calendar event", "examples": ["Lunch with Ana on Friday"], "tags": ["json"]},
+        ),
+        ("odd", {"task": HOSTILE, "examples": [HOSTILE], "tags": [HOSTILE[:60]]}),
+    ]
+    metric = {"metric": "exact match", "adapter_value": 0.87, "base_value": 0.02, "data": "held-out rows"}
+    for folder, (name, more) in zip(folders, about, strict=True):
+        registry.add(folder, name, base=base, evaluation=[metric], **more)
+    registry.set_alias("sql", "prod", version=1)
+    with InferenceEngine.from_base(tiny_base, registry=registry) as engine:
+        yield World(home, registry, engine, folders[0])
+
+
+@pytest.fixture
+def serve(world: World) -> Iterator[Callable[..., RunningApp]]:
+    """A function that serves the world's app on a free port; whatever it served is closed after the test."""
+    started: list[RunningApp] = []
+
+    def start(**options: Any) -> RunningApp:
+        started.append(launch(world.engine, world.registry, port=0, base_name="tiny", block=False, **options))
+        return started[-1]
+
+    yield start
+    for running in started:
+        running.close()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Headless Chromium, the one of this machine."""
+    executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if executable is None:
+        pytest.skip("no Chromium on this machine: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=executable, args=BROWSER_FLAGS)
+        yield chromium
+        chromium.close()

@@ -1,0 +1,149 @@
+"""Asking: the conversation grows, says who answered, and turns every fault into a sentence."""
+
+import itertools
+from typing import Any
+
+import pytest
+
+from app.answers import STOPPED, AnswerSettings
+from app.chat import ask, retry
+from app.transcript import (
+    INTERRUPTED,
+    MAX_CHARACTERS,
+    MAX_TURNS,
+    Turn,
+    chat_bubbles,
+    model_messages,
+    read_turns,
+    write_turns,
+)
+
+SHORT = AnswerSettings(max_new_tokens=12)
+
+
+def last(snapshots: Any) -> list[Turn]:
+    """The conversation as it ended."""
+    return list(snapshots)[-1]
+
+
+def test_an_answer_grows_and_ends_with_its_receipt(world: Any) -> None:
+    snapshots = list(ask(world.backend(), "s", "sql@prod", "hello", [], SHORT))
+    assert [turn.role for turn in snapshots[0]] == ["user", "assistant"]
+    assert snapshots[0][1].is_open and snapshots[0][1].by == "sql@prod"
+    texts = [turns[-1].text for turns in snapshots]
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts[:-1]))
+    receipt = snapshots[-1][-1].receipt
+    assert receipt is not None
+    assert receipt.digests == (world.registry.resolve("sql:1").digest,)
+    assert receipt.base_fingerprint == world.engine.base_fingerprint
+
+
+def test_changing_the_task_in_mid_conversation_changes_who_answers(world: Any) -> None:
+    backend = world.backend()
+    turns: list[Turn] = []
+    for task in ("(base)", "sql", "event"):
+        turns = last(ask(backend, "s", task, "what now", turns, SHORT))
+    answers = [turn for turn in turns if turn.role == "assistant"]
+    assert [turn.by for turn in answers] == ["base", "sql", "event"]
+    expected = [(), (world.registry.resolve("sql:2").digest,), (world.registry.resolve("event").digest,)]
+    assert [turn.receipt.digests for turn in answers if turn.receipt] == expected
+    assert answers[1].text != answers[2].text
+
+
+def test_a_blend_answers_with_both_digests(world: Any) -> None:
+    answer = last(ask(world.backend(), "s", "sql*0.7+event*0.3", "hello", [], SHORT))[-1]
+    assert answer.by == "0.7×sql + 0.3×event"
+    assert answer.receipt is not None and len(answer.receipt.digests) == 2
+
+
+@pytest.mark.parametrize(
+    ("task", "expected"),
+    [
+        ("nobody", "no such|There is no"),
+        ("../etc", "Wanted an adapter"),
+        ("sql*x", "not a number"),
+        ("sql:9", "There is no"),
+    ],
+)
+def test_a_task_that_is_none_is_a_sentence_in_place(world: Any, task: str, expected: str) -> None:
+    answer = last(ask(world.backend(), "s", task, "hello", [], SHORT))[-1]
+    assert answer.receipt is None and answer.notice is not None
+    assert any(words in answer.notice for words in expected.split("|"))
+    assert "Traceback" not in answer.notice
+
+
+def test_an_empty_question_asks_for_one(world: Any) -> None:
+    turns = last(ask(world.backend(), "s", "(base)", "  ", [], SHORT))
+    assert len(turns) == 1 and turns[0].notice is not None and "no question" in turns[0].notice
+
+
+def test_stop_ends_ones_own_answer_and_nobody_elses(world: Any) -> None:
+    backend = world.backend()
+    mine = ask(backend, "me", "sql", "hello", [], AnswerSettings(max_new_tokens=300))
+    other = ask(backend, "you", "sql", "hello", [], AnswerSettings(max_new_tokens=30))
+    for growing in (mine, other):
+        next(growing), next(growing)
+    assert backend.live.stop("me") == 1
+    assert last(mine)[-1].notice == STOPPED
+    assert last(other)[-1].receipt is not None
+    assert backend.live.stop("me") == 0
+
+
+def test_closing_a_page_cancels_its_answer(world: Any) -> None:
+    backend = world.backend()
+    growing = ask(backend, "gone", "sql", "hello", [], AnswerSettings(max_new_tokens=300))
+    next(growing), next(growing)
+    growing.close()
+    assert backend.live.stop("gone") == 0
+
+
+def test_retry_asks_the_last_question_again_of_the_task_picked_now(world: Any) -> None:
+    backend = world.backend()
+    first = last(ask(backend, "s", "sql", "hello", [], SHORT))
+    again = last(retry(backend, "s", "event", first, SHORT))
+    assert [turn.role for turn in again] == ["user", "assistant"]
+    assert again[0].text == "hello" and again[1].by == "event"
+    assert last(retry(backend, "s", "event", [], SHORT)) == []
+
+
+def test_an_answer_cut_off_by_a_restart_is_marked_and_the_conversation_goes_on(world: Any) -> None:
+    left = [Turn(role="user", text="hello"), Turn(role="assistant", text="", by="sql")]
+    turns = last(ask(world.backend(), "s", "sql", "again", read_turns(write_turns(left)), SHORT))
+    assert turns[1].notice == INTERRUPTED
+    assert turns[3].receipt is not None
+
+
+def test_long_conversations_and_questions_stay_within_what_a_page_may_send(world: Any) -> None:
+    many = [Turn(role="user", text="x"), Turn(role="assistant", text="y", notice="-")] * MAX_TURNS
+    turns = last(ask(world.backend(), "s", "(base)", "z" * (MAX_CHARACTERS + 5), many, SHORT, remember=False))
+    assert len(read_turns(write_turns(turns))) <= MAX_TURNS
+
+
+def test_earlier_turns_go_along_only_when_wanted() -> None:
+    turns = [Turn(role="user", text="a"), Turn(role="assistant", text="b"), Turn(role="user", text="c")]
+    assert [message["content"] for message in model_messages(turns, remember=True)] == ["a", "b", "c"]
+    assert [message["content"] for message in model_messages(turns, remember=False)] == ["c"]
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        [{"role": "system", "text": "x"}],
+        [{"role": "user"}],
+        [{"role": "user", "text": "x", "html": "y"}],
+        "x",
+        {"a": 1},
+    ],
+)
+def test_what_is_no_conversation_is_refused(sent: object) -> None:
+    from adapterhub_lite.errors import DataError
+
+    with pytest.raises(DataError, match="Start a new one"):
+        read_turns(sent)
+
+
+def test_bubbles_show_code_as_written_and_markup_as_text() -> None:
+    turns = [Turn(role="assistant", text="SELECT *\n  FROM a<b><script>", by="<b>sql</b>", notice="so")]
+    answer, receipt = chat_bubbles(turns)
+    assert answer["content"][0]["text"] == "SELECT *\n  FROM a&lt;b&gt;&lt;script&gt;"
+    assert receipt["metadata"]["title"].startswith("&lt;b&gt;sql")

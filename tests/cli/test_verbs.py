@@ -1,0 +1,111 @@
+"""Each verb as a user runs it: a real process, its help, its JSON; a mistake is one sentence and exit code 2."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapterhub_lite.cli.main import VERBS
+from adapterhub_lite.registry import AdapterRegistry
+
+
+def run(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-c", "from adapterhub_lite.cli.main import main; main()", *arguments]
+    environ = {**os.environ, "COLUMNS": "160", "NO_COLOR": "1", **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=environ, cwd=Path(__file__).parents[2])
+
+
+@pytest.fixture
+def stocked(home: Path, make_adapter: Any, tiny_base: Path) -> AdapterRegistry:
+    from adapterhub_lite.bases import resolve_base
+
+    registry = AdapterRegistry(home)
+    for seed in (1, 2):
+        registry.add(make_adapter(seed=seed), "sql", base=resolve_base(tiny_base))
+    return registry
+
+
+def test_every_verb_has_help_with_an_example() -> None:
+    from typer.testing import CliRunner
+
+    from adapterhub_lite.cli.main import build_app
+
+    for verb in VERBS:
+        outcome = CliRunner().invoke(build_app(), [verb, "--help"])
+        assert outcome.exit_code == 0
+        assert f"adapterhub-lite {verb}" in " ".join(outcome.output.split())
+
+
+def test_list_show_alias_and_rollback(stocked: AdapterRegistry) -> None:
+    assert {row["version"] for row in json.loads(run("list", "--json").stdout)} == {1, 2}
+    for version in ("1", "2"):
+        assert run("alias", "sql", "prod", version).returncode == 0
+    assert json.loads(run("alias", "sql", "--json").stdout)["aliases"] == {"prod": 2}
+    assert json.loads(run("rollback", "sql", "prod", "--json").stdout)["version"] == 1
+    shown = json.loads(run("show", "sql@prod", "--json").stdout)
+    assert shown["digest"] == stocked.resolve("sql:1").digest
+    assert "sql:1" in run("show", "sql@prod").stdout
+
+
+def test_a_registry_verb_does_not_import_torch(stocked: AdapterRegistry) -> None:
+    code = (
+        "import sys; sys.argv = ['adapterhub-lite', 'list', '--json']\n"
+        "from adapterhub_lite.cli.main import build_app; build_app()(standalone_mode=False)\n"
+        "assert 'torch' not in sys.modules"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, env=dict(os.environ)).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("show", "nothing"), "nothing"),
+        (("show", "a b"), "Wanted an adapter as"),
+        (("alias", "sql", "prod"), "Which version"),
+        (("train", "x", "--task", "sqll"), "Did you mean 'sql'?"),
+        (("train", "x"), "Give either --data"),
+        (("train", "x", "--task", "sql", "--steps", "0"), "steps is 0"),
+        (("train", "x", "--task", "sql", "--base", "nowhere"), "There is no base 'nowhere'"),
+        (("train", "../x", "--task", "sql"), "cannot name an adapter"),
+        (("eval", "nothing", "--task", "sql"), "nothing"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(arguments: tuple[str, ...], complaint: str) -> None:
+    outcome = run(*arguments)
+    assert outcome.returncode == 2, outcome.stderr
+    last = outcome.stderr.strip().splitlines()[-1]
+    assert last.startswith("Error: ")
+    assert complaint in last
+    assert "Traceback" not in outcome.stderr
+
+
+def test_train_then_eval_on_a_file_of_ones_own(tiny_base: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n} plus {n}?", "completion": str(2 * n)} for n in range(12)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--data", str(data), "--base", str(tiny_base))
+    trained = run("train", "double", *options, "--steps", "2", "--batch-size", "4", "--json")
+    assert trained.returncode == 0, trained.stderr
+    assert json.loads(trained.stdout)["training"]["steps"] == 2
+    scored = run("eval", "double", *options, "--max-new-tokens", "4", "--json")
+    assert scored.returncode == 0, scored.stderr
+    assert json.loads(scored.stdout)["rows"] == 12
+
+
+def test_a_bad_row_names_file_and_line(tiny_base: Path, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
+    outcome = run("train", "x", "--data", str(data), "--base", str(tiny_base))
+    assert outcome.returncode == 2
+    assert "rows.jsonl" in outcome.stderr
+    assert "line 2" in outcome.stderr
+
+
+def test_doctor_says_what_is_missing_and_how_to_get_it() -> None:
+    findings = {row["what"]: row for row in json.loads(run("doctor", "--json").stdout)}
+    assert {"GPU", "bitsandbytes", "chromium", "home folder"} <= set(findings)
+    assert all(row["remedy"] for row in findings.values() if not row["works"])

@@ -1,0 +1,74 @@
+"""Who may do what on a hub with tokens, in the exceptions that the client knows."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+from adapterhub_lite.errors import ResourceError
+from adapterhub_lite.hub_server import Account, HubServer
+
+TOKENS = {
+    "hf_ann": Account("ann", orgs=("team",)),
+    "hf_ann_reads": Account("ann", role="read"),
+    "hf_bob": Account("bob"),
+}
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Iterator[HubServer]:
+    with HubServer(tmp_path / "hub", tokens=TOKENS) as server:
+        yield server
+
+
+def client(server: HubServer, token: str | bool = False) -> HfApi:
+    return HfApi(endpoint=server.url, token=token)
+
+
+def test_private_repositories_exist_for_their_owners_only(guarded: HubServer) -> None:
+    client(guarded, "hf_ann").create_repo("team/secret", private=True)
+    client(guarded, "hf_ann").create_repo("ann/open")
+    for token in (False, "hf_bob"):
+        with pytest.raises(RepositoryNotFoundError):
+            client(guarded, token).model_info("team/secret")
+        assert [model.id for model in client(guarded, token).list_models()] == ["ann/open"]
+    assert client(guarded, "hf_ann").model_info("team/secret").private
+    client(guarded, "hf_ann").update_repo_settings("team/secret", private=False)
+    assert not client(guarded).model_info("team/secret").private
+
+
+@pytest.mark.parametrize(("token", "status"), [(False, 401), ("hf_wrong", 401), ("hf_ann_reads", 403), ("hf_bob", 403)])
+def test_writing_needs_a_write_token_of_the_owner(guarded: HubServer, token: str | bool, status: int) -> None:
+    client(guarded, "hf_ann").create_repo("ann/open")
+    with pytest.raises(HfHubHTTPError, match=str(status)):
+        client(guarded, token).upload_file(path_or_fileobj=b"x", path_in_repo="a.txt", repo_id="ann/open")
+    with pytest.raises(HfHubHTTPError, match=str(status)):
+        client(guarded, token).create_repo("ann/new")
+    with pytest.raises(HfHubHTTPError, match=str(status)):
+        client(guarded, token).delete_repo("ann/open")
+
+
+def test_gated_files_need_an_account_that_was_let_in(guarded: HubServer, tmp_path: Path) -> None:
+    owner = client(guarded, "hf_ann")
+    owner.create_repo("ann/gated")
+    owner.upload_file(path_or_fileobj=b"x", path_in_repo="a.txt", repo_id="ann/gated")
+    owner.update_repo_settings("ann/gated", gated="manual")
+    assert client(guarded, "hf_bob").model_info("ann/gated").gated == "manual"
+    for token in (False, "hf_bob"):
+        with pytest.raises(GatedRepoError):
+            hf_hub_download("ann/gated", "a.txt", endpoint=guarded.url, token=token, cache_dir=tmp_path / "cache")
+    assert hf_hub_download("ann/gated", "a.txt", endpoint=guarded.url, token="hf_ann", cache_dir=tmp_path / "cache")
+
+
+def test_whoami_tells_role_and_organisations(guarded: HubServer) -> None:
+    assert [org["name"] for org in client(guarded, "hf_ann").whoami()["orgs"]] == ["team"]
+    assert client(guarded, "hf_ann_reads").whoami()["auth"]["accessToken"]["role"] == "read"
+    with pytest.raises(HfHubHTTPError, match="Invalid user token"):
+        client(guarded, "hf_wrong").whoami()
+
+
+def test_a_taken_port_is_one_sentence(guarded: HubServer, tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="not free"):
+        HubServer(tmp_path / "second", port=int(guarded.url.rpartition(":")[2]))
