@@ -1,1 +1,1 @@
-"""TODO-merging"""
+"""Merging: adapter folders in, an adapter folder or a merged model out, with a receipt."""
