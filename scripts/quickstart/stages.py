@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from adapterhub_lite.training.recipe import train_adapter
-
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import AdapterHubError
 from adapterhub_lite.evaluation import compare_with_base
@@ -20,6 +18,7 @@ from adapterhub_lite.recipe import TrainingRecipe
 from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
 from adapterhub_lite.tasks import TASKS, Row, Task
+from adapterhub_lite.training.recipe import train_adapter
 
 Say = Callable[[str], None]
 ANSWER_TOKENS = 64
