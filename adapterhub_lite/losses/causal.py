@@ -1,30 +1,71 @@
-"""The loss of a causal language model from its hidden states. Knows torch only."""
+"""The loss of a causal language model from its hidden states, by whichever implementation was chosen."""
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from adapterhub_lite.losses.choice import LossChoice, run_kernel
 from adapterhub_lite.losses.heads import Head
-from adapterhub_lite.losses.tiled import linear_cross_entropy
+from adapterhub_lite.losses.options import LossOptions
+from adapterhub_lite.losses.reference import losses_of_logits, reduce_losses
+from adapterhub_lite.losses.tiled import tiled_cross_entropy
 
 
 def causal_lm_loss(
-    head: Head, hidden: Tensor, labels: Tensor, *, shift: bool = True, reduction: str = "sum", **options: Any
+    head: Head,
+    hidden: Tensor,
+    labels: Tensor,
+    *,
+    shift: bool = True,
+    reduction: str = "sum",
+    token_weights: Tensor | None = None,
+    choice: LossChoice | None = None,
+    **options: Any,
 ) -> Tensor:
     """Next-token loss of hidden states (batch, seq, D), after the final norm, with labels (batch, seq), -100 ignored.
 
     With `shift` the state at t is judged by the label at t + 1; without, labels are taken as already shifted.
-    `options` go to `linear_cross_entropy`. Returns a scalar, or (batch * kept seq,) for `reduction="none"`.
+    `token_weights` is (batch, seq), shifted as the labels are. `choice` is that of `choose_loss`; without one, tiles
+    are used wherever they can read the head, and the model's own head where they cannot. Further `options` are those
+    of `LossOptions`; soft cap and scale are the head's own.
+
+    Returns a scalar on the head's device, or (batch * kept seq,) for `reduction="none"`.
     """
+    wanted = LossOptions(reduction=reduction, softcap=head.softcap, logit_scale=head.logit_scale, **options)
     if shift:
         hidden, labels = hidden[:, :-1], labels[:, 1:]
-    return linear_cross_entropy(
-        hidden.reshape(-1, hidden.shape[-1]),
-        head.weight,
-        labels.reshape(-1),
-        bias=head.bias,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
-        reduction=reduction,
-        **options,
-    )
+        token_weights = None if token_weights is None else token_weights[:, 1:]
+    device = head.weight.device
+    states = hidden.reshape(-1, hidden.shape[-1]).to(device)
+    targets = labels.reshape(-1).to(device)
+    weights = None if token_weights is None else token_weights.reshape(-1).to(device)
+    name = choice.name if choice is not None else "full" if head.unreadable() else "tiled"
+    if name == "full":
+        return _full(head, states, targets, wanted, weights)
+    if name != "tiled":
+        return run_kernel(name, states, head, targets, wanted, weights)
+    valid = targets != wanted.ignore_index
+    if head.low_rank():
+        # A and its dropout only for the tokens that count.
+        index = valid.nonzero().squeeze(1)
+        widened, extra = head.widened(states[index])
+        losses = tiled_cross_entropy(
+            widened, head.weight, targets[index], replace(wanted, reduction="none"), bias=head.bias, extra=extra
+        )
+        return _spread(losses, index, valid, wanted, weights)
+    return tiled_cross_entropy(states, head.weight, targets, wanted, bias=head.bias, token_weights=weights)
+
+
+def _full(head: Head, states: Tensor, targets: Tensor, options: LossOptions, weights: Tensor | None) -> Tensor:
+    """Through the model's own head, called even for no valid token: partitioned weights are gathered by all or none."""
+    valid = targets != options.ignore_index
+    index = valid.nonzero().squeeze(1)
+    losses = losses_of_logits(head.logits(states[index]), targets[index], options)
+    return _spread(losses, index, valid, options, weights)
+
+
+def _spread(losses: Tensor, index: Tensor, valid: Tensor, options: LossOptions, weights: Tensor | None) -> Tensor:
+    """Losses of the valid tokens back to all tokens, then reduced."""
+    everywhere = losses.new_zeros(valid.shape).index_put((index,), losses)
+    return reduce_losses(everywhere, valid, options.reduction, weights)

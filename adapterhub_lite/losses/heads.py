@@ -3,31 +3,132 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from adapterhub_lite.errors import ConfigurationError
+from adapterhub_lite.losses.rows import is_quantised, is_zero3
+
+KNOWN_FAMILIES = frozenset(
+    (
+        *("cohere", "cohere2", "falcon_h1", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "granite"),
+        *("granitemoe", "hyperclovax", "llama", "minicpm3", "mistral", "olmo2", "phi", "phi3", "qwen2", "qwen3"),
+        *("smollm3", "starcoder2"),
+    )
+)
+"""Model types whose logits are known to be what `head_of` says: a test compares each with the model's own."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """Where the logits of a model come from. `weight` and `bias` are read when asked, so that a swap is seen."""
+    """Where the logits of a model come from: cap(scale * (hidden @ weight.T + bias)).
+
+    `module` is what the model calls. Everything is read from it when asked, so that a switched adapter, a swapped
+    weight or an optimizer step is seen. `family` is the model type, None where it is not known.
+    """
 
     module: nn.Module
     softcap: float | None = None
     logit_scale: float = 1.0
+    family: str | None = None
+
+    @property
+    def plain(self) -> nn.Module:
+        """The module that holds the weight: inside a LoRA layer the base, in modules_to_save the active copy."""
+        return _unwrap(self.module)
 
     @property
     def weight(self) -> Tensor:
-        """The (V, D) weight of the head as it is now."""
-        weight = self.module.weight
+        """The (V, D) weight of the head as it is now; packed, partitioned or empty if it is held so."""
+        weight = self.plain.weight
         assert isinstance(weight, Tensor)
         return weight
 
     @property
     def bias(self) -> Tensor | None:
         """The (V,) bias, or None."""
-        bias = getattr(self.module, "bias", None)
+        bias = getattr(self.plain, "bias", None)
         return bias if isinstance(bias, Tensor) else None
+
+    @property
+    def trained(self) -> bool:
+        """Whether the head gets a gradient: its weight, its bias or a LoRA pair on it."""
+        found = [self.weight, self.bias, *(pair.up for pair in self.low_rank())]
+        return any(x is not None and x.requires_grad for x in found)
+
+    def low_rank(self) -> tuple["LowRankPair", ...]:
+        """The active LoRA pairs on the head, unmerged, in the order the layer adds them."""
+        layer: Any = self.module
+        if not _is_lora(layer) or layer.disable_adapters or layer.merged:
+            return ()
+        return tuple(
+            LowRankPair(layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name], layer.scaling[name])
+            for name in layer.active_adapters
+            if name in layer.lora_A
+        )
+
+    def unreadable(self) -> str | None:
+        """Why the tiles cannot compute these logits from weight, bias and LoRA pairs; None when they can."""
+        plain = self.plain
+        layer: Any = self.module
+        if _is_lora(layer) and self.low_rank():
+            if any(name in layer.lora_variant for name in layer.active_adapters):
+                return "a LoRA variant such as DoRA on the head is more than a low-rank sum"
+            if any(pair.up_module.bias is not None for pair in self.low_rank()):
+                return "a LoRA on the head has a bias of its own"
+        elif hasattr(layer, "base_layer") and not _is_lora(layer):
+            return f"the head is wrapped by {type(layer).__name__}, which is no LoRA"
+        weight = getattr(plain, "weight", None)
+        if not isinstance(weight, Tensor):
+            return f"{type(plain).__name__} has no weight"
+        if weight.device.type == "meta":
+            return "the head's weight is offloaded outside its module"
+        if type(plain).forward is not nn.Linear.forward and not is_quantised(weight):
+            return f"{type(plain).__name__} does not compute a plain linear map"
+        if is_zero3(weight) and weight.requires_grad:
+            return "a trained head under ZeRO-3 can only be read inside its module"
+        return None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (n, V) of hidden states (n, D) by the module itself: whatever it is, it is asked."""
+        logits = self.module(hidden)
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+    def widened(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Hidden states (n, D + r) and more columns of the head (V, r), so that LoRA pairs are one linear map."""
+        pairs = self.low_rank()
+        if not pairs:
+            return hidden, None
+        downs = [pair.down(hidden).to(hidden.dtype) for pair in pairs]
+        return torch.cat([hidden, *downs], 1), torch.cat([pair.up for pair in pairs], 1)
+
+
+@dataclass(frozen=True)
+class LowRankPair:
+    """One LoRA on the head: up @ down, of rank r."""
+
+    down_module: nn.Module
+    up_module: nn.Module
+    dropout: nn.Module
+    scaling: float
+
+    @property
+    def up(self) -> Tensor:
+        """B, (V, r)."""
+        weight = self.up_module.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def down(self, hidden: Tensor) -> Tensor:
+        """scaling * A(dropout(hidden)), (n, r), in the dtype of A."""
+        dtype = self.down_module.weight.dtype
+        assert isinstance(dtype, torch.dtype)
+        states: Tensor = self.down_module(self.dropout(hidden.to(dtype)))
+        return states * self.scaling
 
 
 def head_of(model: Any) -> Head:
@@ -39,5 +140,33 @@ def head_of(model: Any) -> Head:
     module = model.get_output_embeddings()
     if module is None:
         raise ConfigurationError(f"{type(model).__name__} has no output embeddings: a causal language model is needed.")
-    softcap = getattr(model.config, "final_logit_softcapping", None)
-    return Head(module, softcap=softcap)
+    config = model.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(module, softcap or None, _logit_scale(config), getattr(config, "model_type", None))
+
+
+def _logit_scale(config: Any) -> float:
+    """The factor on the logits under the names that families give it: Cohere, Falcon-H1, Granite, MiniCPM3."""
+    for name in ("logit_scale", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    # HyperCLOVA X multiplies by what Granite and MiniCPM3 divide by.
+    return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
+
+
+def _is_lora(module: Any) -> bool:
+    return hasattr(module, "base_layer") and hasattr(module, "lora_A")
+
+
+def _unwrap(module: Any) -> nn.Module:
+    copies = getattr(module, "modules_to_save", None)
+    if isinstance(copies, nn.ModuleDict):
+        active = [name for name in module.active_adapters if name in copies]
+        module = module.original_module if module.disable_adapters or not active else copies[active[0]]
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    assert isinstance(module, nn.Module)
+    return module

@@ -29,15 +29,19 @@ def full_cross_entropy(
 
     Returns a scalar, or (N,) in fp32 for `reduction="none"`. All targets ignored gives a differentiable zero.
     """
-    logits = full_logits(hidden, weight, bias, options)
+    losses = losses_of_logits(full_logits(hidden, weight, bias, options), targets, options)
+    return reduce_losses(losses, targets != options.ignore_index, options.reduction, token_weights)
+
+
+def losses_of_logits(logits: Tensor, targets: Tensor, options: LossOptions) -> Tensor:
+    """Losses (n,) of finished logits (n, V), 0 where the target is ignored; scale and cap are already in them."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     losses = F.cross_entropy(
         logits, targets, ignore_index=options.ignore_index, label_smoothing=options.label_smoothing, reduction="none"
     )
-    valid = targets != options.ignore_index
     if options.z_loss:
-        losses = losses + options.z_loss * torch.logsumexp(logits, -1).square() * valid
-    return reduce_losses(losses, valid, options.reduction, token_weights)
+        losses = losses + options.z_loss * torch.logsumexp(logits, -1).square() * (targets != options.ignore_index)
+    return losses
 
 
 def reduce_losses(losses: Tensor, valid: Tensor, reduction: str, token_weights: Tensor | None) -> Tensor:

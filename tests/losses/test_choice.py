@@ -1,0 +1,88 @@
+"""Which implementation is taken, and the reason that the training record keeps."""
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from adapterhub_lite.errors import ConfigurationError, UnknownNameError
+from adapterhub_lite.losses import Head, LossChoice, LossOptions, causal_lm_loss, choose_loss, head_of
+from adapterhub_lite.losses.choice import RUNGS, Situation
+
+
+@pytest.fixture
+def model(tiny_base: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny_base)
+
+
+def test_large_logits_take_tiles_and_say_why_not_the_others(model: Any) -> None:
+    choice = choose_loss(model, tokens=10**5)
+    assert choice.name == "tiled"
+    assert [name for name, _ in choice.rejected] == ["cut_cross_entropy", "liger", "full"]
+    record = choice.record()
+    assert record["name"] == "tiled" and "GPU" in record["not liger"]
+    assert all(isinstance(value, str) for value in record.values())
+
+
+def test_few_logits_take_the_full_loss(model: Any) -> None:
+    assert choose_loss(model, tokens=16).name == "full"
+
+
+def test_a_name_that_cannot_run_is_refused_with_the_reason(model: Any) -> None:
+    with pytest.raises(ConfigurationError, match="GPU"):
+        choose_loss(model, tokens=16, prefer="liger")
+    with pytest.raises(UnknownNameError, match="tiled"):
+        choose_loss(model, tokens=16, prefer="tild")
+
+
+@pytest.mark.parametrize("name", ["full", "tiled"])
+def test_a_name_asked_for_is_taken_and_gives_the_same_loss(model: Any, name: str) -> None:
+    choice = choose_loss(model, tokens=16, prefer=name)
+    assert choice.name == name
+    hidden, labels = torch.randn(2, 9, 32), torch.randint(272, (2, 9))
+    labels[:, :4] = -100
+    options = {"label_smoothing": 0.1, "z_loss": 0.01, "token_weights": torch.rand(2, 9), "reduction": "mean"}
+    loss = causal_lm_loss(head_of(model), hidden, labels, choice=choice, **options)
+    torch.testing.assert_close(loss, causal_lm_loss(head_of(model), hidden, labels, **options))
+
+
+@pytest.mark.parametrize("choice", [LossChoice("full", ""), LossChoice("tiled", "")])
+def test_a_batch_without_labels_is_a_differentiable_zero(model: Any, choice: LossChoice) -> None:
+    hidden = torch.randn(2, 9, 32, requires_grad=True)
+    loss = causal_lm_loss(head_of(model), hidden, torch.full((2, 9), -100), reduction="mean", choice=choice)
+    loss.backward()
+    assert loss.item() == 0.0 and hidden.grad is not None and not hidden.grad.any()
+
+
+class TestKernelRungs:
+    """The rules of the Triton rungs, judged for a head on a GPU; no kernel runs."""
+
+    @pytest.fixture
+    def situation(self, monkeypatch: pytest.MonkeyPatch) -> Any:
+        monkeypatch.setattr(Situation, "device", property(lambda self: torch.device("cuda")))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+        return lambda head, **options: Situation(head, 10**6, LossOptions(**options))
+
+    @pytest.mark.parametrize("rung", ["cut_cross_entropy", "liger"])
+    def test_an_import_error_is_reported(self, situation: Any, rung: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        package = "cut_cross_entropy" if rung == "cut_cross_entropy" else "liger_kernel.transformers"
+        monkeypatch.setitem(sys.modules, package, None)
+        reason = RUNGS[rung](situation(Head(nn.Linear(8, 9, bias=False))))
+        assert reason is not None and "Error" in reason and package.split(".")[0] in reason
+
+    def test_what_a_kernel_does_not_do_is_named(self, situation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        module = ModuleType("cut_cross_entropy")
+        module.linear_cross_entropy = object()
+        monkeypatch.setitem(sys.modules, "cut_cross_entropy", module)
+        refuse = RUNGS["cut_cross_entropy"]
+        plain = nn.Linear(8, 9, bias=False)
+        assert refuse(situation(Head(plain))) is None
+        assert "a bias" in refuse(situation(Head(nn.Linear(8, 9))))
+        assert "logit scale" in refuse(situation(Head(plain, logit_scale=2.0)))
+        assert "z-loss" in refuse(situation(Head(plain), z_loss=0.1))
+        assert "gradient scaler" in refuse(situation(Head(plain.half())))
