@@ -86,7 +86,7 @@ def bind(
         bound = total = len(pairs)
     else:
         wanted = config.targets(modules)
-        names = {_in_base(module, modules) or module for module in pairs}
+        names = {name_in_base(module, modules) or module for module in pairs}
         bound, total = len(wanted & names), len(wanted)
         problems += _left_over(wanted, names)
     if not bound:
@@ -112,7 +112,7 @@ def _shape_problems(
     wrong = []
     for module, pair in pairs.items():
         rank = record.rank_of(module)
-        name = _in_base(module, modules) if modules is not None else None
+        name = name_in_base(module, modules) if modules is not None else None
         weight = modules[name] if modules is not None and name is not None else None
         wrong += [f"{module}: {reason}" for reason in _pair_problems(config, pair, rank, weight)]
     return [f"{len(wrong)} shapes are wrong: {_some(wrong)}"] if wrong else []
@@ -137,7 +137,7 @@ def _pair_problems(config: LoraConfigFile, pair: LoraPair, rank: int, weight: tu
     return [f"{part} is {list(pair.parts[part].shape)}" for part in one_a_row if pair.parts[part].shape != (b[0],)]
 
 
-def _in_base(module: str, modules: Modules) -> str | None:
+def name_in_base(module: str, modules: Modules) -> str | None:
     """The base's own name of `module`: some checkpoints leave out the first part (`transformer.`, `model.`)."""
     if module in modules:
         return module
