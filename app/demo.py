@@ -1,5 +1,7 @@
 """The page: a masthead and one tab for each thing to do. Lays out; each tab's module wires itself."""
 
+import os
+
 import gradio as gr
 
 from adapterhub_lite.registry import AdapterRegistry
@@ -28,6 +30,8 @@ def build_demo(
     def on_leave(request: gr.Request) -> None:
         backend.live.stop(str(request.session_hash))
 
+    # After every event Gradio sums up all events so far, in pandas: seconds of work on a page that is used for long.
+    os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", "1000000000")
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as demo:
         with gr.Row(elem_id="masthead"):
             gr.Markdown(f"# {TITLE}\n{literal_markdown(_strapline(backend))}", elem_id="wordmark")
