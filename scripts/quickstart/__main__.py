@@ -13,6 +13,7 @@ from rich.table import Table
 from adapterhub_lite.bases import ResolvedBase, resolve_base
 from adapterhub_lite.errors import AdapterHubError
 from adapterhub_lite.home import adapterhub_home
+from adapterhub_lite.quiet import quiet_libraries
 from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.tasks import TASKS
 from scripts.quickstart.stages import (
@@ -128,6 +129,7 @@ def main() -> None:
         steps=tuple((task, getattr(options, f"{task}_steps")) for task in usual.tasks),
     )
     home = adapterhub_home()
+    quiet_libraries()
     try:
         report = run_quickstart(home, settings, fresh=options.fresh)
         print_report(report)
