@@ -74,13 +74,16 @@ def choose_loss(
         if refusal is not None:
             raise ConfigurationError(f"The loss {prefer!r} cannot be used: {refusal}. Use 'auto' or 'full'.")
         return LossChoice(prefer, "asked for by name")
+    unread = head.unreadable() or mismatch
+    if unread is not None:
+        return LossChoice("full", unread, tuple((name, unread) for name in RUNGS if name != "full"))
     rejected: list[tuple[str, str]] = []
     for name, refuse in RUNGS.items():
         refusal = refuse(situation)
         if refusal is None:
             return LossChoice(name, _reason(name, situation), tuple(rejected))
         rejected.append((name, refusal))
-    return LossChoice("full", rejected[-1][1], tuple(x for x in rejected if x[0] != "full"))
+    raise AssertionError("tiles read every head that was not sent to the full loss above")
 
 
 def head_mismatch(model: Any, head: Head) -> str | None:
@@ -127,8 +130,6 @@ def _reason(name: str, situation: Situation) -> str:
 
 def _refuse_small(situation: Situation) -> str | None:
     count = situation.tokens * rows_shape(situation.head.weight)[0]
-    if situation.mismatch is not None or situation.head.unreadable() is not None:
-        return None if situation.mismatch is None else situation.mismatch
     return None if count <= SMALL_LOGITS else f"{count} logits would be held where tiles hold a part"
 
 

@@ -66,6 +66,14 @@ def open_rows(weight: Tensor) -> Iterator[RowReader]:
         yield _plain(weight.detach())
 
 
+def gathered_to_train(weight: Any) -> Tensor:
+    """The whole of a DTensor parameter; its gradient goes back averaged over the processes, as FSDP2 does."""
+    from torch.distributed.tensor import Partial
+
+    whole: Tensor = weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
+    return whole
+
+
 def _plain(weight: Tensor) -> RowReader:
     return lambda part: weight[part]
 

@@ -17,7 +17,15 @@ from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.losses.options import LossOptions, check_shapes, check_targets
 from adapterhub_lite.losses.passes import Problem, Statistics, gradients, statistics
 from adapterhub_lite.losses.reference import reduce_losses
-from adapterhub_lite.losses.rows import RowReader, is_quantised, is_sharded, is_zero3, open_rows, rows_shape
+from adapterhub_lite.losses.rows import (
+    RowReader,
+    gathered_to_train,
+    is_quantised,
+    is_sharded,
+    is_zero3,
+    open_rows,
+    rows_shape,
+)
 
 
 def linear_cross_entropy(
@@ -76,7 +84,7 @@ def tiled_cross_entropy(
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     if weight.requires_grad and is_sharded(weight):
-        weight = weight.full_tensor()  # type: ignore[attr-defined]
+        weight = gathered_to_train(weight)
     elif weight.requires_grad and is_zero3(weight):
         raise ConfigurationError(
             "A trained head under ZeRO-3 cannot be read outside its module: use the full loss, ZeRO-2, or freeze it."

@@ -1,20 +1,23 @@
 """How fast and how small is the logits-free loss beside the full one and its peers, in one paired run?
 
 Every measured value is the median of rounds in which all contestants take turns. Peak is the growth of resident memory
-above the inputs, gradients of the inputs included, of a child process each that does nothing else (CUDA: the allocator's).
+above the inputs, their gradients included, in a child process each that does nothing else (CUDA: the allocator's).
+A run replaces the problems it measured in results/loss.json and leaves the others; each keeps its own date and load.
 
     python scripts/bench/loss.py                 # all problems, about 10 minutes on 2 cores
-    python scripts/bench/loss.py --only frozen-half-masked --rounds 7
+    python scripts/bench/loss.py --only frozen-half-masked lengths --rounds 7
     python scripts/bench/loss.py --tiles         # the sweep behind the tile size rule
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -189,7 +192,7 @@ def compare(problem: Problem, rounds: int, device: torch.device) -> dict[str, An
             else:
                 seconds[name].append(taken)
     gradient = problem.vocabulary * problem.columns * problem.dtype.itemsize if problem.head_trained else 0
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name in losses:
         peak = peak_of(name, problem, device)
         rows[name] = {
@@ -205,7 +208,7 @@ def compare(problem: Problem, rounds: int, device: torch.device) -> dict[str, An
         mine, theirs = row["peak_bytes_beyond_weight_gradient"], full["peak_bytes_beyond_weight_gradient"]
         row["full_peak_to_this"] = round(theirs / max(1, mine), 2)
     described = {**vars(problem), "dtype": str(problem.dtype).removeprefix("torch.")}
-    return {"problem": described, "contestants": rows}
+    return {"problem": described, "contestants": rows, **_circumstances()}
 
 
 def scale_with_length(rounds: int, device: torch.device) -> list[dict[str, float]]:
@@ -281,21 +284,37 @@ def main() -> None:
         swept = {p.name: sweep_tiles(p, arguments.rounds, device) for p in problems}
         print(write_result("loss_tiles", {"tiles": swept}))
         return
-    results = [compare(problem, arguments.rounds, device) for problem in problems]
-    lengths = scale_with_length(arguments.rounds, device) if not arguments.only else []
-    name = "loss" if not arguments.only else "loss_" + "_".join(arguments.only)
-    left_out = contestants(device)[1]
-    print(write_result(name, {"results": results, "lengths": lengths, "left_out": left_out}))
-    plot(results, RESULTS / f"{name}.png")
-    for result in results:
-        print(result["problem"]["name"])
-        for contestant, row in result["contestants"].items():
-            print(
-                f"  {contestant:28s} {row['seconds_median']:8.3f} s ({row['time_to_full']:.2f} of full)"
-                f" {row['peak_bytes'] / 1e6:8.0f} MB (1/{row['full_peak_to_this']:.1f}) loss {row['loss']:.5f}"
-            )
-    for row in lengths:
-        print(f"  {row['tokens']:6d} tokens {row['seconds']:.3f} s {row['peak_bytes'] / 1e6:.0f} MB")
+    found = _earlier()
+    for problem in problems:
+        found[problem.name] = compare(problem, arguments.rounds, device)
+        print_result(found[problem.name])
+    if "lengths" in (arguments.only or ["lengths"]):
+        found["lengths"] = {"ours": scale_with_length(arguments.rounds, device), **_circumstances()}
+        for row in found["lengths"]["ours"]:
+            print(f"  {row['tokens']:6d} tokens {row['seconds']:.3f} s {row['peak_bytes'] / 1e6:.0f} MB")
+    print(write_result("loss", {"results": found, "left_out": contestants(device)[1]}))
+    plot([found[p.name] for p in (*PROBLEMS, *GPU_PROBLEMS) if p.name in found], RESULTS / "loss.png")
+
+
+def _earlier() -> dict[str, Any]:
+    path = RESULTS / "loss.json"
+    found: dict[str, Any] = json.loads(path.read_text())["results"] if path.exists() else {}
+    return found
+
+
+def _circumstances() -> dict[str, Any]:
+    return {"measured": datetime.now(UTC).isoformat(timespec="seconds"), "load_average": round(os.getloadavg()[0], 2)}
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """One line a contestant."""
+    print(result["problem"]["name"])
+    for contestant, row in result["contestants"].items():
+        print(
+            f"  {contestant:28s} {row['seconds_median']:8.3f} s ({row['time_to_full']:.2f} of full)"
+            f" {row['peak_bytes'] / 1e6:8.0f} MB (1/{row['full_peak_to_this']:.1f}) loss {row['loss']:.5f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

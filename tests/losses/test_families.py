@@ -35,7 +35,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "mamba_d_state": 8, "mamba_chunk_size": 8,
     },
     "minicpm3": {
-        "dim_model_base": 8, "q_lora_rank": 16, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4,
+        "dim_model_base": 8, "q_lora_rank": 16, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
         "v_head_dim": 8,
     },
 }  # fmt: skip
