@@ -9,8 +9,9 @@ from types import TracebackType
 import uvicorn
 
 from adapterhub_lite.errors import ResourceError
-from adapterhub_lite.hub_server.app import Account, create_app
+from adapterhub_lite.hub_server.app import create_app
 from adapterhub_lite.hub_server.faults import FaultLayer, Faults
+from adapterhub_lite.hub_server.hub import Account
 
 
 class HubServer:
