@@ -1,5 +1,7 @@
 """Many publishers, one repository: every version once, none lost, whoever comes first."""
 
+import json
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -27,9 +29,6 @@ def classic_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def eight(registry: AdapterRegistry, adapter: Path, base: ResolvedBase, tmp_path: Path) -> AdapterRegistry:
     """Eight versions with eight digests: the same adapter with eight different scalings."""
-    import json
-    import shutil
-
     for alpha in range(1, PUBLISHERS + 1):
         folder = tmp_path / f"alpha-{alpha}"
         shutil.copytree(adapter, folder)
@@ -60,7 +59,11 @@ def test_eight_threads(eight: AdapterRegistry, hub_server: HubServer, tmp_path: 
 
 @pytest.mark.slow
 def test_eight_processes(eight: AdapterRegistry, hub_server: HubServer, tmp_path: Path) -> None:
-    program = "import sys; from adapterhub_lite.registry import AdapterRegistry as R; R().push(*sys.argv[1:3], endpoint=sys.argv[3])"
+    program = """
+import sys
+from adapterhub_lite.registry import AdapterRegistry
+AdapterRegistry().push(*sys.argv[1:3], endpoint=sys.argv[3])
+"""
     running = [
         subprocess.Popen([sys.executable, "-c", program, f"sql:{n}", REPO, hub_server.url], stderr=subprocess.PIPE)
         for n in range(1, PUBLISHERS + 1)
