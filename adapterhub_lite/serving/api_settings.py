@@ -1,0 +1,65 @@
+"""The server's settings, each described once; the command line is derived from them."""
+
+import ipaddress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from adapterhub_lite.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """How to serve. Sizes in bytes or characters as named, times in seconds.
+
+    Raises:
+        ConfigurationError: a limit below 1, or an address beyond this machine without keys.
+    """
+
+    base_name: str = field(default="base", metadata={"help": "Name of the base as clients give it in `model`."})
+    adapters: str = field(
+        default="",
+        metadata={
+            "help": "Adapters to load at the start and serve, comma-separated; empty serves every one in the registry."
+        },
+    )
+    host: str = field(
+        default="127.0.0.1", metadata={"help": "Address to listen on; beyond this machine only with keys."}
+    )
+    port: int = field(default=8000, metadata={"help": "Port to listen on; 0 takes a free one."})
+    keys: Path | None = field(
+        default=None, metadata={"help": "JSON file with the API keys and what each may use; none lets everybody in."}
+    )
+    max_body_bytes: int = field(default=1_000_000, metadata={"help": "Largest request body, in bytes."})
+    max_prompt_characters: int = field(
+        default=200_000, metadata={"help": "Longest prompt or conversation, in characters."}
+    )
+    max_new_tokens: int = field(default=1024, metadata={"help": "Most tokens one request may ask for."})
+    max_concurrent: int = field(
+        default=64, metadata={"help": "Requests in work at once; more are told to come back (429)."}
+    )
+    timeout_seconds: float = field(default=120.0, metadata={"help": "Longest time one request may take, in seconds."})
+    drain_seconds: int = field(
+        default=30, metadata={"help": "How long a stopping server lets its requests finish, in seconds."}
+    )
+
+    def __post_init__(self) -> None:
+        limits = ("max_body_bytes", "max_prompt_characters", "max_new_tokens", "max_concurrent", "timeout_seconds")
+        low = [f"{name} is {getattr(self, name)}" for name in limits if not getattr(self, name) > 0]
+        if low or self.drain_seconds < 0:
+            raise ConfigurationError(f"The server's limits must be above 0: {', '.join(low) or 'drain_seconds'}.")
+        if self.keys is None and not _on_this_machine(self.host):
+            raise ConfigurationError(
+                f"Listening on {self.host} lets others in, so it needs keys: give --keys FILE, or listen on 127.0.0.1."
+            )
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """The adapters to load at the start."""
+        return tuple(part.strip() for part in self.adapters.split(",") if part.strip())
+
+
+def _on_this_machine(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
