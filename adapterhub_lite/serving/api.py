@@ -1,6 +1,7 @@
 """The OpenAI-compatible front of an engine: routes only. `model` is the base, a reference or a blend.
 
-Reading order: api_settings, api_models, api_auth, api_errors, api_metrics, api_desk, api_format, api_log, this, api_server.
+Reading order: api_settings, api_models, api_auth, api_errors, api_metrics, api_desk, api_format, api_log, this file,
+api_server.
 """
 
 import uuid
@@ -171,12 +172,8 @@ class Api:
         found = [self._model(self.settings.base_name, None)]
         names: set[str] = set()
         for manifest in self.desk.registry.list():
-            served = not self.desk.served or manifest.name in self.desk.served
-            if (
-                manifest.base.fingerprint == self.desk.engine.base_fingerprint
-                and served
-                and caller.may_use(manifest.name)
-            ):
+            fits = manifest.base.fingerprint == self.desk.engine.base_fingerprint
+            if fits and self.desk.serves(manifest.name) and caller.may_use(manifest.name):
                 names.add(manifest.name)
                 found.append(self._model(manifest.reference, manifest.digest))
         for name in sorted(names):

@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.record import StrictModel
@@ -13,7 +13,7 @@ from adapterhub_lite.record import StrictModel
 class KeyFile(StrictModel):
     """The file of keys: key -> names of the adapters it may use ("*" for all), and the admin's key."""
 
-    keys: dict[str, tuple[str, ...]] = {}
+    keys: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     admin: str | None = None
 
 

@@ -113,10 +113,14 @@ class Desk:
         self._require(manifest.name, caller)
         return manifest
 
+    def serves(self, name: str) -> bool:
+        """Whether this server was started to serve the adapter of this name."""
+        return not self.served or name in self.served
+
     def _require(self, name: str, caller: Caller) -> None:
         if not caller.may_use(name):
             raise ApiRefusal(403, f"This key may not use the adapter {name!r}.", "adapter_not_allowed", param="model")
-        if self.served and name not in self.served:
+        if not self.serves(name):
             served = ", ".join(sorted(map(str, self.served)))
             raise ApiRefusal(404, f"{name!r} is not served here. Served: {served}.", "model_not_found", param="model")
 

@@ -54,7 +54,7 @@ def error_body(error: Exception) -> tuple[int, dict[str, Any]]:
         status, kind, code = next(told for family, told in _STATUS if isinstance(error, family))
     else:
         status, kind, code = 500, "server_error", "internal_error"
-    known = isinstance(error, (ApiRefusal, AdapterHubError)) and not (status == 500)
+    known = isinstance(error, (ApiRefusal, AdapterHubError)) and status != 500
     message = str(error) if known else "The server failed on this request; its log says why."
     # A message may quote what came in, which need not be encodable.
     clean = message.encode("utf-8", "replace").decode()
@@ -99,3 +99,4 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(AdapterHubError, _ours)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _ours)

@@ -6,16 +6,13 @@ import time
 from collections.abc import Callable
 
 from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapterhub_lite.serving.api_errors import ApiRefusal, error_response
 from adapterhub_lite.serving.api_metrics import BASE, Metrics
 
 logger = logging.getLogger("adapterhub.access")
-
-
-class _TooLargeError(Exception):
-    """The body went past the limit while it was read."""
 
 
 class BodyLimit:
@@ -28,30 +25,22 @@ class BodyLimit:
         """Hand on a request with a counted body."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        refused = error_response(ApiRefusal(413, f"The body is larger than {self.limit} bytes.", "body_too_large"))
+        told = f"The body is larger than {self.limit} bytes."
         announced = dict(scope["headers"]).get(b"content-length", b"0")
         if announced.isdigit() and int(announced) > self.limit:
-            return await refused(scope, receive, send)
-        read, started = 0, False
+            return await error_response(ApiRefusal(413, told, "body_too_large"))(scope, receive, send)
+        read = 0
 
         async def counted() -> Message:
             nonlocal read
             message = await receive()
             read += len(message.get("body", b""))
             if read > self.limit:
-                raise _TooLargeError
+                # The framework lets this one class through while it reads a body.
+                raise HTTPException(413, told)
             return message
 
-        async def watched(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
-        try:
-            await self.app(scope, counted, watched)
-        except _TooLargeError:
-            if not started:
-                await refused(scope, receive, send)
+        await self.app(scope, counted, send)
 
 
 class AccessLog:

@@ -17,17 +17,23 @@ def _encodable(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_encodable)]
-ModelName = Annotated[str, Field(min_length=1, max_length=500), AfterValidator(_encodable)]
+ModelName = Annotated[str, Field(min_length=1, max_length=250), AfterValidator(_encodable)]
 
 
-class TextPart(StrictModel):
+class WireModel(StrictModel):
+    """Unknown fields are refused. Not strict as a whole: JSON knows one kind of list; the numbers are, one by one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class TextPart(WireModel):
     """A piece of a message's content; only text is understood."""
 
     type: Literal["text"]
     text: Text
 
 
-class ChatMessage(StrictModel):
+class ChatMessage(WireModel):
     """One message of a conversation."""
 
     role: Literal["system", "user", "assistant", "developer"]
@@ -40,24 +46,21 @@ class ChatMessage(StrictModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
-class StreamOptions(StrictModel):
+class StreamOptions(WireModel):
     """What a stream carries beside its pieces."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
-class TextFormat(StrictModel):
+class TextFormat(WireModel):
     """The only format of an answer there is."""
 
     type: Literal["text"] = "text"
 
 
-class Sampling(StrictModel):
+class Sampling(WireModel):
     """What chat and completions have in common. Fields that only one value is served of are typed to that value."""
-
-    # JSON knows one kind of list; strict mode would want tuples already.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
     model: ModelName
     temperature: float = Field(1.0, ge=0, le=2, strict=True)
@@ -69,8 +72,8 @@ class Sampling(StrictModel):
     stream: bool = Field(False, strict=True)
     stream_options: StreamOptions | None = None
     n: Literal[1] | None = None
-    presence_penalty: Literal[0] | None = None
-    frequency_penalty: Literal[0] | None = None
+    presence_penalty: float | None = Field(None, ge=0, le=0, strict=True)
+    frequency_penalty: float | None = Field(None, ge=0, le=0, strict=True)
     user: Text | None = None
 
     @field_validator("stop")

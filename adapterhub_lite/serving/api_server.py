@@ -10,7 +10,7 @@ import uvicorn
 
 from adapterhub_lite.errors import ResourceError
 from adapterhub_lite.serving.api import create_api
-from adapterhub_lite.serving.api_auth import KeyRing
+from adapterhub_lite.serving.api_auth import Caller, KeyRing
 from adapterhub_lite.serving.api_desk import Engine
 from adapterhub_lite.serving.api_settings import ServerSettings
 
@@ -50,18 +50,13 @@ class ApiServer:
             self.app = create_api(engine, registry, settings, keys)
             self.api = self.app.state.api
             for reference in settings.references:
-                engine.load(registry.resolve(reference).reference)
+                self.api.desk.load(reference, Caller("start", admin=True))
         except BaseException:
             self._socket.close()
             raise
         self.url = f"http://{settings.host}:{self._socket.getsockname()[1]}"
-        config = uvicorn.Config(
-            self.app,
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=settings.drain_seconds,
-            lifespan="off",
-        )
+        quiet: dict[str, Any] = {"log_level": "warning", "access_log": False, "lifespan": "off"}
+        config = uvicorn.Config(self.app, timeout_graceful_shutdown=settings.drain_seconds, **quiet)
         self._server = _Uvicorn(config, self._drain)
         self._thread = threading.Thread(target=self._server.run, args=([self._socket],), daemon=True)
 
