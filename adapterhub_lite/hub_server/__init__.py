@@ -9,8 +9,9 @@ datasets or spaces, answers each listing as one page, and serves Xet through the
 and speaks plain HTTP. One process may own a data folder at a time.
 """
 
-from adapterhub_lite.hub_server.app import Account, create_app
+from adapterhub_lite.hub_server.app import create_app
 from adapterhub_lite.hub_server.faults import FAULT_KINDS, Fault, Faults
+from adapterhub_lite.hub_server.hub import Account
 from adapterhub_lite.hub_server.server import HubServer
 
 __all__ = ["FAULT_KINDS", "Account", "Fault", "Faults", "HubServer", "create_app"]

@@ -1,29 +1,15 @@
-"""Who may do what, and how answers and refusals look on the wire. The routes themselves are in `routes`."""
+"""The hub as an ASGI application: routes put together, refusals turned into answers."""
 
-import json
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import unquote
 
-import yaml
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from adapterhub_lite.hub_server.store import Commit, Entry, HubRefusal, HubStore, Repo
-from adapterhub_lite.hub_server.xet import XetStore
-
-
-@dataclass(frozen=True)
-class Account:
-    """Who a token stands for. `role` is "write" or "read"; `orgs` are other namespaces it may use."""
-
-    name: str
-    role: str = "write"
-    orgs: tuple[str, ...] = ()
+from adapterhub_lite.hub_server.hub import Account, Hub
+from adapterhub_lite.hub_server.routes import ROUTES, Wire
+from adapterhub_lite.hub_server.store import HubRefusal
 
 
 class RawPath:
@@ -39,123 +25,21 @@ class RawPath:
         )
 
 
-def front_matter(text: str) -> dict[str, Any]:
-    """The metadata block of a card, {} without one; raises YAMLError when it is no mapping."""
-    match = re.match(r"^---\r?\n(.*?)\r?\n---(\r?\n|$)", text, re.DOTALL)
-    found = yaml.safe_load(match.group(1)) if match else {}
-    if not isinstance(found, dict):
-        raise yaml.YAMLError("the metadata block is not a mapping")
-    return found
-
-
-class Hub:
-    """One store behind one table of tokens (None: open to all)."""
-
-    def __init__(self, data: Path, accounts: Mapping[str, Account] | None, part_bytes: int) -> None:
-        self.store, self.xet, self.accounts, self.part_bytes = (
-            HubStore(data),
-            XetStore(data / "xet"),
-            accounts,
-            part_bytes,
-        )
-        self.tickets: dict[str, tuple[str, int]] = {}
-
-    def account(self, request: Request) -> Account | None:
-        """Who is asking; 401 for a token that nobody has."""
-        token = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not token or self.accounts is None:
-            return Account("user") if token else None
-        if token not in self.accounts:
-            raise HubRefusal(401, "Invalid credentials in Authorization header")
-        return self.accounts[token]
-
-    def owns(self, account: Account | None, repo_id: str) -> bool:
-        """Whether the repository is in the caller's own or an organisation's namespace."""
-        return self.accounts is None or bool(account and repo_id.split("/")[0] in (account.name, *account.orgs))
-
-    def readable(self, request: Request, ns: str, name: str) -> Repo:
-        """The repository; missing and hidden look the same, as on the real hub."""
-        account, repo = self.account(request), self.store.find(f"{ns}/{name}")
-        if repo is None or (repo.private and not self.owns(account, repo.id)):
-            raise HubRefusal(404 if account else 401, "Repository not found", "RepoNotFound")
-        return repo
-
-    def require_write(self, request: Request, repo_id: str) -> None:
-        """Refuse a caller who may not write under this name: 401 without a token, 403 with a wrong one."""
-        account = self.account(request)
-        if self.accounts is not None and account is None:
-            raise HubRefusal(401, "Invalid username or password.")
-        if not self.owns(account, repo_id) or (account and account.role != "write"):
-            raise HubRefusal(403, f"Forbidden: you don't have the rights to write to {repo_id}.")
-
-    def writable(self, request: Request, ns: str, name: str) -> Repo:
-        """The repository, for a caller who may write to it."""
-        repo = self.readable(request, ns, name)
-        self.require_write(request, repo.id)
-        return repo
-
-    def at(self, request: Request, repo: Repo, revision: str) -> Commit:
-        """The commit that a quoted revision names; for a branch the one before while a stale listing is injected."""
-        commit = self.store.commit(repo.id, self.store.resolve(repo, unquote(revision)))
-        stale = getattr(request.state, "stale", False) and unquote(revision) in repo.branches and commit.parent
-        return self.store.commit(repo.id, commit.parent) if stale else commit
-
-    def entry(self, sha256: str) -> Entry:
-        """The entry of a large file that a commit names, taken in from the Xet side when it went there."""
-        if not self.store.blob(sha256).exists():
-            landing = self.store.incoming / sha256
-            if not self.xet.take_in(sha256, landing):
-                raise HubRefusal(400, f"No content with sha256 {sha256} was uploaded.")
-            self.store.admit(landing, sha256)
-        return self.store.large(sha256, self.xet.hash_of(sha256))
-
-    def ticket(self, ticket: str) -> tuple[str, int]:
-        """What an upload address is for: sha256 and size."""
-        if ticket not in self.tickets:
-            raise HubRefusal(403, "This upload address is not valid any more.")
-        return self.tickets[ticket]
-
-    def info(self, repo: Repo, commit: Commit) -> dict[str, Any]:
-        """A repository as `model_info` and `list_models` read it; tags are derived from its card."""
-        readme = commit.files.get("README.md")
-        try:
-            card = front_matter(self.store.blob(readme.sha256).read_text()) if readme else {}
-        except (yaml.YAMLError, UnicodeDecodeError):
-            card = {}
-        bases = card.get("base_model") or []
-        bases = [bases] if isinstance(bases, str) else bases
-        kinds = ["", *([f"{card['base_model_relation']}:"] if "base_model_relation" in card else [])]
-        tags = [*(card.get("tags") or []), *(f"base_model:{kind}{base}" for kind in kinds for base in bases)]
-        tags += [card["library_name"]] if "library_name" in card else []
-        files = [{"rfilename": path, "blobId": file.oid} | described(file) for path, file in commit.files.items()]
-        return {"id": repo.id, "sha": commit.sha, "private": repo.private, "gated": repo.gated or False, "tags": tags,
-                "createdAt": repo.created, "lastModified": commit.date, "siblings": files,
-                "cardData": json.loads(json.dumps(card, default=str))}  # fmt: skip
-
-
-def described(file: Entry) -> dict[str, Any]:
-    """Size, LFS and Xet keys of a file in a listing; `oid` and `sha256` are the same thing under two of its names."""
-    lfs = {"oid": file.sha256, "sha256": file.sha256, "size": file.size, "pointerSize": 134}
-    return {"size": file.size} | ({"lfs": lfs} if file.lfs else {}) | ({"xetHash": file.xet} if file.xet else {})
-
-
-async def _refused(_: Request, problem: Exception) -> JSONResponse:
-    assert isinstance(problem, HubRefusal)
-    headers = {"X-Error-Message": str(problem)} | ({"X-Error-Code": problem.code} if problem.code else {})
-    return JSONResponse({"error": str(problem)}, problem.status, headers)
+async def _refused(_: Request, refusal: Exception) -> JSONResponse:
+    assert isinstance(refusal, HubRefusal)
+    headers = {"X-Error-Message": str(refusal)} | ({"X-Error-Code": refusal.code} if refusal.code else {})
+    return JSONResponse({"error": str(refusal)}, refusal.status, headers)
 
 
 def create_app(data: Path, *, tokens: Mapping[str, Account] | None = None, part_bytes: int = 64_000_000) -> FastAPI:
-    """The hub as an ASGI application over the files in `data`.
+    """The hub over the files in `data`.
 
     `tokens` maps a token to its account; None lets everybody read and write. Files above `part_bytes` are uploaded
     in parts of that many bytes.
     """
-    from adapterhub_lite.hub_server.routes import account_routes, content_routes, repository_routes
-
-    app, hub = FastAPI(openapi_url=None, redirect_slashes=False), Hub(data, tokens, part_bytes)
-    for routes in (account_routes, repository_routes, content_routes):
-        app.include_router(routes(hub))
+    app, wire = FastAPI(openapi_url=None, redirect_slashes=False), Wire(Hub(data, tokens, part_bytes))
+    for method, path, name in ROUTES:
+        app.add_api_route(path, getattr(wire, name), methods=[method], response_model=None)
     app.add_exception_handler(HubRefusal, _refused)
     app.add_middleware(RawPath)
     return app

@@ -9,8 +9,9 @@ from types import TracebackType
 import uvicorn
 
 from adapterhub_lite.errors import ResourceError
-from adapterhub_lite.hub_server.app import Account, create_app
+from adapterhub_lite.hub_server.app import create_app
 from adapterhub_lite.hub_server.faults import FaultLayer, Faults
+from adapterhub_lite.hub_server.hub import Account
 
 
 class HubServer:
@@ -24,7 +25,8 @@ class HubServer:
         self, data: Path, *, port: int = 0, tokens: Mapping[str, Account] | None = None, part_bytes: int = 64_000_000
     ) -> None:
         self.faults = Faults()
-        self._socket = socket.socket()
+        # asyncio sends small answers at once only on sockets that say TCP; without, each waits 40 ms for an ACK.
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             self._socket.bind(("127.0.0.1", port))

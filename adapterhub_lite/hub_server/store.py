@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-NAME = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}/[A-Za-z0-9][\w.\-]{0,95}")
-REF = re.compile(r"[A-Za-z0-9][\w.\-/]{0,99}")
+NAME = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}/[A-Za-z0-9][\w.\-]{0,95}", re.ASCII)
+REF = re.compile(r"[A-Za-z0-9][\w.\-/]{0,99}", re.ASCII)
 FIRST_FILE = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 
 

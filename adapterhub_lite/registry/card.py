@@ -8,15 +8,15 @@ import yaml
 from adapterhub_lite.registry.manifest import AdapterManifest
 
 # What the hub takes for `base_model` and `datasets`: an id, never a path.
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}(/[A-Za-z0-9][\w.\-]{0,95})?")
-DATA_ID = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}/[A-Za-z0-9][\w.\-]{0,95}")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}(/[A-Za-z0-9][\w.\-]{0,95})?", re.ASCII)
+DATA_ID = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}/[A-Za-z0-9][\w.\-]{0,95}", re.ASCII)
 
 
 def hub_id(text: str) -> str:
     """`text` itself when it is a valid hub id, else the nearest valid id without folders of this machine in it."""
     if HUB_ID.fullmatch(text):
         return text
-    last = re.sub(r"[^\w.\-]+", "-", text.replace("\\", "/").rstrip("/").rpartition("/")[2]).strip("-._")
+    last = re.sub(r"[^A-Za-z0-9_.\-]+", "-", text.replace("\\", "/").rstrip("/").rpartition("/")[2]).strip("-._")
     return last[:96] or "unknown-base"
 
 
@@ -44,7 +44,7 @@ def _result(item: Any) -> dict[str, Any]:
 
 def render_card(manifest: AdapterManifest, repo_id: str) -> str:
     """The whole README.md of a version as it is published under `repo_id`."""
-    block = yaml.safe_dump(card_metadata(manifest), sort_keys=False, allow_unicode=True)
+    block = yaml.safe_dump(card_metadata(manifest), sort_keys=False)
     sections = [
         f"---\n{block}---\n",
         f"# {manifest.name} v{manifest.version}\n",
@@ -65,7 +65,7 @@ def _summary(manifest: AdapterManifest) -> str:
     )
     return (
         f"{task}A LoRA adapter of rank {lora.rank} (alpha {lora.alpha:g}, scaling {lora.scaling:g}) on "
-        f"{lora.modules_bound} modules of `{base.id}`{revision}.\n\n"
+        f"{lora.modules_bound} modules of `{hub_id(base.id)}`{revision}.\n\n"
         f"- digest `{manifest.digest}`\n- fingerprint of the base it was made on `{base.fingerprint}`{parents}\n"
     )
 

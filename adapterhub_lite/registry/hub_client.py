@@ -78,8 +78,7 @@ class HubRepo:
         for attempt in range(TRIES):
             info = self._read(f"look up {revision}", self._api.model_info, self.id, revision=revision)
             sha = str(info.sha)
-            listed = {**self.refs("branches"), **self.tags()}
-            if sha == revision or listed.get(revision, sha) == sha:
+            if sha == revision or self._listed().get(revision, sha) == sha:
                 return sha
             rest(attempt)
         raise HubUnreachableError(f"{self.endpoint} gives two answers for {revision} of {self.id}; try again later.")
@@ -100,14 +99,14 @@ class HubRepo:
         """Create the repository; nothing happens when it is there already."""
         self._read("create the repository", self._api.create_repo, self.id, private=private, exist_ok=True)
 
-    def refs(self, kind: str) -> dict[str, str]:
-        """`kind` "branches" or "tags": name -> commit."""
-        refs = self._read("list tags", self._api.list_repo_refs, self.id)
-        return {ref.name: ref.target_commit for ref in getattr(refs, kind)}
+    def _listed(self) -> dict[str, str]:
+        refs = self._read("list branches", self._api.list_repo_refs, self.id)
+        return {ref.name: ref.target_commit for ref in (*refs.branches, *refs.tags)}
 
     def tags(self) -> dict[str, str]:
         """Tag -> commit."""
-        return self.refs("tags")
+        refs = self._read("list tags", self._api.list_repo_refs, self.id)
+        return {ref.name: ref.target_commit for ref in refs.tags}
 
     def log(self, sha: str) -> list[RemoteCommit]:
         """The commits from `sha` back, newest first. By commit rather than by branch, so that it cannot be stale."""
@@ -164,12 +163,14 @@ class HubRepo:
                 raise
 
     def _read(self, doing: str, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        for attempt in range(TRIES):
+        # Downloads are tried again inside the client already, with long waits of their own.
+        tries = 2 if call == self._api.hf_hub_download else TRIES
+        for attempt in range(tries):
             try:
                 with self._translated(doing):
                     return call(*args, **kwargs)
             except HubUnreachableError as error:
-                if attempt == TRIES - 1:
+                if attempt == tries - 1:
                     raise
                 rest(attempt, error)
         raise AssertionError("unreachable")

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from json import JSONDecodeError
 from typing import Any
 
 import httpx2
@@ -80,7 +81,7 @@ def translate(
         and not isinstance(cause, (ConnectionError, TimeoutError))
     ):
         return ResourceError(f"Could not {where}: {cause.strerror} ({cause.filename}). Free or change that place.")
-    if isinstance(cause, ValueError) and not isinstance(cause, LocalEntryNotFoundError):
+    if isinstance(cause, ValueError) and not isinstance(cause, (LocalEntryNotFoundError, JSONDecodeError)):
         return HubError(f"Could not {where}: {_short(cause)}")
     return HubUnreachableError(
         f"Could not {where}: {type(cause).__name__}: {_short(cause)}. Try again when it answers."
@@ -119,7 +120,7 @@ def _missing(who: dict[str, Any] | None) -> str:
 
 
 def _unauthorized(error: HfHubHTTPError) -> str:
-    if "authorization" in error.request.headers:
+    if "authorization" in error.response.request.headers:
         return "the token was not accepted. It may be mistyped, expired or revoked; pass a valid one."
     return "a token is needed. Pass one with write access."
 

@@ -1,0 +1,232 @@
+"""Between HTTP and the engine: which adapter a request means at this moment, and answers without blocking the loop.
+
+A model's name is resolved once, to exact versions; the engine is asked for those, and an answer whose digest is not
+theirs is never given out. The engine blocks, so each request in work has a thread of its own.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from fastapi import Request
+
+from adapterhub_lite.errors import QueueFullError, RequestCancelledError, ServingError
+from adapterhub_lite.registry.manifest import AdapterManifest
+from adapterhub_lite.registry.reference import AdapterReference
+from adapterhub_lite.serving.api_auth import Caller
+from adapterhub_lite.serving.api_errors import ApiRefusal
+from adapterhub_lite.serving.api_metrics import Metrics
+from adapterhub_lite.serving.api_settings import ServerSettings
+from adapterhub_lite.serving.blend import WeightedReference, parse_blend
+from adapterhub_lite.serving.job import GenerationHandle
+from adapterhub_lite.serving.request import GenerationChunk, GenerationRequest, GenerationResult
+
+T = TypeVar("T")
+MAX_PARTS = 8
+BASE_NAMES = ("base",)
+
+
+class Engine(Protocol):
+    """What the server needs of an engine; `InferenceEngine` is one."""
+
+    base_fingerprint: str
+    tokenizer: Any
+
+    def submit(self, request: GenerationRequest) -> GenerationHandle:
+        """Queue a request."""
+        ...
+
+    def load(self, reference: Any) -> Any:
+        """Bring an adapter into memory."""
+        ...
+
+    def unload(self, reference: Any) -> bool:
+        """Take an adapter out of memory."""
+        ...
+
+    def resident(self) -> Sequence[Any]:
+        """The adapters in memory."""
+        ...
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """What a model's name means now: exact versions for the engine, and the receipt that the answer must carry."""
+
+    reference: str | None
+    adapter: str | None
+    digest: str | None
+    base: str
+
+    def receipt(self) -> dict[str, str | None]:
+        """The field that every answer carries."""
+        return {"adapter": self.adapter, "adapter_digest": self.digest, "base_fingerprint": self.base}
+
+    def headers(self) -> dict[str, str]:
+        """The same as headers; an answer of the bare base says so in words."""
+        return {
+            "X-Adapterhub-Adapter": self.adapter or "base",
+            "X-Adapterhub-Digest": self.digest or "none",
+            "X-Adapterhub-Base": self.base,
+        }
+
+    def prove(self, result: GenerationResult) -> GenerationResult:
+        """Hand on an answer of exactly these versions; anything else is our failure and is not given out."""
+        if (result.adapter, result.adapter_digest, result.base_fingerprint) != (self.adapter, self.digest, self.base):
+            raise ServingError(f"{self.adapter} was asked for, but {result.adapter} answered.")
+        return result
+
+
+class Desk:
+    """Takes requests to one engine, for callers with their rights, within the server's limits."""
+
+    def __init__(self, engine: Engine, registry: Any, settings: ServerSettings) -> None:
+        self.engine, self.registry, self.settings, self.metrics = engine, registry, settings, Metrics()
+        self._pool = ThreadPoolExecutor(settings.max_concurrent + 4, thread_name_prefix="adapterhub-request")
+        self._in_work = 0
+        self.served = frozenset(AdapterReference.parse(ref).name for ref in settings.references)
+
+    def close(self) -> None:
+        """Let the threads go once what they wait for has ended."""
+        self._pool.shutdown(wait=False)
+
+    async def run(self, call: Callable[..., T], *arguments: Any) -> T:
+        """Call something that blocks, on a thread of ours."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, call, *arguments)
+
+    def resolve(self, reference: str, caller: Caller) -> AdapterManifest:
+        """The version that a reference names now, for a caller who may use it.
+
+        Raises:
+            ReferenceSyntaxError, UnknownNameError: it is none; a path never is one.
+            ApiRefusal: the caller may not use it (403), or it is not served here (404).
+        """
+        parsed = AdapterReference.parse(reference)
+        if parsed.name is not None:
+            self._require(parsed.name, caller)
+        manifest: AdapterManifest = self.registry.resolve(parsed)
+        self._require(manifest.name, caller)
+        return manifest
+
+    def serves(self, name: str) -> bool:
+        """Whether this server was started to serve the adapter of this name."""
+        return not self.served or name in self.served
+
+    def _require(self, name: str, caller: Caller) -> None:
+        if not caller.may_use(name):
+            raise ApiRefusal(403, f"This key may not use the adapter {name!r}.", "adapter_not_allowed", param="model")
+        if not self.serves(name):
+            served = ", ".join(sorted(map(str, self.served)))
+            raise ApiRefusal(404, f"{name!r} is not served here. Served: {served}.", "model_not_found", param="model")
+
+    def pin(self, model: str, caller: Caller) -> Pinned:
+        """What `model` (the base, a reference or a blend) means at this moment. Raises as `resolve` does."""
+        base = self.engine.base_fingerprint
+        if model in (*BASE_NAMES, self.settings.base_name):
+            return Pinned(None, None, None, base)
+        parts = self._parts(model)
+        references, digests = [], []
+        for part in parts:
+            manifest = self.resolve(part.reference, caller)
+            factor = "" if len(parts) == 1 and part.weight == 1.0 else f"*{part.weight:g}"
+            references.append((f"{manifest.reference}*{part.weight!r}", manifest.reference + factor))
+            digests.append(manifest.digest + factor)
+        exact = references[0][1] if len(parts) == 1 and parts[0].weight == 1.0 else "+".join(r for r, _ in references)
+        return Pinned(exact, "+".join(shown for _, shown in references), "+".join(digests), base)
+
+    @staticmethod
+    def _parts(model: str) -> tuple[WeightedReference, ...]:
+        # Each piece must be a reference before anything else looks at the text: no path gets any further.
+        pieces = model.split("+")
+        if len(pieces) > MAX_PARTS:
+            raise ApiRefusal(400, f"A blend has at most {MAX_PARTS} parts.", "invalid_value", param="model")
+        for piece in pieces:
+            AdapterReference.parse(piece.partition("*")[0].strip())
+        return parse_blend(model)
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """One of the places for requests in work. Raises QueueFullError when all are taken."""
+        if self._in_work >= self.settings.max_concurrent:
+            raise QueueFullError(f"{self._in_work} requests are in work, which is the limit. Try again in a second.")
+        self._in_work += 1
+        self.metrics.in_work.inc()
+        try:
+            yield
+        finally:
+            self._in_work -= 1
+            self.metrics.in_work.dec()
+
+    async def answer(self, http: Request, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
+        """Answer all of `requests`; whoever hangs up meanwhile cancels them."""
+        handles: list[GenerationHandle] = []
+        gone = threading.Event()
+
+        def work() -> list[GenerationResult]:
+            try:
+                for request in requests:
+                    handles.append(self.engine.submit(request))
+                if gone.is_set():
+                    raise RequestCancelledError("The client is gone.")
+                return [handle.result() for handle in handles]
+            except BaseException:
+                for handle in handles:
+                    handle.cancel()
+                raise
+
+        working = asyncio.ensure_future(self.run(work))
+        leaving = asyncio.ensure_future(_hung_up(http))
+        try:
+            await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                gone.set()
+                for handle in tuple(handles):
+                    handle.cancel()
+            return await working
+        finally:
+            leaving.cancel()
+
+    async def stream(self, request: GenerationRequest) -> AsyncIterator[GenerationChunk]:
+        """The chunks of one answer as they are made; closing the iteration cancels the request."""
+        loop, inbox = asyncio.get_running_loop(), asyncio.Queue[GenerationChunk | BaseException]()
+        handle = await self.run(self.engine.submit, request)
+
+        def hand_over(item: GenerationChunk | BaseException) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(inbox.put_nowait, item)
+
+        def pump() -> None:
+            try:
+                for chunk in handle:
+                    hand_over(chunk)
+            except BaseException as error:
+                hand_over(error)
+
+        loop.run_in_executor(self._pool, pump)
+        try:
+            while True:
+                item = await inbox.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+                if item.done:
+                    return
+        finally:
+            handle.cancel()
+
+    def load(self, reference: str, caller: Caller) -> Any:
+        """Bring an adapter into memory, timed."""
+        manifest, started = self.resolve(reference, caller), time.perf_counter()
+        loaded = self.engine.load(manifest.reference)
+        self.metrics.load.labels(manifest.reference).observe(time.perf_counter() - started)
+        return loaded
+
+
+async def _hung_up(http: Request) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
