@@ -19,6 +19,8 @@ _HOMES = {
     "GenerationResult": "adapterhub_lite.serving",
     "InferenceEngine": "adapterhub_lite.serving",
     "linear_cross_entropy": "adapterhub_lite.losses",
+    "merge_adapters": "adapterhub_lite.merging",
+    "merge_into_base": "adapterhub_lite.merging",
 }
 __all__ = sorted(_HOMES)  # noqa: PLE0605 - a list of literals, only sorted
 

@@ -13,6 +13,8 @@ from adapterhub_lite.cli.doctor import doctor
 from adapterhub_lite.cli.evaluate import evaluate
 from adapterhub_lite.cli.hub import hub
 from adapterhub_lite.cli.listing import list_adapters, show
+from adapterhub_lite.cli.merging import export, merge
+from adapterhub_lite.cli.serve import serve
 from adapterhub_lite.cli.sharing import pull, push
 from adapterhub_lite.cli.train import train
 from adapterhub_lite.errors import AdapterHubError
@@ -27,6 +29,9 @@ VERBS: dict[str, Callable[..., None]] = {
     "rollback": rollback,
     "push": push,
     "pull": pull,
+    "merge": merge,
+    "export": export,
+    "serve": serve,
     "demo": demo,
     "hub": hub,
     "doctor": doctor,

@@ -106,6 +106,8 @@ def test_a_bad_row_names_file_and_line(tiny_base: Path, tmp_path: Path) -> None:
 
 
 def test_doctor_says_what_is_missing_and_how_to_get_it() -> None:
-    findings = {row["what"]: row for row in json.loads(run("doctor", "--json").stdout)}
+    report = json.loads(run("doctor", "--json").stdout)
+    assert report["registry"]["problems"] == []
+    findings = {row["what"]: row for row in report["machine"]}
     assert {"GPU", "bitsandbytes", "chromium", "home folder"} <= set(findings)
     assert all(row["remedy"] for row in findings.values() if not row["works"])

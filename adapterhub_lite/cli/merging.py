@@ -1,0 +1,93 @@
+"""`merge` and `export`: adapters into one, into the base, or into a plain folder."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, get_args
+
+import typer
+
+from adapterhub_lite.cli.output import HomeOption, JsonOption, print_json, say, short, waiting
+
+if TYPE_CHECKING:
+    from adapterhub_lite.merging.adapters import Method
+
+
+def merge(
+    references: Annotated[list[str], typer.Argument(help="The adapters: name, name:version, name@alias or a digest.")],
+    weights: Annotated[str | None, typer.Option(help="One factor for each, comma-separated; 1 when not given.")] = None,
+    method: Annotated[str, typer.Option(help="cat (exact), svd, ties, dare_ties or linear.")] = "cat",
+    rank: Annotated[int | None, typer.Option(help="Rank of the result, for svd.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random methods.")] = 0,
+    name: Annotated[str, typer.Option(help="Name of the merged adapter.")] = "merged",
+    into_base: Annotated[
+        Path | None, typer.Option("--into-base", help="Write base + one adapter as a model folder there instead.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16, for --into-base.")] = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Merge adapters into one, or one adapter into its base; the result carries its measured error.
+
+    Example: `adapterhub-lite merge sql:3 event@prod --weights 0.7,0.3 --name both`
+    """
+    from adapterhub_lite.errors import ConfigurationError
+    from adapterhub_lite.merging import merge_adapters, merge_into_base
+    from adapterhub_lite.registry import AdapterRegistry
+
+    registry = AdapterRegistry(home)
+    if into_base is not None:
+        if len(references) != 1:
+            raise ConfigurationError(f"--into-base takes one adapter, got {len(references)}. Merge them first.")
+        with waiting(f"merging {references[0]} into its base"):
+            model = merge_into_base(references[0], into_base, dtype, registry=registry)
+        if as_json:
+            return print_json(asdict(model))
+        error = f"relative error {model.relative_error:.2e}"
+        return say(f"{model.folder}: base + {model.adapter} in {model.dtype}, {error}.")
+    with waiting("merging"):
+        merged = merge_adapters(
+            references, _numbers(weights), _method(method), rank=rank, seed=seed, name=name, registry=registry
+        )
+    if as_json:
+        return print_json(
+            {"manifest": merged.manifest.model_dump(mode="json"), "relative_error": merged.relative_error}
+        )
+    say(f"{merged.manifest.reference} ({short(merged.manifest.digest)}), relative error {merged.relative_error:.2e}.")
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    from adapterhub_lite.errors import ConfigurationError
+
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigurationError(f"--weights is {text!r}, wanted numbers with commas, as 0.7,0.3.") from error
+
+
+def _method(text: str) -> "Method":
+    from adapterhub_lite.errors import ConfigurationError
+    from adapterhub_lite.merging.adapters import Method
+
+    methods: tuple[Method, ...] = get_args(Method)
+    for known in methods:
+        if text == known:
+            return known
+    raise ConfigurationError(f"There is no merge method {text!r}. Known: {', '.join(methods)}.")
+
+
+def export(
+    reference: Annotated[str, typer.Argument(help="name, name:version, name@alias or a digest.")],
+    folder: Annotated[Path, typer.Argument(help="Where to; must not be there yet.")],
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write one version as a plain PEFT folder.
+
+    Example: `adapterhub-lite export sql@prod ./sql-lora`
+    """
+    from adapterhub_lite.registry import AdapterRegistry
+
+    written = AdapterRegistry(home).export(reference, folder)
+    if as_json:
+        return print_json({"reference": reference, "folder": str(written)})
+    say(f"{reference} is in {written}; PeftModel.from_pretrained(base, {str(written)!r}) loads it.")
