@@ -4,19 +4,46 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from adapterhub_lite.cli.main import VERBS
+from adapterhub_lite.cli.main import VERBS, build_app, main
 from adapterhub_lite.registry import AdapterRegistry
 
 
-def run(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-c", "from adapterhub_lite.cli.main import main; main()", *arguments]
-    environ = {**os.environ, "COLUMNS": "160", "NO_COLOR": "1", **environment}
-    return subprocess.run(command, capture_output=True, text=True, env=environ, cwd=Path(__file__).parents[2])
+@dataclass(frozen=True)
+class Outcome:
+    """What a run of the command line left: exit code and the two streams."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The real entry point, in this process: `run("list", "--json")`."""
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def call(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["adapterhub-lite", *arguments])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return Outcome(code, out, err)
+
+    return call
 
 
 @pytest.fixture
@@ -32,15 +59,13 @@ def stocked(home: Path, make_adapter: Any, tiny_base: Path) -> AdapterRegistry:
 def test_every_verb_has_help_with_an_example() -> None:
     from typer.testing import CliRunner
 
-    from adapterhub_lite.cli.main import build_app
-
     for verb in VERBS:
         outcome = CliRunner().invoke(build_app(), [verb, "--help"])
         assert outcome.exit_code == 0
         assert f"adapterhub-lite {verb}" in " ".join(outcome.output.split())
 
 
-def test_list_show_alias_and_rollback(stocked: AdapterRegistry) -> None:
+def test_list_show_alias_and_rollback(stocked: AdapterRegistry, run: Run) -> None:
     assert {row["version"] for row in json.loads(run("list", "--json").stdout)} == {1, 2}
     for version in ("1", "2"):
         assert run("alias", "sql", "prod", version).returncode == 0
@@ -74,7 +99,7 @@ def test_a_registry_verb_does_not_import_torch(stocked: AdapterRegistry) -> None
         (("eval", "nothing", "--task", "sql"), "nothing"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_exit_code_2(arguments: tuple[str, ...], complaint: str) -> None:
+def test_a_mistake_is_one_sentence_and_exit_code_2(run: Run, arguments: tuple[str, ...], complaint: str) -> None:
     outcome = run(*arguments)
     assert outcome.returncode == 2, outcome.stderr
     last = outcome.stderr.strip().splitlines()[-1]
@@ -83,7 +108,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(arguments: tuple[str, ...], c
     assert "Traceback" not in outcome.stderr
 
 
-def test_train_then_eval_on_a_file_of_ones_own(tiny_base: Path, tmp_path: Path) -> None:
+def test_train_then_eval_on_a_file_of_ones_own(tiny_base: Path, tmp_path: Path, run: Run) -> None:
     rows = [{"prompt": f"{n} plus {n}?", "completion": str(2 * n)} for n in range(12)]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -96,7 +121,7 @@ def test_train_then_eval_on_a_file_of_ones_own(tiny_base: Path, tmp_path: Path) 
     assert json.loads(scored.stdout)["rows"] == 12
 
 
-def test_a_bad_row_names_file_and_line(tiny_base: Path, tmp_path: Path) -> None:
+def test_a_bad_row_names_file_and_line(tiny_base: Path, tmp_path: Path, run: Run) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
     outcome = run("train", "x", "--data", str(data), "--base", str(tiny_base))
@@ -105,9 +130,32 @@ def test_a_bad_row_names_file_and_line(tiny_base: Path, tmp_path: Path) -> None:
     assert "line 2" in outcome.stderr
 
 
-def test_doctor_says_what_is_missing_and_how_to_get_it() -> None:
+def test_doctor_says_what_is_missing_and_how_to_get_it(run: Run) -> None:
     report = json.loads(run("doctor", "--json").stdout)
     assert report["registry"]["problems"] == []
     findings = {row["what"]: row for row in report["machine"]}
     assert {"GPU", "bitsandbytes", "chromium", "home folder"} <= set(findings)
     assert all(row["remedy"] for row in findings.values() if not row["works"])
+
+
+def test_the_installed_command_starts_and_ends_as_a_process(tmp_path: Path) -> None:
+    command = Path(sys.executable).with_name("adapterhub-lite")
+    environment = {**os.environ, "ADAPTERHUB_HOME": str(tmp_path)}
+    shown = subprocess.run([command, "list", "--json"], capture_output=True, text=True, env=environment)
+    assert (shown.returncode, json.loads(shown.stdout)) == (0, [])
+    refused = subprocess.run([command, "show", "nothing"], capture_output=True, text=True, env=environment)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("Error: ")
+
+
+def test_merge_and_export(stocked: AdapterRegistry, run: Run, tmp_path: Path) -> None:
+    merged = run("merge", "sql:1", "sql:2", "--weights", "0.7,0.3", "--name", "both", "--json")
+    assert merged.returncode == 0, merged.stderr
+    assert json.loads(merged.stdout)["relative_error"] < 1e-5
+    written = run("export", "both", str(tmp_path / "both"))
+    assert written.returncode == 0, written.stderr
+    assert (tmp_path / "both" / "adapter_model.safetensors").is_file()
+    for bad, complaint in (("--weights", "Wanted".lower()), ("--method", "no merge method")):
+        refused = run("merge", "sql:1", "sql:2", bad, "nonsense")
+        assert refused.returncode == 2
+        assert complaint in refused.stderr
