@@ -34,3 +34,24 @@ class PaddedCollator:
             batch["attention_mask"][index, : len(ids)] = 1
             batch["labels"][index, : len(ids)] = torch.as_tensor(row.get("labels", ids), dtype=torch.long)
         return batch
+
+
+@dataclass(frozen=True)
+class PackedCollator:
+    """Lays the rows of a batch end to end, without padding.
+
+    Returns `input_ids`, `position_ids` (from 0 again in each row) and `labels`, each (1, tokens). The first label of a
+    row is -100: it would be predicted by the row before.
+    """
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        ids, positions, labels = [], [], []
+        for row in rows:
+            own = torch.as_tensor(row["input_ids"], dtype=torch.long)
+            goal = torch.as_tensor(row.get("labels", own), dtype=torch.long).clone()
+            goal[0] = IGNORED
+            ids.append(own)
+            positions.append(torch.arange(len(own)))
+            labels.append(goal)
+        parts = {"input_ids": ids, "position_ids": positions, "labels": labels}
+        return {name: torch.cat(tensors)[None] for name, tensors in parts.items()}
