@@ -20,7 +20,7 @@ class FusedLora(torch.autograd.Function):
     """y = x W^T + bias + scaling (x A^T) B^T for x (tokens, in); gradients of x, A and B alone."""
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
     ) -> Tensor:
         narrow_a, narrow_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
@@ -32,7 +32,7 @@ class FusedLora(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # noqa: D102
+    def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, lora_a, lora_b, reduced = ctx.saved_tensors
         grad = grad.contiguous()
         grad_reduced = (grad @ lora_b).mul_(ctx.scaling)

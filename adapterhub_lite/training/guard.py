@@ -19,7 +19,7 @@ from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.training import checkpoints
 from adapterhub_lite.training.collation import PaddedCollator
 from adapterhub_lite.training.preflight import fly, longest_rows, nothing_happened
-from adapterhub_lite.training.progress import METRICS_FILE
+from adapterhub_lite.training.progress import METRICS_FILE, PLOT_FILE
 from adapterhub_lite.training.proof import SLICE_TOKENS, GradientProof, check_loss, check_rows
 from adapterhub_lite.training.tokenization import IGNORED
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from adapterhub_lite.training.trainer import AdapterTrainer
 
 PROVEN_STEPS = 2
+LEFTOVERS = (METRICS_FILE, PLOT_FILE, checkpoints.STAGING)
 
 
 class RunGuard(TrainerCallback):
@@ -38,8 +39,10 @@ class RunGuard(TrainerCallback):
         self.steps_seen = 0
         self.gradients: GradientProof | None = None
         folder = Path(str(trainer.args.output_dir))
-        # Looked at before any integration writes there.
-        self.was_there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        # Looked at before any integration writes there. What a run leaves that was killed before its first checkpoint
+        # is no reason to refuse: nothing in it was promised to anybody.
+        found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        self.was_there = [name for name in found if name not in LEFTOVERS]
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -105,12 +108,18 @@ class RunGuard(TrainerCallback):
             named = [(name, p.grad) for name, p in self.trainer.model.named_parameters() if p.requires_grad]
             self.gradients.check(named, last=self.steps_seen == PROVEN_STEPS)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Asked to stop: save first."""
-        if self.stop_asked:
+        if self._any_process_was_asked():
             control.should_save = control.should_training_stop = True
+
+    def _any_process_was_asked(self) -> bool:
+        accelerator = self.trainer.accelerator
+        if accelerator.num_processes == 1:
+            return self.stop_asked
+        # A signal reaches one process first; all have to stop after the same step.
+        asked = accelerator.reduce(torch.tensor(int(self.stop_asked), device=self.trainer.args.device))
+        return bool(asked > 0)
 
 
 def prove_loss(trainer: "AdapterTrainer") -> None:
@@ -158,7 +167,9 @@ def _step_of(line: str) -> float:
 
 
 def _has_rows(table: Any) -> bool:
-    return hasattr(table, "column_names") and hasattr(table, "__getitem__") and "input_ids" in (table.column_names or ())
+    return (
+        hasattr(table, "column_names") and hasattr(table, "__getitem__") and "input_ids" in (table.column_names or ())
+    )
 
 
 def _vocabulary(model: Any) -> int:

@@ -24,7 +24,7 @@ class PackingChoice:
 def choose_packing(model: Any, args: AdapterTrainingArguments) -> PackingChoice:
     """Decide whether `model` can take rows end to end; where it can, its attention is set to respect their borders.
 
-    Two short rows are run together and alone: the same states must come out.
+    A short row is run beside one neighbour, beside another, and alone: its states must be the same.
     """
     inner = model.get_base_model()
     reasons = {
@@ -70,12 +70,21 @@ def _keeps_rows_apart(model: Any) -> bool:
     model.eval()
     device = next(model.parameters()).device
     vocabulary = model.config.get_text_config().vocab_size
-    rows = [torch.arange(7, device=device) % vocabulary, torch.arange(20, 9, -1, device=device) % vocabulary]
     decoder = model.get_base_model().get_decoder()
-    positions = torch.cat([torch.arange(len(row), device=device) for row in rows])[None]
-    together = decoder(**segment_inputs({"input_ids": torch.cat(rows)[None], "position_ids": positions}))[0][0]
-    alone = torch.cat([decoder(input_ids=row[None])[0][0] for row in rows])
+    first, other, second = (
+        torch.arange(start, start + count, device=device) % vocabulary for start, count in ((5, 7), (40, 7), (60, 11))
+    )
+    positions = torch.cat([torch.arange(7, device=device), torch.arange(11, device=device)])[None]
+
+    def states(neighbour: Tensor) -> Tensor:
+        ids = torch.cat([neighbour, second])[None]
+        hidden: Tensor = decoder(**segment_inputs({"input_ids": ids, "position_ids": positions}))[0]
+        return hidden[0, 7:].float()
+
+    alone = decoder(input_ids=second[None])[0][0].float()
+    beside, beside_other = states(first), states(other)
     model.train(was_training)
-    distance = (together - alone).float().norm() / alone.float().norm().clamp(min=1e-9)
-    # In bf16 two orders of the same sums differ by about one part in a hundred after thirty layers.
-    return bool(distance < (1e-4 if together.dtype == torch.float32 else 5e-2))
+    scale = alone.norm().clamp(min=1e-9)
+    # Beside another neighbour every product has the same shape, so that nothing may change; alone, kernels may round
+    # otherwise, and in bf16 that grows over the layers.
+    return bool((beside - beside_other).norm() <= 1e-4 * scale and (beside - alone).norm() <= 0.2 * scale)

@@ -44,7 +44,9 @@ def fly(step: Step, rows: Sequence[dict[str, Any]], accumulation: int, describe_
         count //= 2
     if count == len(rows):
         return
-    wanted = f"The longest batch of this run ({len(rows)} rows of up to {longest} tokens) does not fit on {describe_device}."
+    wanted = (
+        f"The longest batch of this run ({len(rows)} rows of up to {longest} tokens) does not fit on {describe_device}."
+    )
     if count:
         times = -(-len(rows) * accumulation // count)
         raise OutOfMemoryError(
@@ -66,7 +68,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 @contextmanager
 def nothing_happened(parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Put trainable tensors, gradients, optimizer state and random numbers back as they were, whatever happens inside."""
+    """Put trainable tensors, gradients, optimizer state and random numbers back as they were, whatever happens."""
     before = [parameter.detach().clone() for parameter in parameters]
     randomness = (random.getstate(), np.random.get_state(), torch.get_rng_state())
     on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None

@@ -4,6 +4,7 @@ Linear layers run on real tokens alone; only here are segments of like length la
 transformers' `AttentionInterface` under `SEGMENTED`; without segments it is transformers' own `sdpa`.
 """
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -47,8 +48,8 @@ class Segments:
     @classmethod
     def of(cls, position_ids: Tensor) -> "Segments":
         """Read them off `position_ids` (1, tokens), which begin at 0 in each sequence."""
-        starts = (position_ids[0] == 0).nonzero()[:, 0].tolist() + [position_ids.shape[1]]
-        lengths = tuple(end - start for start, end in zip(starts, starts[1:], strict=False))
+        starts = [*(position_ids[0] == 0).nonzero()[:, 0].tolist(), position_ids.shape[1]]
+        lengths = tuple(end - start for start, end in itertools.pairwise(starts))
         return cls(lengths, position_ids.device)
 
     @cached_property
@@ -83,7 +84,7 @@ class ShortAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float) -> Tensor:
         result = torch.empty_like(query)
         for group in segments.groups:
             q, k, v = (_fold(x.index_select(1, group.gather), group, key.shape[0]) for x in (query, key, value))
@@ -93,7 +94,7 @@ class ShortAttention(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # noqa: D102
+    def backward(ctx: Any, grad: Tensor) -> Any:
         query, key, value = ctx.saved_tensors
         grads = [torch.empty_like(x) for x in (query, key, value)]
         for group in ctx.segments.groups:
