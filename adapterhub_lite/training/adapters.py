@@ -48,7 +48,8 @@ def with_adapter(
     # Before the adapter is drawn: the Trainer's own seeding comes too late for A.
     set_seed(args.seed)
     try:
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+        # PEFT keeps the adapter in fp32 then: the weights that the optimizer moves by small steps.
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     except ValueError as error:
         raise ConfigurationError(f"The LoRA does not fit {type(model).__name__}: {error}") from error
     if base is not None:

@@ -45,6 +45,12 @@ class AdapterTrainingArguments(TrainingArguments):
     loss_chunk_tokens: int | None = field(
         default=None, metadata={"help": "Tokens a tile of the loss; None lets the loss choose."}
     )
+    padding_free: bool = field(
+        default=True, metadata={"help": "Lay the rows of a batch end to end, without padding, where the model can."}
+    )
+    fast_lora: bool = field(default=True, metadata={"help": "Use the leaner LoRA step where a layer allows it."})
+    proof: bool = field(default=True, metadata={"help": "Prove data, loss and gradients in the first two steps."})
+    preflight: bool = field(default=True, metadata={"help": "Try the longest batch before the first step."})
     show_progress: bool = field(default=True, metadata={"help": "Show the progress bar on the terminal."})
 
     def __post_init__(self) -> None:

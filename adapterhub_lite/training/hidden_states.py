@@ -1,11 +1,12 @@
 """The states that go into the output head, taken from an ordinary forward pass of the whole model.
 
-The pass goes through the outermost wrapper, so that DDP and the like see it; the head is run on one position only.
+The pass goes through the outermost wrapper, so that DDP and the like see it; the head is run on no position at all.
 """
 
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from adapterhub_lite.errors import ConfigurationError
@@ -26,7 +27,9 @@ class HiddenStates:
             raise ConfigurationError(
                 f"{type(inner).__name__} has no output head over a decoder. Load the base with AutoModelForCausalLM."
             )
-        self._short = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(inner.forward).parameters else {}
+        takes_positions = "logits_to_keep" in inspect.signature(inner.forward).parameters
+        # No position at all: with one, a batch's slice makes matmul copy the whole head once a row.
+        self._short = {"logits_to_keep": torch.empty(0, dtype=torch.long)} if takes_positions else {}
         self._seen: Tensor | None = None
         decoder.register_forward_hook(self._listen)
 

@@ -3,16 +3,21 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from adapterhub_lite.bases import ResolvedBase
-from adapterhub_lite.record import RECORD_FILE, BaseRecord, TrainingRecord
+from adapterhub_lite.record import RECORD_FILE, BaseRecord, DataRecord, MemoryRecord, TrainingRecord
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
+from adapterhub_lite.training.measurement import describe_hardware
+from adapterhub_lite.training.tokenization import rows_fingerprint, template_digest
 
 PACKAGES = ("adapterhub-lite", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "bitsandbytes")
 # Where a run is, not what it is; and fields that would put a secret into a file that is published.
@@ -59,6 +64,48 @@ def packages() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a finished run knows of itself; `ways` says which faster ways it took, and why."""
+
+    model: PeftModel
+    base: ResolvedBase | None
+    args: AdapterTrainingArguments
+    table: Any
+    data_name: str
+    tokenizer: PreTrainedTokenizerBase
+    ways: dict[str, str]
+    peak_bytes: int
+    steps: int
+    final_loss: float | None
+    seconds: float
+
+
+def make_record(facts: RunFacts) -> TrainingRecord:
+    """Return the record of a run."""
+    args, table = facts.args, facts.table
+    countable = isinstance(table, Dataset)
+    return TrainingRecord(
+        base=describe_base(facts.base, facts.model),
+        data=DataRecord(
+            id=facts.data_name,
+            rows=len(table) if countable else 0,
+            fingerprint=rows_fingerprint(table) if countable else "not countable",
+        ),
+        template_digest=template_digest(facts.tokenizer),
+        seeds={"seed": args.seed, "data_seed": args.seed if args.data_seed is None else args.data_seed},
+        hyperparameters=hyperparameters(args, facts.model.active_peft_config.to_dict()),
+        packages=packages(),
+        preset="none",
+        loss_backend={"name": "tiled", **facts.ways},
+        memory=MemoryRecord(measured_peak_bytes=facts.peak_bytes),
+        hardware=describe_hardware(args.device),
+        steps=facts.steps,
+        final_loss=facts.final_loss,
+        wall_seconds=facts.seconds,
+    )
 
 
 def write_record(record: TrainingRecord, folder: Path) -> Path:

@@ -1,0 +1,128 @@
+"""The first-step proof: a run that would learn nothing, or the wrong thing, stops in its first seconds and says why.
+
+Four facts are checked: something is to be learned, the end of an answer is learned, the loss is the model's own, and
+every trainable tensor gets a gradient. Knows the trainer's parts, not the trainer.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from adapterhub_lite.errors import DataError, ProofFailedError
+from adapterhub_lite.training.tokenization import IGNORED
+
+CHECKED_ROWS = 64
+SLICE_TOKENS = 96
+# Relative to the loss: what rounding in the base's dtype may make of two ways to compute the same thing.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+
+
+def check_rows(table: Any, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+    """Check labels of a tokenised table: some in every row, all in the vocabulary, the end token among them.
+
+    Raises:
+        DataError: a label is outside the vocabulary.
+        ProofFailedError: a row teaches nothing, or no row teaches the end of an answer.
+    """
+    if not isinstance(table, Dataset) or "labels" not in table.column_names:
+        return
+    learned_end = False
+    for index, labels in enumerate(table.select(range(min(CHECKED_ROWS, len(table))))["labels"]):
+        valid = [label for label in labels[1:] if label != IGNORED]
+        if not valid:
+            raise ProofFailedError(
+                f"Row {index} has no label to learn from: all of them are {IGNORED}. Check how the labels were made: a "
+                "chat template without an assistant marker gives an empty mask."
+            )
+        if min(valid) < 0 or max(valid) >= vocabulary:
+            worst = max(valid) if max(valid) >= vocabulary else min(valid)
+            raise DataError(
+                f"Row {index} has the label {worst}; wanted {IGNORED} or 0 to {vocabulary - 1}. "
+                "Tokenise with the tokenizer of this base."
+            )
+        learned_end = learned_end or tokenizer.eos_token_id in valid
+    if not learned_end:
+        raise ProofFailedError(
+            f"No row teaches the end token {tokenizer.eos_token!r}, so the model would never stop. Let the chat "
+            "template end each assistant turn with it, or set tokenizer.eos_token to the token that does."
+        )
+
+
+def check_loss(model: nn.Module, batch: Mapping[str, Tensor], loss: Any) -> None:
+    """Check that `loss(batch)` on one short row is the cross entropy of the model's own logits, computed plainly.
+
+    `batch` is one row: `input_ids` and `labels`, each (1, seq), cut to some valid labels. `loss` returns the sum.
+
+    Raises:
+        ProofFailedError: they differ by more than rounding explains.
+    """
+    labels = batch["labels"]
+    with torch.no_grad():
+        ours = float(loss())
+        logits = model(input_ids=batch["input_ids"]).logits[:, :-1].float()
+        reference = float(
+            F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+        )
+    dtype = next(model.parameters()).dtype
+    valid = int((labels[:, 1:] != IGNORED).sum())
+    allowed = TOLERANCE.get(dtype, 3e-2) * (abs(reference) + valid)
+    if not abs(ours - reference) <= allowed:
+        raise ProofFailedError(
+            f"The loss of {valid} tokens is {ours:.5f}, but the model's own logits give {reference:.5f}. The head has "
+            "something that the logits-free loss does not know. Train this model with the plain Trainer, and report it."
+        )
+
+
+class GradientProof:
+    """Watches the gradients of the first two steps (law: none missing, none but finite, every pair moved)."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.unmoved = {_pair(name) for name in names}
+
+    def check(self, gradients: Iterable[tuple[str, Tensor | None]], last: bool) -> None:
+        """Take the gradients of one step; with `last`, every LoRA pair must have had one that is not zero.
+
+        Raises:
+            ProofFailedError: which tensors have no gradient, one that is not finite, or only zeros.
+        """
+        missing, wild = [], []
+        for name, gradient in gradients:
+            if gradient is None:
+                missing.append(name)
+            elif not bool(torch.isfinite(gradient).all()):
+                wild.append(name)
+            elif bool((gradient != 0).any()):
+                self.unmoved.discard(_pair(name))
+        if missing:
+            raise ProofFailedError(
+                f"{len(missing)} trainable tensors got no gradient ({_some(missing)}): the loss does not depend on "
+                "them. Take their layers out of target_modules, or check what cuts the graph (a detached forward, "
+                "reentrant checkpointing without input gradients)."
+            )
+        if wild:
+            raise ProofFailedError(
+                f"{len(wild)} trainable tensors got a gradient that is not finite ({_some(wild)}). "
+                "Use bf16 or fp32 instead of fp16, or lower the learning rate."
+            )
+        if last and self.unmoved:
+            raise ProofFailedError(
+                f"{len(self.unmoved)} trainable pairs got only zero gradients in two steps ({_some(self.unmoved)}): "
+                "they would never learn. Check that their layers take part in the forward pass, and that A is not zero."
+            )
+
+
+def _pair(name: str) -> str:
+    """One name for both halves of a LoRA pair; other tensors stand for themselves."""
+    for half in (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B."):
+        name = name.replace(half, ".lora.")
+    return name.removesuffix(".weight")
+
+
+def _some(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:3]) + (", ..." if len(ordered) > 3 else "")

@@ -1,0 +1,174 @@
+"""Attention within each segment of a row of tokens that holds many sequences end to end (no padding anywhere).
+
+Linear layers run on real tokens alone; only here are segments of like length laid beside each other. Registered with
+transformers' `AttentionInterface` under `SEGMENTED`; without segments it is transformers' own `sdpa`.
+"""
+
+import itertools
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+SEGMENTED = "adapterhub_segmented"
+# Beyond this length a segment's score matrix costs more than the flash kernel's slow backward on a CPU.
+SHORT_TOKENS = 512
+# A group takes shorter segments as long as they fill this share of the longest.
+FILL = 0.75
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Segments of like length, laid out as (count, length) with the ends filled up.
+
+    `gather` (count * length,) says which token stands at each place; `keep` lists the places of real tokens and
+    `tokens` the same tokens' positions in the row.
+    """
+
+    count: int
+    length: int
+    gather: Tensor
+    keep: Tensor
+    tokens: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Where each sequence lies in a row: `lengths` in tokens, end to end."""
+
+    lengths: tuple[int, ...]
+    device: torch.device
+
+    @classmethod
+    def of(cls, position_ids: Tensor) -> "Segments":
+        """Read them off `position_ids` (1, tokens), which begin at 0 in each sequence."""
+        starts = [*(position_ids[0] == 0).nonzero()[:, 0].tolist(), position_ids.shape[1]]
+        lengths = tuple(end - start for start, end in itertools.pairwise(starts))
+        return cls(lengths, position_ids.device)
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """The segments sorted into groups of like length."""
+        starts = torch.tensor((0, *self.lengths)).cumsum(0).tolist()
+        order = sorted(range(len(self.lengths)), key=lambda i: -self.lengths[i])
+        members: list[list[int]] = []
+        for index in order:
+            if not members or self.lengths[index] < FILL * self.lengths[members[-1][0]]:
+                members.append([])
+            members[-1].append(index)
+        return tuple(self._group([(starts[i], self.lengths[i]) for i in group]) for group in members)
+
+    def _group(self, spans: list[tuple[int, int]]) -> Group:
+        length = spans[0][1]
+        places = torch.arange(length)
+        starts = torch.tensor([start for start, _ in spans])[:, None]
+        sizes = torch.tensor([size for _, size in spans])[:, None]
+        gather = (starts + torch.minimum(places, sizes - 1)).flatten()
+        keep = (places < sizes).flatten().nonzero()[:, 0]
+        tokens = gather[keep]
+        device = self.device
+        return Group(len(spans), length, gather.to(device), keep.to(device), tokens.to(device))
+
+
+class ShortAttention(torch.autograd.Function):
+    """Causal attention in fp32 within each segment: q (heads, tokens, d), k and v (kv_heads, tokens, d).
+
+    The score matrix is built again in backward, so that only q, k and v are kept, as the flash kernel does; on a CPU
+    this is several times faster than that kernel's backward for short segments.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float) -> Tensor:
+        result = torch.empty_like(query)
+        for group in segments.groups:
+            q, k, v = (_fold(x.index_select(1, group.gather), group, key.shape[0]) for x in (query, key, value))
+            _scatter(result, _probabilities(q, k, scaling) @ v, group, key.shape[0])
+        ctx.save_for_backward(query, key, value)
+        ctx.segments, ctx.scaling = segments, scaling
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        query, key, value = ctx.saved_tensors
+        grads = [torch.empty_like(x) for x in (query, key, value)]
+        for group in ctx.segments.groups:
+            q, k, v = (_fold(x.index_select(1, group.gather), group, key.shape[0]) for x in (query, key, value))
+            outer = grad.new_zeros(grad.shape[0], group.count * group.length, grad.shape[2])
+            outer.index_copy_(1, group.keep, grad.index_select(1, group.tokens))
+            g = _fold(outer, group, key.shape[0])
+            weights = _probabilities(q, k, ctx.scaling)
+            inner = g @ v.transpose(1, 2)
+            # The softmax's gradient: p * (dp - sum(p * dp)).
+            scores = inner.sub_((inner * weights).sum(-1, keepdim=True)).mul_(weights).mul_(ctx.scaling)
+            parts = (scores @ k, scores.transpose(1, 2) @ q, weights.transpose(1, 2) @ g)
+            for whole, part in zip(grads, parts, strict=True):
+                _scatter(whole, part, group, key.shape[0])
+        return *grads, None, None
+
+
+def _fold(x: Tensor, group: Group, kv_heads: int) -> Tensor:
+    """(heads, count * length, d) to fp32 (kv_heads * count, heads / kv_heads * length, d): one product a kv head."""
+    split = x.view(kv_heads, -1, group.count, group.length, x.shape[-1]).transpose(1, 2)
+    return split.float().reshape(kv_heads * group.count, -1, x.shape[-1])
+
+
+def _scatter(whole: Tensor, part: Tensor, group: Group, kv_heads: int) -> None:
+    """Undo `_fold` and write the real tokens of `part` into `whole` (heads, tokens, d)."""
+    split = part.view(kv_heads, group.count, -1, group.length, part.shape[-1]).transpose(1, 2)
+    flat = split.reshape(whole.shape[0], group.count * group.length, -1)
+    whole.index_copy_(1, group.tokens, flat.index_select(1, group.keep).to(whole.dtype))
+
+
+def _probabilities(q: Tensor, k: Tensor, scaling: float) -> Tensor:
+    length = k.shape[1]
+    later = torch.ones(length, length, dtype=torch.bool, device=q.device).triu_(1)
+    scores = torch.bmm(q, k.transpose(1, 2)).mul_(scaling).view(q.shape[0], -1, length, length)
+    return scores.masked_fill_(later, float("-inf")).softmax(-1).view(q.shape[0], -1, length)
+
+
+def _long_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float) -> Tensor:
+    """The same with torch's kernel, group by group; for long segments and for GPUs."""
+    parts, tokens = [], []
+    for group in segments.groups:
+        q, k, v = (
+            x.index_select(1, group.gather).unflatten(1, (group.count, group.length)).transpose(0, 1)
+            for x in (query, key, value)
+        )
+        gqa = q.shape[1] != k.shape[1]
+        part = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa)
+        parts.append(part.transpose(0, 1).flatten(1, 2).index_select(1, group.keep))
+        tokens.append(group.tokens)
+    return torch.cat(parts, 1).index_select(1, torch.cat(tokens).argsort())
+
+
+def segmented_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    segments: Segments | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls; query (batch, heads, seq, d), result (batch, seq, heads, d)."""
+    if segments is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+    short = query.device.type == "cpu" and max(segments.lengths) <= SHORT_TOKENS
+    attend = ShortAttention.apply if short else _long_attention
+    result = attend(query[0], key[0], value[0], segments, factor)
+    return result.transpose(0, 1).unsqueeze(0), None
+
+
+AttentionInterface.register(SEGMENTED, segmented_attention)
+AttentionMaskInterface.register(SEGMENTED, sdpa_mask)

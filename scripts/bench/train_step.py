@@ -1,0 +1,160 @@
+"""What does a LoRA training step cost, and does it learn as well: ours, HF Trainer with PEFT, and TRL's SFTTrainer?
+
+    python scripts/bench/train_step.py speed mixed  # seconds a step and peak memory, paired, alternating, medians
+    python scripts/bench/train_step.py speed equal  # the same with rows of one length, where no padding is saved
+    python scripts/bench/train_step.py scaling      # our step from 512 to 8 x 2048 tokens
+    python scripts/bench/train_step.py quality 0    # evaluation loss after 100 steps with seed 0, ours and HF's
+
+Each trainer runs in a process of its own, so that its peak is its own. Parts are merged into results/train_step.json.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from report import RESULTS, write_result
+
+NAME = "train_step"
+TRAINERS = ("ours", "hf", "trl")
+WORDS = (
+    "amber",
+    "birch",
+    "cedar",
+    "delta",
+    "ember",
+    "fjord",
+    "grove",
+    "haven",
+    "iris",
+    "jade",
+    "karst",
+    "lunar",
+    "maple",
+)
+BASE = "smollm2-135m"
+
+
+def chats(count: int, seed: int, lengths: str) -> list[dict[str, Any]]:
+    """Short chats with an answer that can be learned: the words of the question in reverse order."""
+    chance = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        size = 9 if lengths == "equal" else min(30, max(3, round(chance.lognormvariate(2.1, 0.5))))
+        words = [chance.choice(WORDS) for _ in range(size)]
+        turns = [("system", "Answer briefly."), ("user", "Reverse: " + " ".join(words))]
+        turns.append(("assistant", " ".join(reversed(words))))
+        rows.append({"messages": [{"role": role, "content": text} for role, text in turns]})
+    return rows
+
+
+def run_one(job: dict[str, Any]) -> dict[str, Any]:
+    """Run one trainer here and now; returns seconds a step, peak bytes and losses."""
+    import step_trainers
+
+    return step_trainers.run(job)
+
+
+def measure(**job: Any) -> dict[str, Any]:
+    """Run one job in a fresh process."""
+    command = [sys.executable, "-W", "ignore", __file__, "job", json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{job} failed:\n{done.stderr[-3000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(job["trainer"], {key: value for key, value in found.items() if key != "seconds"}, flush=True)
+    return found
+
+
+def speed(lengths: str, rounds: int, steps: int) -> dict[str, Any]:
+    """Alternate the trainers over `rounds`; the medians of steps and of peaks, and their ratios to HF's."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in TRAINERS}
+    for _ in range(rounds):
+        for name in TRAINERS:
+            runs[name].append(measure(trainer=name, lengths=lengths, steps=steps, rows=16, seed=0))
+    table = {
+        name: {
+            "median_step_seconds": statistics.median(s for one in many for s in one["seconds"]),
+            "step_seconds": [one["seconds"] for one in many],
+            "peak_mib": statistics.median(one["peak_bytes"] for one in many) / 2**20,
+            "last_loss": many[-1]["last_loss"],
+        }
+        for name, many in runs.items()
+    }
+    for row in table.values():
+        row["times_faster_than_hf"] = table["hf"]["median_step_seconds"] / row["median_step_seconds"]
+        row["share_of_hf_peak"] = row["peak_mib"] / table["hf"]["peak_mib"]
+    return {f"speed_{lengths}": {"rows": 16, "tokens": runs["ours"][0]["tokens"], "rounds": rounds, "trainers": table}}
+
+
+def scaling() -> dict[str, Any]:
+    """Our step with 8 rows of growing length; gradient checkpointing on, so that the longest fits anywhere."""
+    points = []
+    for length in (64, 128, 256, 512, 1024, 2048):
+        one = measure(trainer="ours", lengths="filled", length=length, steps=2, rows=8, seed=0, checkpointing=True)
+        points.append(
+            {"tokens": 8 * length, "step_seconds": min(one["seconds"]), "peak_mib": one["peak_bytes"] / 2**20}
+        )
+    rates = [point["step_seconds"] / point["tokens"] * 1e6 for point in points]
+    for point, rate in zip(points, rates, strict=True):
+        point["microseconds_a_token"] = rate
+    draw(points)
+    return {"scaling": points}
+
+
+def draw(points: list[dict[str, float]]) -> None:
+    """Plot seconds a step over tokens, with the straight line through the largest."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    tokens = [point["tokens"] for point in points]
+    axes.plot(tokens, [point["step_seconds"] for point in points], "o-", label="measured")
+    last = points[-1]["step_seconds"] / tokens[-1]
+    axes.plot(tokens, [last * count for count in tokens], "--", label="proportional to tokens")
+    axes.set(xlabel="tokens a step", ylabel="seconds a step", title="SmolLM2-135M, rank 8, all linear layers")
+    axes.legend()
+    figure.savefig(RESULTS / f"{NAME}.png", dpi=110)
+
+
+def quality(seed: int) -> dict[str, Any]:
+    """Evaluation loss after 100 steps of ours and of HF's trainer, same rows, order and settings."""
+    job = {"lengths": "mixed", "steps": 100, "rows": 4, "seed": seed, "evaluate": 64}
+    ours, theirs = (measure(trainer=name, **job)["eval_loss"] for name in ("ours", "hf"))
+    return {
+        f"quality_seed_{seed}": {"ours": ours, "hf": theirs, "ours_over_hf": ours / theirs, "steps": 100, "rows": 4}
+    }
+
+
+def merge(part: dict[str, Any]) -> None:
+    """Write `part` into the result, beside the parts measured before."""
+    path = RESULTS / f"{NAME}.json"
+    before = json.loads(path.read_bytes())["parts"] if path.exists() else {}
+    print(write_result(NAME, {"base": BASE, "rank": 8, "target_modules": "all-linear", "parts": {**before, **part}}))
+
+
+def main() -> None:
+    """Parse, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("part", choices=("speed", "scaling", "quality", "job"))
+    parser.add_argument("value", nargs="?", default="0", help="mixed or equal for speed, the seed for quality")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=6)
+    given = parser.parse_args()
+    if given.part == "job":
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(run_one({**json.loads(given.value), "folder": folder})))
+    elif given.part == "speed":
+        merge(speed(given.value, given.rounds, given.steps))
+    elif given.part == "scaling":
+        merge(scaling())
+    else:
+        merge(quality(int(given.value)))
+
+
+if __name__ == "__main__":
+    main()
