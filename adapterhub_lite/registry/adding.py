@@ -1,6 +1,5 @@
 """`add`: an adapter folder made on this machine becomes the next version of a name."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from adapterhub_lite.registry.intake import (
     StagedAdapter,
     adapter_digest,
     find_base,
+    is_commit,
     keep_objects,
     next_version,
     publish,
@@ -35,8 +35,6 @@ from adapterhub_lite.registry.scrub import scrub
 
 if TYPE_CHECKING:
     from adapterhub_lite.registry.store import AdapterRegistry
-
-COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -134,9 +132,10 @@ def _recorded_base(folder: Path, home: Path) -> ResolvedBase:
 
 def _base_record(staged: StagedAdapter, base: ResolvedBase) -> BaseRecord:
     training, problems = staged.inspection.training, staged.inspection.problems
-    if base.revision is not None and not COMMIT.fullmatch(base.revision):
-        problems.append(f"the base's revision {base.revision!r:.80} is not a 40-hex commit")
     recorded = training.base if training else None
+    for revision in {base.revision, recorded.revision if recorded else None}:
+        if not is_commit(revision):
+            problems.append(f"the base's revision {revision!r:.80} is not a 40-hex commit")
     if recorded is not None and recorded.fingerprint != base.fingerprint:
         text = (
             f"it was trained on {recorded.id} with the fingerprint {recorded.fingerprint:.16}..., "

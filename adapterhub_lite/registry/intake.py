@@ -4,7 +4,7 @@ What is examined is our own copy, so that nothing can change between the look an
 """
 
 import hashlib
-import os
+import re
 import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,9 @@ from adapterhub_lite.registry.objects import ObjectStore, stage_file, write_dura
 from adapterhub_lite.registry.rows import insert_version
 from adapterhub_lite.registry.survey import ALLOWED_SIZES, survey_folder
 from adapterhub_lite.registry.validation import Inspection, inspect_adapter
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -96,13 +99,18 @@ def next_version(connection: sqlite3.Connection, name: str) -> int:
     return (row[0] if row else 0) + 1
 
 
+def is_commit(revision: str | None) -> bool:
+    """Whether `revision` may pin a base: a 40-hex commit, or None for a local or embedded one."""
+    return revision is None or COMMIT.fullmatch(revision) is not None
+
+
 def find_base(record: BaseRecord, home: Path) -> ResolvedBase | None:
     """The base that a record names, where it already lies in this home; nothing is fetched."""
     for name, embedded in EMBEDDED_BASES.items():
         folder = home / "bases" / name
         if record.id in (name, embedded.base_model) and record.revision is None and (folder / "config.json").is_file():
             return ResolvedBase(name=name, model_id=embedded.base_model, folder=folder)
-    if record.revision is None or "/" not in record.id or os.sep in record.revision or ".." in record.id:
+    if record.revision is None or not is_commit(record.revision) or not HUB_ID.fullmatch(record.id):
         return None
     cached = home / "bases" / "hub" / f"models--{record.id.replace('/', '--')}" / "snapshots" / record.revision
     if not (cached / "config.json").is_file():

@@ -17,6 +17,7 @@ from adapterhub_lite.registry.adding import About, add_adapter
 from adapterhub_lite.registry.aliases import AliasMove
 from adapterhub_lite.registry.collection import GcPlan, collect, plan_collection, remove_version, set_pin
 from adapterhub_lite.registry.database import Database
+from adapterhub_lite.registry.difference import AdapterDifference, compare_versions
 from adapterhub_lite.registry.doctor import DoctorReport, examine_registry
 from adapterhub_lite.registry.exporting import export_folder
 from adapterhub_lite.registry.listing import AdapterDetails, AdapterSummary, describe, filter_versions, summarize
@@ -164,6 +165,13 @@ class AdapterRegistry:
         """Every move of the aliases of `name` (or of one of them), oldest first."""
         with self.guard(f"read the history of {name!r}"):
             return alias_moves.alias_history(self.database.read(), name, alias)
+
+    def diff(
+        self, one: str | AdapterReference, other: str | AdapterReference, *, layers: bool = True
+    ) -> AdapterDifference:
+        """How two versions differ; with `layers` down to the subspaces of their changes, which loads torch."""
+        with self.guard(f"compare {one} with {other}"):
+            return compare_versions(self, self.resolve(one), self.resolve(other), layers=layers)
 
     def hold(self, reference: str | AdapterReference | AdapterManifest) -> Lease:
         """Keep a version from being collected while it is in use; release the lease, or leave its `with` block.

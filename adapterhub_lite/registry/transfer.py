@@ -8,6 +8,7 @@ from adapterhub_lite.errors import BaseMismatchError, IntegrityError, UsageError
 from adapterhub_lite.registry.intake import (
     adapter_digest,
     find_base,
+    is_commit,
     keep_objects,
     manifest_path,
     publish,
@@ -100,6 +101,11 @@ def _read_promise(folder: Path, expected: AdapterManifest | None) -> AdapterMani
         raise IntegrityError(
             f"{manifest.reference} is not the adapter expected: wanted {expected.digest}, its manifest says "
             f"{manifest.digest}" + ("." if expected.digest != manifest.digest else " with other files.")
+        )
+    if not is_commit(manifest.base.revision):
+        raise IntegrityError(
+            f"The base in the manifest of {manifest.reference} is at {manifest.base.revision!r:.80}, "
+            "which is not a 40-hex commit."
         )
     if not {CONFIG_FILE, WEIGHTS_FILE} <= set(manifest.files) <= CARRIED_FILES:
         raise IntegrityError(f"The manifest of {manifest.reference} lists other files than {sorted(CARRIED_FILES)}.")
