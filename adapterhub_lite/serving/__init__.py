@@ -1,13 +1,14 @@
 """Serving: one frozen base, many adapters, one mixed batch. No user interface, no training, no PEFT.
 
-Reading order: request, blend, source, weights, residency, packing, cache, bank, trunk, sampling, text, job, scheduler,
-loop, engine.
+Reading order: request, blend, source, hub_source, weights, host_tier, residency, rollout, pool; packing, cache, bank,
+hosted, fused, trunk; sampling, text, job, scheduler, loop, engine.
 """
 
 from importlib import import_module
 from typing import Any
 
 _HOMES = {
+    "EngineStatus": "request",
     "GenerationChunk": "request",
     "GenerationHandle": "job",
     "GenerationRequest": "request",

@@ -6,6 +6,8 @@ Callers resolve and load adapters in their own threads; the engine's thread only
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,28 +15,25 @@ from typing import Any
 import torch
 
 from adapterhub_lite.bases import load_base_model, load_tokenizer, resolve_base
-from adapterhub_lite.errors import (
-    BaseMismatchError,
-    ConfigurationError,
-)
-from adapterhub_lite.serving.bank import Part
-from adapterhub_lite.serving.blend import parse_blend
-from adapterhub_lite.serving.job import GenerationHandle, Job, Route
+from adapterhub_lite.errors import ConfigurationError
+from adapterhub_lite.serving.hub_source import HubSource
+from adapterhub_lite.serving.job import GenerationHandle, Job
 from adapterhub_lite.serving.loop import EngineLoop
-from adapterhub_lite.serving.request import GenerationChunk, GenerationRequest, GenerationResult
-from adapterhub_lite.serving.residency import Entry, Residency, ResidentAdapter
+from adapterhub_lite.serving.pool import AdapterPool, Tier
+from adapterhub_lite.serving.request import EngineStatus, GenerationChunk, GenerationRequest, GenerationResult
+from adapterhub_lite.serving.residency import ResidentAdapter
 from adapterhub_lite.serving.sampling import Sampler
-from adapterhub_lite.serving.source import AdapterFiles, AdapterSource, FolderSource, RegistrySource
+from adapterhub_lite.serving.source import AdapterSource, FolderSource, RegistrySource
 from adapterhub_lite.serving.text import TextStream
 from adapterhub_lite.serving.trunk import Trunk
-from adapterhub_lite.serving.weights import read_adapter_weights
 
 
 class InferenceEngine:
     """Many adapters on one base. Thread-safe; close it, or use it as a context manager.
 
     Adapters stay in memory (`max_slots` of them, the least recently used goes first) and are routed per row of a
-    batch of at most `max_rows`; more requests wait, at most `max_queue`, then are refused.
+    batch of at most `max_rows`; more requests wait, at most `max_queue`, then are refused. `end_tokens` None takes
+    those of the base; an empty set writes every answer to its full length.
     """
 
     def __init__(
@@ -45,17 +44,26 @@ class InferenceEngine:
         *,
         source: AdapterSource | None = None,
         max_slots: int = 64,
+        max_host: int = 64,
         max_rank: int = 16,
         max_queue: int = 256,
+        end_tokens: frozenset[int] | None = None,
     ) -> None:
         self.base_fingerprint = base_fingerprint
         self.tokenizer = tokenizer
         self._trunk = trunk
-        self._source = source or FolderSource()
-        self._residency = Residency(max_slots)
-        self._max_rank = max_rank
+        self._pool = AdapterPool(
+            source or FolderSource(),
+            trunk.families,
+            base_fingerprint,
+            device=trunk.device,
+            max_slots=max_slots,
+            max_host=max_host,
+            max_rank=max_rank,
+        )
         self._tokenizing = threading.Lock()
-        self._loop = EngineLoop(trunk, _end_tokens(trunk.model, tokenizer), max_queue=max_queue)
+        ends = _end_tokens(trunk.model, tokenizer) if end_tokens is None else end_tokens
+        self._loop = EngineLoop(trunk, ends, max_queue=max_queue)
 
     @classmethod
     def from_base(
@@ -63,16 +71,19 @@ class InferenceEngine:
         base: str | Path,
         *,
         registry: Any = None,
+        pull: Sequence[str] = (),
         home: str | Path | None = None,
         dtype: torch.dtype | str | None = None,
+        quantization: str | None = None,
         device: str | None = None,
         max_rows: int = 16,
-        **options: int,
+        **options: Any,
     ) -> "InferenceEngine":
         """Load a base by name, folder or Hub id and start serving it.
 
-        `dtype` None keeps the one it was saved in. `device` None takes a GPU when there is one. `options` are those
-        of the constructor: max_slots, max_rank, max_queue.
+        `pull` allows hub repositories ("org/*") to be pulled into the registry at their first use. `dtype` None keeps
+        the one the base was saved in; `quantization` is None, "int8" or "nf4". `device` None takes a GPU when there is
+        one. `options` are those of the constructor: max_slots, max_host, max_rank, max_queue, end_tokens.
 
         Raises:
             UnknownNameError: no such base.
@@ -80,11 +91,18 @@ class InferenceEngine:
         """
         if max_rows < 1:
             raise ConfigurationError(f"max_rows is {max_rows}, wanted at least 1.")
+        if pull and registry is None:
+            raise ConfigurationError("Pulling from a hub needs a registry to pull into; give registry=.")
         resolved = resolve_base(base, home=home)
-        chosen = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = load_base_model(resolved.folder, dtype=chosen, device=place)
-        source = RegistrySource(registry) if registry is not None else FolderSource()
+        model = load_base_model(
+            resolved.folder,
+            dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            quantization_config=_quantization(quantization),
+        )
+        source: AdapterSource = FolderSource()
+        if registry is not None:
+            source = HubSource(registry, pull) if pull else RegistrySource(registry)
         trunk = Trunk(model, rows=max_rows)
         return cls(trunk, load_tokenizer(resolved.folder), resolved.fingerprint, source=source, **options)
 
@@ -129,7 +147,7 @@ class InferenceEngine:
         """Queue a request and return its handle at once; the adapter is resolved, and loaded if need be, before."""
         started = time.perf_counter()
         prompt_ids = self._encode(request)
-        route = self._route(request.adapter)
+        route = self._pool.route(request.adapter, request.timeout_seconds)
         job = Job(
             request=request,
             prompt_ids=prompt_ids,
@@ -154,18 +172,65 @@ class InferenceEngine:
             UnknownNameError, AdapterRejectedError, BaseMismatchError: it cannot be served here.
             QueueFullError: every slot is in use or pinned.
         """
-        entry, _ = self._acquire(self._locate(str(reference)))
-        if pin:
-            self._residency.pin(entry.digest, True)
-        return self._residency.release(entry)
+        return self._pool.load(reference, pin=pin)
+
+    def prefetch(self, reference: str | Path) -> "Future[ResidentAdapter]":
+        """Do `load` in the background; the future has its result or its error."""
+        return self._pool.prefetch(reference)
+
+    def pin(self, reference: str | Path, pinned: bool = True) -> ResidentAdapter:
+        """Load an adapter if need be and keep it in its slot, or let it go like the others again."""
+        loaded = self._pool.load(reference)
+        self._pool.residency.pin(loaded.digest, pinned)
+        return replace(loaded, pinned=pinned)
 
     def unload(self, reference: str | Path, *, timeout: float | None = None) -> bool:
-        """Take an adapter out of memory once nobody uses it; False when it was not there."""
-        return self._residency.unload(self._locate(str(reference)).digest, timeout=timeout)
+        """Take an adapter out of memory once nobody uses it; False when it was not there.
+
+        Requests that run finish on it, later ones load it afresh. `timeout` bounds the wait, not the unloading.
+        """
+        return self._pool.unload(reference, timeout=timeout)
 
     def resident(self) -> list[ResidentAdapter]:
         """Say which adapters are in memory, the least recently used first."""
-        return self._residency.resident()
+        return self._pool.residency.resident()
+
+    def tier(self, reference: str | Path) -> Tier:
+        """Say how near an adapter is: "resident", "host" (memory) or "disk"; pulls it when it is on a hub only."""
+        return self._pool.tier(reference)
+
+    def start_canary(self, reference: str, candidate: str, *, canary: float = 0.1) -> ResidentAdapter:
+        """Send the share `canary` of the requests for `reference` to `candidate`, loaded first; running ones stay.
+
+        Raises:
+            ConfigurationError: the share is not between 0 and 1.
+        """
+        loaded = self._pool.load(candidate)
+        self._pool.rollouts.start(reference, candidate, canary)
+        return loaded
+
+    def stop_canary(self, reference: str) -> bool:
+        """Send every request for `reference` where it points, from the next one on; False without a canary."""
+        return self._pool.rollouts.stop(reference)
+
+    def status(self) -> EngineStatus:
+        """Say how the engine does: whether it can serve, whether it can pull, and its counts since the start."""
+        residency = self._pool.residency
+        source = self._pool.source
+        trouble = source.trouble if isinstance(source, HubSource) else None
+        return EngineStatus(
+            can_serve=self._loop.alive,
+            can_pull=trouble is None if isinstance(source, HubSource) else None,
+            hub_trouble=trouble,
+            running=self._loop.running,
+            waiting=self._loop.waiting,
+            steps=self._loop.steps,
+            tokens=self._loop.tokens,
+            resident=len(residency.resident()),
+            loads=residency.loads,
+            evictions=residency.evictions,
+            canaries=self._pool.rollouts.current(),
+        )
 
     def base_digest(self) -> str:
         """The sha256 over the base's weights as they are in memory now."""
@@ -173,6 +238,7 @@ class InferenceEngine:
 
     def close(self) -> None:
         """Stop; whatever waits or runs ends with EngineClosedError."""
+        self._pool.close()
         self._loop.close()
 
     def __enter__(self) -> "InferenceEngine":
@@ -203,56 +269,6 @@ class InferenceEngine:
             )
         return ids
 
-    def _route(self, adapter: str | Path | None) -> Route:
-        if adapter is None:
-            return Route()
-        started = time.perf_counter()
-        held: list[Entry] = []
-
-        def release() -> None:
-            while held:
-                self._residency.release(held.pop())
-
-        parts, names, digests, resident = [], [], [], True
-        try:
-            blend = parse_blend(adapter)
-            for piece in blend:
-                entry, was_there = self._acquire(self._locate(piece.reference))
-                held.append(entry)
-                resident &= was_there
-                assert entry.weights is not None
-                parts.append(Part(entry.weights, piece.weight))
-                factor = "" if len(blend) == 1 and piece.weight == 1.0 else f"*{piece.weight:g}"
-                names.append(entry.name + factor)
-                digests.append(entry.digest + factor)
-        except BaseException:
-            release()
-            raise
-        return Route(tuple(parts), "+".join(names), "+".join(digests), time.perf_counter() - started, release)
-
-    def _locate(self, reference: str) -> AdapterFiles:
-        files = self._source.locate(reference)
-        if files.base_fingerprint not in (None, self.base_fingerprint):
-            raise BaseMismatchError(
-                f"{files.name} was made for the base {str(files.base_fingerprint)[:12]}, this engine serves "
-                f"{self.base_fingerprint[:12]}. Serve it on its own base, or train it for this one."
-            )
-        return files
-
-    def _acquire(self, files: AdapterFiles) -> tuple[Entry, bool]:
-        def load() -> Any:
-            with files.hold():
-                return read_adapter_weights(
-                    files.weights,
-                    self._trunk.families,
-                    files.scaling_of,
-                    max_rank=self._max_rank,
-                    subject=files.name,
-                    device=self._trunk.device,
-                )
-
-        return self._residency.acquire(files.digest, files.name, load)
-
 
 def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     found: set[int] = set()
@@ -260,3 +276,20 @@ def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
         value = getattr(source, "eos_token_id", None)
         found.update([value] if isinstance(value, int) else value or [])
     return frozenset(found)
+
+
+def _quantization(kind: str | None) -> Any:
+    if kind is None:
+        return None
+    from transformers import BitsAndBytesConfig
+
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if kind == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    raise ConfigurationError(f"quantization is {kind!r}, wanted None, 'int8' or 'nf4'.")

@@ -27,6 +27,8 @@ class EngineLoop:
         self._scheduler = Scheduler(trunk.rows, max_queue)
         self._changed = threading.Condition()
         self._closed = False
+        self.steps = 0
+        self.tokens = 0
         self._thread = threading.Thread(target=self._run, name="adapterhub-engine", daemon=True)
         self._thread.start()
 
@@ -42,6 +44,21 @@ class EngineLoop:
                 raise EngineClosedError("The engine is closed; start another one.")
             self._scheduler.add(job)
             self._changed.notify()
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are taken and computed."""
+        return not self._closed and self._thread.is_alive()
+
+    @property
+    def running(self) -> int:
+        """Requests in rows now."""
+        return len(self._scheduler.running)
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue now."""
+        return len(self._scheduler.waiting)
 
     def wake(self) -> None:
         """Look again at once: a job was cancelled."""
@@ -113,6 +130,7 @@ class EngineLoop:
             for job in jobs:
                 self._fail(job, error)
             return
+        self.steps += 1
         for index, (job, part) in enumerate(zip(jobs, slices, strict=True)):
             job.computed += len(part.token_ids)
             if job.computed == job.known:
@@ -143,6 +161,7 @@ class EngineLoop:
         if not job.output:
             job.first_token = time.perf_counter()
         job.output.append(token)
+        self.tokens += 1
         if job.request.logprobs is not None:
             job.logprobs.append(token_logprob(logits, token, job.request.logprobs))
         piece = job.stream.push(token)

@@ -125,3 +125,23 @@ class GenerationChunk:
     text: str
     done: bool = False
     result: GenerationResult | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class EngineStatus:
+    """How an engine does. `can_pull` is None without a hub, False while the hub cannot be reached: what is on this
+    machine is served all the same. `steps`, `tokens`, `loads` and `evictions` count since the start; `canaries` maps a
+    reference to (candidate, share).
+    """
+
+    can_serve: bool
+    can_pull: bool | None
+    hub_trouble: str | None
+    running: int
+    waiting: int
+    steps: int
+    tokens: int
+    resident: int
+    loads: int
+    evictions: int
+    canaries: dict[str, tuple[str, float]]

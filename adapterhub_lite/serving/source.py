@@ -94,12 +94,16 @@ class RegistrySource:
         self._registry = registry
         self._folders = FolderSource()
 
+    def is_folder(self, reference: str) -> bool:
+        """Whether `reference` is the path of an adapter folder."""
+        return (Path(reference) / CONFIG_FILE).is_file()
+
     def locate(self, reference: str) -> AdapterFiles:
         """Return the files of the version that `reference` names now."""
-        if (Path(reference) / CONFIG_FILE).is_file():
+        if self.is_folder(reference):
             return self._folders.locate(reference)
         manifest = self._registry.resolve(reference)
-        name = f"{manifest.name}:{manifest.version}"
+        name: str = manifest.reference
         if not manifest.lora.is_plain:
             raise AdapterRejectedError(
                 name, ["it uses DoRA or a LoRA bias, which cannot share a batch; merge it first"]

@@ -7,7 +7,7 @@ adapter into a row of the bank is then a copy per projection, not per layer.
 import itertools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -57,6 +57,9 @@ class FamilyWeights:
     scale: torch.Tensor
 
 
+next_load_id = itertools.count(1).__next__
+
+
 @dataclass(frozen=True)
 class AdapterWeights:
     """All pairs of an adapter, by family name. `rank` is the largest; `modules` how many pairs there are.
@@ -67,12 +70,20 @@ class AdapterWeights:
     families: dict[str, FamilyWeights]
     rank: int
     modules: int
-    load_id: int = field(default_factory=itertools.count(1).__next__)
+    load_id: int = field(default_factory=next_load_id)
 
     @property
     def nbytes(self) -> int:
         """Bytes held in memory."""
         return sum(t.nbytes for f in self.families.values() for t in (f.a, f.b, f.scale))
+
+    def to(self, device: torch.device | str) -> "AdapterWeights":
+        """The same load on another device; on its own device, the same tensors."""
+        moved = {
+            name: replace(f, a=f.a.to(device), b=f.b.to(device), scale=f.scale.to(device))
+            for name, f in self.families.items()
+        }
+        return replace(self, families=moved)
 
 
 def read_adapter_weights(
@@ -82,7 +93,6 @@ def read_adapter_weights(
     *,
     max_rank: int,
     subject: str,
-    device: torch.device | str = "cpu",
 ) -> AdapterWeights:
     """Read `path` (safetensors, PEFT's names) for the linear modules in `families`; nothing in it is executed.
 
@@ -112,7 +122,7 @@ def read_adapter_weights(
         problems.append("it holds no LoRA pair at all, so it would answer like the base")
     if problems:
         raise AdapterRejectedError(subject, problems)
-    stacked = {f.name: _stack(f, pairs, scaling_of, device) for f in families if any(p in pairs for p in f.paths)}
+    stacked = {f.name: _stack(f, pairs, scaling_of) for f in families if any(p in pairs for p in f.paths)}
     rank = max(weights.a.shape[1] for weights in stacked.values())
     return AdapterWeights(stacked, rank, len(pairs))
 
@@ -140,7 +150,6 @@ def _stack(
     family: Family,
     pairs: dict[str, dict[str, torch.Tensor]],
     scaling_of: Callable[[str], float],
-    device: torch.device | str,
 ) -> FamilyWeights:
     layers = tuple(i for i, path in enumerate(family.paths) if path in pairs)
     own = [pairs[family.paths[i]] for i in layers]
@@ -152,4 +161,4 @@ def _stack(
         a[i, :width] = pair["A"]
         b[i, :width] = pair["B"].T
     scale = torch.tensor([scaling_of(family.paths[i]) for i in layers]).view(-1, 1, 1)
-    return FamilyWeights(layers, a.to(device), b.to(device), scale.to(device))
+    return FamilyWeights(layers, a, b, scale)

@@ -1,0 +1,55 @@
+"""Canary releases: a share of the requests for one reference goes to another. Knows references only as text."""
+
+import threading
+from dataclasses import dataclass
+from fractions import Fraction
+
+from adapterhub_lite.errors import ConfigurationError
+
+
+@dataclass
+class _Split:
+    candidate: str
+    share: Fraction
+    seen: int = 0
+
+
+class Rollouts:
+    """Splits in force, by reference. Thread-safe.
+
+    The share is exact, not drawn: of any 10 requests in a row, `share=0.1` sends one to the candidate.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._splits: dict[str, _Split] = {}
+
+    def start(self, reference: str, candidate: str, share: float) -> None:
+        """Send `share` of the requests for `reference` to `candidate` from now on.
+
+        Raises:
+            ConfigurationError: the share is not between 0 and 1.
+        """
+        if not 0.0 <= share <= 1.0:
+            raise ConfigurationError(f"The share of a canary is {share}, wanted 0 to 1, such as 0.1 for a tenth.")
+        with self._lock:
+            self._splits[reference] = _Split(candidate, Fraction(str(float(share))))
+
+    def stop(self, reference: str) -> bool:
+        """Send every request where its reference points, at once; False when there was no split."""
+        with self._lock:
+            return self._splits.pop(reference, None) is not None
+
+    def choose(self, reference: str) -> str:
+        """Return the reference that the next request for `reference` gets."""
+        with self._lock:
+            split = self._splits.get(reference)
+            if split is None:
+                return reference
+            before, split.seen = split.seen * split.share, split.seen + 1
+            return split.candidate if int(split.seen * split.share) > int(before) else reference
+
+    def current(self) -> dict[str, tuple[str, float]]:
+        """Return the splits in force: reference -> (candidate, share)."""
+        with self._lock:
+            return {reference: (split.candidate, float(split.share)) for reference, split in self._splits.items()}

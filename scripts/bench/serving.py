@@ -1,0 +1,229 @@
+"""How fast many adapters are served from one base, side by side with the other ways to do it on this machine.
+
+    python -m scripts.bench.serving [--part steps throughput many switching first_token memory] [--base smollm2-135m]
+
+Writes results/serving_<part>.json. Every comparison is interleaved in one run; figures are medians unless named.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapterhub_lite.bases import ResolvedBase, load_base_model, load_tokenizer, resolve_base
+from adapterhub_lite.serving import GenerationRequest, InferenceEngine
+from adapterhub_lite.serving.packing import RowSlice, pack
+from scripts.bench.report import write_result
+from scripts.bench.serving_adapters import write_random_adapter
+from scripts.bench.serving_memory import measure_memory
+from scripts.bench.serving_peers import Peft, transformers_batch, transformers_continuous
+
+Figures = dict[str, Any]
+ROWS = 16
+CONTEXT = 64
+PROMPT = "Tell me a long story about the number {} and what it did on a rainy day in the mountains."
+
+
+def open_engine(base: ResolvedBase, **options: Any) -> InferenceEngine:
+    """An engine that writes every answer to its full length, so that all ways make the same number of tokens."""
+    return InferenceEngine.from_base(base.folder, max_rows=ROWS, end_tokens=frozenset(), **options)
+
+
+def make_adapters(base: ResolvedBase, ranks: list[int], scratch: Path) -> list[Path]:
+    """One random adapter a rank, each of its own."""
+    made = []
+    for seed, rank in enumerate(ranks):
+        made.append(write_random_adapter(base.folder, scratch / f"adapter-{seed}-{rank}", seed=seed, rank=rank))
+    return made
+
+
+def interleave(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Run the ways in turn, `rounds` times each after one for warmth; return the median seconds of each."""
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for round_ in range(rounds + 1):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            if round_:
+                taken[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def measure_steps(base: ResolvedBase, scratch: Path) -> Figures:
+    """Seconds of one decode step of 16 rows with 64 tokens of context: base, ours with 16 adapters, PEFT's ways."""
+    folders = make_adapters(base, [16] * ROWS, scratch)
+    ways: dict[str, Callable[[], object]] = {}
+    engines = {"base": open_engine(base), "16_adapters": open_engine(base)}
+    for name, engine in engines.items():
+        trunk = engine._trunk
+        with torch.inference_mode():
+            trunk.cache.reserve(2 * CONTEXT)
+            for row, folder in enumerate(folders if name != "base" else ()):
+                trunk.bank.place(row, engine._pool.route(folder).parts)
+        trunk.forward(pack([RowSlice(row, 0, list(range(100, 100 + CONTEXT))) for row in range(ROWS)]))
+        step = pack([RowSlice(row, CONTEXT, [5]) for row in range(ROWS)])
+        ways[f"ours_{name}"] = lambda trunk=trunk, step=step: trunk.forward(step)  # type: ignore[misc]
+    peft = Peft(base.folder, folders)
+    ways["transformers_base"] = peft.step(None, ROWS, CONTEXT)
+    ways["peft_one_adapter_for_all"] = peft.step(0, ROWS, CONTEXT)
+    ways["peft_adapter_names_16"] = peft.step(list(range(ROWS)), ROWS, CONTEXT)
+    seconds = interleave(ways, rounds=12)
+    for engine in engines.values():
+        engine.close()
+    return {
+        "seconds": seconds,
+        "ours_over_own_base": seconds["ours_16_adapters"] / seconds["ours_base"],
+        "ours_over_transformers_base": seconds["ours_16_adapters"] / seconds["transformers_base"],
+        "ours_over_peft_mixed": seconds["ours_16_adapters"] / seconds["peft_adapter_names_16"],
+    }
+
+
+def _requests(count: int, tokens: int, adapters: list[Path] | None) -> list[GenerationRequest]:
+    return [
+        GenerationRequest(
+            messages=[{"role": "user", "content": PROMPT.format(i)}],
+            adapter=adapters[i % len(adapters)] if adapters else None,
+            max_new_tokens=tokens,
+        )
+        for i in range(count)
+    ]
+
+
+def measure_throughput(base: ResolvedBase, scratch: Path) -> Figures:
+    """Tokens a second of 16 concurrent requests over 8 adapters of ranks 4, 8 and 16; 24 new tokens each."""
+    new = 24
+    folders = make_adapters(base, [4, 8, 16, 8, 4, 16, 8, 16], scratch)
+    tokenizer = load_tokenizer(base.folder)
+    engine = open_engine(base)
+    mixed, plain = _requests(ROWS, new, folders), _requests(ROWS, new, None)
+    chats = [
+        tokenizer.apply_chat_template(list(r.messages or ()), add_generation_prompt=True, tokenize=False) for r in plain
+    ]
+    prompts = [tokenizer.encode(chat, add_special_tokens=False) for chat in chats]
+    peft = Peft(base.folder, folders)
+    model = load_base_model(base.folder)
+    fast = interleave(
+        {
+            "ours_8_adapters": lambda: engine.generate_many(mixed),
+            "ours_base": lambda: engine.generate_many(plain),
+            "transformers_continuous_base": lambda: transformers_continuous(base.folder, prompts, new),
+            "transformers_generate_base": lambda: transformers_batch(model, tokenizer, prompts, new),
+            "peft_adapter_names": lambda: peft.mixed(tokenizer, prompts, new),
+        },
+        rounds=3,
+    )
+    # A sixteenth of the work of the others a round: one request after another takes too long for more.
+    slow = interleave({"peft_set_adapter_one_by_one": lambda: peft.one_by_one(prompts[:4], new)}, rounds=2)
+    engine.close()
+    rates = {name: ROWS * new / seconds for name, seconds in fast.items()}
+    rates |= {name: 4 * new / seconds for name, seconds in slow.items()}
+    return {
+        "tokens_per_second": rates,
+        "over_peft_one_by_one": rates["ours_8_adapters"] / rates["peft_set_adapter_one_by_one"],
+        "over_transformers_continuous": rates["ours_8_adapters"] / rates["transformers_continuous_base"],
+        "note": "transformers' continuous batching has no adapters: its figure is for the base alone",
+    }
+
+
+def measure_many(base: ResolvedBase, scratch: Path) -> Figures:
+    """Tokens a second of 32 requests in 16 rows over 1, 8 and 64 adapters of rank 8, all resident."""
+    folders = make_adapters(base, [8] * 64, scratch)
+    engine = open_engine(base)
+    for folder in folders:
+        engine.load(folder)
+    sets = {str(n): folders[:n] for n in (1, 8, 64)}
+    ways = {
+        name: (lambda chosen=chosen: engine.generate_many(_requests(32, 16, chosen))) for name, chosen in sets.items()
+    }
+    seconds = interleave(ways, rounds=3)
+    engine.close()
+    rates = {name: 32 * 16 / taken for name, taken in seconds.items()}
+    return {"tokens_per_second_by_adapters": rates, "spread": max(rates.values()) / min(rates.values()) - 1}
+
+
+def measure_switching(base: ResolvedBase, scratch: Path) -> Figures:
+    """Milliseconds from a reference to a routed row, 2 and 64 residents; and from disk to routed for a 5 MB adapter."""
+    folders = make_adapters(base, [8] * 64, scratch)
+    figures: Figures = {}
+    with open_engine(base) as engine, torch.inference_mode():
+        for count in (2, 64):
+            for folder in folders[:count]:
+                engine.load(folder)
+            looked, routed = [], []
+            for i in range(300):
+                started = time.perf_counter()
+                route = engine._pool.route(folders[i % count])
+                looked.append(1e3 * (time.perf_counter() - started))
+                engine._trunk.bank.place(0, route.parts)
+                routed.append(1e3 * (time.perf_counter() - started))
+                route.release()
+            figures[f"{count}_residents_ms"] = {"look_up": _spread(looked), "routed": _spread(routed)}
+        loads = []
+        for i in range(30):
+            engine.unload(folders[i])
+            started = time.perf_counter()
+            route = engine._pool.route(folders[i])
+            engine._trunk.bank.place(0, route.parts)
+            loads.append(1e3 * (time.perf_counter() - started))
+            route.release()
+        figures["disk_to_routed_ms"] = _spread(loads)
+    figures["adapter_bytes"] = (folders[0] / "adapter_model.safetensors").stat().st_size
+    peft = Peft(base.folder, folders[:16])
+    figures["peft_set_adapter_16_ms"] = _spread([1e3 * peft.switch(i % 16) for i in range(48)])
+    return figures
+
+
+def _spread(values: list[float]) -> Figures:
+    ordered = sorted(values)
+    return {"median": statistics.median(ordered), "p99": ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]}
+
+
+def measure_first_token(base: ResolvedBase, scratch: Path) -> Figures:
+    """Seconds to the first token of a short prompt, alone and beside 15 requests that write."""
+    folders = make_adapters(base, [8] * 8, scratch)
+    short = GenerationRequest(prompt="Once upon a time", adapter=folders[0], max_new_tokens=1)
+    with open_engine(base) as engine:
+        engine.generate(short)
+        alone = [engine.generate(short).timings.first_token_seconds for _ in range(15)]
+        running = [engine.submit(request) for request in _requests(ROWS - 1, 400, folders)]
+        streams = [iter(handle) for handle in running]
+        for stream in streams:
+            next(stream)
+        loaded = [engine.generate(short).timings.first_token_seconds for _ in range(15)]
+        for handle in running:
+            handle.cancel()
+    ratio = statistics.median(loaded) / statistics.median(alone)
+    return {"alone_seconds": _spread(alone), "beside_15_seconds": _spread(loaded), "ratio": ratio}
+
+
+PARTS: dict[str, Callable[[ResolvedBase, Path], Figures]] = {
+    "steps": measure_steps,
+    "throughput": measure_throughput,
+    "many": measure_many,
+    "switching": measure_switching,
+    "first_token": measure_first_token,
+    "memory": measure_memory,
+}
+
+
+def main() -> None:
+    """Measure the chosen parts and write one file each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", nargs="*", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--base", default="smollm2-135m")
+    options = parser.parse_args()
+    base = resolve_base(options.base)
+    for part in options.part:
+        with tempfile.TemporaryDirectory() as scratch:
+            figures = PARTS[part](base, Path(scratch))
+        path = write_result(f"serving_{part}", {"base": base.model_id, "question": PARTS[part].__doc__, **figures})
+        print(path.read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""What residents cost in memory, and whether loading, unloading and answering for long makes the process grow."""
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from adapterhub_lite.bases import ResolvedBase
+from adapterhub_lite.serving import GenerationRequest, InferenceEngine
+from adapterhub_lite.serving.trunk import Trunk
+from scripts.bench.serving_adapters import write_random_adapter
+
+CYCLES = 1000
+REQUESTS = 5000
+
+
+def resident_bytes() -> int:
+    """Bytes of this process in memory now."""
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+def measure_memory(base: ResolvedBase, scratch: Path) -> dict[str, Any]:
+    """Bytes a resident adapter takes against its file; growth after 1,000 load / unload cycles and 5,000 requests."""
+    figures: dict[str, Any] = {"resident_over_file": {}}
+    with InferenceEngine.from_base(base.folder, max_rows=4) as engine:
+        for dtype in (torch.bfloat16, torch.float32):
+            for rank in (4, 8, 16):
+                folder = write_random_adapter(
+                    base.folder, scratch / f"{dtype}-{rank}", seed=rank, rank=rank, dtype=dtype
+                )
+                size = (folder / "adapter_model.safetensors").stat().st_size
+                figures["resident_over_file"][f"{dtype}-{rank}"] = engine.load(folder).nbytes / size
+        folder = scratch / "torch.bfloat16-8"
+        for _ in range(50):
+            engine.unload(folder)
+            engine.load(folder)
+        before = resident_bytes()
+        for _ in range(CYCLES):
+            engine.unload(folder)
+            engine.load(folder)
+        figures["growth_after_1000_cycles"] = resident_bytes() / before - 1
+    figures["growth_after_5000_requests"] = _many_requests(base, scratch)
+    return figures
+
+
+def _many_requests(base: ResolvedBase, scratch: Path) -> float:
+    """Answer 5,000 requests over 8 adapters on a small random Llama with the base's tokenizer; return the growth."""
+    from adapterhub_lite.bases import load_tokenizer
+
+    tokenizer = load_tokenizer(base.folder)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(scratch / "small")
+    folders = [write_random_adapter(scratch / "small", scratch / f"s{i}", seed=i, rank=8) for i in range(8)]
+
+    def ask(engine: InferenceEngine, count: int) -> None:
+        requests = [
+            GenerationRequest(prompt=f"number {i} " * (1 + i % 7), adapter=folders[i % 8], max_new_tokens=1 + i % 5)
+            for i in range(count)
+        ]
+        for at in range(0, count, 100):
+            engine.generate_many(requests[at : at + 100])
+
+    with InferenceEngine(Trunk(model, rows=16), tokenizer, "small") as engine:
+        ask(engine, 500)
+        before = resident_bytes()
+        ask(engine, REQUESTS)
+        return resident_bytes() / before - 1
