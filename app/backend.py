@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.serving import InferenceEngine
 from app.access import Access
@@ -48,13 +49,26 @@ class LiveAnswers:
             answer.cancel()
         return len(answers)
 
+    def stop_all(self, session: str) -> None:
+        """Cancel what is under way in a session that ended, on every tab: keys are `session` or `session/tab`."""
+        with self._lock:
+            keys = [key for key in self._by_session if key.split("/")[0] == session]
+        for key in keys:
+            self.stop(key)
+
 
 @dataclass(frozen=True)
 class Backend:
-    """The rooms behind the page; `base_name` is what people call the base that the engine serves."""
+    """The rooms behind the page.
+
+    `base_name` is what people call the base that the engine serves; `base` is its folder, where it is known, for
+    merging. `hub` is the endpoint to push to and pull from; None for the one `huggingface_hub` is set to.
+    """
 
     engine: InferenceEngine
     registry: AdapterRegistry
     base_name: str
+    base: ResolvedBase | None = None
+    hub: str | None = None
     access: Access = field(default_factory=Access)
     live: LiveAnswers = field(default_factory=LiveAnswers)

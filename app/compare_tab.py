@@ -23,15 +23,15 @@ def build_compare_tab(backend: Backend) -> gr.Dropdown:
             prompt = gr.Textbox(
                 label="Prompt", lines=2, max_lines=6, placeholder="One prompt for all of them", elem_id="compare-prompt"
             )
+            with gr.Row(elem_classes="natural"):
+                run = gr.Button("Compare", variant="primary", elem_id="compare-run")
+                stop = gr.Button("Stop", variant="stop", visible=False, elem_id="compare-stop")
         with gr.Column(scale=1, min_width=260):
             picked = gr.Dropdown(
                 choices=adapter_choices(backend.registry), multiselect=True, max_choices=MOST_ADAPTERS,
-                label=f"Beside the base: up to {MOST_ADAPTERS} adapters", elem_id="compare-adapters",
+                label=f"Up to {MOST_ADAPTERS} adapters", elem_id="compare-adapters",
             )  # fmt: skip
-    with gr.Row(elem_classes="natural"):
-        run = gr.Button("Compare", variant="primary", elem_id="compare-run")
-        stop = gr.Button("Stop", variant="stop", visible=False, elem_id="compare-stop")
-        length = gr.Slider(8, 256, value=64, step=8, label="Longest answer, tokens", elem_classes="inline-slider")
+            length = gr.Slider(8, 256, value=64, step=8, label="Longest answer, tokens")
     notice = gr.Markdown(visible=False, elem_classes="notice", elem_id="compare-notice")
     columns = _answer_columns()
     outputs = [notice, run, stop, *(part for column in columns for part in column)]

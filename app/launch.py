@@ -9,6 +9,7 @@ from pathlib import Path
 
 import gradio as gr
 
+from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import AdapterHubError, ResourceError
 from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.serving import InferenceEngine
@@ -40,19 +41,21 @@ def launch(
     host: str = "127.0.0.1",
     port: int | None = None,
     base_name: str | None = None,
+    base: ResolvedBase | None = None,
     access: Access | None = None,
+    hub: str | None = None,
     block: bool = True,
 ) -> RunningApp:
     """Serve the app and print where it is. With `block`, return when it is interrupted.
 
-    `port` None means 7860 or the next free one.
+    `port` None means 7860 or the next free one; the other settings are those of `build_demo`.
 
     Raises:
         ResourceError: the port asked for, or every port tried, is in use.
     """
     access = access or Access()
     chosen = free_port(host, port)
-    demo = build_demo(engine, registry, base_name=base_name, access=access)
+    demo = build_demo(engine, registry, base_name=base_name, base=base, access=access, hub=hub)
     demo.queue(default_concurrency_limit=None, api_open=False)
     try:
         demo.launch(

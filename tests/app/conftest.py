@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from adapterhub_lite.bases import resolve_base
+from adapterhub_lite.bases import ResolvedBase, resolve_base
 from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.serving import InferenceEngine
 from app.access import Access
@@ -30,11 +30,11 @@ class World:
     home: Path
     registry: AdapterRegistry
     engine: InferenceEngine
-    adapter_folder: Path
+    base: ResolvedBase
 
     def backend(self, access: Access | None = None) -> Backend:
         """The rooms as the handlers get them."""
-        return Backend(self.engine, self.registry, "tiny", access or Access())
+        return Backend(self.engine, self.registry, "tiny", base=self.base, access=access or Access())
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def world(tiny_base: Path, make_adapter: Any, tmp_path_factory: pytest.TempPathF
         registry.add(folder, name, base=base, evaluation=[metric], **more)
     registry.set_alias("sql", "prod", version=1)
     with InferenceEngine.from_base(tiny_base, registry=registry) as engine:
-        yield World(home, registry, engine, folders[0])
+        yield World(home, registry, engine, base)
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def serve(world: World) -> Iterator[Callable[..., RunningApp]]:
     started: list[RunningApp] = []
 
     def start(**options: Any) -> RunningApp:
-        started.append(launch(world.engine, world.registry, port=0, base_name="tiny", block=False, **options))
+        started.append(launch(world.engine, world.registry, port=0, base_name="tiny", base=world.base, block=False, **options))
         return started[-1]
 
     yield start

@@ -1,0 +1,61 @@
+"""Comparing: several tasks answer one prompt in one batch, each for itself, and the differences are exact."""
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adapterhub_lite.serving import GenerationRequest
+from app.answers import STOPPED, AnswerSettings
+from app.compare import MOST_ADAPTERS, compare, diff_words, live_key
+
+SHORT = AnswerSettings(max_new_tokens=12)
+
+
+def test_base_and_adapters_answer_as_each_would_alone(world: Any) -> None:
+    backend = world.backend()
+    answers = list(compare(backend, "s", "hello", ["sql:1", "event"], SHORT))[-1]
+    messages = [{"role": "user", "content": "hello"}]
+    for answer, adapter in zip(answers, (None, "sql:1", "event"), strict=True):
+        alone = world.engine.generate(GenerationRequest(messages=messages, adapter=adapter, max_new_tokens=12))
+        assert answer.text == alone.text
+        assert answer.receipt is not None
+        assert answer.receipt.digests == ((alone.adapter_digest,) if alone.adapter_digest else ())
+
+
+def test_the_answers_grow_together(world: Any) -> None:
+    snapshots = list(compare(world.backend(), "s", "hello", ["sql", "event"], AnswerSettings(max_new_tokens=60)))
+    both_growing = [all(a.text and not a.is_complete for a in snapshot) for snapshot in snapshots]
+    assert any(both_growing)
+
+
+def test_one_that_cannot_answer_says_so_in_its_place(world: Any) -> None:
+    base, missing, malformed, event = list(compare(world.backend(), "s", "hi", ["nobody", "a b", "event"], SHORT))[-1]
+    assert base.receipt is not None and event.receipt is not None
+    assert missing.notice is not None and "nobody" in missing.notice
+    assert malformed.notice is not None and "Wanted an adapter" in malformed.notice
+
+
+def test_no_more_than_the_columns_there_are(world: Any) -> None:
+    answers = list(compare(world.backend(), "s", "hi", ["sql"] * 9, AnswerSettings(max_new_tokens=2)))[-1]
+    assert len(answers) == MOST_ADAPTERS + 1
+
+
+def test_stop_ends_the_comparison_and_leaves_the_chat(world: Any) -> None:
+    backend = world.backend()
+    growing = compare(backend, "me", "hello", ["sql"], AnswerSettings(max_new_tokens=300))
+    next(growing)
+    assert backend.live.stop("me") == 0
+    backend.live.stop_all("me")
+    assert [answer.notice for answer in list(growing)[-1]] == [STOPPED, STOPPED]
+    assert backend.live.stop(live_key("me")) == 0
+
+
+words = st.text(alphabet="ab <\n.", max_size=30)
+
+
+@given(words, words)
+def test_a_diff_holds_both_texts_and_nothing_else(reference: str, other: str) -> None:
+    pieces = diff_words(reference, other)
+    assert "".join(text for text, kind in pieces if kind != "added") == reference
+    assert "".join(text for text, kind in pieces if kind != "removed") == other

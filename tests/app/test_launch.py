@@ -1,0 +1,40 @@
+"""Starting: the port, the doors that stay shut, and what the browser is told to refuse."""
+
+import socket
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapterhub_lite.errors import ResourceError
+from app.launch import DEFAULT_PORT, free_port, main
+
+
+def test_a_port_in_use_is_said_and_the_next_free_one_is_found() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ResourceError, match="in use"):
+            free_port("127.0.0.1", taken.getsockname()[1])
+    assert free_port("127.0.0.1", None) >= DEFAULT_PORT
+
+
+def test_answers_forbid_other_origins_and_files_stay_closed(serve: Any, world: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    url = serve().url
+    assert url in capsys.readouterr().out
+    with urllib.request.urlopen(url, timeout=30) as answer:
+        policy = answer.headers["content-security-policy"]
+        assert "default-src 'self'" in policy and "http" not in policy.replace("https", "http").split("connect-src")[1]
+    for path in (Path(__file__).resolve(), world.home / "registry.db"):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"{url}gradio_api/file={path}", timeout=30)
+        assert refused.value.code in (403, 404)
+
+
+def test_a_users_mistake_is_one_sentence_and_exit_code_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--base", str(tmp_path / "none"), "--port", "0"])
+    assert ended.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
