@@ -45,7 +45,9 @@ def build_blend_tab(backend: Backend, task: gr.Dropdown, tabs: gr.Tabs) -> list[
         messages = [{"role": "user", "content": text}]
         session = blend_key(str(request.session_hash))
         for growing in grow_answer(backend, session, blend, messages, AnswerSettings(int(tokens))):
-            line = growing.receipt.line(blend.name) if growing.receipt else growing.notice or f"{blend.name} is answering"
+            line = (
+                growing.receipt.line(blend.name) if growing.receipt else growing.notice or f"{blend.name} is answering"
+            )
             yield growing.text, literal_markdown(line)
 
     def on_change(request: gr.Request) -> None:
@@ -61,7 +63,14 @@ def build_blend_tab(backend: Backend, task: gr.Dropdown, tabs: gr.Tabs) -> list[
     again = [run.click, prompt.submit, *(weight.release for weight in weights), *(picker.input for picker in pickers)]
     # What is being answered with the old weights ends at once; the last change made meanwhile is then answered.
     gr.on(again, on_change, None, None, queue=False, show_progress="hidden")
-    gr.on(again, on_answer, [prompt, length, *parts], [answer, receipt], trigger_mode="always_last", show_progress="hidden")
+    gr.on(
+        again,
+        on_answer,
+        [prompt, length, *parts],
+        [answer, receipt],
+        trigger_mode="always_last",
+        show_progress="hidden",
+    )
     chat.click(on_chat, parts, [task, tabs, receipt], queue=False, show_progress="hidden")
     return pickers
 
@@ -77,7 +86,9 @@ def _part_rows(backend: Backend) -> tuple[list[gr.Dropdown], list[gr.Slider]]:
                 )
             )  # fmt: skip
             weights.append(
-                gr.Slider(-1, 2, value=0.5 if place < 2 else 0, step=0.05, label="Weight", elem_id=f"blend-weight-{place + 1}")
+                gr.Slider(
+                    -1, 2, value=0.5 if place < 2 else 0, step=0.05, label="Weight", elem_id=f"blend-weight-{place + 1}"
+                )
             )
     return pickers, weights
 

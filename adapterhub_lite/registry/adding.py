@@ -1,5 +1,6 @@
 """`add`: an adapter folder made on this machine becomes the next version of a name."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -153,7 +154,7 @@ def _base_record(staged: StagedAdapter, base: ResolvedBase) -> BaseRecord:
 
 
 def _scrubbed(training: TrainingRecord) -> TrainingRecord:
-    return TrainingRecord.model_validate(scrub(training.model_dump(mode="json")))
+    return TrainingRecord.model_validate_json(json.dumps(scrub(training.model_dump(mode="json"))))
 
 
 def _plain(item: EvaluationRecord | Mapping[str, Any]) -> dict[str, Any]:

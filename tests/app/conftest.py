@@ -67,7 +67,9 @@ def serve(world: World) -> Iterator[Callable[..., RunningApp]]:
     started: list[RunningApp] = []
 
     def start(**options: Any) -> RunningApp:
-        started.append(launch(world.engine, world.registry, port=0, base_name="tiny", base=world.base, block=False, **options))
+        started.append(
+            launch(world.engine, world.registry, port=0, base_name="tiny", base=world.base, block=False, **options)
+        )
         return started[-1]
 
     yield start

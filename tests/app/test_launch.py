@@ -21,7 +21,9 @@ def test_a_port_in_use_is_said_and_the_next_free_one_is_found() -> None:
     assert free_port("127.0.0.1", None) >= DEFAULT_PORT
 
 
-def test_answers_forbid_other_origins_and_files_stay_closed(serve: Any, world: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_answers_forbid_other_origins_and_files_stay_closed(
+    serve: Any, world: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     url = serve().url
     assert url in capsys.readouterr().out
     with urllib.request.urlopen(url, timeout=30) as answer:
