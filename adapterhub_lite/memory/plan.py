@@ -1,0 +1,175 @@
+"""Which preset a run gets, and why none of the others. Knows estimates and machines, never data.
+
+The rule of thumb: what fits on one device as it is, stays so; then activations are made again; over several devices
+first whole copies, then split optimizer and gradients (ZeRO-2), then split weights (ZeRO-3, FSDP); at last 4 bits.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from adapterhub_lite.errors import ConfigurationError, OutOfMemoryError
+from adapterhub_lite.memory.estimate import GIB, MemoryEstimate, ModelFacts, Workload, estimate, read_config
+from adapterhub_lite.memory.presets import MEMORY_PRESETS, Machine, MemoryPreset, find_preset, refusal
+
+# Best first; a preset that is not here has to be asked for by name.
+LADDER = (
+    "lora-bf16", "lora-fp16", "lora-fp32", "lora-bf16-gc", "qlora-nf4", "qlora-nf4-gc", "qlora-nf4-paged",
+    "ddp", "zero2", "fsdp", "zero3", "fsdp-qlora", "zero3-offload",
+)  # fmt: skip
+BY_NAME_ONLY = {
+    "full": "an adapter does not need every weight trained",
+    "head-only": "a LoRA on the layers learns more",
+    "lora-int8": "nf4 is smaller and 16 bits are faster",
+    "zero1": "ZeRO-2 needs no more and holds less",
+}
+# Without checkpointing, rows are split this often before activations are made again instead.
+MOST_SPLITS_UNCHECKPOINTED = 4
+# Allocators leave gaps: what is called free is not all to be had.
+USABLE = 0.95
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A preset that was not taken, what it would need (None where that was not reckoned), and why not."""
+
+    preset: str
+    predicted: MemoryEstimate | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The preset for a run, its bytes by component, and the reasons for it and against each other one."""
+
+    preset: MemoryPreset
+    predicted: MemoryEstimate
+    batch_size: int
+    accumulation: int
+    machine: Machine
+    reasons: tuple[str, ...]
+    rejected: tuple[Rejection, ...] = field(default=())
+
+    def described(self) -> str:
+        """The plan as a few lines of text."""
+        lines = [f"{self.preset.name}: {self.preset.summary}", *self.reasons, f"needs {self.predicted.described()}"]
+        return "\n".join([*lines, *(f"not {r.preset}: {r.reason}" for r in self.rejected)])
+
+
+def plan_memory(
+    base: Any,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    device_memory: int | None = None,
+    world_size: int = 1,
+    rank: int = 8,
+    target_modules: Any = "all-linear",
+    preset: str = "auto",
+    machine: Machine | None = None,
+) -> MemoryPlan:
+    """Choose the preset, rows a step and accumulation with which `batch_size` rows a device and update will fit.
+
+    `device_memory` is in bytes, by default what this machine has free; `preset` fixes the choice, and then only rows
+    and accumulation are looked for.
+
+    Raises:
+        OutOfMemoryError: nothing fits; the text says what comes closest.
+        ConfigurationError: a preset asked for by name that this machine cannot run.
+        UnknownNameError: no such base or preset.
+    """
+    machine = machine or Machine.present(memory_bytes=device_memory, world_size=world_size)
+    facts = ModelFacts(read_config(base))
+    targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
+    asked = Workload(batch_size, sequence_length, rank, targets, machine.world_size, 1, machine.device)
+    quantized = facts.shape(targets).quantized
+    if preset != "auto":
+        wanted = find_preset(preset)
+        why = refusal(wanted, machine, model_quantized=quantized)
+        if why is not None:
+            raise ConfigurationError(f"The memory preset {preset!r} cannot be used here: {why}.")
+        fitting = _largest_batch(facts, wanted, asked, machine)
+        best = fitting or estimate(facts, wanted, asked)
+        reasons = ("asked for by name", _fit(best, machine))
+        return _plan(wanted, best, asked, machine, reasons, ())
+    rejected = [
+        Rejection(name, estimate(facts, MEMORY_PRESETS[name], asked), reason) for name, reason in BY_NAME_ONLY.items()
+    ]
+    for name in LADDER:
+        candidate = MEMORY_PRESETS[name]
+        why = refusal(candidate, machine, model_quantized=quantized)
+        found = None if why else _largest_batch(facts, candidate, asked, machine)
+        if found is not None:
+            reasons = (_why(candidate, machine), _fit(found, machine))
+            return _plan(candidate, found, asked, machine, reasons, tuple(rejected))
+        needed = estimate(facts, candidate, asked)
+        rejected.append(Rejection(name, needed, why or _does_not_fit(facts, candidate, asked, machine)))
+    smallest = min((r for r in rejected if r.predicted), key=lambda r: r.predicted.total if r.predicted else 0)
+    raise OutOfMemoryError(
+        f"No memory preset fits {sequence_length} tokens a row into {machine.memory_bytes / GIB:.1f} GiB: the "
+        f"smallest, {smallest.preset}, {smallest.reason}. Use shorter rows, a smaller base, or a larger device."
+    )
+
+
+def _plan(
+    preset: MemoryPreset,
+    predicted: MemoryEstimate,
+    asked: Workload,
+    machine: Machine,
+    reasons: tuple[str, ...],
+    rejected: tuple[Rejection, ...],
+) -> MemoryPlan:
+    rows, accumulation = predicted.workload.batch_size, predicted.workload.accumulation
+    if accumulation > 1:
+        reasons += (f"{rows} rows at a time, {accumulation} times an update, keeps the {asked.batch_size} asked for",)
+    return MemoryPlan(preset, predicted, rows, accumulation, machine, reasons, rejected)
+
+
+def _largest_batch(facts: ModelFacts, preset: MemoryPreset, asked: Workload, machine: Machine) -> MemoryEstimate | None:
+    """The estimate of the largest batch that fits and divides the rows asked for; None if one row does not."""
+    for times in range(1, asked.batch_size + 1):
+        if asked.batch_size % times:
+            continue
+        if not preset.gradient_checkpointing and times > MOST_SPLITS_UNCHECKPOINTED:
+            return None
+        found = estimate(facts, preset, _split(asked, times))
+        if found.total <= machine.memory_bytes * USABLE:
+            return found
+    return None
+
+
+def _split(asked: Workload, times: int) -> Workload:
+    return Workload(
+        asked.batch_size // times,
+        asked.sequence_length,
+        asked.rank,
+        asked.target_modules,
+        asked.world_size,
+        times,
+        asked.device,
+    )
+
+
+def _fit(found: MemoryEstimate, machine: Machine) -> str:
+    verdict = "fits into" if found.total <= machine.memory_bytes * USABLE else "is more than"
+    return f"{found.total / GIB:.1f} GiB {verdict} {machine.memory_bytes / GIB:.1f} GiB of {machine.device} memory"
+
+
+def _why(preset: MemoryPreset, machine: Machine) -> str:
+    if machine.world_size > 1:
+        return f"the least splitting over {machine.world_size} devices that fits"
+    if preset.quantization:
+        return "16-bit weights do not fit, 4-bit ones do"
+    if preset.gradient_checkpointing:
+        return "the weights fit, all activations do not"
+    return "everything fits as it is, which is fastest"
+
+
+def _does_not_fit(facts: ModelFacts, preset: MemoryPreset, asked: Workload, machine: Machine) -> str:
+    needed = estimate(facts, preset, asked).total / GIB
+    reason = f"needs {needed:.1f} GiB of {machine.memory_bytes * USABLE / GIB:.1f} GiB usable"
+    if asked.batch_size > 1:
+        times = asked.batch_size if preset.gradient_checkpointing else min(asked.batch_size, MOST_SPLITS_UNCHECKPOINTED)
+        times = max(t for t in range(1, times + 1) if asked.batch_size % t == 0)
+        least = estimate(facts, preset, _split(asked, times))
+        reason += f", and {least.total / GIB:.1f} GiB with {least.workload.batch_size} rows at a time"
+    return reason
