@@ -1,7 +1,11 @@
 """Memory: presets, estimates, plans. Knows a model's config and a machine, never data."""
 
-from adapterhub_lite.memory.estimate import MemoryEstimate, estimate_memory
+from adapterhub_lite.memory.calibration import calibrated, record_peak
+from adapterhub_lite.memory.estimate import MemoryEstimate, Workload, estimate_memory
+from adapterhub_lite.memory.exact import dry_run
+from adapterhub_lite.memory.picture import draw_plan, plan_table
 from adapterhub_lite.memory.plan import MemoryPlan, Rejection, plan_memory
+from adapterhub_lite.memory.preparation import best_attention, prepare_for_training
 from adapterhub_lite.memory.presets import MEMORY_PRESETS, Machine, MemoryPreset, find_preset, refusal
 
 __all__ = [
@@ -11,8 +15,16 @@ __all__ = [
     "MemoryPlan",
     "MemoryPreset",
     "Rejection",
+    "Workload",
+    "best_attention",
+    "calibrated",
+    "draw_plan",
+    "dry_run",
     "estimate_memory",
     "find_preset",
     "plan_memory",
+    "plan_table",
+    "prepare_for_training",
+    "record_peak",
     "refusal",
 ]

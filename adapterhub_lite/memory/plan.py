@@ -5,20 +5,23 @@ first whole copies, then split optimizer and gradients (ZeRO-2), then split weig
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from adapterhub_lite.errors import ConfigurationError, OutOfMemoryError
+from adapterhub_lite.memory.calibration import calibrated
 from adapterhub_lite.memory.estimate import GIB, MemoryEstimate, ModelFacts, Workload, estimate, read_config
 from adapterhub_lite.memory.presets import MEMORY_PRESETS, Machine, MemoryPreset, find_preset, refusal
 
 # Best first; a preset that is not here has to be asked for by name.
 LADDER = (
-    "lora-bf16", "lora-fp16", "lora-fp32", "lora-bf16-gc", "qlora-nf4", "qlora-nf4-gc", "qlora-nf4-paged",
+    "lora-bf16", "lora-fp16", "lora-bf16-gc", "qlora-nf4", "qlora-nf4-gc", "qlora-nf4-paged",
     "ddp", "zero2", "fsdp", "zero3", "fsdp-qlora", "zero3-offload",
 )  # fmt: skip
 BY_NAME_ONLY = {
     "full": "an adapter does not need every weight trained",
     "head-only": "a LoRA on the layers learns more",
+    "lora-fp32": "it takes twice the memory of 16 bits, and learns no more",
     "lora-int8": "nf4 is smaller and 16 bits are faster",
     "zero1": "ZeRO-2 needs no more and holds less",
 }
@@ -55,6 +58,17 @@ class MemoryPlan:
         return "\n".join([*lines, *(f"not {r.preset}: {r.reason}" for r in self.rejected)])
 
 
+@dataclass(frozen=True)
+class _Reckoner:
+    """Estimates of one model, each corrected by what was measured here."""
+
+    model: ModelFacts
+    home: str | Path | None
+
+    def need(self, preset: MemoryPreset, workload: Workload) -> MemoryEstimate:
+        return calibrated(estimate(self.model, preset, workload), home=self.home)
+
+
 def plan_memory(
     base: Any,
     *,
@@ -66,11 +80,13 @@ def plan_memory(
     target_modules: Any = "all-linear",
     preset: str = "auto",
     machine: Machine | None = None,
+    home: str | Path | None = None,
 ) -> MemoryPlan:
     """Choose the preset, rows a step and accumulation with which `batch_size` rows a device and update will fit.
 
     `device_memory` is in bytes, by default what this machine has free; `preset` fixes the choice, and then only rows
-    and accumulation are looked for.
+    and accumulation are looked for. What runs on this machine measured (`record_peak`) corrects the prediction; `home`
+    is where that is kept.
 
     Raises:
         OutOfMemoryError: nothing fits; the text says what comes closest.
@@ -78,21 +94,22 @@ def plan_memory(
         UnknownNameError: no such base or preset.
     """
     machine = machine or Machine.present(memory_bytes=device_memory, world_size=world_size)
-    facts = ModelFacts(read_config(base))
+    facts = _Reckoner(ModelFacts(read_config(base)), home)
     targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
     asked = Workload(batch_size, sequence_length, rank, targets, machine.world_size, 1, machine.device)
-    quantized = facts.shape(targets).quantized
+    quantized = facts.model.shape(targets).quantized
     if preset != "auto":
         wanted = find_preset(preset)
         why = refusal(wanted, machine, model_quantized=quantized)
         if why is not None:
             raise ConfigurationError(f"The memory preset {preset!r} cannot be used here: {why}.")
         fitting = _largest_batch(facts, wanted, asked, machine)
-        best = fitting or estimate(facts, wanted, asked)
+        best = fitting or facts.need(wanted, asked)
         reasons = ("asked for by name", _fit(best, machine))
         return _plan(wanted, best, asked, machine, reasons, ())
     rejected = [
-        Rejection(name, estimate(facts, MEMORY_PRESETS[name], asked), reason) for name, reason in BY_NAME_ONLY.items()
+        Rejection(name, None if name == "lora-fp32" else facts.need(MEMORY_PRESETS[name], asked), reason)
+        for name, reason in BY_NAME_ONLY.items()
     ]
     for name in LADDER:
         candidate = MEMORY_PRESETS[name]
@@ -101,7 +118,7 @@ def plan_memory(
         if found is not None:
             reasons = (_why(candidate, machine), _fit(found, machine))
             return _plan(candidate, found, asked, machine, reasons, tuple(rejected))
-        needed = estimate(facts, candidate, asked)
+        needed = facts.need(candidate, asked)
         rejected.append(Rejection(name, needed, why or _does_not_fit(facts, candidate, asked, machine)))
     smallest = min((r for r in rejected if r.predicted), key=lambda r: r.predicted.total if r.predicted else 0)
     raise OutOfMemoryError(
@@ -124,14 +141,14 @@ def _plan(
     return MemoryPlan(preset, predicted, rows, accumulation, machine, reasons, rejected)
 
 
-def _largest_batch(facts: ModelFacts, preset: MemoryPreset, asked: Workload, machine: Machine) -> MemoryEstimate | None:
+def _largest_batch(facts: _Reckoner, preset: MemoryPreset, asked: Workload, machine: Machine) -> MemoryEstimate | None:
     """The estimate of the largest batch that fits and divides the rows asked for; None if one row does not."""
     for times in range(1, asked.batch_size + 1):
         if asked.batch_size % times:
             continue
         if not preset.gradient_checkpointing and times > MOST_SPLITS_UNCHECKPOINTED:
             return None
-        found = estimate(facts, preset, _split(asked, times))
+        found = facts.need(preset, _split(asked, times))
         if found.total <= machine.memory_bytes * USABLE:
             return found
     return None
@@ -164,12 +181,12 @@ def _why(preset: MemoryPreset, machine: Machine) -> str:
     return "everything fits as it is, which is fastest"
 
 
-def _does_not_fit(facts: ModelFacts, preset: MemoryPreset, asked: Workload, machine: Machine) -> str:
-    needed = estimate(facts, preset, asked).total / GIB
+def _does_not_fit(facts: _Reckoner, preset: MemoryPreset, asked: Workload, machine: Machine) -> str:
+    needed = facts.need(preset, asked).total / GIB
     reason = f"needs {needed:.1f} GiB of {machine.memory_bytes * USABLE / GIB:.1f} GiB usable"
     if asked.batch_size > 1:
         times = asked.batch_size if preset.gradient_checkpointing else min(asked.batch_size, MOST_SPLITS_UNCHECKPOINTED)
         times = max(t for t in range(1, times + 1) if asked.batch_size % t == 0)
-        least = estimate(facts, preset, _split(asked, times))
+        least = facts.need(preset, _split(asked, times))
         reason += f", and {least.total / GIB:.1f} GiB with {least.workload.batch_size} rows at a time"
     return reason

@@ -62,7 +62,7 @@ class StepBytes:
 def model_shape(config: Any, target_modules: Any = "all-linear") -> ModelShape:
     """Count a model's parameters on the meta device; `target_modules` as in PEFT's LoraConfig."""
     with torch.device("meta"):
-        model = _build(config, depth=None, dtype=torch.float32)
+        model = build_model(config, depth=None, dtype=torch.float32)
     head = model.get_output_embeddings()
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
     in_layers = sum(m.weight.numel() for m in linears.values())
@@ -114,12 +114,12 @@ def _trace(
     try:
         with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True):
             warnings.simplefilter("ignore")
-            model = _build(config, depth=depth, dtype=dtype)
+            model = build_model(config, depth=depth, dtype=dtype)
             model.requires_grad_(False)
-            _put_lora(model, rank, dtype, target_modules)
+            put_lora(model, rank, dtype, target_modules)
             model.train()
             ids = torch.zeros(shape, dtype=torch.long)
-            live = _LiveBytes([*model.parameters(), *model.buffers()])
+            live = LiveBytes([*model.parameters(), *model.buffers()])
             with live:
                 states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
                 saved = live.now
@@ -133,7 +133,7 @@ def _trace(
         ) from error
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Counts the bytes of every storage that an operation made and that still lives; `known` ones are left out."""
 
     def __init__(self, known: list[Tensor]) -> None:
@@ -147,6 +147,10 @@ class _LiveBytes(TorchDispatchMode):
             if isinstance(value, Tensor):
                 self._count(value.untyped_storage())
         return made
+
+    def leave_out(self, known: list[Tensor]) -> None:
+        """Do not count these tensors either."""
+        self._known.update(t.untyped_storage() for t in known)
 
     def _count(self, storage: Any) -> None:
         if storage in self._known:
@@ -173,7 +177,8 @@ class _LoraShape(nn.Module):
         return F.linear(states, self.weight, self.bias).add_(F.linear(F.linear(states, self.down), self.up))
 
 
-def _put_lora(model: nn.Module, rank: int, dtype: torch.dtype, target_modules: Any) -> None:
+def put_lora(model: nn.Module, rank: int, dtype: torch.dtype, target_modules: Any) -> None:
+    """Replace the linear layers that `target_modules` names by stand-ins with a LoRA; the head is left out."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     for name, linear in list(model.named_modules()):
         if isinstance(linear, nn.Linear) and linear is not head and _is_target(name, target_modules):
@@ -195,7 +200,8 @@ TARGETS: dict[str, tuple[str, ...]] = {
 """Names of linear layers behind the two short names that `target_modules` may be besides PEFT's `all-linear`."""
 
 
-def _build(config: Any, *, depth: int | None, dtype: torch.dtype) -> Any:
+def build_model(config: Any, *, depth: int | None, dtype: torch.dtype) -> Any:
+    """A causal language model with `depth` layers (None: all), on the device of the context it is called in."""
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)

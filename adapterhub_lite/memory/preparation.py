@@ -1,0 +1,36 @@
+"""A loaded base made ready for a preset: frozen, checkpointed, never blown up to fp32. Knows transformers, not PEFT."""
+
+from importlib.util import find_spec
+from typing import Any
+
+from adapterhub_lite.memory.presets import Machine, MemoryPreset
+
+
+def prepare_for_training(model: Any, preset: MemoryPreset) -> Any:
+    """Freeze `model` and set its checkpointing as `preset` says; call before the adapter is put on. Returns `model`.
+
+    PEFT's `prepare_model_for_kbit_training` also casts every embedding, norm and head to fp32 (peft#816, #3265), which
+    at a large vocabulary costs more than 4 bits save; nothing here changes a dtype.
+    """
+    if preset.trains != "all":
+        model.requires_grad_(False)
+    if preset.gradient_checkpointing:
+        model.config.use_cache = False
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": preset.use_reentrant})
+        # The first layer's input is an embedding without gradient: checkpointing would skip the whole backward pass.
+        model.enable_input_require_grads()
+    return model
+
+
+def best_attention(preset: MemoryPreset, machine: Machine) -> tuple[str, str]:
+    """(attn_implementation for `from_pretrained`, the reason): flash where it is installed and legal, else SDPA."""
+    if machine.device != "cuda":
+        return "sdpa", f"flash attention needs a GPU, and the run is on {machine.device}"
+    if preset.dtype == "float32":
+        return "sdpa", "flash attention needs fp16 or bf16"
+    if machine.capability is not None and machine.capability < (8, 0):
+        return "sdpa", "flash attention needs compute capability 8.0 or newer"
+    if "flash_attn" not in machine.packages and find_spec("flash_attn") is None:
+        return "sdpa", "flash_attn is not installed"
+    return "flash_attention_2", "flash_attn is installed and the GPU can run it"

@@ -1,0 +1,135 @@
+"""How near is the predicted memory of a run to what the run measures, per preset, family and length?
+
+Each run is a process of its own: a model of random weights (or the embedded base), the trainer, two steps, and the
+peak of resident memory (on a GPU: of the allocator). Predictions are made before, without any calibration; then once
+more with the calibration that the runs left, leaving each run itself out.
+
+    python scripts/bench/memory_accuracy.py --only smollm2-135m:lora-bf16
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from statistics import median
+from typing import Any
+
+import torch
+from report import RESULTS, write_result
+
+LENGTHS = (128, 256, 512)
+ROWS = 4
+PRESETS = ("lora-bf16", "lora-bf16-gc", "lora-fp32", "qlora-nf4", "qlora-nf4-gc", "lora-int8")
+SHAPES: dict[str, dict[str, Any]] = {
+    "smollm2-135m": {
+        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
+    },
+    "qwen2.5-0.5b": {
+        "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864,
+        "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True,
+    },
+    "gemma-3-270m": {
+        "model_type": "gemma3_text", "vocab_size": 262144, "hidden_size": 640, "intermediate_size": 2048,
+        "num_hidden_layers": 18, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256,
+        "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+
+
+def measure(shape: str, preset_name: str, length: int) -> None:
+    """The child: predict, train two steps, print both as JSON."""
+    from datasets import Dataset
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    from adapterhub_lite.memory import estimate_memory, find_preset, prepare_for_training
+    from adapterhub_lite.training import AdapterTrainer, AdapterTrainingArguments
+
+    preset = find_preset(preset_name)
+    settings = dict(SHAPES[shape])
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    predicted = estimate_memory(config, preset, batch_size=ROWS, sequence_length=length)
+    with tempfile.TemporaryDirectory() as folder:
+        model = AutoModelForCausalLM.from_config(config, dtype=preset.torch_dtype)
+        model.save_pretrained(folder)
+        del model
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=preset.torch_dtype, quantization_config=preset.quantization_config()
+        )
+        prepare_for_training(loaded, preset)
+        fields = preset.training_arguments()
+        arguments = AdapterTrainingArguments(
+            output_dir=folder + "/run", per_device_train_batch_size=ROWS, max_steps=2, max_length=length,
+            show_progress=False, save_strategy="no", use_cpu=not torch.cuda.is_available(), **fields,
+        )  # fmt: skip
+        ids = torch.randint(10, 1000, (8 * ROWS, length)).tolist()
+        rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
+        from tokenizers import Tokenizer, models
+
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[])), pad_token="a", eos_token="b"
+        )
+        trainer = AdapterTrainer(loaded, arguments, rows, processing_class=tokenizer)
+        trainer.train()
+        peak = trainer.meter.memory.peak_bytes()
+    print(json.dumps({"predicted": predicted.total, "components": predicted.components, "measured": peak}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", help="shape:preset")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        measure(arguments.child[0], arguments.child[1], int(arguments.child[2]))
+        return
+    path = RESULTS / "memory_accuracy.json"
+    found: dict[str, Any] = json.loads(path.read_text())["runs"] if path.exists() else {}
+    for shape in SHAPES:
+        for preset in PRESETS:
+            if arguments.only and f"{shape}:{preset}" not in arguments.only:
+                continue
+            for length in LENGTHS:
+                done = subprocess.run(
+                    [sys.executable, __file__, "--child", shape, preset, str(length)], capture_output=True, text=True
+                )
+                if done.returncode:
+                    print(shape, preset, length, "failed:", done.stderr.strip().splitlines()[-1])
+                    continue
+                run = json.loads(done.stdout.strip().splitlines()[-1])
+                run["error"] = round(run["predicted"] / run["measured"] - 1, 4)
+                found[f"{shape}:{preset}:{length}"] = run
+                print(
+                    shape, preset, length, f"{run['measured'] / 1e6:.0f} MB, predicted {run['error']:+.1%}", flush=True
+                )
+    for name, run in found.items():
+        run["error_calibrated"] = _left_out(name, found)
+    errors = [abs(run["error"]) for run in found.values()]
+    after = [abs(run["error_calibrated"]) for run in found.values() if run["error_calibrated"] is not None]
+    summary = {"median_error": median(errors), "worst_error": max(errors), "worst_calibrated": max(after, default=None)}
+    print(summary)
+    print(write_result("memory_accuracy", {"rows_a_step": ROWS, "summary": summary, "runs": found}))
+
+
+def _left_out(name: str, found: dict[str, Any]) -> float | None:
+    """The error when this machine has seen the other runs of the same preset, and not this one."""
+    from adapterhub_lite.memory import MemoryEstimate, Workload, calibrated, record_peak
+
+    preset = name.split(":")[1]
+
+    def estimate(run: dict[str, Any]) -> MemoryEstimate:
+        return MemoryEstimate(preset, Workload(ROWS, 1), run["components"])
+
+    others = [run for other, run in found.items() if other != name and other.split(":")[1] == preset]
+    if not others:
+        return None
+    with tempfile.TemporaryDirectory() as home:
+        for run in others:
+            record_peak(estimate(run), run["measured"], home=home)
+        corrected = calibrated(estimate(found[name]), home=home)
+    return round(corrected.total / float(found[name]["measured"]) - 1, 4)
+
+
+if __name__ == "__main__":
+    main()

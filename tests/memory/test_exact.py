@@ -1,0 +1,33 @@
+"""The dry run counts every layer and state; the estimate from two layers agrees with it, and so does the picture."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapterhub_lite.errors import ConfigurationError
+from adapterhub_lite.memory import Workload, draw_plan, dry_run, estimate_memory, plan_memory, plan_table
+from adapterhub_lite.memory.estimate import COMPONENTS, OVERHEAD_BYTES
+
+
+@pytest.mark.parametrize("name", ["lora-bf16", "lora-fp32", "lora-bf16-gc", "full", "head-only", "qlora-nf4"])
+def test_the_estimate_is_near_the_dry_run(small_config: Any, name: str) -> None:
+    overhead = OVERHEAD_BYTES["cpu"]
+    exact = dry_run(small_config, name, Workload(8, 128)) - overhead
+    reckoned = estimate_memory(small_config, name, batch_size=8, sequence_length=128).total - overhead
+    assert reckoned == pytest.approx(exact, rel=0.1)
+
+
+def test_a_preset_over_devices_is_not_run_dry(small_config: Any) -> None:
+    with pytest.raises(ConfigurationError, match="estimate it"):
+        dry_run(small_config, "zero2", Workload(1, 8, world_size=2))
+
+
+def test_a_plan_can_be_drawn_and_tabled(small_config: Any, machine: Any, tmp_path: Path) -> None:
+    plan = plan_memory(small_config, batch_size=4, sequence_length=64, machine=machine(40))
+    path = draw_plan(plan, tmp_path / "plan.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    header, chosen, *others = plan_table(plan)
+    assert header == ("preset", "GiB", *COMPONENTS, "verdict")
+    assert chosen[0] == "lora-bf16" and chosen[-1].startswith("chosen")
+    assert {row[0] for row in others} == {r.preset for r in plan.rejected if r.predicted}
