@@ -38,42 +38,70 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def measure(shape: str, preset_name: str, length: int) -> None:
-    """The child: predict, train two steps, print both as JSON."""
-    from datasets import Dataset
+def make_base(shape: str, folder: Path) -> None:
+    """Random weights of `shape` in bf16, and a tokenizer of two words, because the trainer wants one."""
+    from tokenizers import Tokenizer, models
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+    settings = dict(SHAPES[shape])
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    words = Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
+    special = {"pad_token": "a", "eos_token": "b"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+
+
+def measure(folder: str, preset_name: str, length: int) -> None:
+    """The child: predict, train two steps, print both as JSON."""
+    from datasets import Dataset
+
+    from adapterhub_lite.bases import load_base_model, load_tokenizer
     from adapterhub_lite.memory import estimate_memory, find_preset, prepare_for_training
     from adapterhub_lite.training import AdapterTrainer, AdapterTrainingArguments
 
     preset = find_preset(preset_name)
-    settings = dict(SHAPES[shape])
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    predicted = estimate_memory(config, preset, batch_size=ROWS, sequence_length=length)
-    with tempfile.TemporaryDirectory() as folder:
-        model = AutoModelForCausalLM.from_config(config, dtype=preset.torch_dtype)
-        model.save_pretrained(folder)
-        del model
-        loaded = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=preset.torch_dtype, quantization_config=preset.quantization_config()
-        )
-        prepare_for_training(loaded, preset)
-        fields = preset.training_arguments()
-        arguments = AdapterTrainingArguments(
-            output_dir=folder + "/run", per_device_train_batch_size=ROWS, max_steps=2, max_length=length,
-            show_progress=False, save_strategy="no", use_cpu=not torch.cuda.is_available(), **fields,
-        )  # fmt: skip
-        ids = torch.randint(10, 1000, (8 * ROWS, length)).tolist()
-        rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
-        from tokenizers import Tokenizer, models
-
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[])), pad_token="a", eos_token="b"
-        )
-        trainer = AdapterTrainer(loaded, arguments, rows, processing_class=tokenizer)
-        trainer.train()
-        peak = trainer.meter.memory.peak_bytes()
+    predicted = estimate_memory(folder, preset, batch_size=ROWS, sequence_length=length)
+    loaded = load_base_model(folder, dtype=preset.torch_dtype, quantization_config=preset.quantization_config())
+    prepare_for_training(loaded, preset)
+    arguments = AdapterTrainingArguments(
+        output_dir=folder + "/run",
+        per_device_train_batch_size=ROWS,
+        max_steps=2,
+        max_length=length,
+        show_progress=False,
+        save_strategy="no",
+        use_cpu=not torch.cuda.is_available(),
+        **preset.training_arguments(),
+    )
+    ids = torch.randint(10, 1000, (8 * ROWS, length)).tolist()
+    rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
+    trainer = AdapterTrainer(loaded, arguments, rows, processing_class=load_tokenizer(folder))
+    trainer.train()
+    peak = trainer.meter.memory.peak_bytes()
     print(json.dumps({"predicted": predicted.total, "components": predicted.components, "measured": peak}))
+
+
+def run_all(scratch: Path, only: list[str] | None, found: dict[str, Any]) -> None:
+    """Measure every combination asked for into `found`."""
+    for shape in SHAPES:
+        for preset in PRESETS:
+            if only and f"{shape}:{preset}" not in only:
+                continue
+            folder = scratch / shape
+            if not folder.exists():
+                make_base(shape, folder)
+            for length in LENGTHS:
+                command = [sys.executable, __file__, "--child", str(folder), preset, str(length)]
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    print(shape, preset, length, "failed:", done.stderr.strip().splitlines()[-1])
+                    continue
+                run = json.loads(done.stdout.strip().splitlines()[-1])
+                run["error"] = round(run["predicted"] / run["measured"] - 1, 4)
+                found[f"{shape}:{preset}:{length}"] = run
+                print(
+                    shape, preset, length, f"{run['measured'] / 1e6:.0f} MB, predicted {run['error']:+.1%}", flush=True
+                )
 
 
 def main() -> None:
@@ -86,23 +114,8 @@ def main() -> None:
         return
     path = RESULTS / "memory_accuracy.json"
     found: dict[str, Any] = json.loads(path.read_text())["runs"] if path.exists() else {}
-    for shape in SHAPES:
-        for preset in PRESETS:
-            if arguments.only and f"{shape}:{preset}" not in arguments.only:
-                continue
-            for length in LENGTHS:
-                done = subprocess.run(
-                    [sys.executable, __file__, "--child", shape, preset, str(length)], capture_output=True, text=True
-                )
-                if done.returncode:
-                    print(shape, preset, length, "failed:", done.stderr.strip().splitlines()[-1])
-                    continue
-                run = json.loads(done.stdout.strip().splitlines()[-1])
-                run["error"] = round(run["predicted"] / run["measured"] - 1, 4)
-                found[f"{shape}:{preset}:{length}"] = run
-                print(
-                    shape, preset, length, f"{run['measured'] / 1e6:.0f} MB, predicted {run['error']:+.1%}", flush=True
-                )
+    with tempfile.TemporaryDirectory() as scratch:
+        run_all(Path(scratch), arguments.only, found)
     for name, run in found.items():
         run["error_calibrated"] = _left_out(name, found)
     errors = [abs(run["error"]) for run in found.values()]
