@@ -45,7 +45,7 @@ def make_sound(scratch: Path) -> tuple[ResolvedBase, Path, Path]:
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.2)
-    adapted.save_pretrained(scratch / "adapter")
+    adapted.save_pretrained(str(scratch / "adapter"))
     base = ResolvedBase("tiny", "tiny", scratch / "base")
     registry = AdapterRegistry(scratch / "elsewhere")
     registry.add(scratch / "adapter", "sql", base=base)

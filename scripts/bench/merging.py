@@ -59,7 +59,7 @@ def make_adapter(base: ResolvedBase, folder: Path, seed: int, **lora: Any) -> Pa
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.02)
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     return folder
 
 
