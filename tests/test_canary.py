@@ -54,6 +54,19 @@ def test_the_model_is_left_in_its_mode(with_canary: Path, tiny_base: Path) -> No
     assert model.training
 
 
+def test_dropout_is_off_while_the_canary_sings(
+    make_adapter: Callable[..., Path], tiny_base: Path, byte_tokenizer: Any, tmp_path: Path
+) -> None:
+    from adapterhub_lite.bases import load_base_model
+
+    folder = tmp_path / "adapter"
+    shutil.copytree(make_adapter(seed=3, lora_dropout=0.5), folder)
+    model = PeftModel.from_pretrained(load_base_model(tiny_base), folder, is_trainable=True).train()
+    write_canary(model, byte_tokenizer, folder)
+    assert replay_canary(model, folder).max_abs_difference == 0.0
+    assert model.training
+
+
 def _wrong_alpha(adapter: Path, base: Path) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text())
     config["lora_alpha"] *= 2

@@ -1,6 +1,7 @@
 """`adapters.lock`: which adapters, byte for byte, a project uses, and on which base; verifiable without a network."""
 
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,6 +14,7 @@ from adapterhub_lite.record import StrictModel
 from adapterhub_lite.registry.intake import find_base
 from adapterhub_lite.registry.manifest import AdapterManifest, Digest, FileRecord, HexDigest
 from adapterhub_lite.registry.objects import file_record, write_durably
+from adapterhub_lite.registry.transfer import import_adapter
 
 if TYPE_CHECKING:
     from adapterhub_lite.registry.store import AdapterRegistry
@@ -116,6 +118,37 @@ def verify_lock(registry: "AdapterRegistry", lock: Lock, *, bases: Sequence[Reso
         problems += [f"{locked.reference}: {problem}" for problem in _adapter_problems(registry, locked)]
         problems += [f"{locked.reference}: {problem}" for problem in _base_problems(registry, locked, bases)]
     return problems
+
+
+def pull_locked(registry: "AdapterRegistry", lock: Lock, **options: Any) -> list[AdapterManifest]:
+    """Bring here whatever of a lock is missing, from where the lock says, and nothing else; returns what came.
+
+    What arrives is compared with the lock before this registry sees it. `options` go to `AdapterRegistry.pull`
+    (endpoint, token, ...).
+
+    Raises:
+        UsageError: something is missing and the lock has no source for it.
+        IntegrityError: the source now has another adapter under that version.
+    """
+    came = []
+    for locked in lock.adapters:
+        if not _adapter_problems(registry, locked):
+            continue
+        if locked.source is None:
+            raise UsageError(f"{locked.reference} is not here, and the lock does not say where to pull it from.")
+        with tempfile.TemporaryDirectory() as scratch:
+            receipt = registry.__class__(scratch).pull(
+                locked.source, revision=f"v{locked.version}", name=locked.name, **options
+            )
+            found: AdapterManifest = receipt.manifest
+            if (found.digest, found.files) != (locked.digest, locked.files):
+                raise IntegrityError(
+                    f"{locked.source} has another adapter as v{locked.version} than the lock: wanted {locked.digest}, "
+                    f"got {found.digest}. Nothing was taken in."
+                )
+            folder = registry.__class__(scratch).export(found.reference, Path(scratch) / "parcel")
+            came.append(import_adapter(registry, folder, name=locked.name, expected=found))
+    return came
 
 
 def _adapter_problems(registry: "AdapterRegistry", locked: LockedAdapter) -> list[str]:

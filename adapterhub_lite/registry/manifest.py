@@ -105,7 +105,7 @@ class MergeRecipe(StrictModel):
 class AdapterManifest(StrictModel):
     """What one adapter version is. `version` counts from 1 within `name`; `created` is UTC, ISO 8601."""
 
-    schema_version: int = Field(SCHEMA_VERSION, ge=1, le=SCHEMA_VERSION)
+    schema_version: Annotated[int, Field(ge=1, le=SCHEMA_VERSION)] = SCHEMA_VERSION
     name: str
     version: int = Field(gt=0, lt=1_000_000_000)
     digest: Digest

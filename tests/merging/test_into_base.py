@@ -68,6 +68,22 @@ def test_a_merged_model_is_plain_and_answers_as_base_and_adapter(
     assert 0 < merged.relative_error < 0.05
 
 
+def test_a_bf16_base_is_added_to_in_fp32(
+    make_adapter: Any, registry: AdapterRegistry, tiny_base: Path, tmp_path: Path
+) -> None:
+    AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    base = resolve_base(tmp_path / "bf16")
+    source = make_adapter(seed=1)
+    registry.add(source, "a", base=base)
+    merged = merge_into_base("a", tmp_path / "out", "float32", registry=registry, base=base)
+    pristine, found = load_file(base.folder / "model.safetensors"), load_file(merged.folder / "model.safetensors")
+    lora = load_file(source / "adapter_model.safetensors")
+    name = "model.layers.1.mlp.up_proj"
+    a, b = (lora[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+    torch.testing.assert_close(found[f"{name}.weight"], pristine[f"{name}.weight"].float() + 2.0 * b @ a)
+    assert found["model.norm.weight"].dtype == torch.float32
+
+
 def test_the_receipt_lies_with_the_model(
     add: Add, registry: AdapterRegistry, base: ResolvedBase, tmp_path: Path
 ) -> None:

@@ -69,6 +69,31 @@ for folder in sorted(Path(sys.argv[2]).iterdir()):
 """
 
 
+SWEEPER = """
+import sys
+from adapterhub_lite.registry import AdapterRegistry
+registry = AdapterRegistry()
+print("ready", flush=True)
+while True:
+    assert registry.gc(keep_newest=1000).versions == ()
+"""
+
+
+@pytest.fixture
+def sweeper() -> Iterator[None]:
+    """A process that collects garbage all the time; stopped at the end, when it must still be alive."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SWEEPER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    yield
+    alive = process.poll() is None
+    process.kill()
+    assert alive, process.communicate()[1]
+    process.communicate()
+
+
+@pytest.mark.usefixtures("sweeper")
 def test_sixteen_processes_at_once(registry: AdapterRegistry, adapters_folder: Path, base: ResolvedBase) -> None:
     assert base.fingerprint
     command = [sys.executable, "-c", CROWD, str(base.folder), str(adapters_folder)]

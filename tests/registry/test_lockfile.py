@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from adapterhub_lite.bases import ResolvedBase
-from adapterhub_lite.errors import DataError, SchemaVersionError, UnknownNameError, UsageError
+from adapterhub_lite.errors import DataError, IntegrityError, SchemaVersionError, UnknownNameError, UsageError
 from adapterhub_lite.registry import AdapterRegistry
-from adapterhub_lite.registry.lockfile import read_lock, verify_lock, write_lock
+from adapterhub_lite.registry.lockfile import Lock, pull_locked, read_lock, verify_lock, write_lock
 from adapterhub_lite.registry.transfer import import_adapter
 
 
@@ -94,3 +94,24 @@ def test_what_is_no_lock_is_said(registry: AdapterRegistry, locked: Path, tmp_pa
     locked.write_text("[")
     with pytest.raises(DataError):
         read_lock(locked)
+
+
+def test_what_is_missing_is_pulled_and_nothing_else_taken(
+    registry: AdapterRegistry, adapter: Path, other_adapter: Path, home_base: ResolvedBase, tmp_path: Path
+) -> None:
+    from adapterhub_lite.hub_server import HubServer
+
+    manifest = registry.add(adapter, "sql", base=home_base)
+    lock = write_lock(registry, ["sql"], tmp_path / "adapters.lock", sources={"sql": "org/sql"})
+    there = AdapterRegistry(tmp_path / "there")
+    with HubServer(tmp_path / "hub") as hub:
+        registry.push("sql", "org/sql", endpoint=hub.url)
+        assert pull_locked(there, lock, endpoint=hub.url) == [manifest]
+        assert pull_locked(there, lock, endpoint="http://127.0.0.1:9") == [], "nothing is missing any more"
+        moved = lock.adapters[0].model_copy(update={"digest": "sha256:" + "0" * 64})
+        with pytest.raises(IntegrityError, match="another adapter as v1 than the lock"):
+            pull_locked(AdapterRegistry(tmp_path / "third"), Lock(adapters=(moved,)), endpoint=hub.url)
+    assert AdapterRegistry(tmp_path / "third").list() == []
+    alone = lock.adapters[0].model_copy(update={"source": None})
+    with pytest.raises(UsageError, match="does not say where"):
+        pull_locked(AdapterRegistry(tmp_path / "third"), Lock(adapters=(alone,)))
