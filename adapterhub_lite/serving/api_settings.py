@@ -3,13 +3,12 @@
 import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from adapterhub_lite.errors import ConfigurationError
 
 
-def _setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
 
 
 @dataclass(frozen=True)
@@ -20,19 +19,17 @@ class ServerSettings:
         ConfigurationError: a limit below 1, or an address beyond this machine without keys.
     """
 
-    base_name: str = _setting("base", "Name of the base as clients give it in `model`.")
-    adapters: str = _setting(
-        "", "Adapters to load at the start and to serve, comma-separated; empty: the whole registry."
-    )
-    host: str = _setting("127.0.0.1", "Address to listen on; beyond this machine only with keys.")
-    port: int = _setting(8000, "Port to listen on; 0 takes a free one.")
-    keys: Path | None = _setting(None, "JSON file of API keys and what each may use; none lets everybody in.")
-    max_body_bytes: int = _setting(1_000_000, "Largest request body, in bytes.")
-    max_prompt_characters: int = _setting(200_000, "Longest prompt or conversation, in characters.")
-    max_new_tokens: int = _setting(1024, "Most tokens one request may ask for.")
-    max_concurrent: int = _setting(64, "Requests in work at once; more are told to come back (429).")
-    timeout_seconds: float = _setting(120.0, "Longest time one request may take, in seconds.")
-    drain_seconds: int = _setting(30, "How long a stopping server lets its requests finish, in seconds.")
+    base_name: str = field(default="base", metadata=_help("Name of the base as clients give it in `model`."))
+    adapters: str = field(default="", metadata=_help("Adapters to load and serve, comma-separated; empty: all."))
+    host: str = field(default="127.0.0.1", metadata=_help("Address to listen on; beyond this machine only with keys."))
+    port: int = field(default=8000, metadata=_help("Port to listen on; 0 takes a free one."))
+    keys: Path | None = field(default=None, metadata=_help("JSON file of API keys and what each may use."))
+    max_body_bytes: int = field(default=1_000_000, metadata=_help("Largest request body, in bytes."))
+    max_prompt_characters: int = field(default=200_000, metadata=_help("Longest prompt, in characters."))
+    max_new_tokens: int = field(default=1024, metadata=_help("Most tokens one request may ask for."))
+    max_concurrent: int = field(default=64, metadata=_help("Requests in work at once; more get a 429."))
+    timeout_seconds: float = field(default=120.0, metadata=_help("Longest time one request may take, in seconds."))
+    drain_seconds: int = field(default=30, metadata=_help("Time for requests to finish at a stop, in seconds."))
 
     def __post_init__(self) -> None:
         limits = ("max_body_bytes", "max_prompt_characters", "max_new_tokens", "max_concurrent", "timeout_seconds")

@@ -1,0 +1,70 @@
+"""What the server's tests share: a registry with two tasks, one server for those who only ask, others on order."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from adapterhub_lite.bases import resolve_base
+from adapterhub_lite.registry import AdapterRegistry
+from adapterhub_lite.serving import InferenceEngine
+from adapterhub_lite.serving.api_server import ApiServer
+from adapterhub_lite.serving.api_settings import ServerSettings
+
+Serve = Callable[..., tuple[ApiServer, openai.OpenAI]]
+
+
+@pytest.fixture(scope="session")
+def registry(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, adapters: dict[str, Path]) -> AdapterRegistry:
+    """Two tasks: sql with two versions and the alias prod on the first, event with one."""
+    registry, base = AdapterRegistry(tmp_path_factory.mktemp("served")), resolve_base(tiny_base)
+    registry.add(adapters["small"], "sql", base=base)
+    registry.add(adapters["wide"], "sql", base=base)
+    registry.add(adapters["mlp"], "event", base=base)
+    registry.set_alias("sql", "prod", version=1)
+    return registry
+
+
+@pytest.fixture(scope="session")
+def shared_engine(registry: AdapterRegistry, tiny_base: Path) -> Iterator[InferenceEngine]:
+    """An engine that no test closes."""
+    with InferenceEngine.from_base(tiny_base, registry=registry, device="cpu", max_rows=8) as engine:
+        yield engine
+
+
+def open_client(server: ApiServer, key: str = "none") -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+
+@pytest.fixture
+def serve(registry: AdapterRegistry, shared_engine: InferenceEngine) -> Iterator[Serve]:
+    """A function (key="none", keys=None, engine=None, **settings) -> (server, client), closed after the test."""
+    opened: list[Callable[[], None]] = []
+
+    def start(
+        key: str = "none", keys: Any = None, engine: Any = None, **settings: Any
+    ) -> tuple[ApiServer, openai.OpenAI]:
+        server = ApiServer(engine or shared_engine, registry, ServerSettings(port=0, **settings), keys)
+        server.__enter__()
+        client = open_client(server, key)
+        opened.extend((lambda: server.__exit__(None, None, None), client.close))
+        return server, client
+
+    yield start
+    for close in reversed(opened):
+        close()
+
+
+@pytest.fixture(scope="session")
+def shared_server(registry: AdapterRegistry, shared_engine: InferenceEngine) -> Iterator[ApiServer]:
+    with ApiServer(shared_engine, registry, ServerSettings(port=0)) as server:
+        yield server
+
+
+@pytest.fixture
+def client(shared_server: ApiServer) -> Iterator[openai.OpenAI]:
+    """The official client of the server that all share."""
+    with open_client(shared_server) as client:
+        yield client

@@ -1,0 +1,214 @@
+"""The worst day, in small: clients that vanish, abort, lie and race, and every answer still the right one."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from adapterhub_lite.registry import AdapterRegistry
+from adapterhub_lite.serving import GenerationRequest, InferenceEngine
+from adapterhub_lite.serving.api_server import ApiServer
+
+Serve = Callable[..., tuple[ApiServer, openai.OpenAI]]
+MODELS = ("base", "sql:1", "sql:2", "event", "sql:1*0.5+event*2")
+PROMPTS = ("one", "select the", "a longer prompt than the others, by some", "x" * 60)
+
+
+def idle(server: ApiServer) -> bool:
+    """Wait until nothing is in work; the server itself says so."""
+    return any("adapterhub_requests_in_work 0.0" in httpx.get(f"{server.url}/metrics").text for _ in range(2000))
+
+
+def storm(serve: Serve, registry: AdapterRegistry, engine: InferenceEngine, clients: int, requests: int) -> None:
+    """Random models, prompts, lengths, aborts and alias moves; each answer equals its solo answer."""
+    alone = {
+        (model, prompt, tokens): engine.generate(
+            GenerationRequest(prompt=prompt, adapter=None if model == "base" else model, max_new_tokens=tokens)
+        )
+        for model in MODELS
+        for prompt in PROMPTS
+        for tokens in (3, 12)
+    }
+    versions = {registry.resolve(f"sql:{n}").digest: f"sql:{n}" for n in (1, 2)}
+    before = engine.base_digest()
+    server, _ = serve(max_concurrent=clients)
+
+    def one(seed: int) -> str:
+        dice = random.Random(seed)
+        body: dict[str, Any] = {"prompt": dice.choice(PROMPTS), "max_tokens": dice.choice((3, 12)), "temperature": 0}
+        body["model"] = dice.choice((*MODELS, "sql@moving"))
+        fate = dice.choice(("whole", "whole", "stream", "abort", "move"))
+        if fate == "move":
+            registry.set_alias("sql", "moving", version=dice.choice((1, 2)))
+        if fate == "abort":
+            with httpx.stream("POST", f"{server.url}/v1/completions", json={**body, "stream": True}, timeout=60) as got:
+                next(got.iter_lines())
+            return fate
+        text, receipt = ask(server, body, stream=fate == "stream")
+        model = body["model"]
+        if model == "sql@moving":
+            model = versions[receipt["adapter_digest"]]
+        expected = alone[model, body["prompt"], body["max_tokens"]]
+        assert receipt["adapter_digest"] == expected.adapter_digest
+        assert text == expected.text, (body, receipt)
+        return fate
+
+    registry.set_alias("sql", "moving", version=1)
+    try:
+        with ThreadPoolExecutor(clients) as pool:
+            fates = list(pool.map(one, range(requests)))
+    finally:
+        registry.remove_alias("sql", "moving")
+    assert set(fates) == {"whole", "stream", "abort", "move"}
+    assert idle(server), "an aborted request is still in work"
+    assert engine.base_digest() == before
+
+
+def ask(server: ApiServer, body: dict[str, Any], *, stream: bool) -> tuple[str, dict[str, Any]]:
+    """(text, receipt) of an answer that must come."""
+    if not stream:
+        got = httpx.post(f"{server.url}/v1/completions", json=body, timeout=120)
+        assert got.status_code == 200, got.text
+        return got.json()["choices"][0]["text"], got.json()["receipt"]
+    text, receipt = "", {}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json={**body, "stream": True}, timeout=120) as got:
+        for line in got.iter_lines():
+            if line.startswith("data: {"):
+                event = json.loads(line[6:])
+                text, receipt = text + event["choices"][0]["text"], event["receipt"]
+    return text, receipt
+
+
+def test_a_small_storm(serve: Serve, registry: AdapterRegistry, shared_engine: InferenceEngine) -> None:
+    storm(serve, registry, shared_engine, clients=16, requests=150)
+
+
+@pytest.mark.slow
+def test_a_storm(serve: Serve, registry: AdapterRegistry, shared_engine: InferenceEngine) -> None:
+    storm(serve, registry, shared_engine, clients=64, requests=3000)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_hangs_up_frees_the_place(serve: Serve, shared_engine: InferenceEngine, stream: bool) -> None:
+    server, _ = serve()
+    body = json.dumps({"model": "sql", "prompt": "x", "max_tokens": 400, "temperature": 1, "stream": stream}).encode()
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as raw:
+            head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            head += f"Content-Length: {len(body)}\r\n\r\n"
+            raw.sendall(head.encode() + body)
+            if stream:
+                raw.recv(1)
+    assert idle(server)
+    uses = [one.uses for one in shared_engine.resident()]
+    assert uses == [0] * len(uses)
+
+
+@pytest.mark.parametrize(
+    ("content", "status"),
+    [
+        (b"{", 400), (b"\xff\xfe{}", 400), (b"[]", 400), (b"null", 400), (b"", 400), (b'{"model": "\\ud800"}', 400),
+        (b'{"model": "sql", "prompt": "\\ud800"}', 400), (b'{"model": "sql", "prompt": "x", "temperature": NaN}', 400),
+        (b'{"model": "sql", "prompt": "x", "temperature": 1e999}', 400),
+        (b'{"model": "sql\\u0000", "prompt": "x"}', 400), (b"[" * 100_000, 400), (b"x" * 2_000_000, 413),
+        (b'{"model": "sql", "prompt": "x", "seed": ' + b"9" * 5000 + b"}", 400),
+    ],
+)  # fmt: skip
+def test_bodies_that_are_none(shared_server: ApiServer, content: bytes, status: int) -> None:
+    headers = {"Content-Type": "application/json"}
+    got = httpx.post(f"{shared_server.url}/v1/completions", content=content, headers=headers)
+    assert got.status_code == status, got.text
+    assert set(got.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_body_that_grows_past_the_limit_without_saying_so(shared_server: ApiServer) -> None:
+    pieces = (b"x" * 100_000 for _ in range(20))
+    headers = {"Content-Type": "application/json"}
+    got = httpx.post(f"{shared_server.url}/v1/completions", content=pieces, headers=headers)
+    assert got.status_code == 413
+
+
+def test_too_many_at_once_are_told_to_come_back(serve: Serve) -> None:
+    server, _ = serve(max_concurrent=1)
+    body = {"model": "sql", "prompt": "x", "max_tokens": 400, "temperature": 0, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as first:
+        next(first.iter_lines())
+        got = httpx.post(f"{server.url}/v1/completions", json={**body, "stream": False})
+        assert (got.status_code, got.headers["retry-after"]) == (429, "1")
+    assert idle(server)
+
+
+def test_a_request_past_its_time_says_so(serve: Serve) -> None:
+    server, client = serve(timeout_seconds=0.001)
+    with pytest.raises(openai.APIStatusError, match="ran past its limit") as caught:
+        client.completions.create(model="sql", prompt="x", max_tokens=300, temperature=0)
+    assert caught.value.status_code == 408
+    assert idle(server)
+
+
+def test_an_answer_of_another_adapter_is_never_given_out(
+    serve: Serve, registry: AdapterRegistry, monkeypatch: Any
+) -> None:
+    """The engine is made to answer everything with sql:2: whoever asked for something else gets an error."""
+    server, client = serve()
+    submit = server.api.desk.engine.submit
+    wrong = lambda request: submit(GenerationRequest(prompt=request.prompt, adapter="sql:2", max_new_tokens=2))  # noqa: E731
+    monkeypatch.setattr(server.api.desk.engine, "submit", wrong)
+    options: Any = {"prompt": "x", "max_tokens": 2, "temperature": 0}
+    assert client.completions.create(model="sql:2", **options).receipt["adapter"] == "sql:2"
+    for model in ("sql:1", "base", "event"):
+        with pytest.raises(openai.InternalServerError):
+            client.completions.create(model=model, **options)
+    with pytest.raises(openai.APIError):
+        list(client.completions.create(model="event", stream=True, **options))
+
+
+SERVE = """
+import sys
+from adapterhub_lite.registry import AdapterRegistry
+from adapterhub_lite.serving import InferenceEngine
+from adapterhub_lite.serving.api_server import ApiServer
+from adapterhub_lite.serving.api_settings import ServerSettings
+registry = AdapterRegistry(sys.argv[1])
+with InferenceEngine.from_base(sys.argv[2], registry=registry, device="cpu", max_rows=4) as engine:
+    server = ApiServer(engine, registry, ServerSettings(port=0, adapters="sql"))
+    before = engine.base_digest()
+    print(server.url, flush=True)
+    server.run()
+    print("unchanged" if engine.base_digest() == before else "changed", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_drains_and_sigkill_loses_nothing_kept(registry: AdapterRegistry, tiny_base: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SERVE, str(registry.home), str(tiny_base)]
+    body = {"model": "sql:1", "prompt": "x", "max_tokens": 300, "temperature": 0, "stream": True}
+    texts = []
+    for how in (signal.SIGKILL, signal.SIGTERM):
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            url = process.stdout.readline().strip()
+            with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as got:
+                lines = got.iter_lines()
+                first = next(lines)
+                process.send_signal(how)
+                if how == signal.SIGTERM:
+                    texts = [first, *lines]
+            process.wait()
+            if how == signal.SIGTERM:
+                assert process.returncode == 0
+                assert process.stdout.read() == "unchanged\n"
+    assert texts[-2] == "data: [DONE]" or "data: [DONE]" in texts
+    assert any('"finish_reason":"length"' in line or '"finish_reason":"stop"' in line for line in texts)
