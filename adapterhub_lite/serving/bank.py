@@ -12,6 +12,9 @@ import torch
 from adapterhub_lite.serving.packing import Run, Step
 from adapterhub_lite.serving.weights import AdapterWeights, Family
 
+# A blend or a single large adapter widens every row; when nothing runs the rows go back to at most this.
+USUAL_RANK = 16
+
 
 @dataclass(frozen=True)
 class Part:
@@ -58,12 +61,14 @@ class GroupBank:
                     continue
                 width = pair.a.shape[1]
                 scale = pair.scale * part.factor
-                whole = len(pair.layers) == a.shape[0]
-                if not whole:
+                if len(pair.layers) == a.shape[0]:
+                    a[:, at : at + width].copy_(pair.a)
+                    torch.mul(pair.b, scale, out=b[:, at : at + width])
+                else:
+                    layers = list(pair.layers)
                     b[:, at : at + width] = 0
-                layers = slice(None) if whole else list(pair.layers)
-                a[layers, at : at + width] = pair.a.to(a.dtype)
-                b[layers, at : at + width] = (pair.b * scale).to(b.dtype)
+                    a[layers, at : at + width] = pair.a.to(a.dtype)
+                    b[layers, at : at + width] = (pair.b * scale).to(b.dtype)
                 at += width
             b[:, at:] = 0
 
@@ -103,6 +108,13 @@ class RowBank:
     def leave(self, row: int) -> None:
         """Let go of the weights of a row; what was copied stays until another request needs the row."""
         self._rows[row] = ()
+
+    def shrink(self) -> None:
+        """Forget rows that a large rank made wide. Only when no row is in use."""
+        if self.rank > USUAL_RANK:
+            self.rank = 0
+            self._banks = [None] * len(self._groups)
+            self._held = [_key(())] * len(self._rows)
 
     def begin(self, step: Step) -> None:
         """Compute the routing of a step, for all its layers: which runs and which families have any adapter at all."""

@@ -5,7 +5,7 @@ Callers resolve and load adapters in their own threads; the engine's thread only
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +17,10 @@ import torch
 from adapterhub_lite.bases import load_base_model, load_tokenizer, resolve_base
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.serving.hub_source import HubSource
-from adapterhub_lite.serving.job import GenerationHandle, Job
+from adapterhub_lite.serving.job import ChunkStream, GenerationHandle, Job
 from adapterhub_lite.serving.loop import EngineLoop
 from adapterhub_lite.serving.pool import AdapterPool, Tier
-from adapterhub_lite.serving.request import EngineStatus, GenerationChunk, GenerationRequest, GenerationResult
+from adapterhub_lite.serving.request import EngineStatus, GenerationRequest, GenerationResult
 from adapterhub_lite.serving.residency import ResidentAdapter
 from adapterhub_lite.serving.sampling import Sampler
 from adapterhub_lite.serving.source import AdapterSource, FolderSource, RegistrySource
@@ -128,20 +128,12 @@ class InferenceEngine:
                 handle.cancel()
             raise
 
-    def stream(self, request: GenerationRequest) -> Iterator[GenerationChunk]:
+    def stream(self, request: GenerationRequest) -> "ChunkStream":
         """Yield the answer as it is made. The adapter is held from this call on, not from the first chunk on.
 
-        Leaving the iteration early cancels the request. Raises as `generate` does.
+        Dropping or closing the stream early cancels the request. Raises as `generate` does.
         """
-        handle = self.submit(request)
-
-        def chunks() -> Iterator[GenerationChunk]:
-            try:
-                yield from handle
-            finally:
-                handle.cancel()
-
-        return chunks()
+        return ChunkStream(self.submit(request))
 
     def submit(self, request: GenerationRequest) -> GenerationHandle:
         """Queue a request and return its handle at once; the adapter is resolved, and loaded if need be, before."""

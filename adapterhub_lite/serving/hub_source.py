@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from adapterhub_lite.errors import AdapterHubError, HubError, HubUnreachableError, UsageError
+from adapterhub_lite.errors import AdapterHubError, HubError, HubUnreachableError, UnknownNameError, UsageError
 from adapterhub_lite.serving.source import AdapterFiles, RegistrySource
 
 REFERENCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(:(?P<version>[1-9]\d*)|@(?P<alias>[\w.-]+))?")
@@ -55,7 +55,7 @@ class HubSource:
 
         Raises:
             UsageError: the repository is not one of those allowed.
-            HubError: it is not here and cannot be had; the same again, at once, until `retry_seconds` have passed.
+            HubError, UnknownNameError: it is not here and cannot be had; the same at once until `retry_seconds` passed.
         """
         match = REFERENCE.fullmatch(reference)
         if match is None or self._local.is_folder(reference):
@@ -88,7 +88,7 @@ class HubSource:
             receipt = self._registry.pull(repo, revision=revision, **self._options)
             self._trouble = None
             self._failed.pop(reference, None)
-        except HubError as error:
+        except (HubError, UnknownNameError) as error:
             self._failed[reference] = (self._clock() + self._retry, error)
             if not isinstance(error, HubUnreachableError):
                 raise

@@ -151,3 +151,22 @@ class GenerationHandle:
             pass
         assert self._result is not None
         return self._result
+
+
+class ChunkStream(Iterator[GenerationChunk]):
+    """The chunks of one request; closed or forgotten before the last, it cancels the request."""
+
+    def __init__(self, handle: GenerationHandle) -> None:
+        self._handle = handle
+        self._chunks = iter(handle)
+
+    def __next__(self) -> GenerationChunk:
+        """Return the next chunk, as iterating over a handle does."""
+        return next(self._chunks)
+
+    def close(self) -> None:
+        """Cancel what is left; nothing when the answer is whole."""
+        self._handle.cancel()
+
+    def __del__(self) -> None:
+        self.close()

@@ -3,6 +3,7 @@
 Only this thread touches the trunk. Whatever goes wrong in a step ends the requests of that step and nothing else.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -75,15 +76,19 @@ class EngineLoop:
 
     @torch.inference_mode()
     def _run(self) -> None:
-        while self._wait():
-            slices = self._scheduler.plan()
-            if slices:
-                self._step(slices)
-        with self._changed:
-            jobs = [*self._scheduler.running, *self._scheduler.waiting]
-            self._scheduler.waiting.clear()
-        for job in jobs:
-            job.end(EngineClosedError("The engine was closed before the answer was finished."))
+        try:
+            while self._wait():
+                slices = self._scheduler.plan()
+                if slices:
+                    self._step(slices)
+        finally:
+            # Reached by an error of our own too: then nobody waits for ever, and `alive` says so.
+            with self._changed:
+                self._closed = True
+                jobs = [*self._scheduler.running, *self._scheduler.waiting]
+                self._scheduler.waiting.clear()
+            for job in jobs:
+                job.end(EngineClosedError("The engine was closed before the answer was finished."))
 
     def _wait(self) -> bool:
         """Sleep until there is work, settle who is in which row; False when closed."""
@@ -99,6 +104,7 @@ class EngineLoop:
             admitted = scheduler.admit()
         for job, old_row in scheduler.compact():
             self._trunk.cache.move(old_row, job.row, job.computed)
+            self._trunk.bank.leave(old_row)
             self._trunk.bank.place(job.row, job.route.parts)
         for job in admitted:
             self._admit(job)
@@ -145,8 +151,9 @@ class EngineLoop:
     def _fail(self, job: Job, error: Exception) -> None:
         failure = ServingError(f"The model failed on this request: {type(error).__name__}: {error}")
         failure.__cause__ = error
-        self._trunk.cache.spoil(job.row)
-        self._leave(job)
+        if self._scheduler.rows[job.row] is job:
+            self._trunk.cache.spoil(job.row)
+            self._leave(job)
         job.end(failure)
 
     def _leave(self, job: Job) -> None:
@@ -155,7 +162,7 @@ class EngineLoop:
 
     def _advance(self, job: Job, logits: torch.Tensor) -> None:
         """Choose the job's next token, hand out its text, and end the job when it is finished."""
-        if not torch.isfinite(logits).all():
+        if not math.isfinite(logits.max()):
             raise ServingError("the logits are not finite; the adapter or the blend's weights are out of range")
         token = job.sampler.choose(logits)
         if not job.output:

@@ -55,6 +55,7 @@ class Trunk:
     def idle(self) -> None:
         """Give back memory that only long requests needed. Only when no row is in use."""
         self.cache.shrink()
+        self.bank.shrink()
 
     def base_digest(self) -> str:
         """The sha256 over the base's weights as they are in memory now, the same whichever pass is used."""

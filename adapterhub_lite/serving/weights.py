@@ -104,45 +104,60 @@ def read_adapter_weights(
     """
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            names = list(file.keys())
+            # Shapes stand in the header: nothing is read before they are known to be what the base needs.
+            problems = _problems({name: tuple(file.get_slice(name).get_shape()) for name in names}, families, max_rank)
+            if problems:
+                raise AdapterRejectedError(subject, problems)
+            tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise AdapterRejectedError(subject, [f"{path.name} cannot be read: {error}"]) from error
-    problems: list[str] = []
+    broken = [f"{name} holds values that are not finite" for name, t in tensors.items() if not t.isfinite().all()]
+    if broken:
+        raise AdapterRejectedError(subject, broken)
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
-        match = TENSOR.fullmatch(name)
-        if match:
-            pairs.setdefault(match["module"], {})[match["part"]] = tensor
-        else:
-            problems.append(f"tensor {name} is no LoRA pair of a linear layer; only those can be served")
-    shapes = {path: family for family in families for path in family.paths}
-    for module, pair in pairs.items():
-        problems += _pair_problems(module, pair, shapes.get(module), max_rank)
-    if not pairs and not problems:
-        problems.append("it holds no LoRA pair at all, so it would answer like the base")
-    if problems:
-        raise AdapterRejectedError(subject, problems)
+        module, part = _parse(name)
+        pairs.setdefault(module, {})[part] = tensor
     stacked = {f.name: _stack(f, pairs, scaling_of) for f in families if any(p in pairs for p in f.paths)}
     rank = max(weights.a.shape[1] for weights in stacked.values())
     return AdapterWeights(stacked, rank, len(pairs))
 
 
-def _pair_problems(module: str, pair: dict[str, torch.Tensor], family: Family | None, max_rank: int) -> list[str]:
+def _parse(name: str) -> tuple[str, str]:
+    """Split a tensor's name into module path and "A" or "B"; ("", "") when it is no LoRA pair's."""
+    match = TENSOR.fullmatch(name)
+    return (match["module"], match["part"]) if match else ("", "")
+
+
+def _problems(shapes: dict[str, tuple[int, ...]], families: Sequence[Family], max_rank: int) -> list[str]:
+    problems: list[str] = []
+    pairs: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        module, part = _parse(name)
+        if part:
+            pairs.setdefault(module, {})[part] = shape
+        else:
+            problems.append(f"tensor {name} is no LoRA pair of a linear layer; only those can be served")
+    known = {path: family for family in families for path in family.paths}
+    for module, pair in pairs.items():
+        problems += _pair_problems(module, pair, known.get(module), max_rank)
+    if not pairs and not problems:
+        problems.append("it holds no LoRA pair at all, so it would answer like the base")
+    return problems
+
+
+def _pair_problems(module: str, pair: dict[str, tuple[int, ...]], family: Family | None, max_rank: int) -> list[str]:
     if family is None:
         return [f"the base has no linear layer {module} inside its layers"]
     if set(pair) != {"A", "B"}:
         return [f"{module} has lora_{next(iter(pair))} without its partner"]
-    a, b = pair["A"], pair["B"]
-    rank = a.shape[0] if a.ndim == 2 else 0
+    rank = pair["A"][0] if len(pair["A"]) == 2 else 0
     wanted = ((rank, family.in_features), (family.out_features, rank))
-    if rank == 0 or (tuple(a.shape), tuple(b.shape)) != wanted:
-        return [
-            f"{module} has shapes {tuple(a.shape)} and {tuple(b.shape)}, the base needs {wanted[0]} and {wanted[1]}"
-        ]
+    if rank == 0 or (pair["A"], pair["B"]) != wanted:
+        return [f"{module} has shapes {pair['A']} and {pair['B']}, the base needs {wanted[0]} and {wanted[1]}"]
     if rank > max_rank:
         return [f"{module} has rank {rank}, the engine takes at most {max_rank}; start it with a larger max_rank"]
-    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-        return [f"{module} holds values that are not finite"]
     return []
 
 

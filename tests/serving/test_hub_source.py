@@ -9,6 +9,7 @@ from adapterhub_lite.bases import resolve_base
 from adapterhub_lite.errors import HubError, HubUnreachableError, UsageError
 from adapterhub_lite.hub_server.testing import hub_server  # noqa: F401
 from adapterhub_lite.registry import AdapterRegistry
+from adapterhub_lite.registry.hub_aliases import push_alias
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
 from adapterhub_lite.serving.hub_source import HubSource
 from adapterhub_lite.serving.trunk import Trunk
@@ -31,8 +32,8 @@ def hub(hub_server: Any, tmp_path: Path, tiny_base: Path, adapters: dict[str, Pa
     """A hub with version 1 of sql, and @prod pointing to it."""
     author = AdapterRegistry(tmp_path / "author")
     author.add(adapters["small"], "sql", base=resolve_base(tiny_base))
-    author.set_alias("sql", "prod", version=1)
     author.push("sql:1", REPO, endpoint=hub_server.url)
+    push_alias(REPO, "prod", 1, endpoint=hub_server.url)
     return hub_server
 
 

@@ -140,7 +140,7 @@ def test_numbers_that_are_not_finite_do_not_stay_in_the_row(
 def test_leaving_a_stream_cancels_it(engine: InferenceEngine, adapters: dict[str, Path]) -> None:
     stream = engine.stream(request(new=400, adapter=adapters["wide"]))
     next(stream)
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert engine.unload(adapters["wide"], timeout=30)
 
 

@@ -136,7 +136,7 @@ class Worker:
             text += chunk.text
             if count >= wanted:
                 break
-        chunks.close()  # type: ignore[attr-defined]
+        chunks.close()
         if request.adapter in self.day.digest_of or request.adapter is None:
             parts = self.day.parts_of(self.day.digest_of[str(request.adapter)]) if request.adapter else ()
             self.note(request, parts, text=text)
