@@ -56,7 +56,9 @@ def pull(backend: Backend, user: str | None, repo_id: str, revision: str, name: 
         options = {"revision": revision.strip() or None, "name": name.strip() or None}
         receipt = backend.registry.pull(repo_id.strip(), endpoint=backend.hub, progress=tell, **options)
         manifest = receipt.manifest
-        where = {"hub": "fetched and verified", "store": "was here already", "offline": "taken from here"}[receipt.source]
+        where = {"hub": "fetched and verified", "store": "was here already", "offline": "taken from here"}[
+            receipt.source
+        ]
         return f"{manifest.reference} ({short_digest(manifest.digest)}) {where}, commit {receipt.commit[:12]}."
 
     yield from _steps(work)

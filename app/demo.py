@@ -67,7 +67,9 @@ def build_demo(
 
         pickers = [task, compared, *blended]
         gr.on([demo.load, tabs.change], on_open, None, pickers, queue=False, show_progress="hidden")
-        gr.on([demo.load, registry_tab.select], on_registry, None, [table, versions], queue=False, show_progress="hidden")
+        gr.on(
+            [demo.load, registry_tab.select], on_registry, None, [table, versions], queue=False, show_progress="hidden"
+        )
         demo.unload(_leaver(backend))
     return demo
 

@@ -61,7 +61,9 @@ def _build_details() -> list[Any]:
         with gr.Column(scale=1, min_width=300):
             gr.Markdown("### Provenance")
             origin = gr.Markdown(elem_id="registry-provenance", elem_classes="facts")
-            curve = gr.LinePlot(x="step", y="loss", visible=False, height=200, title="Training loss", elem_id="registry-loss")
+            curve = gr.LinePlot(
+                x="step", y="loss", visible=False, height=200, title="Training loss", elem_id="registry-loss"
+            )
             gr.Markdown("### Aliases")
             moves = gr.Dataframe(
                 headers=list(HISTORY_COLUMNS), datatype="str", interactive=False, max_height=220, show_label=False,
@@ -103,7 +105,9 @@ def _build_changes(backend: Backend, picked: gr.Dropdown, table: gr.Dataframe, s
                 origin = gr.Textbox(label="Pull from", placeholder="owner/name", elem_id="registry-pull-repo")
                 with gr.Row():
                     revision = gr.Textbox(label="Revision", placeholder="newest", min_width=120)
-                    name = gr.Textbox(label="As", placeholder="its own name", min_width=120, elem_id="registry-pull-name")
+                    name = gr.Textbox(
+                        label="As", placeholder="its own name", min_width=120, elem_id="registry-pull-name"
+                    )
                 with gr.Row(elem_classes="natural"):
                     into = gr.Button("Pull", elem_id="registry-pull")
         steps = gr.Markdown(elem_classes="notice", visible=False, elem_id="registry-steps")

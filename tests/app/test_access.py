@@ -46,7 +46,8 @@ def test_passwords_are_never_printed(logins: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{}", "[]", '{"ana": {"password": "short"}}', '{"ana": {"password": "long enough", "role": "root"}}']
+    "content",
+    ["", "{}", "[]", '{"ana": {"password": "short"}}', '{"ana": {"password": "long enough", "role": "root"}}'],
 )
 def test_a_file_that_is_no_logins_file_is_refused(logins: Path, content: str) -> None:
     logins.write_text(content)

@@ -21,7 +21,9 @@ def test_rows_hold_every_version_with_its_aliases(world: Any) -> None:
     assert "sql:1" in version_choices(world.registry)
 
 
-@pytest.mark.parametrize(("words", "found"), [("sql prod", {"sql"}), ("JSON", {"event"}), ("calendar event", {"event"}), ("zzz", set())])
+@pytest.mark.parametrize(
+    ("words", "found"), [("sql prod", {"sql"}), ("JSON", {"event"}), ("calendar event", {"event"}), ("zzz", set())]
+)
 def test_search_wants_every_word_anywhere(world: Any, words: str, found: set[str]) -> None:
     assert {row[0] for row in catalogue_rows(world.registry, words)} == found
 
