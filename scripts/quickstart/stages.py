@@ -30,9 +30,9 @@ class QuickstartSettings:
     """How much the quickstart does. `steps` maps a task to its optimizer steps."""
 
     base: str = "smollm2-135m"
-    steps: tuple[tuple[str, int], ...] = (("sql", 30), ("event", 80))
-    batch_size: int = 16
-    learning_rate: float = 2e-3
+    steps: tuple[tuple[str, int], ...] = (("sql", 30), ("event", 110))
+    batch_size: int = 8
+    learning_rate: float = 3e-3
     rank: int = 8
     held_out: int = 50
     seed: int = 0
