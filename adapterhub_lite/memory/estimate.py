@@ -1,7 +1,9 @@
 """How many bytes a preset needs for a step, by component, from a model's config alone. Knows no data."""
 
+import re
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from adapterhub_lite.bases import ResolvedBase
@@ -102,14 +104,15 @@ class ModelFacts:
 
     def step(self, preset: MemoryPreset, workload: Workload) -> StepBytes:
         """Activations of one row, scaled to the batch: they grow with rows exactly, with tokens not always."""
-        key = (workload.sequence_length, workload.rank, workload.target_modules, preset.torch_dtype.itemsize)
+        rank = 0 if preset.trains == "head" else workload.rank
+        key = (workload.sequence_length, rank, workload.target_modules, preset.torch_dtype.itemsize)
         if key not in self._steps:
             self._steps[key] = trace_step(
                 self.config,
                 batch_size=1,
                 sequence_length=workload.sequence_length,
                 dtype=preset.torch_dtype,
-                rank=workload.rank,
+                rank=rank,
                 target_modules=workload.target_modules,
             )
         one, rows = self._steps[key], workload.batch_size
@@ -126,11 +129,8 @@ def estimate(facts: ModelFacts, preset: MemoryPreset, workload: Workload) -> Mem
     gradients = trained * size
     optimizer = 2 * trained * (1 if "8bit" in preset.optimizer else size)
     saved = step.saved(shape.layers, checkpointing=preset.gradient_checkpointing)
-    if preset.trains == "head":
-        # No layer has a gradient: only the last states are kept, and one layer's temporaries come and go.
-        saved = step.layer_input
     loss = _loss_bytes(shape, preset, workload)
-    temporary = step.temporary + _unpacking_bytes(shape, preset)
+    temporary = step.working(checkpointing=preset.gradient_checkpointing) + _unpacking_bytes(shape, preset)
     split, ranks = preset.strategy, workload.world_size
     if split in ("zero1", "zero2", "zero3", "fsdp"):
         optimizer //= ranks
@@ -210,8 +210,10 @@ def _config_in(name: str) -> Any:
 
     if name in EMBEDDED_BASES:
         name = str(resolve_base(name).folder)
+    known = [*EMBEDDED_BASES, "a folder with config.json", "a Hub id org/model"]
+    if not (Path(name) / "config.json").is_file() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UnknownNameError.among("base", name, known)
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        known = [*EMBEDDED_BASES, "a folder with config.json", "a Hub id org/model"]
         raise UnknownNameError.among("base", name, known) from error

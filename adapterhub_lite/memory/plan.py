@@ -120,7 +120,8 @@ def plan_memory(
             return _plan(candidate, found, asked, machine, reasons, tuple(rejected))
         needed = facts.need(candidate, asked)
         rejected.append(Rejection(name, needed, why or _does_not_fit(facts, candidate, asked, machine)))
-    smallest = min((r for r in rejected if r.predicted), key=lambda r: r.predicted.total if r.predicted else 0)
+    tried = [r for r in rejected if r.predicted and r.reason.startswith("needs")]
+    smallest = min(tried, key=lambda r: r.predicted.total if r.predicted else 0)
     raise OutOfMemoryError(
         f"No memory preset fits {sequence_length} tokens a row into {machine.memory_bytes / GIB:.1f} GiB: the "
         f"smallest, {smallest.preset}, {smallest.reason}. Use shorter rows, a smaller base, or a larger device."

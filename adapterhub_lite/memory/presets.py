@@ -65,11 +65,11 @@ class MemoryPreset:
         fields: dict[str, Any] = {
             "fp16": self.mixed_precision == "fp16",
             "bf16": self.mixed_precision == "bf16",
-            "gradient_checkpointing": self.gradient_checkpointing,
+            "activation_checkpointing": self.gradient_checkpointing,
             "optim": self.optimizer,
         }
         if self.gradient_checkpointing:
-            fields["gradient_checkpointing_kwargs"] = {"use_reentrant": self.use_reentrant}
+            fields["activation_checkpointing_kwargs"] = {"use_reentrant": self.use_reentrant}
         if self.strategy.startswith("zero"):
             fields["deepspeed"] = deepspeed_config(int(self.strategy[-1]), offload=self.offload)
         if self.strategy == "fsdp":

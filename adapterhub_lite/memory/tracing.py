@@ -53,10 +53,12 @@ class StepBytes:
     layer_input: int
 
     def saved(self, layers: int, *, checkpointing: bool) -> int:
-        """Activations of `layers` layers: all of them, or with checkpointing their inputs and one layer's whole."""
-        if checkpointing:
-            return self.fixed + layers * self.layer_input + self.per_layer
-        return self.fixed + layers * self.per_layer
+        """Activations held until backward: of all layers, or with checkpointing only what goes into each."""
+        return self.fixed + layers * (self.layer_input if checkpointing else self.per_layer)
+
+    def working(self, *, checkpointing: bool) -> int:
+        """What comes and goes while one layer is at work; with checkpointing that is the layer made again."""
+        return self.temporary + (self.per_layer if checkpointing else 0)
 
 
 def model_shape(config: Any, target_modules: Any = "all-linear") -> ModelShape:
@@ -90,6 +92,8 @@ def trace_step(
 ) -> StepBytes:
     """Measure the trunk's forward and backward at two depths, with a LoRA of `rank` on `target_modules`.
 
+    With rank 0 the head alone is trained: a tied one is the embedding, and all layers pass its gradient on.
+
     Raises:
         ConfigurationError: the model cannot be run on fake tensors.
     """
@@ -116,14 +120,18 @@ def _trace(
             warnings.simplefilter("ignore")
             model = build_model(config, depth=depth, dtype=dtype)
             model.requires_grad_(False)
-            put_lora(model, rank, dtype, target_modules)
+            if rank:
+                put_lora(model, rank, dtype, target_modules)
+            else:
+                model.get_output_embeddings().requires_grad_(True)
             model.train()
             ids = torch.zeros(shape, dtype=torch.long)
             live = LiveBytes([*model.parameters(), *model.buffers()])
             with live:
                 states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
                 saved = live.now
-                states.backward(torch.zeros_like(states))
+                if states.requires_grad:
+                    states.backward(torch.zeros_like(states))
             return saved, live.peak
     except (RuntimeError, NotImplementedError, TypeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

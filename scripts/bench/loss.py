@@ -72,8 +72,8 @@ def torch_fused(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return loss
 
 
-def contestants(device: torch.device) -> tuple[dict[str, Loss], dict[str, str]]:
-    """The losses that can run here, and why the others cannot."""
+def contestants(device: torch.device, only: str | None = None) -> tuple[dict[str, Loss], dict[str, str]]:
+    """The losses that can run here, and why the others cannot; with `only`, other packages are not even imported."""
     found: dict[str, Loss] = {"ours": linear_cross_entropy, "full logits": full_logits}
     missing: dict[str, str] = {}
     if hasattr(F, "linear_cross_entropy"):
@@ -81,6 +81,8 @@ def contestants(device: torch.device) -> tuple[dict[str, Loss], dict[str, str]]:
     else:
         missing["torch linear_cross_entropy"] = f"torch {torch.__version__} has none"
     for name, build in (("TRL fused head", _trl), ("cut_cross_entropy", _cce), ("Liger", _liger)):
+        if only not in (None, name):
+            continue
         try:
             found[name] = build()
         except ImportError as error:
@@ -129,15 +131,16 @@ def make_inputs(problem: Problem, device: torch.device) -> tuple[Tensor, Tensor,
     return hidden.requires_grad_(), weight.requires_grad_(problem.head_trained), targets
 
 
-def one_step(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor]) -> float:
-    """Seconds of a forward and a backward."""
+def one_step(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[float, float]:
+    """(seconds of a forward and a backward, the loss)."""
     hidden, weight, targets = inputs
     hidden.grad = weight.grad = None
     _synchronise(hidden.device)
     start = time.perf_counter()
-    loss(hidden, weight, targets).backward()  # type: ignore[no-untyped-call]
+    value = loss(hidden, weight, targets)
+    value.backward()  # type: ignore[no-untyped-call]
     _synchronise(hidden.device)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, float(value.detach())
 
 
 def _synchronise(device: torch.device) -> None:
@@ -158,7 +161,7 @@ def print_peak(name: str, job: str, device: torch.device) -> None:
     """The child's side of `peak_of`."""
     fields = json.loads(job)
     problem = Problem(**{**fields, "dtype": getattr(torch, fields["dtype"])})
-    loss = contestants(device)[0][name]
+    loss = contestants(device, only=name)[0][name]
     one_step(loss, make_inputs(replace(problem, tokens=64, vocabulary=512), device))
     inputs = make_inputs(problem, device)
     if device.type == "cuda":
@@ -186,10 +189,8 @@ def compare(problem: Problem, rounds: int, device: torch.device) -> dict[str, An
     values = {}
     for round_number in range(rounds + 1):
         for name, loss in losses.items():
-            taken = one_step(loss, inputs)
-            if round_number == 0:
-                values[name] = float(loss(*inputs).detach())
-            else:
+            taken, values[name] = one_step(loss, inputs)
+            if round_number:
                 seconds[name].append(taken)
     gradient = problem.vocabulary * problem.columns * problem.dtype.itemsize if problem.head_trained else 0
     rows: dict[str, dict[str, Any]] = {}
@@ -218,7 +219,7 @@ def scale_with_length(rounds: int, device: torch.device) -> list[dict[str, float
     seconds: dict[int, list[float]] = {n: [] for n in LENGTHS}
     for _ in range(rounds):
         for tokens, each in inputs.items():
-            seconds[tokens].append(one_step(linear_cross_entropy, each))
+            seconds[tokens].append(one_step(linear_cross_entropy, each)[0])
     for tokens in LENGTHS:
         peak = peak_of("ours", Problem(f"length-{tokens}", tokens, 49152, 576), device)
         middle = median(seconds[tokens])
@@ -234,7 +235,7 @@ def sweep_tiles(problem: Problem, rounds: int, device: torch.device) -> list[dic
     for _ in range(rounds):
         for tokens, vocabulary in sides:
             tiles.CPU_TOKENS, tiles.CPU_ELEMENTS = tokens, tokens * vocabulary
-            seconds[tokens, vocabulary].append(one_step(linear_cross_entropy, inputs))
+            seconds[tokens, vocabulary].append(one_step(linear_cross_entropy, inputs)[0])
     return [
         {"tokens": t, "vocabulary": v, "best": round(min(x), 4), "median": round(median(x), 4)}
         for (t, v), x in seconds.items()

@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from statistics import median
 from typing import Any
 

@@ -33,9 +33,9 @@ def test_checkpointing_is_reentrant_only_under_zero3() -> None:
     for preset in MEMORY_PRESETS.values():
         fields = preset.training_arguments()
         if preset.gradient_checkpointing:
-            assert fields["gradient_checkpointing_kwargs"] == {"use_reentrant": preset.strategy == "zero3"}
+            assert fields["activation_checkpointing_kwargs"] == {"use_reentrant": preset.strategy == "zero3"}
         else:
-            assert "gradient_checkpointing_kwargs" not in fields
+            assert "activation_checkpointing_kwargs" not in fields
 
 
 def test_zero_stages_reach_deepspeed() -> None:
@@ -53,7 +53,7 @@ def test_the_fields_are_training_arguments(name: str, tmp_path: Any) -> None:
     if preset.mixed_precision == "fp16":
         pytest.skip("transformers refuses fp16 mixed precision without a GPU")
     made = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **preset.training_arguments())
-    assert made.gradient_checkpointing == preset.gradient_checkpointing
+    assert made.activation_checkpointing == preset.gradient_checkpointing
 
 
 @pytest.mark.parametrize(
