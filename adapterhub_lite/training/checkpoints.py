@@ -25,7 +25,7 @@ def tensor_hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     for name, tensor in tensors.items():
         flat = tensor.detach().cpu().contiguous()
         digest = hashlib.sha256(f"{flat.dtype}:{tuple(flat.shape)}:".encode())
-        digest.update(memoryview(flat.flatten().view(torch.uint8).numpy()))
+        digest.update(flat.flatten().view(torch.uint8).numpy().tobytes())
         found[name] = digest.hexdigest()
     return found
 
@@ -38,7 +38,8 @@ def seal(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """
     wanted = tensor_hashes(tensors)
     _compare(wanted, tensor_hashes(load_file(folder / ADAPTER_FILE)), f"{folder / ADAPTER_FILE}, read back,")
-    files = {path.name: _file_hash(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    # Engines that shard the optimizer write it into folders of their own.
+    files = {str(path.relative_to(folder)): _file_hash(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     (folder / HASHES_FILE).write_text(json.dumps({"files": files, "tensors": wanted}, indent=1))
 
 
@@ -47,11 +48,12 @@ def publish(staged: Path, target: Path) -> None:
 
     A checkpoint of the same step that is there already, from the run before an interruption, is replaced.
     """
-    for path in staged.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    for path in staged.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
     if target.exists():
-        shutil.rmtree(target)
+        target.rename(staged.with_name("replaced"))
     staged.rename(target)
     handle = os.open(target.parent, os.O_RDONLY)
     try:

@@ -58,6 +58,23 @@ class PackedCollator:
         return {name: torch.cat(tensors)[None] for name, tensors in parts.items()}
 
 
+def learn_only_first(batch: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
+    """Return the batch with the labels of all but its first `rows` rows ignored."""
+    labels = batch["labels"].clone()
+    if "position_ids" in batch and "attention_mask" not in batch:
+        labels[(batch["position_ids"] == 0).cumsum(-1) > rows] = IGNORED
+    else:
+        labels[rows:] = IGNORED
+    return {**batch, "labels": labels}
+
+
+def count_rows(batch: Mapping[str, Tensor]) -> int:
+    """How many rows a batch holds, padded or packed."""
+    if "position_ids" in batch and "attention_mask" not in batch:
+        return int((batch["position_ids"] == 0).sum())
+    return len(batch["input_ids"])
+
+
 def unpack(batch: Mapping[str, Tensor], pad_token_id: int) -> dict[str, Tensor]:
     """Return a packed batch padded, one row a sequence; a batch that is padded already goes through as it is."""
     if "position_ids" not in batch or "attention_mask" in batch:

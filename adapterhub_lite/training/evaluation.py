@@ -4,12 +4,13 @@ What is gathered from several processes are four numbers, never logits.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from adapterhub_lite.losses import Head
+from adapterhub_lite.training.collation import count_rows, learn_only_first
 from adapterhub_lite.training.tokenization import IGNORED
 
 TILE_TOKENS = 128
@@ -43,8 +44,18 @@ class EvaluationSums:
         }
 
 
+def without_repeats(accelerator: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """Ignore the rows that a loader repeated to give every process as many: they were evaluated already."""
+    remainder = accelerator.gradient_state.remainder
+    if accelerator.num_processes == 1 or not accelerator.gradient_state.end_of_dataloader or remainder <= 0:
+        return batch
+    rows = count_rows(batch)
+    return learn_only_first(batch, min(rows, max(0, remainder - accelerator.process_index * rows)))
+
+
 def _tile(head: Head, states: Tensor, wanted: Tensor) -> Tensor:
-    logits = (F.linear(states, head.weight, head.bias) * head.logit_scale).float()
+    # The module itself, so that a LoRA on the head counts, and a sharded weight is gathered.
+    logits = head.module(states).float() * head.logit_scale
     if head.softcap is not None:
         logits = torch.tanh(logits / head.softcap) * head.softcap
     log_probabilities = logits.log_softmax(-1)

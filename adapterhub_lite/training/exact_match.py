@@ -40,25 +40,30 @@ def evaluate_exact_match(
     *,
     normalize: Callable[[str], str] = str.strip,
     batch_rows: int = BATCH_ROWS,
+    also: Callable[[str, str], object] | None = None,
 ) -> ExactMatch:
     """Ask `generate` for the last assistant turn of each row and compare it, after `normalize`, with the row's own.
 
     `generate` takes chats (each a list of turns that ends with the user's) and returns one answer a chat, in order;
-    it gets `batch_rows` chats at a time. Rows carry `messages`, or `prompt` and `completion`.
+    it gets `batch_rows` chats at a time. `also` is called with (wanted, found)
+    of every row, for metrics of your own. Rows carry `messages`, or `prompt` and `completion`.
 
     Raises:
         DataError: a row does not end with an assistant turn, or `generate` returned another number of answers.
     """
     correct = total = 0
     wrong: list[Example] = []
-    batch: list[tuple[Turns, str]] = []
-    for row in rows:
-        batch.append(_question(row))
-        if len(batch) == batch_rows:
-            correct, total = _judge(generate, batch, normalize, wrong, correct, total)
-            batch = []
-    if batch:
-        correct, total = _judge(generate, batch, normalize, wrong, correct, total)
+    questions = [_question(row) for row in rows]
+    for start in range(0, len(questions), batch_rows):
+        batch = questions[start : start + batch_rows]
+        answers = _answers(generate, batch)
+        for (turns, wanted), found in zip(batch, answers, strict=True):
+            right = normalize(found) == normalize(wanted)
+            correct, total = correct + right, total + 1
+            if not right and len(wrong) < SHOWN:
+                wrong.append(Example(turns[-1]["content"], wanted, found))
+            if also is not None:
+                also(wanted, found)
     if not total:
         raise DataError("There are no rows to evaluate on. Give at least one.")
     return ExactMatch(correct, total, tuple(wrong[:SHOWN]))
@@ -79,22 +84,10 @@ def _question(row: Mapping[str, Any]) -> tuple[Turns, str]:
     raise DataError(f"Exact match wants messages, or prompt and completion, found {', '.join(map(repr, row))}.")
 
 
-def _judge(
-    generate: Callable[[list[Turns]], Sequence[str]],
-    batch: list[tuple[Turns, str]],
-    normalize: Callable[[str], str],
-    wrong: list[Example],
-    correct: int,
-    total: int,
-) -> tuple[int, int]:
+def _answers(generate: Callable[[list[Turns]], Sequence[str]], batch: list[tuple[Turns, str]]) -> Sequence[str]:
     answers = generate([turns for turns, _ in batch])
     if len(answers) != len(batch):
         raise DataError(
             f"generate was given {len(batch)} chats and returned {len(answers)} answers; one each is wanted."
         )
-    for (turns, wanted), found in zip(batch, answers, strict=True):
-        right = normalize(found) == normalize(wanted)
-        correct, total = correct + right, total + 1
-        if not right and len(wrong) < SHOWN:
-            wrong.append(Example(turns[-1]["content"], wanted, found))
-    return correct, total
+    return answers

@@ -6,7 +6,7 @@ A callback that asks the trainer for the pieces it needs; the checks themselves 
 import json
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +84,7 @@ class RunGuard(TrainerCallback):
     def _fly(self) -> None:
         trainer = self.trainer
         rows = longest_rows(trainer.train_dataset, trainer.args.per_device_train_batch_size)
-        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        optimizer: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
         trainable = [p for p in trainer.model.parameters() if p.requires_grad]
 
         def step(batch: list[dict[str, Any]]) -> None:
@@ -104,8 +104,11 @@ class RunGuard(TrainerCallback):
     ) -> None:
         """Prove the gradients of the first two steps."""
         if self.gradients and self.steps_seen < PROVEN_STEPS:
-            self.steps_seen += 1
             named = [(name, p.grad) for name, p in self.trainer.model.named_parameters() if p.requires_grad]
+            if self.trainer.accelerator.scaler is not None and _overflowed(named):
+                # fp16's loss scale finds its size by overflowing; such a step is skipped, and proves nothing.
+                return
+            self.steps_seen += 1
             self.gradients.check(named, last=self.steps_seen == PROVEN_STEPS)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -120,6 +123,10 @@ class RunGuard(TrainerCallback):
         # A signal reaches one process first; all have to stop after the same step.
         asked = accelerator.reduce(torch.tensor(int(self.stop_asked), device=self.trainer.args.device))
         return bool(asked > 0)
+
+
+def _overflowed(named: Iterable[tuple[str, Tensor | None]]) -> bool:
+    return any(gradient is not None and not bool(torch.isfinite(gradient).all()) for _, gradient in named)
 
 
 def prove_loss(trainer: "AdapterTrainer") -> None:

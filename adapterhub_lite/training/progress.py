@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,11 @@ class RunMeter:
     memory: PeakMemory
     tokens: int = 0
     started: float = field(default_factory=time.perf_counter)
+
+    def count(self, inputs: Mapping[str, Any]) -> None:
+        """Count the real tokens of a batch."""
+        mask = inputs.get("attention_mask")
+        self.tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
 
     @property
     def seconds(self) -> float:

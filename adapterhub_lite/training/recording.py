@@ -36,7 +36,7 @@ def describe_base(base: ResolvedBase | None, model: PeftModel) -> BaseRecord:
         if "lora_" not in name:
             flat = parameter.detach().cpu().contiguous().flatten()
             digest.update(name.replace(".base_layer", "").encode())
-            digest.update(memoryview(flat.view(torch.uint8).numpy()))
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
     return BaseRecord(
         id=config._name_or_path or type(model.get_base_model()).__name__,
         fingerprint=f"memory:{digest.hexdigest()}",
@@ -99,7 +99,7 @@ def make_record(facts: RunFacts) -> TrainingRecord:
         hyperparameters=hyperparameters(args, facts.model.active_peft_config.to_dict()),
         packages=packages(),
         preset="none",
-        loss_backend={"name": "tiled", **facts.ways},
+        loss_backend=facts.ways,
         memory=MemoryRecord(measured_peak_bytes=facts.peak_bytes),
         hardware=describe_hardware(args.device),
         steps=facts.steps,

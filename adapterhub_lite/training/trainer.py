@@ -16,21 +16,20 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
-from adapterhub_lite.bases import ResolvedBase, load_tokenizer
+from adapterhub_lite.bases import ResolvedBase
+from adapterhub_lite.canary import write_canary
 from adapterhub_lite.errors import ConfigurationError, NonFiniteLossError
 from adapterhub_lite.losses import causal_lm_loss, head_of
 from adapterhub_lite.record import TrainingRecord
 from adapterhub_lite.training import checkpoints
-from adapterhub_lite.training.adapters import open_base, save_peft, with_adapter, write_adapter
+from adapterhub_lite.training.adapters import save_peft, write_adapter
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
+from adapterhub_lite.training.assembly import assemble, plain
 from adapterhub_lite.training.collation import PackedCollator, PaddedCollator, unpack
-from adapterhub_lite.training.evaluation import EvaluationSums
-from adapterhub_lite.training.fast_lora import install_fast_lora
+from adapterhub_lite.training.evaluation import EvaluationSums, without_repeats
 from adapterhub_lite.training.guard import RunGuard
-from adapterhub_lite.training.hidden_states import HiddenStates
-from adapterhub_lite.training.lean_modules import install_lean_modules
 from adapterhub_lite.training.measurement import PeakMemory
-from adapterhub_lite.training.packing import choose_packing, segment_inputs
+from adapterhub_lite.training.packing import segment_inputs
 from adapterhub_lite.training.progress import MetricsCallback, ProgressCallback, RunMeter
 from adapterhub_lite.training.recording import RunFacts, make_record, write_record
 from adapterhub_lite.training.tokenization import IGNORED, prepare_rows
@@ -67,26 +66,19 @@ class AdapterTrainer(Trainer):
         **trainer_keywords: Any,
     ) -> None:
         self.meter = RunMeter(PeakMemory(args.device))
-        model, self.base = open_base(model, base)
-        tokenizer = processing_class or (load_tokenizer(self.base.folder) if self.base else None)
-        if tokenizer is None:
-            raise ConfigurationError("The trainer wants a tokenizer. Give it as processing_class.")
+        self.assembly = assembly = assemble(model, args, processing_class, peft_config, base)
+        self.base, self.packing, tokenizer = assembly.base, assembly.packing, assembly.tokenizer
         self.data_name = Path(train_dataset).name if isinstance(train_dataset, str | Path) else "rows in memory"
         prepare = partial(prepare_rows, tokenizer=tokenizer, max_length=args.max_length, overlong=args.overlong)
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: prepare(rows) for name, rows in eval_dataset.items()}
-        self.hidden_states = HiddenStates(model)
-        adapted = with_adapter(model, args, peft_config, self.base)
-        self.packing = choose_packing(adapted, args)
-        self.fast_layers = install_fast_lora(adapted) if args.fast_lora else 0
-        self.lean_modules = install_lean_modules(adapted) if args.fast_lora else 0
         padded = PaddedCollator(tokenizer.pad_token_id)
         trainer_keywords.setdefault("data_collator", PackedCollator() if self.packing.packs else padded)
         self._evaluated: EvaluationSums | None = None
         self._staged: Path | None = None
         self._push_later = False
         super().__init__(
-            adapted,
+            assembly.model,
             args,
             train_dataset=prepare(train_dataset),
             eval_dataset=eval_dataset if isinstance(eval_dataset, dict) else prepare(eval_dataset),
@@ -132,7 +124,7 @@ class AdapterTrainer(Trainer):
         rest = {name: value for name, value in inputs.items() if name != "labels"}
         if self.packing.packs and "position_ids" in rest and "attention_mask" not in rest:
             rest = segment_inputs(rest)
-        hidden, outputs = self.hidden_states.of(model, rest)
+        hidden, outputs = self.assembly.hidden_states.of(model, rest)
         # The labels move, not the states: the states' slice would be a copy.
         goals = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         valid = (goals != IGNORED).sum()
@@ -145,6 +137,7 @@ class AdapterTrainer(Trainer):
             goals,
             shift=False,
             reduction="sum",
+            choice=self.assembly.loss,
             label_smoothing=self.args.label_smoothing_factor,
             chunk_tokens=self.args.loss_chunk_tokens,
         )
@@ -167,7 +160,7 @@ class AdapterTrainer(Trainer):
             # Data-parallel engines average gradients over processes; the division above is by all their tokens.
             loss = loss * self.accelerator.num_processes
         if model.training:
-            self.meter.tokens += _real_tokens(inputs)
+            self.meter.count(inputs)
             if not torch.isfinite(loss):
                 raise NonFiniteLossError(self._describe_failure(loss, inputs))
         return (loss, outputs) if return_outputs else loss
@@ -192,6 +185,7 @@ class AdapterTrainer(Trainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
+            inputs = without_repeats(self.accelerator, inputs)
             total, valid, _ = self.loss_sum(model, inputs, self._evaluated or EvaluationSums())
             loss = (total / valid.clamp(min=1)).float()
             if prediction_loss_only:
@@ -209,6 +203,7 @@ class AdapterTrainer(Trainer):
                 gathered = self.accelerator.gather(self._evaluated.sums[None].to(self.args.device, torch.float64))
                 self._evaluated.sums = gathered.sum(0).cpu()
                 prefix = kwargs.get("metric_key_prefix", "eval")
+                assert output.metrics is not None, "the loop always reports its time"
                 output.metrics.update(self._evaluated.metrics(prefix))
             return output
         finally:
@@ -267,14 +262,19 @@ class AdapterTrainer(Trainer):
             save_peft(self.accelerator.unwrap_model(self.model), folder, state_dict)
 
     def save_adapter(self, folder: str | Path) -> Path:
-        """Write the adapter to `folder`: PEFT's two files and the training record; it appears whole or not at all.
+        """Write the adapter to `folder`: PEFT's two files, the training record and the canary; whole or not at all.
 
         Raises:
             ConfigurationError: `folder` is there already and is not empty.
             ResourceError: it cannot be written.
         """
-        adapted = self.accelerator.unwrap_model(self.model)
-        return write_adapter(adapted, Path(folder), also=lambda aside: write_record(self.record(), aside))
+
+        def witness(aside: Path) -> None:
+            write_record(self.record(), aside)
+            write_canary(adapted, self.processing_class, aside)
+
+        with plain(self.assembly) as adapted:
+            return write_adapter(adapted, Path(folder), also=witness)
 
     def record(self) -> TrainingRecord:
         """Return the record of the run so far."""
@@ -287,15 +287,10 @@ class AdapterTrainer(Trainer):
                 table=self.train_dataset,
                 data_name=self.data_name,
                 tokenizer=self.processing_class,
-                ways={"batches": self.packing.reason, "lora": f"{self.fast_layers} layers on the fused path"},
+                ways=self.assembly.record(),
                 peak_bytes=self.meter.memory.peak_bytes(),
                 steps=self.state.global_step,
                 final_loss=losses[-1] if losses else None,
                 seconds=self.meter.seconds,
             )
         )
-
-
-def _real_tokens(inputs: dict[str, Any]) -> int:
-    mask = inputs.get("attention_mask")
-    return inputs["input_ids"].numel() if mask is None else int(mask.sum())

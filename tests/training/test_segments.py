@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from adapterhub_lite.training import segments as module
-from adapterhub_lite.training.collation import PackedCollator, PaddedCollator, unpack
+from adapterhub_lite.training.collation import PackedCollator, PaddedCollator, count_rows, learn_only_first, unpack
 from adapterhub_lite.training.packing import segment_inputs
 from adapterhub_lite.training.segments import SEGMENTED, Segments, segmented_attention
 
@@ -109,3 +109,12 @@ def test_unpacking_gives_the_padded_batch() -> None:
         name: tensor.tolist() for name, tensor in padded.items()
     }
     assert unpack(padded, 0) == padded
+
+
+def test_the_rows_beyond_a_number_can_be_left_unlearned() -> None:
+    packed = batch_of([[5, 6], [7, 8, 9]])
+    padded = unpack(packed, 0)
+    assert count_rows(packed) == count_rows(padded) == 2
+    assert learn_only_first(packed, 1)["labels"].tolist() == [[-100, 6, -100, -100, -100]]
+    assert learn_only_first(padded, 1)["labels"].tolist() == [[-100, 6, -100], [-100] * 3]
+    assert learn_only_first(packed, 2)["labels"].tolist() == packed["labels"].tolist()

@@ -1,6 +1,9 @@
 """The trainer as a whole, on a tiny base: it learns, it saves plain PEFT, it says what it did."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,7 @@ def test_the_saved_adapter_is_plain_peft_with_a_record_and_no_tokenizer(
     assert sorted(path.name for path in folder.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "canary.safetensors",
         "training_record.json",
     ]
     tokens = torch.tensor([[1, 2, 3, 4]])
@@ -50,3 +54,116 @@ def test_the_loss_is_the_models_own(make_trainer: Any, chunk: int | None) -> Non
     batch = next(iter(trainer.get_train_dataloader()))
     ours = trainer.compute_loss(trainer.model, batch)
     torch.testing.assert_close(ours, trainer.model(**batch).loss)
+
+
+REPLAY = """
+import sys
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+from adapterhub_lite.canary import replay_canary
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2])
+result = replay_canary(model, sys.argv[2])
+sys.exit(0 if result.passed and result.max_abs_difference < 1e-4 else f"{result}")
+"""
+
+
+def test_a_fresh_process_reproduces_the_canary_of_a_saved_adapter(
+    make_trainer: Any, tmp_path: Path, tiny_base: Path
+) -> None:
+    trainer = make_trainer(learning_rate=2e-2)
+    trainer.train()
+    folder = trainer.save_adapter(tmp_path / "adapter")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", REPLAY, str(tiny_base), str(folder)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_record_is_complete(make_trainer: Any, tmp_path: Path) -> None:
+    trainer = make_trainer(seed=7, data_seed=11)
+    trainer.train()
+    record = trainer.record()
+    assert record.base.fingerprint == trainer.base.fingerprint and len(record.base.fingerprint) == 64
+    assert record.seeds == {"seed": 7, "data_seed": 11}
+    assert record.hyperparameters["learning_rate"] == 1e-3 and record.hyperparameters["adapter"]["r"] == 4
+    assert not any("token" in key and "hub" in key for key in record.hyperparameters)
+    assert {"torch", "transformers", "peft"} <= set(record.packages)
+    assert record.loss_backend["name"] in ("tiled", "full") and "end to end" in record.loss_backend["batches"]
+    assert record.memory.measured_peak_bytes > 1 << 20 and record.wall_seconds > 0
+    assert record.final_loss == trainer.state.log_history[-2]["loss"]
+    assert record.data.fingerprint == make_trainer("other").record().data.fingerprint
+
+
+def test_the_seed_decides_the_adapter(make_trainer: Any) -> None:
+    def drawn(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed * 3 + 100)
+        model = make_trainer(f"run-{seed}", seed=seed).model
+        return next(p.detach().clone() for name, p in model.named_parameters() if "lora_A" in name)
+
+    one, other = drawn(1), drawn(2)
+    torch.manual_seed(999)
+    assert torch.equal(drawn(1), one) and not torch.equal(one, other)
+
+
+def test_fast_and_plain_ways_learn_the_same(make_trainer: Any) -> None:
+    fast = make_trainer("fast", learning_rate=2e-2)
+    slow = make_trainer("slow", learning_rate=2e-2, fast_lora=False, padding_free=False, loss_backend="full")
+    assert fast.assembly.fast_layers == 14 and fast.packing.packs and not slow.packing.packs
+    fast.train(), slow.train()
+    for one, other in zip(fast.state.log_history[:4], slow.state.log_history[:4], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"gradient_checkpointing": True},
+        {"neftune_noise_alpha": 5.0},
+        {"train_sampling_strategy": "group_by_length"},
+        {"max_grad_norm": 0.1},
+        {"label_smoothing_factor": 0.1},
+        {"auto_find_batch_size": True},
+        {"optim": "sgd"},
+        {"num_train_epochs": 1, "max_steps": -1},
+        {"include_num_input_tokens_seen": "all"},
+        {"loss_backend": "full"},
+        {"lora_dropout": 0.2},
+        {"bf16": True},
+    ],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_the_trainers_own_settings_still_work(make_trainer: Any, arguments: dict[str, Any]) -> None:
+    trainer = make_trainer(**arguments)
+    trainer.train()
+    assert trainer.state.global_step == (10 if "num_train_epochs" in arguments else 4)
+    assert trainer.state.log_history[-1]["train_loss"] > 0
+
+
+def test_an_iterable_data_set_and_own_tokens_are_taken(make_trainer: Any) -> None:
+    from datasets import IterableDataset
+
+    table = make_trainer("other").train_dataset
+
+    def stream() -> Any:
+        for index in range(16):
+            yield {name: table[index][name] for name in ("input_ids", "labels")}
+
+    trainer = make_trainer(train_dataset=IterableDataset.from_generator(stream))
+    trainer.train()
+    assert trainer.state.global_step == 4
+    make_trainer("own", train_dataset=table.select_columns(["input_ids", "labels"])).train()
+
+
+def test_a_loss_function_of_the_users_own_is_asked(make_trainer: Any) -> None:
+    asked = []
+
+    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        asked.append(outputs.logits.shape)
+        return outputs.logits.float().square().mean()
+
+    make_trainer(max_steps=1, padding_free=False, keywords={"compute_loss_func": loss}).train()
+    assert asked[-1][-1] == 272
