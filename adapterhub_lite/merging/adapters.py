@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import BaseMismatchError, MergeError, UnknownNameError, UsageError
+from adapterhub_lite.merging.refusals import refuse_variants
 from adapterhub_lite.registry import AdapterManifest, AdapterReference, AdapterRegistry
 from adapterhub_lite.registry.intake import find_base
 from adapterhub_lite.registry.lora_config import MAX_RANK, LoraConfigFile, read_lora_config
@@ -179,8 +180,6 @@ def _configuration(configs: Sequence[LoraConfigFile], modules: list[str], rank: 
 def _check_settings(
     parents: Sequence[AdapterManifest], shares: Sequence[float], method: str, density: float, rank: int | None
 ) -> None:
-    from adapterhub_lite.merging.refusals import refuse_variants
-
     if method not in ("cat", "svd", "ties", "dare_ties", "linear"):
         raise UnknownNameError.among("merge method", method, ["cat", "svd", "ties", "dare_ties", "linear"])
     if not parents:

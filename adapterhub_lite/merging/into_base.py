@@ -15,11 +15,12 @@ from adapterhub_lite.bases import ResolvedBase, base_fingerprint
 from adapterhub_lite.errors import UsageError
 from adapterhub_lite.merging.refusals import RECEIPT_FILE, refuse_base, refuse_tied, refuse_variants
 from adapterhub_lite.registry import AdapterManifest, AdapterReference, AdapterRegistry
-from adapterhub_lite.registry.binding import Modules, base_modules, name_in_base
+from adapterhub_lite.registry.binding import MAX_BASE_HEADER_BYTES, Modules, base_modules, name_in_base
 from adapterhub_lite.registry.intake import find_base
 from adapterhub_lite.registry.lora_config import read_lora_config
 from adapterhub_lite.registry.machine import machine_errors
 from adapterhub_lite.registry.manifest import CONFIG_FILE, WEIGHTS_FILE
+from adapterhub_lite.registry.tensor_file import read_tensor_entries
 
 if TYPE_CHECKING:
     import torch
@@ -146,9 +147,6 @@ def _by_tensor(manifest: AdapterManifest, factors: "dict[str, Factors]", base: R
 
 
 def _stored_modules(folder: Path) -> set[str]:
-    from adapterhub_lite.registry.binding import MAX_BASE_HEADER_BYTES
-    from adapterhub_lite.registry.tensor_file import read_tensor_entries
-
     return {
         entry.name.removesuffix(".weight")
         for path in folder.glob("*.safetensors")

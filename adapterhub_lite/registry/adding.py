@@ -33,6 +33,7 @@ from adapterhub_lite.registry.manifest import (
 )
 from adapterhub_lite.registry.reference import is_name
 from adapterhub_lite.registry.scrub import scrub
+from adapterhub_lite.registry.validation import inspect_adapter
 
 if TYPE_CHECKING:
     from adapterhub_lite.registry.store import AdapterRegistry
@@ -118,8 +119,6 @@ def add_adapter(
 
 def _recorded_base(folder: Path, home: Path) -> ResolvedBase:
     """The base that the folder's training record names."""
-    from adapterhub_lite.registry.validation import inspect_adapter
-
     inspection = inspect_adapter(folder)
     training = inspection.training
     found = find_base(training.base, home) if training else None

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import DataError, IntegrityError, SchemaVersionError, UnknownNameError, UsageError
-from adapterhub_lite.record import StrictModel
+from adapterhub_lite.record import BaseRecord, StrictModel
 from adapterhub_lite.registry.intake import find_base
 from adapterhub_lite.registry.manifest import AdapterManifest, Digest, FileRecord, HexDigest
 from adapterhub_lite.registry.objects import file_record, write_durably
@@ -169,8 +169,6 @@ def _adapter_problems(registry: "AdapterRegistry", locked: LockedAdapter) -> lis
 
 
 def _base_problems(registry: "AdapterRegistry", locked: LockedAdapter, bases: Sequence[ResolvedBase]) -> list[str]:
-    from adapterhub_lite.record import BaseRecord
-
     wanted = locked.base
     record = BaseRecord(id=wanted.id, revision=wanted.revision, fingerprint=wanted.fingerprint)
     given = next((base for base in bases if base.model_id == wanted.id), None)

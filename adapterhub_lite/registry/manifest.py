@@ -14,6 +14,7 @@ from adapterhub_lite.canary import CANARY_FILE as CANARY_FILE
 from adapterhub_lite.errors import IntegrityError, SchemaVersionError
 from adapterhub_lite.record import BaseRecord, StrictModel, TrainingRecord
 from adapterhub_lite.registry.reference import is_name
+from adapterhub_lite.registry.strict_json import strict_json
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "adapterhub.json"
@@ -26,6 +27,7 @@ MAX_MANIFEST_BYTES = 1 << 20
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 HexDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ShortText = Annotated[str, Field(max_length=200)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 LongText = Annotated[str, Field(max_length=20_000)]
 
 
@@ -44,14 +46,14 @@ class LoraRecord(StrictModel):
     """
 
     rank: int = Field(gt=0)
-    alpha: float
-    scaling: float
+    alpha: Finite
+    scaling: Finite
     target_modules: tuple[str, ...]
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
     rank_pattern: dict[str, int] = Field(default_factory=dict)
-    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    alpha_pattern: dict[str, Finite] = Field(default_factory=dict)
     modules_bound: int = Field(gt=0)
     modules_total: int = Field(gt=0)
 
@@ -75,8 +77,8 @@ class EvaluationRecord(StrictModel):
     """One measured metric, of the adapter and (None when not measured) of the bare base on the same data."""
 
     metric: ShortText
-    adapter_value: float
-    base_value: float | None = None
+    adapter_value: Finite
+    base_value: Finite | None = None
     data: ShortText
 
 
@@ -85,7 +87,7 @@ class ParentRecord(StrictModel):
 
     reference: ShortText
     digest: Digest
-    weight: float
+    weight: Finite
 
 
 class MergeRecipe(StrictModel):
@@ -98,8 +100,8 @@ class MergeRecipe(StrictModel):
     method: Literal["cat", "svd", "ties", "dare_ties", "linear"]
     rank: int = Field(gt=0)
     seed: int
-    density: float | None = None
-    relative_error: float
+    density: Finite | None = None
+    relative_error: Finite
 
 
 class AdapterManifest(StrictModel):
@@ -134,7 +136,10 @@ class AdapterManifest(StrictModel):
 
     def to_bytes(self) -> bytes:
         """The bytes of `adapterhub.json`: canonical (sorted keys), so that equal manifests are equal files."""
-        return (json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+        return (
+            json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+            + "\n"
+        ).encode()
 
     def signed_bytes(self) -> bytes:
         """What a signature covers: everything but `name` and `version`, which are local labels."""
@@ -151,14 +156,18 @@ def read_manifest(content: bytes) -> AdapterManifest:
     if len(content) > MAX_MANIFEST_BYTES:
         raise IntegrityError(f"{MANIFEST_FILE} has {len(content)} bytes; a manifest has at most {MAX_MANIFEST_BYTES}.")
     try:
+        found = strict_json(content, what=MANIFEST_FILE, limit=MAX_MANIFEST_BYTES)
+    except ValueError as error:
+        raise IntegrityError(f"{MANIFEST_FILE} is not a manifest: {error}.") from error
+    version = found.get("schema_version")
+    if type(version) is int and version > SCHEMA_VERSION:
+        raise SchemaVersionError(
+            f"{MANIFEST_FILE} has schema version {version}, this version reads up to {SCHEMA_VERSION}. "
+            "Upgrade adapterhub-lite."
+        )
+    try:
         return AdapterManifest.model_validate_json(content)
     except ValidationError as error:
-        found = _schema_version(content)
-        if isinstance(found, int) and found > SCHEMA_VERSION:
-            raise SchemaVersionError(
-                f"{MANIFEST_FILE} has schema version {found}, this version reads up to {SCHEMA_VERSION}. "
-                "Upgrade adapterhub-lite."
-            ) from error
         reasons = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
         raise IntegrityError(f"{MANIFEST_FILE} is not a manifest of this schema: {reasons}.") from error
 
@@ -166,14 +175,6 @@ def read_manifest(content: bytes) -> AdapterManifest:
 def canonical_json(value: Any) -> bytes:
     """JSON with sorted keys and no spaces: what digests and signatures are computed over."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def _schema_version(content: bytes) -> object:
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError):
-        return None
-    return found.get("schema_version") if isinstance(found, dict) else None
 
 
 def _of_pattern(pattern: dict[str, Any], module: str, default: float) -> float:

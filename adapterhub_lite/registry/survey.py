@@ -51,10 +51,11 @@ def survey_folder(folder: Path) -> tuple[list[str], list[str]]:
         return [], [f"{folder.name!r:.80} is not a folder"]
     usable: list[str] = []
     problems: list[str] = []
+    crowd: list[str] = []
     with os.scandir(folder) as entries:
         for count, entry in enumerate(entries):
             if count >= MAX_ENTRIES:
-                problems.append(f"the folder has more than {MAX_ENTRIES} entries")
+                crowd = [f"the folder has more than {MAX_ENTRIES} entries"]
                 break
             if entry.name in IGNORED_ENTRIES:
                 continue
@@ -63,7 +64,9 @@ def survey_folder(folder: Path) -> tuple[list[str], list[str]]:
                 problems.append(problem)
             else:
                 usable.append(entry.name)
-    problems = sorted(problems)[:SHOWN] + ([f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else [])
+    problems = (
+        crowd + sorted(problems)[:SHOWN] + ([f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else [])
+    )
     problems += [f"{name} is missing" for name in REQUIRED_FILES if not (folder / name).exists()]
     return usable, problems
 

@@ -83,6 +83,7 @@ def test_problems_of_a_configuration_come_together() -> None:
 def test_paths_are_scrubbed(text: str, clean: str) -> None:
     assert scrub({"a": [text]}) == {"a": [clean]}
     assert has_local_path(text) == (text != clean)
+    assert scrub([float("nan"), 1.5, {"a": float("-inf")}]) == [None, 1.5, {"a": None}]
 
 
 @pytest.mark.parametrize(
