@@ -5,8 +5,8 @@ api_server.
 """
 
 import uuid
-from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack, aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import ExitStack
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Header, Request
@@ -17,7 +17,7 @@ from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.registry.reference import AdapterReference
 from adapterhub_lite.serving import api_format as form
 from adapterhub_lite.serving.api_auth import Caller, KeyRing
-from adapterhub_lite.serving.api_desk import Desk, Engine, Pinned
+from adapterhub_lite.serving.api_desk import Desk, Engine, Pinned, unless_gone
 from adapterhub_lite.serving.api_errors import ApiRefusal, error_event, install_error_handlers
 from adapterhub_lite.serving.api_log import AccessLog, BodyLimit
 from adapterhub_lite.serving.api_models import AdapterCommand, AliasCommand, ChatRequest, CompletionRequest, Sampling
@@ -29,10 +29,12 @@ CHAT_TOKENS = 256
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; however the connection ends, the source is closed."""
+    """Server-sent events; however the connection ends, even before the first, source and place are given back."""
 
-    def __init__(self, events: AsyncIterator[str], headers: dict[str, str]) -> None:
-        self._events = events
+    def __init__(
+        self, events: AsyncGenerator[str], source: AsyncGenerator[Any], place: ExitStack, headers: dict[str, str]
+    ) -> None:
+        self._events, self._source, self._place = events, source, place
         super().__init__(events, media_type="text/event-stream", headers={**headers, "Cache-Control": "no-cache"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -40,7 +42,9 @@ class EventStream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self._events.aclose()  # type: ignore[attr-defined]
+            await self._events.aclose()
+            await self._source.aclose()
+            self._place.close()
 
 
 class Api:
@@ -131,41 +135,39 @@ class Api:
         chunks = self.desk.stream(wish)
         try:
             # The first chunk is awaited here, so that what fails at once still has its HTTP status.
-            first = await anext(chunks)
+            first = await unless_gone(request, anext(chunks))
         except BaseException:
+            await chunks.aclose()
             stack.close()
             raise
-        events = self._events(request, body, pinned, kind, first, chunks, stack)
-        return EventStream(events, pinned.headers())
+        events = self._events(request, body, pinned, kind, first, chunks)
+        return EventStream(events, chunks, stack, pinned.headers())
 
     async def _events(
-        self, request: Request, body: Sampling, pinned: Pinned, kind: str, first: GenerationChunk,
-        chunks: AsyncIterator[GenerationChunk], stack: ExitStack,
-    ) -> AsyncIterator[str]:  # fmt: skip
+        self, request: Request, body: Sampling, pinned: Pinned, kind: str, chunk: GenerationChunk,
+        chunks: AsyncIterator[GenerationChunk],
+    ) -> AsyncGenerator[str]:  # fmt: skip
         head, chat = form.envelope(kind, request.state.id, body.model, pinned), kind.startswith("chat")
         request.state.adapter = pinned.adapter
         piece: Callable[..., Json] = form.chat_piece if chat else form.completion_piece
         logprobs = form.chat_logprobs if chat else form.completion_logprobs
-        with stack:
-            async with aclosing(chunks):  # type: ignore[type-var]
-                try:
-                    if chat:
-                        yield form.event(head | {"choices": [form.chat_piece(None, first=True)]})
-                    chunk = first
-                    while not chunk.done:
-                        yield form.event(head | {"choices": [piece(chunk.text)]})
-                        chunk = await anext(chunks)
-                    assert chunk.result is not None
-                    self._count(request, pinned, [chunk.result])
-                    told = logprobs(chunk.result.logprobs, self.decode)
-                    last = piece(chunk.text, reason=chunk.result.finish_reason, logprobs=told)
-                    yield form.event(head | {"choices": [last]})
-                    if body.stream_options and body.stream_options.include_usage:
-                        yield form.event(head | {"choices": [], "usage": form.usage([chunk.result])})
-                    yield "data: [DONE]\n\n"
-                except Exception as error:
-                    request.state.failure = error
-                    yield error_event(error)
+        try:
+            if chat:
+                yield form.event(head | {"choices": [form.chat_piece(None, first=True)]})
+            while not chunk.done:
+                yield form.event(head | {"choices": [piece(chunk.text)]})
+                chunk = await anext(chunks)
+            assert chunk.result is not None
+            self._count(request, pinned, [chunk.result])
+            told = logprobs(chunk.result.logprobs, self.decode)
+            last = piece(chunk.text, reason=chunk.result.finish_reason, logprobs=told)
+            yield form.event(head | {"choices": [last]})
+            if body.stream_options and body.stream_options.include_usage:
+                yield form.event(head | {"choices": [], "usage": form.usage([chunk.result])})
+            yield "data: [DONE]\n\n"
+        except Exception as error:
+            request.state.failure = error
+            yield error_event(error)
 
     def models(self, caller: Caller) -> Json:
         """GET /v1/models: the base, and each version and alias that this caller may use on this base."""

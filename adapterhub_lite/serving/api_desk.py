@@ -7,7 +7,7 @@ theirs is never given out. The engine blocks, so each request in work has a thre
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -179,22 +179,22 @@ class Desk:
                     handle.cancel()
                 raise
 
-        working = asyncio.ensure_future(self.run(work))
-        leaving = asyncio.ensure_future(_hung_up(http))
-        try:
-            await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not working.done():
-                gone.set()
-                for handle in tuple(handles):
-                    handle.cancel()
-            return await working
-        finally:
-            leaving.cancel()
+        def give_up() -> None:
+            gone.set()
+            for handle in tuple(handles):
+                handle.cancel()
 
-    async def stream(self, request: GenerationRequest) -> AsyncIterator[GenerationChunk]:
+        return await unless_gone(http, self.run(work), give_up)
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk]:
         """The chunks of one answer as they are made; closing the iteration cancels the request."""
         loop, inbox = asyncio.get_running_loop(), asyncio.Queue[GenerationChunk | BaseException]()
-        handle = await self.run(self.engine.submit, request)
+        submitting = asyncio.ensure_future(self.run(self.engine.submit, request))
+        try:
+            handle = await asyncio.shield(submitting)
+        except asyncio.CancelledError:
+            submitting.add_done_callback(_cancel_late)
+            raise
 
         def hand_over(item: GenerationChunk | BaseException) -> None:
             if not loop.is_closed():
@@ -225,6 +225,33 @@ class Desk:
         loaded = self.engine.load(manifest.reference)
         self.metrics.load.labels(manifest.reference).observe(time.perf_counter() - started)
         return loaded
+
+
+async def unless_gone(http: Request, work: Awaitable[T], give_up: Callable[[], None] | None = None) -> T:
+    """What `work` comes to; when the client hangs up first, `give_up` is called (else `work` cancelled), then as it ends.
+
+    Raises:
+        RequestCancelledError: the client is gone and `work` was cancelled.
+    """
+    working: asyncio.Future[T] = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_hung_up(http))
+    try:
+        watched: set[asyncio.Future[Any]] = {working, leaving}
+        await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            (give_up or working.cancel)()
+        return await working
+    except asyncio.CancelledError:
+        if leaving.done():
+            raise RequestCancelledError("The client is gone.") from None
+        raise
+    finally:
+        leaving.cancel()
+
+
+def _cancel_late(submitting: "asyncio.Future[GenerationHandle]") -> None:
+    if not submitting.cancelled() and submitting.exception() is None:
+        submitting.result().cancel()
 
 
 async def _hung_up(http: Request) -> None:

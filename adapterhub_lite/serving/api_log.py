@@ -15,6 +15,14 @@ from adapterhub_lite.serving.api_metrics import BASE, Metrics
 logger = logging.getLogger("adapterhub.access")
 
 
+def log_to_stderr() -> None:
+    """Write the access log to standard error, unless the process has set it up otherwise."""
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+
 class BodyLimit:
     """Refuses a body above `limit` bytes, before it is read when its length is announced, else as it arrives."""
 

@@ -1,8 +1,10 @@
 """The server as a process: listens, serves until told to stop, lets its requests finish, closes the engine."""
 
+import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -12,6 +14,7 @@ from adapterhub_lite.errors import ResourceError
 from adapterhub_lite.serving.api import create_api
 from adapterhub_lite.serving.api_auth import Caller, KeyRing
 from adapterhub_lite.serving.api_desk import Engine
+from adapterhub_lite.serving.api_log import log_to_stderr
 from adapterhub_lite.serving.api_settings import ServerSettings
 
 
@@ -19,6 +22,19 @@ class _Uvicorn(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, on_stop: Callable[[], None]) -> None:
         super().__init__(config)
         self._on_stop = on_stop
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT stop the server, and no more than that: what comes after it still runs."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {one: signal.signal(one, self.handle_exit) for one in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for one, handler in before.items():
+                signal.signal(one, handler)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Say that no more is taken before what is in work is waited for."""
@@ -64,7 +80,8 @@ class ApiServer:
         self.api.draining = True
 
     def run(self) -> None:
-        """Serve until a signal says stop; returns when everything has ended."""
+        """Serve until a signal says stop, the log on standard error; returns when everything has ended."""
+        log_to_stderr()
         self._socket.listen(1024)
         try:
             self._server.run([self._socket])

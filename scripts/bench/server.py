@@ -1,0 +1,166 @@
+"""What does HTTP cost on top of the engine? Requests per second and time to first token, 1 to 64 clients.
+
+    python -m scripts.bench.server [--base smollm2-135m] [--clients 1 4 16 64] [--rounds 3] [--steady-seconds 60]
+
+Engine alone (threads that stream from it) and through HTTP (clients in a process of their own, over loopback) take
+turns in one run on one engine; figures are medians of rounds. Then a steady load with the process's memory sampled.
+Writes results/server.json and results/server.png.
+"""
+
+import argparse
+import http.client
+import json
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from adapterhub_lite.bases import resolve_base
+from adapterhub_lite.registry import AdapterRegistry
+from adapterhub_lite.serving import GenerationRequest, InferenceEngine
+from adapterhub_lite.serving.api_server import ApiServer
+from adapterhub_lite.serving.api_settings import ServerSettings
+from scripts.bench.report import RESULTS, write_result
+from scripts.bench.serving_adapters import write_random_adapter
+
+ADAPTERS, TOKENS, ROWS = 4, 24, 16
+PROMPT = "Tell me a long story about the number {} and what it did on a rainy day in the mountains."
+Shot = tuple[float, float]
+
+
+def by_engine(engine: InferenceEngine, number: int) -> Shot:
+    """(seconds to the first piece, seconds in all) of one request to the engine itself."""
+    started = time.perf_counter()
+    request = GenerationRequest(
+        prompt=PROMPT.format(number), adapter=f"task-{number % ADAPTERS}", max_new_tokens=TOKENS
+    )
+    first = 0.0
+    for _ in engine.stream(request):
+        first = first or time.perf_counter() - started
+    return first, time.perf_counter() - started
+
+
+def by_http(port: int, number: int) -> Shot:
+    """The same through HTTP, one connection a request."""
+    started = time.perf_counter()
+    body = {"model": f"task-{number % ADAPTERS}", "prompt": PROMPT.format(number), "max_tokens": TOKENS,
+            "temperature": 0, "stream": True}  # fmt: skip
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    answer, first = connection.getresponse(), 0.0
+    if answer.status != 200:
+        raise RuntimeError(answer.read().decode())
+    while answer.readline():
+        first = first or time.perf_counter() - started
+    connection.close()
+    return first, time.perf_counter() - started
+
+
+def load(shoot: Callable[[int], Shot], clients: int, requests: int) -> dict[str, float]:
+    """Requests per second and the median time to first token, with `clients` asking as fast as they are answered."""
+    started = time.perf_counter()
+    with ThreadPoolExecutor(clients) as pool:
+        shots = list(pool.map(shoot, range(requests)))
+    seconds = time.perf_counter() - started
+    return {"requests_per_second": requests / seconds, "first_token_seconds": statistics.median(s[0] for s in shots)}
+
+
+class _HttpShot:
+    """`by_http` bound to a port, so that it can be sent to another process."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+
+    def __call__(self, number: int) -> Shot:
+        return by_http(self.port, number)
+
+
+def compare(engine: InferenceEngine, port: int, clients: list[int], rounds: int, pool: Any) -> list[dict[str, Any]]:
+    """Both ways in turn, for each number of clients."""
+    rows = []
+    for count in clients:
+        requests = max(8, 2 * count)
+        taken: dict[str, list[dict[str, float]]] = {"engine": [], "http": []}
+        for _ in range(rounds):
+            taken["engine"].append(load(lambda number: by_engine(engine, number), count, requests))
+            taken["http"].append(pool.apply(load, (_HttpShot(port), count, requests)))
+        row: dict[str, Any] = {"clients": count, "requests": requests}
+        for way, found in taken.items():
+            row[way] = {key: statistics.median(one[key] for one in found) for key in found[0]}
+        row["overhead"] = row["engine"]["requests_per_second"] / row["http"]["requests_per_second"] - 1
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
+def resident_bytes() -> int:
+    """Memory of this process, from Linux's own count."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+def steady(port: int, seconds: float, pool: Any) -> dict[str, Any]:
+    """Memory of the serving process under 16 clients, sampled after each burst; growth is last tenth over first."""
+    samples, requests, end = [], 0, time.monotonic() + seconds
+    while time.monotonic() < end:
+        pool.apply(load, (_HttpShot(port), 16, 32))
+        requests += 32
+        samples.append(resident_bytes())
+    part = max(1, len(samples) // 10)
+    growth = statistics.median(samples[-part:]) / statistics.median(samples[:part]) - 1
+    return {"seconds": seconds, "requests": requests, "growth": growth, "samples_bytes": samples}
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Requests per second both ways, against the number of clients."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for way in ("engine", "http"):
+        values = [row[way]["requests_per_second"] for row in rows]
+        axes.plot([row["clients"] for row in rows], values, marker="o", label=way)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("clients")
+    axes.set_ylabel(f"requests per second ({TOKENS} tokens each)")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Run everything and write JSON and plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steady-seconds", type=float, default=60)
+    given = parser.parse_args()
+    base = resolve_base(given.base)
+    with tempfile.TemporaryDirectory() as scratch, multiprocessing.get_context("spawn").Pool(1) as pool:
+        registry = AdapterRegistry(Path(scratch) / "home")
+        for index in range(ADAPTERS):
+            folder = write_random_adapter(base.folder, Path(scratch) / str(index), seed=index, rank=8)
+            registry.add(folder, f"task-{index}", base=base)
+        options: dict[str, Any] = {"registry": registry, "max_rows": ROWS, "end_tokens": frozenset()}
+        with InferenceEngine.from_base(base.folder, **options) as engine:
+            settings = ServerSettings(port=0, adapters=",".join(f"task-{index}" for index in range(ADAPTERS)))
+            with ApiServer(engine, registry, settings) as server:
+                port = int(server.url.rpartition(":")[2])
+                pool.apply(load, (_HttpShot(port), 2, 4))
+                rows = compare(engine, port, given.clients, given.rounds, pool)
+                flat = steady(port, given.steady_seconds, pool)
+    plot(rows, RESULTS / "server.png")
+    payload = {"base": base.model_id, "tokens_per_request": TOKENS, "adapters": ADAPTERS, "rows": ROWS,
+               "rounds": given.rounds, "clients": rows, "steady": flat}  # fmt: skip
+    print(write_result("server", payload))
+
+
+if __name__ == "__main__":
+    main()
