@@ -28,16 +28,18 @@ CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 class FusedLinear:
     """Frozen linear layers with one input as one product; x (T, in) -> (T, sum of outs), side by side.
 
-    `release` takes the weights out of the modules they came from, so that they are held once.
+    All or none of them have a bias. `release` takes the weights out of the modules they came from, so that they are held once.
     """
 
     def __init__(self, modules: dict[str, nn.Linear], *, release: bool = True) -> None:
         linears = list(modules.values())
-        weight = torch.cat([linear.weight.detach() for linear in linears])
+        weights = [linear.weight.detach() for linear in linears]
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         self._names = list(modules)
         self._sizes = [linear.out_features for linear in linears]
         biases = [linear.bias for linear in linears]
         self._bias = torch.cat([bias.detach() for bias in biases]) if biases[0] is not None else None
+        # Only the processor's own layout lets its matrix units read bf16 without rearranging it at each call.
         self._packed = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _mkldnn_has_bfloat16()
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, 16) if self._packed else weight
         if release:
@@ -54,8 +56,10 @@ class FusedLinear:
     def tensors(self) -> dict[str, torch.Tensor]:
         """The weights as they are used, in the layout of the modules they came from."""
         dense = self._weight.to_dense() if self._packed else self._weight
-        pieces = dense.split(self._sizes)
-        return {f"{name}.weight": piece for name, piece in zip(self._names, pieces, strict=True)}
+        found = dict(zip((f"{name}.weight" for name in self._names), dense.split(self._sizes), strict=True))
+        if self._bias is not None:
+            found |= zip((f"{name}.bias" for name in self._names), self._bias.split(self._sizes), strict=True)
+        return found
 
 
 def _mkldnn_has_bfloat16() -> bool:
@@ -108,7 +112,9 @@ class FusedTrunk:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The fused weights by their names in the model, as they are used now."""
-        found = {} if self._tied else self._head.tensors()
+        found = self._head.tensors()
+        if self._tied and torch.equal(found["lm_head.weight"], self._embedding):
+            found = {}
         for layer in self._layers:
             for linear in layer.linears:
                 found |= linear.tensors()

@@ -43,7 +43,7 @@ class Trunk:
             else HostedTrunk(model, self.bank, self.cache, groups)
         )
         for name in self._pass.tensors():
-            del self._tensors[name]
+            self._tensors.pop(name, None)
 
     @torch.inference_mode()
     def forward(self, step: Step) -> torch.Tensor:

@@ -1,12 +1,13 @@
 """The other ways to serve adapters on this machine, called as their documentation says."""
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import DynamicCache, GenerationConfig
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
 
 from adapterhub_lite.bases import load_base_model
 
@@ -15,6 +16,7 @@ class Peft:
     """One base with several adapters loaded by PEFT."""
 
     def __init__(self, base: Path, adapters: Sequence[Path]) -> None:
+        self._base = base
         model = load_base_model(base)
         self.model: Any = PeftModel.from_pretrained(model, adapters[0], adapter_name="a0").eval()
         for i, folder in enumerate(adapters[1:], start=1):
@@ -23,16 +25,13 @@ class Peft:
 
     def step(self, adapter: int | list[int] | None, rows: int, context: int) -> Callable[[], object]:
         """A function that computes one decode step: the base, one adapter for all rows, or one for each row."""
-        names = [f"a{i}" for i in adapter] if isinstance(adapter, list) else ["__base__"] * rows
-        options = {"adapter_names": names} if isinstance(adapter, list) else {}
-        model = self.model
+        names = [f"a{i}" for i in adapter] if isinstance(adapter, list) else None
+        options = {"adapter_names": names} if names else {}
+        # The base by itself: switching adapters off and on around each step would be counted otherwise.
+        model = load_base_model(self._base) if adapter is None else self.model
 
         def run(ids: torch.Tensor, cache: DynamicCache) -> None:
-            if adapter is None:
-                with model.disable_adapter():
-                    model(input_ids=ids, past_key_values=cache, use_cache=True)
-            else:
-                model(input_ids=ids, past_key_values=cache, use_cache=True, **options)
+            model(input_ids=ids, past_key_values=cache, use_cache=True, **options)
 
         cache = DynamicCache(config=model.config)
         if isinstance(adapter, int):
@@ -52,8 +51,6 @@ class Peft:
 
     def switch(self, adapter: int) -> float:
         """Make an adapter the active one; return the seconds it took."""
-        import time
-
         started = time.perf_counter()
         self.model.set_adapter(f"a{adapter}")
         return time.perf_counter() - started
@@ -92,7 +89,13 @@ def transformers_continuous(base: Path, prompts: list[list[int]], new: int) -> N
         _CONTINUOUS[base] = load_base_model(base)
     model = _CONTINUOUS[base]
     config = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    out = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+    # The manager and its cache are made at the first call, outside of what is measured.
+    out = model.generate_batch(
+        inputs=prompts,
+        generation_config=config,
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=64),
+        persistent_manager=True,
+    )
     made = sum(len(answer.generated_tokens) for answer in out.values())
     if made != len(prompts) * new:
         raise RuntimeError(f"continuous batching made {made} tokens, wanted {len(prompts) * new}")
