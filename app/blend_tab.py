@@ -60,7 +60,7 @@ def build_blend_tab(backend: Backend, task: gr.Dropdown, tabs: gr.Tabs) -> list[
             return gr.skip(), gr.skip(), literal_markdown(sentence(error))
         return gr.Dropdown(value=str(blend)), gr.Tabs(selected="chat"), gr.skip()
 
-    again = [run.click, prompt.submit, *(weight.release for weight in weights), *(picker.input for picker in pickers)]
+    again = [run.click, prompt.submit, *(weight.input for weight in weights), *(picker.input for picker in pickers)]
     # What is being answered with the old weights ends at once; the last change made meanwhile is then answered.
     gr.on(again, on_change, None, None, queue=False, show_progress="hidden")
     gr.on(
@@ -77,19 +77,19 @@ def build_blend_tab(backend: Backend, task: gr.Dropdown, tabs: gr.Tabs) -> list[
 
 def _part_rows(backend: Backend) -> tuple[list[gr.Dropdown], list[gr.Slider]]:
     pickers, weights = [], []
-    for place in range(MOST_PARTS):
+    choices = adapter_choices(backend.registry)
+    for place in range(1, MOST_PARTS + 1):
+        needed = place < MOST_PARTS
+        label = f"Adapter {place}" + ("" if needed else ", optional")
         with gr.Group(elem_classes="blend-part"):
-            pickers.append(
-                gr.Dropdown(
-                    choices=adapter_choices(backend.registry), value=None, allow_custom_value=True,
-                    label=f"Adapter {place + 1}" + ("" if place < 2 else ", optional"), elem_id=f"blend-adapter-{place + 1}",
-                )
-            )  # fmt: skip
-            weights.append(
-                gr.Slider(
-                    -1, 2, value=0.5 if place < 2 else 0, step=0.05, label="Weight", elem_id=f"blend-weight-{place + 1}"
-                )
+            picker = gr.Dropdown(
+                choices=choices, value=None, allow_custom_value=True, label=label, elem_id=f"blend-adapter-{place}"
             )
+            weight = gr.Slider(
+                -1, 2, value=0.5 if needed else 0, step=0.05, label="Weight", elem_id=f"blend-weight-{place}"
+            )
+        pickers.append(picker)
+        weights.append(weight)
     return pickers, weights
 
 

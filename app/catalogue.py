@@ -69,7 +69,7 @@ def alias_moves(registry: AdapterRegistry, name: str) -> list[list[Cell]]:
 
 def loss_curve(manifest: AdapterManifest) -> list[tuple[int, float]]:
     """(step, loss) pairs of the run, where its record holds them."""
-    return [(int(step), float(loss)) for step, loss in getattr(manifest.training, "loss_curve", ())]
+    return [(int(step), float(loss)) for step, loss in (manifest.training.loss_curve if manifest.training else ())]
 
 
 def _version(version: int | None) -> str:

@@ -1,9 +1,11 @@
 """Starts the app on this machine: picks the port, shuts the doors, says where it is. Knows no tab."""
 
 import argparse
+import asyncio
 import os
 import socket
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,12 +57,30 @@ def launch(
     """
     access = access or Access()
     chosen = free_port(host, port)
-    demo = build_demo(engine, registry, base_name=base_name, base=base, access=access, hub=hub)
+
+    async def start() -> gr.Blocks:
+        demo = build_demo(engine, registry, base_name=base_name, base=base, access=access, hub=hub)
+        _serve(demo, host, chosen, access)
+        return demo
+
+    # Gradio makes its locks in the running loop; where there is none it opens one for each and never closes them.
+    with ThreadPoolExecutor(1, "app-start") as starter:
+        demo = starter.submit(asyncio.run, start()).result()
+    running = RunningApp(url=f"http://{_spoken_host(host)}:{chosen}/", demo=demo)
+    moved = f" (port {DEFAULT_PORT} is in use)" if port is None and chosen != DEFAULT_PORT else ""
+    print(f"adapterhub-lite is at {running.url}{moved}", flush=True)
+    if block:
+        demo.block_thread()
+    return running
+
+
+def _serve(demo: gr.Blocks, host: str, port: int, access: Access) -> None:
+    """Start Gradio's server with every door shut that the page doesn't need."""
     demo.queue(default_concurrency_limit=None, api_open=False)
     try:
         demo.launch(
             server_name=host,
-            server_port=chosen,
+            server_port=port,
             auth=access.check if access.has_login else None,
             share=False,
             quiet=True,
@@ -77,13 +97,7 @@ def launch(
             css_paths=STYLE_SHEET,
         )
     except OSError as error:
-        raise ResourceError(f"Port {chosen} on {host} was taken by another program meanwhile. Start again.") from error
-    running = RunningApp(url=f"http://{_spoken_host(host)}:{chosen}/", demo=demo)
-    moved = f" (port {DEFAULT_PORT} is in use)" if port is None and chosen != DEFAULT_PORT else ""
-    print(f"adapterhub-lite is at {running.url}{moved}", flush=True)
-    if block:
-        demo.block_thread()
-    return running
+        raise ResourceError(f"Port {port} on {host} was taken by another program meanwhile. Start again.") from error
 
 
 def free_port(host: str, port: int | None) -> int:

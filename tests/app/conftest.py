@@ -77,6 +77,32 @@ def serve(world: World) -> Iterator[Callable[..., RunningApp]]:
         running.close()
 
 
+def pick(page: Any, place: str, words: str) -> None:
+    """Pick in the drop-down list `place` by the keyboard, as a person would."""
+    field = page.locator(f"{place} input").first
+    field.click()
+    field.fill(words)
+    field.press("Enter")
+
+
+@pytest.fixture
+def hand() -> Any:
+    """The gestures that several tests make."""
+    return pick
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    """A new page of a new person, 1280 pixels wide; fails the test when a script of the page failed."""
+    context = browser.new_context(viewport={"width": 1280, "height": 860})
+    opened = context.new_page()
+    faults: list[str] = []
+    opened.on("pageerror", lambda error: faults.append(str(error)))
+    yield opened
+    context.close()
+    assert not faults
+
+
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """Headless Chromium, the one of this machine."""

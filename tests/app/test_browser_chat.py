@@ -1,20 +1,16 @@
-"""The Chat tab in a real browser."""
+"""The Chat tab in a real browser: switching, streaming, stopping, eight people at once, a restart in mid-chat."""
 
+import json
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
+import pytest
 from playwright.sync_api import expect
 
-SECONDS = 1000
-
-
-def pick_task(page: Any, words: str) -> None:
-    """Pick a task by the keyboard, as a person would."""
-    field = page.locator("#task input")
-    field.click()
-    field.fill(words)
-    field.press("Enter")
+PATIENCE = 30_000
+RECEIPTS = "#transcript .thought-group .title"
 
 
 def send(page: Any, text: str) -> None:
@@ -24,17 +20,108 @@ def send(page: Any, text: str) -> None:
     field.press("Enter")
 
 
-def test_switching_the_task_and_reading_the_streamed_answer(serve: Any, browser: Any, tmp_path: Path) -> None:
-    page = browser.new_page(viewport={"width": 1280, "height": 860})
+def test_switching_the_task_and_reading_the_streamed_answer(serve: Any, page: Any, hand: Any, tmp_path: Path) -> None:
     page.goto(serve().url)
     send(page, "hello")
-    receipts = page.locator("#transcript .thought-group .title")
-    expect(receipts).to_have_count(1, timeout=30 * SECONDS)
-    expect(receipts.first).to_contain_text(re.compile(r"base · tiny · \d+ tok/s"), timeout=30 * SECONDS)
-    pick_task(page, "event")
+    receipts = page.locator(RECEIPTS)
+    expect(receipts.first).to_contain_text(re.compile(r"base · tiny · \d+ tok/s"), timeout=PATIENCE)
+    hand(page, "#task", "event")
     expect(page.locator("#task-about")).to_contain_text("A sentence to a calendar event")
-    send(page, "and now")
-    expect(receipts.nth(1)).to_contain_text(re.compile(r"event · [0-9a-f]{8} · tiny"), timeout=30 * SECONDS)
+    page.locator("#examples button").first.click()
+    expect(page.locator("#question textarea")).to_have_value("Lunch with Ana on Friday")
+    page.locator("#question textarea").press("Enter")
+    expect(receipts.nth(1)).to_contain_text(re.compile(r"event · [0-9a-f]{8} · tiny"), timeout=PATIENCE)
+    receipts.nth(1).click()
+    expect(page.locator("#transcript")).to_contain_text("adapter digest: sha256:")
     page.screenshot(path=tmp_path / "chat.png")
     assert (tmp_path / "chat.png").stat().st_size > 10_000
-    page.close()
+
+
+def test_an_answer_grows_stops_and_is_asked_again(serve: Any, page: Any, hand: Any) -> None:
+    page.goto(serve().url)
+    hand(page, "#task", "sql@prod")
+    page.locator("#chat-side button", has_text="Settings").click()
+    length = page.get_by_label("number input for Longest answer, tokens").first
+    length.fill("400")
+    length.press("Enter")
+    send(page, "hello")
+    answer = page.locator("#transcript .bot.message").first
+    expect(answer).to_contain_text("sql@prod is answering", timeout=PATIENCE)
+    expect(answer.locator(".md.chatbot").first).not_to_have_text("", timeout=PATIENCE)
+    page.locator("#stop").click()
+    expect(page.locator(RECEIPTS).first).to_contain_text("stopped", timeout=PATIENCE)
+    length.fill("8")
+    length.press("Enter")
+    page.locator("#retry").click()
+    expect(page.locator(RECEIPTS).first).to_contain_text("tok/s", timeout=PATIENCE)
+    expect(page.locator(RECEIPTS)).to_have_count(1)
+    page.locator("#clear").click()
+    expect(page.locator(RECEIPTS)).to_have_count(0)
+
+
+def test_what_is_typed_as_a_task_and_is_none_is_answered_by_a_sentence(serve: Any, page: Any, hand: Any) -> None:
+    page.goto(serve().url)
+    hand(page, "#task", "nobody")
+    send(page, "hello")
+    expect(page.locator(RECEIPTS).first).to_contain_text("There is no", timeout=PATIENCE)
+    expect(page.locator("#send")).to_be_visible()
+
+
+@pytest.mark.slow
+def test_eight_people_at_once_see_their_own_conversation_only(serve: Any, browser: Any, hand: Any) -> None:
+    url, tasks = serve().url, ["sql:1", "sql:2", "event", "odd"] * 2
+    contexts = [browser.new_context() for _ in tasks]
+    pages = [context.new_page() for context in contexts]
+    for number, (page, task) in enumerate(zip(pages, tasks, strict=True)):
+        page.goto(url)
+        hand(page, "#task", task)
+        page.locator("#question textarea").fill(f"I am number {number}")
+    for page in pages:
+        page.locator("#question textarea").press("Enter")
+    for number, (page, task) in enumerate(zip(pages, tasks, strict=True)):
+        expect(page.locator(RECEIPTS)).to_contain_text([re.compile(rf"^\s*{task} · .* tok/s")], timeout=PATIENCE)
+        expect(page.locator("#transcript .user.message")).to_have_text([f"I am number {number}"])
+    for context in contexts:
+        context.close()
+
+
+def test_a_conversation_goes_on_after_the_server_was_restarted(world: Any, browser: Any, hand: Any) -> None:
+    from app.launch import launch
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    first = launch(world.engine, world.registry, port=port, base_name="tiny", block=False)
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(first.url)
+    hand(page, "#task", "sql")
+    send(page, "before")
+    expect(page.locator(RECEIPTS)).to_contain_text(["tok/s"], timeout=PATIENCE)
+    first.close()
+    second = launch(world.engine, world.registry, port=port, base_name="tiny", block=False)
+    expect(page.locator("#question textarea")).to_be_editable(timeout=PATIENCE)
+    send(page, "after")
+    expect(page.locator(RECEIPTS)).to_contain_text(["tok/s", "tok/s"], timeout=PATIENCE)
+    expect(page.locator("#transcript .user.message")).to_have_text(["before", "after"])
+    context.close()
+    second.close()
+
+
+def test_hostile_texts_stay_text(serve: Any, page: Any, hand: Any) -> None:
+    elsewhere: list[str] = []
+    page.on("request", lambda request: None if "127.0.0.1" in request.url else elsewhere.append(request.url))
+    url = serve().url
+    page.on("request", lambda request: elsewhere.append(request.url) if ":9/" in request.url else None)
+    page.goto(url)
+    hand(page, "#task", "odd")
+    expect(page.locator("#task-about")).to_contain_text("<script>window.hacked = 1</script>")
+    page.locator("#examples button").first.click()
+    page.locator("#question textarea").press("Enter")
+    expect(page.locator(RECEIPTS)).to_contain_text(["tok/s"], timeout=PATIENCE)
+    expect(page.locator("#transcript .user.message")).to_contain_text("<img src=x onerror=")
+    page.get_by_role("tab", name="Registry").click()
+    hand(page, "#registry-version", "odd:1")
+    expect(page.locator("#registry-card")).to_contain_text("odd v1", timeout=PATIENCE)
+    assert page.evaluate("window.hacked") is None
+    assert [address for address in elsewhere if not address.startswith(("data:", "blob:"))] == [], json.dumps(elsewhere)
