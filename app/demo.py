@@ -15,6 +15,7 @@ from app.catalogue import catalogue_rows, version_choices
 from app.chat_tab import build_chat_tab
 from app.compare_tab import build_compare_tab
 from app.escape import literal_markdown
+from app.plan_tab import build_plan_tab
 from app.registry_tab import build_registry_tab
 from app.task import BASE, adapter_choices, task_choices
 
@@ -57,6 +58,8 @@ def build_demo(
                 blended = build_blend_tab(backend, task, tabs)
             with gr.Tab("Registry", id="registry") as registry_tab:
                 table, versions = build_registry_tab(backend)
+            with gr.Tab("Plan", id="plan"):
+                build_plan_tab(backend)
 
         def on_open() -> list[Any]:
             adapters = adapter_choices(registry)

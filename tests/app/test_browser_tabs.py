@@ -118,10 +118,22 @@ def test_a_viewer_logs_in_asks_and_may_not_promote(
 
 def test_every_tab_fits_both_widths_light_and_dark(serve: Any, page: Any) -> None:
     page.goto(serve().url)
-    for name in ("Chat", "Compare", "Blend", "Registry"):
-        open_tab(page, name)
+    for name in ("Chat", "Compare", "Blend", "Registry", "Plan"):
         for width in (1280, 390):
             page.set_viewport_size({"width": width, "height": 844})
+            open_tab(page, name)
             assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name} is too wide at {width}"
     page.locator("#appearance").click()
     expect(page.locator("body")).to_have_class(re.compile(r"\bdark\b"))
+
+
+def test_plan_explains_its_choice_and_draws_every_preset(serve: Any, page: Any) -> None:
+    page.goto(serve().url)
+    open_tab(page, "Plan")
+    page.locator("#plan-run").click()
+    expect(page.locator("#plan-answer")).to_contain_text("Not taken", timeout=PATIENCE)
+    expect(page.locator("#plan-chart canvas, #plan-chart svg.marks").first).to_be_visible(timeout=PATIENCE)
+    page.locator("#plan-base input").fill("/etc")
+    page.locator("#plan-base input").press("Enter")
+    page.locator("#plan-run").click()
+    expect(page.locator("#plan-answer")).to_contain_text("Wanted a base from the list", timeout=PATIENCE)

@@ -1,0 +1,61 @@
+"""The Plan tab's components and what they are wired to. The work is done in plan.py."""
+
+from typing import Any
+
+import gradio as gr
+import pandas as pd
+
+from app.backend import Backend
+from app.escape import literal_markdown
+from app.notice import sentence
+from app.plan import GPU, HERE, PlanRequest, answer_plan, base_choices
+
+
+def build_plan_tab(backend: Backend) -> None:
+    """Lay out the tab and wire it."""
+    bases = base_choices(backend)
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=1, min_width=260):
+            base = gr.Dropdown(
+                choices=bases, value=bases[0], label="Base", allow_custom_value=True, elem_id="plan-base",
+                info="From the list, or a Hub id such as org/model",
+            )  # fmt: skip
+            with gr.Row():
+                batch = gr.Number(label="Rows an update", value=8, precision=0, minimum=1, min_width=110)
+                length = gr.Number(label="Tokens a row", value=512, precision=0, minimum=8, min_width=110)
+            with gr.Row():
+                memory = gr.Number(
+                    label="Device memory, GiB", value=8, minimum=0.1, min_width=110, elem_id="plan-memory"
+                )
+                devices = gr.Number(label="Devices", value=1, precision=0, minimum=1, min_width=110)
+            with gr.Row():
+                device = gr.Radio(choices=[HERE, GPU], value=HERE, label="Device", min_width=110)
+                rank = gr.Number(label="Rank", value=8, precision=0, minimum=1, min_width=110)
+            with gr.Row(elem_classes="natural"):
+                run = gr.Button("Plan", variant="primary", elem_id="plan-run")
+        with gr.Column(scale=2, min_width=300):
+            chart = gr.BarPlot(
+                x="preset", y="GiB", color="part", visible=False, height=300, title="GiB a device, by preset",
+                x_label_angle=-40, x_title=" ", y_title="GiB", sort=None, elem_id="plan-chart", buttons=[],
+            )  # fmt: skip
+            answer = gr.Markdown(
+                "Say what is to be trained where; the plan says which preset fits, and why.",
+                elem_classes="plan-text", elem_id="plan-answer",
+            )  # fmt: skip
+
+    def on_plan(named: str, rows: int, tokens: int, gib: float, count: int, where: str, width: int) -> tuple[Any, str]:
+        try:
+            wanted = PlanRequest(named or "", int(rows), int(tokens), float(gib), where, int(count), int(width))
+            found = answer_plan(backend, wanted)
+        except TypeError:
+            return gr.skip(), "A number is missing. Fill every field."
+        except Exception as error:  # the page's edge
+            return gr.BarPlot(visible=False), literal_markdown(sentence(error))
+        frame = pd.DataFrame(found.bars, columns=["preset", "part", "GiB"])
+        order = list(dict.fromkeys(frame["preset"]))
+        return gr.BarPlot(value=frame, visible=True, sort=order), found.text
+
+    run.click(
+        on_plan, [base, batch, length, memory, devices, device, rank], [chart, answer], trigger_mode="once",
+        show_progress_on=answer,
+    )  # fmt: skip
