@@ -14,6 +14,7 @@ from adapterhub_lite.losses.rows import RowReader
 from adapterhub_lite.losses.tiles import (
     HALF_LIFT,
     TileBuffers,
+    exponential_,
     finish_logits,
     product_dtype,
     spans,
@@ -100,7 +101,7 @@ def _add_tile(
     shrink = torch.exp(running.largest[part] - largest)
     running.largest[part] = largest
     slope = _cap_slope(tile, options) if running.gradient is not None else None
-    tile.sub_(largest[:, None]).exp_()
+    exponential_(tile.sub_(largest[:, None]))
     running.exponentials[part] = running.exponentials[part] * shrink + tile.sum(1)
     if running.gradient is not None:
         total = running.gradient[part].mul_(shrink[:, None])
@@ -223,7 +224,7 @@ def _to_gradient(
     """Turn a tile of logits into the gradient by hidden @ weight.T + bias, in place; the targets' own entries are 0."""
     options = problem.options
     slope = _cap_slope(tile, options)
-    tile.sub_(known.logsumexp[part, None]).exp_()
+    exponential_(tile.sub_(known.logsumexp[part, None]))
     if options.z_loss:
         tile.mul_((1 + 2 * options.z_loss * known.logsumexp[part])[:, None])
     if options.label_smoothing:
