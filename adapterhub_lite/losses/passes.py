@@ -36,11 +36,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the first pass leaves, each (n,) in the wide dtype; `gradient` is (n, D) for an upstream gradient of one."""
+    """What the first pass leaves, each (n,) in the wide dtype; `gradient` is (n, D) for an upstream gradient of one.
+
+    `doubt` is 1 - p of the target, summed from the others: near p = 1 the subtraction would leave nothing.
+    """
 
     losses: Tensor
     logsumexp: Tensor
     target_logits: Tensor
+    doubt: Tensor
     gradient: Tensor | None
 
 
@@ -127,7 +131,7 @@ def _finish(problem: Problem, running: _Running, target_rows: Tensor, target_log
     if options.z_loss:
         losses = losses + options.z_loss * logsumexp.square()
     if running.gradient is None:
-        return Statistics(losses, logsumexp, target_logits, None)
+        return Statistics(losses, logsumexp, target_logits, others / total, None)
     pull = 1 + 2 * options.z_loss * logsumexp
     lift = HALF_LIFT if target_rows.dtype == torch.float16 else 1.0
     gradient = running.gradient.mul_((pull * shrink / (total * lift))[:, None])
@@ -140,7 +144,7 @@ def _finish(problem: Problem, running: _Running, target_rows: Tensor, target_log
         gradient.sub_(running.rows * (smooth / problem.vocabulary))
     if options.logit_scale != 1.0:
         gradient.mul_(options.logit_scale)
-    return Statistics(losses, logsumexp, target_logits, gradient)
+    return Statistics(losses, logsumexp, target_logits, others / total, gradient)
 
 
 @dataclass(frozen=True)
@@ -210,10 +214,9 @@ def _target_pulls(problem: Problem, known: Statistics, upstream: Tensor) -> Tens
     """Gradient (n,) by each target's own product; apart from the tiles, so that p - 1 is not rounded with them."""
     options = problem.options
     smooth = options.label_smoothing
-    distance = known.target_logits - known.logsumexp
-    pulls = torch.expm1(distance) + smooth - smooth / problem.vocabulary
+    pulls = smooth - smooth / problem.vocabulary - known.doubt
     if options.z_loss:
-        pulls = pulls + 2 * options.z_loss * known.logsumexp * torch.exp(distance)
+        pulls = pulls + 2 * options.z_loss * known.logsumexp * (1 - known.doubt)
     slope = _cap_slope(known.target_logits, options)
     return pulls * upstream * options.logit_scale * (1.0 if slope is None else slope)
 
