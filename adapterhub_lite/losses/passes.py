@@ -14,6 +14,7 @@ from adapterhub_lite.losses.rows import RowReader
 from adapterhub_lite.losses.tiles import (
     HALF_LIFT,
     TileBuffers,
+    exponential_,
     finish_logits,
     product_dtype,
     spans,
@@ -35,11 +36,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the first pass leaves, each (n,) in the wide dtype; `gradient` is (n, D) for an upstream gradient of one."""
+    """What the first pass leaves, each (n,) in the wide dtype; `gradient` is (n, D) for an upstream gradient of one.
+
+    `doubt` is 1 - p of the target, summed from the others: near p = 1 the subtraction would leave nothing.
+    """
 
     losses: Tensor
     logsumexp: Tensor
     target_logits: Tensor
+    doubt: Tensor
     gradient: Tensor | None
 
 
@@ -100,7 +105,7 @@ def _add_tile(
     shrink = torch.exp(running.largest[part] - largest)
     running.largest[part] = largest
     slope = _cap_slope(tile, options) if running.gradient is not None else None
-    tile.sub_(largest[:, None]).exp_()
+    exponential_(tile.sub_(largest[:, None]))
     running.exponentials[part] = running.exponentials[part] * shrink + tile.sum(1)
     if running.gradient is not None:
         total = running.gradient[part].mul_(shrink[:, None])
@@ -126,7 +131,7 @@ def _finish(problem: Problem, running: _Running, target_rows: Tensor, target_log
     if options.z_loss:
         losses = losses + options.z_loss * logsumexp.square()
     if running.gradient is None:
-        return Statistics(losses, logsumexp, target_logits, None)
+        return Statistics(losses, logsumexp, target_logits, others / total, None)
     pull = 1 + 2 * options.z_loss * logsumexp
     lift = HALF_LIFT if target_rows.dtype == torch.float16 else 1.0
     gradient = running.gradient.mul_((pull * shrink / (total * lift))[:, None])
@@ -139,7 +144,7 @@ def _finish(problem: Problem, running: _Running, target_rows: Tensor, target_log
         gradient.sub_(running.rows * (smooth / problem.vocabulary))
     if options.logit_scale != 1.0:
         gradient.mul_(options.logit_scale)
-    return Statistics(losses, logsumexp, target_logits, gradient)
+    return Statistics(losses, logsumexp, target_logits, others / total, gradient)
 
 
 @dataclass(frozen=True)
@@ -209,10 +214,9 @@ def _target_pulls(problem: Problem, known: Statistics, upstream: Tensor) -> Tens
     """Gradient (n,) by each target's own product; apart from the tiles, so that p - 1 is not rounded with them."""
     options = problem.options
     smooth = options.label_smoothing
-    distance = known.target_logits - known.logsumexp
-    pulls = torch.expm1(distance) + smooth - smooth / problem.vocabulary
+    pulls = smooth - smooth / problem.vocabulary - known.doubt
     if options.z_loss:
-        pulls = pulls + 2 * options.z_loss * known.logsumexp * torch.exp(distance)
+        pulls = pulls + 2 * options.z_loss * known.logsumexp * (1 - known.doubt)
     slope = _cap_slope(known.target_logits, options)
     return pulls * upstream * options.logit_scale * (1.0 if slope is None else slope)
 
@@ -223,7 +227,7 @@ def _to_gradient(
     """Turn a tile of logits into the gradient by hidden @ weight.T + bias, in place; the targets' own entries are 0."""
     options = problem.options
     slope = _cap_slope(tile, options)
-    tile.sub_(known.logsumexp[part, None]).exp_()
+    exponential_(tile.sub_(known.logsumexp[part, None]))
     if options.z_loss:
         tile.mul_((1 + 2 * options.z_loss * known.logsumexp[part])[:, None])
     if options.label_smoothing:

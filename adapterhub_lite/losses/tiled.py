@@ -143,7 +143,9 @@ class _TiledLosses(torch.autograd.Function):
         if training and in_one_pass:
             ctx.save_for_backward(known.gradient)
         elif training:
-            ctx.save_for_backward(hidden, weight, bias, extra, targets, known.logsumexp, known.target_logits)
+            ctx.save_for_backward(
+                hidden, weight, bias, extra, targets, known.logsumexp, known.target_logits, known.doubt
+            )
         return known.losses
 
     @staticmethod
@@ -153,9 +155,9 @@ class _TiledLosses(torch.autograd.Function):
             (unit,) = ctx.saved_tensors
             scaled = torch.empty(unit.shape, dtype=ctx.dtype, device=unit.device)
             return torch.mul(unit, upstream[:, None], out=scaled), *[None] * 7
-        hidden, weight, bias, extra, targets, logsumexp, target_logits = ctx.saved_tensors
+        hidden, weight, bias, extra, targets, logsumexp, target_logits, doubt = ctx.saved_tensors
         rows = ctx.frozen.weight if ctx.frozen is not None else weight
-        known = Statistics(upstream, logsumexp, target_logits, None)
+        known = Statistics(upstream, logsumexp, target_logits, doubt, None)
         problem = Problem(hidden, targets, rows_shape(rows)[0], bias, ctx.options)
         wanted = ctx.needs_input_grad
         trained = None

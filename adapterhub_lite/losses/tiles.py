@@ -104,3 +104,9 @@ def finish_logits(products: Tensor, bias: Tensor | None, options: LossOptions) -
     if options.softcap is not None:
         products.div_(options.softcap).tanh_().mul_(options.softcap)
     return products
+
+
+def exponential_(exponents: Tensor) -> Tensor:
+    """exp in place, for exponents of at most about 0. Below e ** -80 all is one: results that are denormal numbers take
+    a processor a hundred times as long (31 ns instead of 0.3, measured on a CPU with MKL), and none of them counts."""
+    return exponents.clamp_(min=-700.0 if exponents.dtype == torch.float64 else -80.0).exp_()

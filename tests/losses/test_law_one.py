@@ -154,21 +154,33 @@ class TestScaledGradients:
 
     @pytest.fixture
     def faint(self, case: Any) -> Any:
-        """Gradients near 1e-9, below the smallest fp16 number (6e-8), as a mean over many tokens gives them."""
-        return case.random(1, 40, 300, 8, masked=0.0, reduction="sum").to(torch.float16)
+        """Confident tokens, whose gradients are near 1e-9: below the smallest fp16 number, 6e-8."""
+        problem = case.random(1, 40, 300, 64, masked=0.0, reduction="sum")
+        problem.weight = torch.nn.functional.normalize(problem.weight)
+        problem.hidden = 36 * problem.weight[problem.targets]
+        return problem.to(torch.float16)
 
     def test_small_gradients_survive_fp16(self, faint: Any, head_trained: bool) -> None:
-        faint.trained = TRAINED[head_trained]
-        truth = faint.to(torch.float64).run(tiled=False, upstream=1e-8)
-        scaled = faint.run(tiled=True, upstream=1e-8 * self.SCALE)
+        faint.trained = ("hidden", "weight") if head_trained else ("hidden",)
+        truth = faint.to(torch.float64).run(tiled=False)
+        scaled = faint.run(tiled=True, upstream=self.SCALE)
         for name in set(truth) - {"loss"}:
             assert float(truth[name].abs().median()) < 6e-8
             unscaled = scaled[name].double() / self.SCALE
             error = float((unscaled - truth[name]).norm() / truth[name].norm())
-            assert error < 0.01, f"{name}: {error}"
+            assert error < 0.02, f"{name}: {error}"
 
     def test_rounding_before_scaling_would_lose_them(self, faint: Any) -> None:
         """The guard itself: what this room must never do is seen to fail by the same measure."""
-        truth = faint.to(torch.float64).run(tiled=False, upstream=1e-8)["hidden"]
+        truth = faint.to(torch.float64).run(tiled=False)["hidden"]
         rounded_first = (truth.to(torch.float16) * self.SCALE).double() / self.SCALE
         assert float((rounded_first - truth).norm() / truth.norm()) > 0.1
+
+
+def test_logits_that_lie_far_apart_lose_nothing(case: Any, head_trained: bool) -> None:
+    """Exponents below -80 are cut off; the loss and its gradients must not notice."""
+    problem = case.random(2, 12, 40, 6, spread=300.0, trained=TRAINED[head_trained])
+    ours, truth = problem.run(tiled=True), problem.run(tiled=False)
+    for name, value in truth.items():
+        # fp32 logits near 1000 are themselves rounded by 6e-5.
+        torch.testing.assert_close(ours[name], value, rtol=2e-4, atol=1e-3)
