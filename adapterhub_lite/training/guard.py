@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from adapterhub_lite.training.trainer import AdapterTrainer
 
 PROVEN_STEPS = 2
+MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LEFTOVERS = (METRICS_FILE, PLOT_FILE, checkpoints.STAGING)
 
 
@@ -148,8 +149,9 @@ def prove_loss(trainer: "AdapterTrainer") -> None:
     model = trainer.model_wrapped
     was_training = model.training
     model.eval()
+    precision = MIXED.get(trainer.accelerator.mixed_precision)
     with torch.no_grad():
-        check_loss(trainer.model, batch, lambda: trainer.loss_sum(model, packed)[0])
+        check_loss(trainer.model, batch, lambda: trainer.loss_sum(model, packed, smoothing=0.0)[0], precision)
     model.train(was_training)
 
 

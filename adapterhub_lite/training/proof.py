@@ -53,10 +53,11 @@ def check_rows(table: Any, tokenizer: PreTrainedTokenizerBase, vocabulary: int) 
         )
 
 
-def check_loss(model: nn.Module, batch: Mapping[str, Tensor], loss: Any) -> None:
+def check_loss(model: nn.Module, batch: Mapping[str, Tensor], loss: Any, precision: torch.dtype | None = None) -> None:
     """Check that `loss(batch)` on one short row is the cross entropy of the model's own logits, computed plainly.
 
     `batch` is one row: `input_ids` and `labels`, each (1, seq), cut to some valid labels. `loss` returns the sum.
+    `precision` is the dtype that autocast computes in, None for that of the weights.
 
     Raises:
         ProofFailedError: they differ by more than rounding explains.
@@ -68,7 +69,7 @@ def check_loss(model: nn.Module, batch: Mapping[str, Tensor], loss: Any) -> None
         reference = float(
             F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
         )
-    dtype = next(model.parameters()).dtype
+    dtype = precision or next(model.parameters()).dtype
     valid = int((labels[:, 1:] != IGNORED).sum())
     allowed = TOLERANCE.get(dtype, 3e-2) * (abs(reference) + valid)
     if not abs(ours - reference) <= allowed:

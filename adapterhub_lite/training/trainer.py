@@ -113,12 +113,16 @@ class AdapterTrainer(Trainer):
                 self.progress.close()
 
     def loss_sum(
-        self, model: nn.Module, inputs: dict[str, Any], sums: EvaluationSums | None = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        sums: EvaluationSums | None = None,
+        smoothing: float | None = None,
     ) -> tuple[Tensor, Tensor, Any]:
         """Return (sum of the loss over valid tokens, how many there are, the model's output without its logits).
 
         `inputs` holds `labels` (batch, seq) with -100 where nothing is learned. With `sums`, accuracy and entropy are
-        taken on the way, and there is no gradient.
+        taken on the way, and there is no gradient. `smoothing` None is that of the arguments.
         """
         labels = inputs["labels"]
         rest = {name: value for name, value in inputs.items() if name != "labels"}
@@ -138,7 +142,7 @@ class AdapterTrainer(Trainer):
             shift=False,
             reduction="sum",
             choice=self.assembly.loss,
-            label_smoothing=self.args.label_smoothing_factor,
+            label_smoothing=self.args.label_smoothing_factor if smoothing is None else smoothing,
             chunk_tokens=self.args.loss_chunk_tokens,
         )
         return total, valid, outputs

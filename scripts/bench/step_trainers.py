@@ -57,7 +57,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "report_to": "none",
         "disable_tqdm": True,
         "seed": job["seed"],
-        "gradient_checkpointing": job.get("checkpointing", False),
+        "activation_checkpointing": job.get("checkpointing", False),
         "dataloader_pin_memory": False,
     }
     clock = Clock()

@@ -102,22 +102,35 @@ def scaling() -> dict[str, Any]:
     rates = [point["step_seconds"] / point["tokens"] * 1e6 for point in points]
     for point, rate in zip(points, rates, strict=True):
         point["microseconds_a_token"] = rate
-    draw(points)
     return {"scaling": points}
 
 
-def draw(points: list[dict[str, float]]) -> None:
-    """Plot seconds a step over tokens, with the straight line through the largest."""
+def draw(parts: dict[str, Any]) -> None:
+    """Plot seconds a step and peak of each trainer, and our seconds a step over tokens."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    tokens = [point["tokens"] for point in points]
-    axes.plot(tokens, [point["step_seconds"] for point in points], "o-", label="measured")
-    last = points[-1]["step_seconds"] / tokens[-1]
-    axes.plot(tokens, [last * count for count in tokens], "--", label="proportional to tokens")
-    axes.set(xlabel="tokens a step", ylabel="seconds a step", title="SmolLM2-135M, rank 8, all linear layers")
-    axes.legend()
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    panels = figure.subplots(1, 3)
+    speeds = [name for name in ("speed_mixed", "speed_equal") if name in parts]
+    for panel, key, label in zip(
+        panels, ("median_step_seconds", "peak_mib"), ("seconds a step", "peak MiB"), strict=False
+    ):
+        for shift, name in enumerate(speeds):
+            heights = [parts[name]["trainers"][trainer][key] for trainer in TRAINERS]
+            places = [index + 0.4 * shift for index in range(len(TRAINERS))]
+            panel.bar(places, heights, width=0.38, label=f"{name.removeprefix('speed_')} lengths")
+        panel.set_xticks([index + 0.2 for index in range(len(TRAINERS))], TRAINERS)
+        panel.set_ylabel(label)
+        panel.legend()
+    points = parts.get("scaling", [])
+    if points:
+        tokens = [point["tokens"] for point in points]
+        panels[2].plot(tokens, [point["step_seconds"] for point in points], "o-", label="ours")
+        last = points[-1]["step_seconds"] / tokens[-1]
+        panels[2].plot(tokens, [last * count for count in tokens], "--", label="proportional to tokens")
+        panels[2].set(xlabel="tokens a step", ylabel="seconds a step")
+        panels[2].legend()
+    figure.suptitle("SmolLM2-135M, rank 8 on all linear layers, bf16, 16 short chats a step")
     figure.savefig(RESULTS / f"{NAME}.png", dpi=110)
 
 
@@ -134,7 +147,9 @@ def merge(part: dict[str, Any]) -> None:
     """Write `part` into the result, beside the parts measured before."""
     path = RESULTS / f"{NAME}.json"
     before = json.loads(path.read_bytes())["parts"] if path.exists() else {}
-    print(write_result(NAME, {"base": BASE, "rank": 8, "target_modules": "all-linear", "parts": {**before, **part}}))
+    parts = {**before, **part}
+    print(write_result(NAME, {"base": BASE, "rank": 8, "target_modules": "all-linear", "parts": parts}))
+    draw(parts)
 
 
 def main() -> None:

@@ -121,7 +121,7 @@ def test_fast_and_plain_ways_learn_the_same(make_trainer: Any) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"gradient_checkpointing": True},
+        {"activation_checkpointing": True},
         {"neftune_noise_alpha": 5.0},
         {"train_sampling_strategy": "group_by_length"},
         {"max_grad_norm": 0.1},
