@@ -4,6 +4,7 @@ import os
 
 import schemathesis
 from hypothesis import HealthCheck, given, settings
+from hypothesis.errors import Unsatisfiable
 from schemathesis.checks import not_a_server_error
 from schemathesis.generation import GenerationMode
 
@@ -26,7 +27,7 @@ def test_no_request_brings_the_server_down(shared_server: ApiServer) -> None:
 
             try:
                 hold()
-            except schemathesis.errors.Unsatisfiable if hasattr(schemathesis.errors, "Unsatisfiable") else ():
+            except Unsatisfiable:
                 continue  # an operation without parameters has nothing to get wrong
             seen += 1
     assert seen >= 11
