@@ -2,6 +2,7 @@
 
 import json
 import re
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,7 @@ class Hub:
     def entry(self, sha256: str) -> Entry:
         """The entry of a large file that a commit names, taken in from the Xet side when it went there."""
         if not self.store.blob(sha256).exists():
-            landing = self.store.incoming / sha256
+            landing = self.store.incoming / uuid.uuid4().hex
             if not self.xet.take_in(sha256, landing):
                 raise HubRefusal(400, f"No content with sha256 {sha256} was uploaded.")
             self.store.admit(landing, sha256)

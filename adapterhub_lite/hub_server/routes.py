@@ -167,8 +167,8 @@ class Wire:
 
     def add_branch(self, request: Request, ref: str, body: Json) -> Json:
         """Create a branch."""
-        start = body.get("startingPoint") or "main"
-        self.store.set_ref(self.hub.writable(request).id, "branches", unquote(ref), start)
+        repo = self.hub.writable(request)
+        self.store.set_ref(repo.id, "branches", unquote(ref), body.get("startingPoint") or "main")
         return {}
 
     def drop_ref(self, request: Request, kind: str, ref: str) -> Json:

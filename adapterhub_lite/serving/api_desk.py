@@ -76,8 +76,11 @@ class Pinned:
         }
 
     def prove(self, result: GenerationResult) -> GenerationResult:
-        """Hand on an answer of exactly these versions; anything else is our failure and is not given out."""
-        if (result.adapter, result.adapter_digest, result.base_fingerprint) != (self.adapter, self.digest, self.base):
+        """Hand on an answer of exactly these versions; anything else is our failure and is not given out.
+
+        By digest: the same bytes may have another name too.
+        """
+        if (result.adapter_digest, result.base_fingerprint) != (self.digest, self.base):
             raise ServingError(f"{self.adapter} was asked for, but {result.adapter} answered.")
         return result
 
@@ -130,14 +133,15 @@ class Desk:
         if model in (*BASE_NAMES, self.settings.base_name):
             return Pinned(None, None, None, base)
         parts = self._parts(model)
-        references, digests = [], []
+        names, digests = [], []
         for part in parts:
             manifest = self.resolve(part.reference, caller)
-            factor = "" if len(parts) == 1 and part.weight == 1.0 else f"*{part.weight:g}"
-            references.append((f"{manifest.reference}*{part.weight!r}", manifest.reference + factor))
+            # As the engine writes it, so that the receipts can be compared.
+            factor = "" if len(parts) == 1 and part.weight == 1.0 else f"*{part.weight!r}"
+            names.append(manifest.reference + factor)
             digests.append(manifest.digest + factor)
-        exact = references[0][1] if len(parts) == 1 and parts[0].weight == 1.0 else "+".join(r for r, _ in references)
-        return Pinned(exact, "+".join(shown for _, shown in references), "+".join(digests), base)
+        exact = "+".join(names)
+        return Pinned(exact, exact, "+".join(digests), base)
 
     @staticmethod
     def _parts(model: str) -> tuple[WeightedReference, ...]:
