@@ -18,9 +18,14 @@ _HOMES = {
     "GenerationRequest": "adapterhub_lite.serving",
     "GenerationResult": "adapterhub_lite.serving",
     "InferenceEngine": "adapterhub_lite.serving",
+    "MEMORY_PRESETS": "adapterhub_lite.memory",
+    "MemoryPlan": "adapterhub_lite.memory",
+    "MemoryPreset": "adapterhub_lite.memory",
+    "estimate_memory": "adapterhub_lite.memory",
     "linear_cross_entropy": "adapterhub_lite.losses",
     "merge_adapters": "adapterhub_lite.merging",
     "merge_into_base": "adapterhub_lite.merging",
+    "plan_memory": "adapterhub_lite.memory",
 }
 __all__ = sorted(_HOMES)  # noqa: PLE0605 - a list of literals, only sorted
 

@@ -14,6 +14,7 @@ from adapterhub_lite.cli.evaluate import evaluate
 from adapterhub_lite.cli.hub import hub
 from adapterhub_lite.cli.listing import list_adapters, show
 from adapterhub_lite.cli.merging import export, merge
+from adapterhub_lite.cli.plan import plan
 from adapterhub_lite.cli.serve import serve
 from adapterhub_lite.cli.sharing import pull, push
 from adapterhub_lite.cli.train import train
@@ -21,6 +22,7 @@ from adapterhub_lite.errors import AdapterHubError
 from adapterhub_lite.quiet import quiet_libraries
 
 VERBS: dict[str, Callable[..., None]] = {
+    "plan": plan,
     "train": train,
     "eval": evaluate,
     "list": list_adapters,

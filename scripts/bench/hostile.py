@@ -1,6 +1,6 @@
 """How fast, and with how much memory, is each hostile adapter refused? Writes results/hostile.json and .png.
 
-    python scripts/bench/hostile.py
+    python -m scripts.bench.hostile
 
 Each case of tests/registry/hostile is refused in a forked process of its own, so that its peak resident memory over
 what the process began with is its own. Wanted: under 1 s and 64 MiB each.
@@ -15,12 +15,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from report import RESULTS, write_result
-
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import AdapterHubError
 from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.registry.transfer import import_adapter
+from scripts.bench.report import RESULTS, write_result
 from tests.registry.hostile.case import Case
 from tests.registry.hostile.corpus import CASES
 

@@ -1,6 +1,6 @@
 """What does the registry lose when it is killed? Writes results/kills.json.
 
-    python scripts/bench/kills.py [--kills 200] [--seed 0]
+    python -m scripts.bench.kills [--kills 200] [--seed 0]
 
 A process that adds, moves aliases, pulls, removes and collects is killed with SIGKILL at random instants, each time in
 another place; after each kill everything it had reported has to be there, and nothing half-visible. See
@@ -15,8 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from hostile import make_sound
-from report import write_result
+from scripts.bench.hostile import make_sound
+from scripts.bench.report import write_result
 
 DRIVER = Path(__file__).parents[2] / "tests" / "registry" / "kill_driver.py"
 

@@ -4,9 +4,9 @@ Every measured value is the median of rounds in which all contestants take turns
 above the inputs, their gradients included, in a child process each that does nothing else (CUDA: the allocator's).
 A run replaces the problems it measured in results/loss.json and leaves the others; each keeps its own date and load.
 
-    python scripts/bench/loss.py                 # all problems, about 10 minutes on 2 cores
-    python scripts/bench/loss.py --only frozen-half-masked lengths --rounds 7
-    python scripts/bench/loss.py --tiles         # the sweep behind the tile size rule
+    python -m scripts.bench.loss                 # all problems, about 10 minutes on 2 cores
+    python -m scripts.bench.loss --only frozen-half-masked lengths --rounds 7
+    python -m scripts.bench.loss --tiles         # the sweep behind the tile size rule
 """
 
 import argparse
@@ -23,11 +23,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from report import RESULTS, write_result
 from torch import Tensor
 from torch.nn import functional as F
 
 from adapterhub_lite.losses import linear_cross_entropy, tiles
+from scripts.bench.report import RESULTS, write_result
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -67,8 +67,8 @@ def full_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 def torch_fused(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """torch's own, with a chunk size, because without options it is the full one."""
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=256)  # type: ignore[attr-defined]
-    loss: Tensor = F.linear_cross_entropy(hidden, weight, targets, options=options)  # type: ignore[attr-defined]
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=256)
+    loss: Tensor = F.linear_cross_entropy(hidden, weight, targets, options=options)
     return loss
 
 
@@ -138,7 +138,7 @@ def one_step(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[float, 
     _synchronise(hidden.device)
     start = time.perf_counter()
     value = loss(hidden, weight, targets)
-    value.backward()  # type: ignore[no-untyped-call]
+    value.backward()
     _synchronise(hidden.device)
     return time.perf_counter() - start, float(value.detach())
 

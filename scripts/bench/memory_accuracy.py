@@ -4,7 +4,7 @@ Each run is a process of its own: a model of random weights (or the embedded bas
 peak of resident memory (on a GPU: of the allocator). Predictions are made before, without any calibration; then once
 more with the calibration that the runs left, leaving each run itself out.
 
-    python scripts/bench/memory_accuracy.py --only smollm2-135m:lora-bf16
+    python -m scripts.bench.memory_accuracy --only smollm2-135m:lora-bf16
 """
 
 import argparse
@@ -17,7 +17,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from report import RESULTS, write_result
+
+from scripts.bench.report import RESULTS, write_result
 
 LENGTHS = (128, 256, 512)
 ROWS = 4

@@ -4,18 +4,17 @@ The shapes alone are used: no weights. Each cell says where it comes from: `esti
 `exact` (the whole step on fake tensors). Nothing here ran on a GPU. Bytes are without Python's or CUDA's own overhead,
 as the allocator of a GPU would count them; 1 GB is 1e9 bytes.
 
-    python scripts/bench/memory_table.py             # estimates, a minute
-    python scripts/bench/memory_table.py --exact     # and dry runs, some minutes
+    python -m scripts.bench.memory_table             # estimates, a minute
+    python -m scripts.bench.memory_table --exact     # and dry runs, some minutes
 """
 
 import argparse
 import time
 from typing import Any
 
-from report import RESULTS, write_result
-
 from adapterhub_lite.memory import MEMORY_PRESETS, Workload, dry_run
 from adapterhub_lite.memory.estimate import OVERHEAD_BYTES, ModelFacts, estimate
+from scripts.bench.report import RESULTS, write_result
 
 RANKS = (4, 8, 16, 32)
 PUBLISHED_GB = {

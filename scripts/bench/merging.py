@@ -1,6 +1,6 @@
 """How far is a merge from the exact weighted sum, ours and PEFT's? Writes results/merging.json and .png.
 
-    python scripts/bench/merging.py
+    python -m scripts.bench.merging
 
 Same adapters, same weights, both in one run; the truth is the sum of the deltas that PEFT applies for each adapter
 alone, in fp64. Also what rounding to bf16 costs of a delta when it is merged into the base, and the seconds each takes.
@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from report import RESULTS, write_result
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import MergeError
 from adapterhub_lite.merging import merge_adapters, merge_into_base
 from adapterhub_lite.registry import AdapterRegistry
+from scripts.bench.report import RESULTS, write_result
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Deltas = dict[str, torch.Tensor]

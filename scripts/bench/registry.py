@@ -1,6 +1,6 @@
 """How fast is the registry with 10,000 versions in it? Writes results/registry.json and .png.
 
-    python scripts/bench/registry.py [--versions 10000]
+    python -m scripts.bench.registry [--versions 10000]
 
 Manifests carry a training record of the usual size. "first" is with an empty cache of parsed manifests, "again" with a
 full one. Medians; the wanted limits are 1 ms for a resolve and 100 ms for a list.
@@ -16,12 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from report import RESULTS, write_result
-
 from adapterhub_lite.record import BaseRecord, DataRecord, MemoryRecord, TrainingRecord
 from adapterhub_lite.registry import AdapterManifest, AdapterRegistry
 from adapterhub_lite.registry.manifest import EvaluationRecord, FileRecord, LoraRecord
 from adapterhub_lite.registry.rows import insert_version, parse_stored
+from scripts.bench.report import RESULTS, write_result
 
 NAMES = 20
 START = "import time; t = time.perf_counter(); from adapterhub_lite.registry import AdapterRegistry;"

@@ -4,7 +4,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from train_step import BASE, chats
 from transformers import TrainerCallback
 
 from adapterhub_lite.bases import load_base_model, load_tokenizer, resolve_base
@@ -12,6 +11,7 @@ from adapterhub_lite.training import AdapterTrainer, AdapterTrainingArguments
 from adapterhub_lite.training.measurement import PeakMemory
 from adapterhub_lite.training.rows import load_rows
 from adapterhub_lite.training.tokenization import tokenize_rows
+from scripts.bench.train_step import BASE, chats
 
 
 class Clock(TrainerCallback):

@@ -1,9 +1,9 @@
 """What does a LoRA training step cost, and does it learn as well: ours, HF Trainer with PEFT, and TRL's SFTTrainer?
 
-    python scripts/bench/train_step.py speed mixed  # seconds a step and peak memory, paired, alternating, medians
-    python scripts/bench/train_step.py speed equal  # the same with rows of one length, where no padding is saved
-    python scripts/bench/train_step.py scaling      # our step from 512 to 8 x 2048 tokens
-    python scripts/bench/train_step.py quality 0    # evaluation loss after 100 steps with seed 0, ours and HF's
+    python -m scripts.bench.train_step speed mixed  # seconds a step and peak memory, paired, alternating, medians
+    python -m scripts.bench.train_step speed equal  # the same with rows of one length, where no padding is saved
+    python -m scripts.bench.train_step scaling      # our step from 512 to 8 x 2048 tokens
+    python -m scripts.bench.train_step quality 0    # evaluation loss after 100 steps with seed 0, ours and HF's
 
 Each trainer runs in a process of its own, so that its peak is its own. Parts are merged into results/train_step.json.
 """
@@ -17,7 +17,7 @@ import sys
 import tempfile
 from typing import Any
 
-from report import RESULTS, write_result
+from scripts.bench.report import RESULTS, write_result
 
 NAME = "train_step"
 TRAINERS = ("ours", "hf", "trl")
@@ -54,7 +54,7 @@ def chats(count: int, seed: int, lengths: str) -> list[dict[str, Any]]:
 
 def run_one(job: dict[str, Any]) -> dict[str, Any]:
     """Run one trainer here and now; returns seconds a step, peak bytes and losses."""
-    import step_trainers
+    from scripts.bench import step_trainers
 
     return step_trainers.run(job)
 
