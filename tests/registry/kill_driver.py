@@ -10,6 +10,7 @@ No torch here, so that a fork is cheap and safe.
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -22,6 +23,18 @@ from adapterhub_lite.registry.transfer import import_adapter
 
 # How many acts a child lives through on the average, twice over: the instants fall into all kinds of them.
 ACTS_A_LIFE = 4
+
+
+def variant(chance: random.Random, adapters: list[Path], scratch: Path) -> Path:
+    """An adapter that shares no configuration with any other, so that a collection has something to free."""
+    folder = scratch / f"variant-{os.getpid()}"
+    folder.mkdir(exist_ok=True)
+    for path in chance.choice(adapters).iterdir():
+        if path.suffix in (".json", ".safetensors"):
+            shutil.copyfile(path, folder / path.name)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alpha": chance.uniform(1, 100)}))
+    return folder
 
 
 def work(
@@ -38,7 +51,7 @@ def work(
         versions = [line.version for line in registry.summaries("sql")]
         if act == "add" or not versions:
             tell("begin", "add")
-            manifest = registry.add(chance.choice(adapters), "sql", base=base)
+            manifest = registry.add(variant(chance, adapters, parcel.parent), "sql", base=base)
             tell("done", "add", manifest.version, manifest.digest)
         elif act == "alias":
             version = chance.choice(versions)
