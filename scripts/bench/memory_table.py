@@ -45,7 +45,7 @@ def main() -> None:
         config = AutoConfig.for_model("qwen2", **shape)
         facts = ModelFacts(config)
         for name, preset in MEMORY_PRESETS.items():
-            for rank in RANKS if preset.trains == "lora" else (8,):
+            for rank in RANKS if preset.name in EXACT and preset.trains == "lora" else (8,):
                 ranks = 1 if preset.strategy == "single" else 2
                 workload = Workload(1, 1024, rank=rank, world_size=ranks, device="cuda")
                 reckoned = estimate(facts, preset, workload)
