@@ -24,7 +24,7 @@ def parse_blend(adapter: str | Path) -> tuple[WeightedReference, ...]:
         ReferenceSyntaxError: an empty part, or a weight that is not a finite number.
     """
     text = str(adapter)
-    if isinstance(adapter, Path) or Path(text).is_dir():
+    if isinstance(adapter, Path) or (text and Path(text).is_dir()):
         return (WeightedReference(text),)
     parts = []
     for piece in text.split("+"):

@@ -3,7 +3,6 @@
 import hashlib
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from adapterhub_lite.errors import ConfigurationError
@@ -11,7 +10,7 @@ from adapterhub_lite.serving.bank import RowBank
 from adapterhub_lite.serving.cache import RowCache
 from adapterhub_lite.serving.fused import FusedTrunk, can_fuse, fused_groups
 from adapterhub_lite.serving.hosted import HostedTrunk
-from adapterhub_lite.serving.packing import Step
+from adapterhub_lite.serving.packing import RowSlice, Step, pack
 from adapterhub_lite.serving.weights import Family, find_families
 
 
@@ -36,7 +35,7 @@ class Trunk:
         dtype = torch.float32 if self.device.type == "cpu" else model.dtype
         self.bank = RowBank(groups, rows, dtype=dtype, device=self.device)
         self.cache = RowCache(config.num_hidden_layers, rows, device=self.device)
-        self._tensors = dict(_named_tensors(model))
+        self._tensors: dict[str, torch.Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
         self._pass = (
             FusedTrunk(model, self.bank, self.cache)
             if self.fused
@@ -44,6 +43,9 @@ class Trunk:
         )
         for name in self._pass.tensors():
             self._tensors.pop(name, None)
+        if getattr(model, "is_quantized", False):
+            # bitsandbytes puts 4-bit weights into another layout at their first use: before anybody takes a digest.
+            self.forward(pack([RowSlice(0, 0, [0])], self.device))
 
     @torch.inference_mode()
     def forward(self, step: Step) -> torch.Tensor:
@@ -60,16 +62,12 @@ class Trunk:
     def base_digest(self) -> str:
         """The sha256 over the base's weights as they are in memory now, the same whichever pass is used."""
         digest = hashlib.sha256()
-        for name, tensor in sorted((self._tensors | self._pass.tensors()).items()):
+        tensors = self._tensors | self._pass.tensors()
+        for name, parameter in self._tensors.items():
+            state = getattr(parameter, "quant_state", None)
+            if state is not None:
+                tensors[f"{name}.absmax"] = state.absmax
+        for name, tensor in sorted(tensors.items()):
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
-
-
-def _named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    found: list[tuple[str, torch.Tensor]] = [*model.named_parameters(), *model.named_buffers()]
-    for name, parameter in model.named_parameters():
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            found.append((f"{name}.absmax", state.absmax))
-    return found
