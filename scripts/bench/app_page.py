@@ -1,6 +1,6 @@
 """How soon is the page there, and how soon does it show a task that was switched to? In headless Chromium, on loopback.
 
-    python scripts/bench/app_page.py --base smollm2-135m --rounds 7
+    python -m scripts.bench.app_page --base smollm2-135m --rounds 7
 
 The first adapter of the registry is switched to and back. First paint and first contentful paint are the browser's own
 (Paint Timing); a page is usable once the message box is there. A switch runs from picking the task to the page telling
@@ -13,7 +13,7 @@ import statistics
 import time
 from typing import Any
 
-from report import write_result
+from scripts.bench.report import write_result
 
 from adapterhub_lite.bases import resolve_base
 from adapterhub_lite.registry import AdapterRegistry
