@@ -23,7 +23,7 @@ def ask(
 ) -> Iterator[list[Turn]]:
     """Yield the conversation with the question, then with its growing answer, last with its receipt or a notice.
 
-    `remember` sends the earlier turns along. Closing the iterator cancels the answer.
+    `remember` sends the task's own earlier turns along. Closing the iterator cancels the answer.
     """
     earlier = close_open_turns(turns)[2 - MAX_TURNS :]
     try:
@@ -38,7 +38,7 @@ def ask(
     conversation = [*earlier, Turn(role="user", text=question.strip()[:MAX_CHARACTERS])]
     reply = Turn(role="assistant", text="", by=task.name)
     yield [*conversation, reply]
-    messages = model_messages(conversation, remember=remember)
+    messages = model_messages(conversation, task.name, remember=remember)
     for answer in grow_answer(backend, session, task, messages, settings):
         parts = {"text": answer.text, "receipt": answer.receipt, "notice": answer.notice}
         yield [*conversation, reply.model_copy(update=parts)]

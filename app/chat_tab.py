@@ -30,7 +30,7 @@ def build_chat_tab(backend: Backend, task: gr.Dropdown) -> None:
             with gr.Accordion("Settings", open=False):
                 length = gr.Slider(8, 512, value=128, step=8, label="Longest answer, tokens")
                 temperature = gr.Slider(0, 1.5, value=0, step=0.1, label="Temperature (0 always picks the likeliest)")
-                remember = gr.Checkbox(value=True, label="Send the earlier turns along")
+                remember = gr.Checkbox(value=True, label="Send the task's own earlier turns along")
         with gr.Column(scale=3, min_width=320):
             chatbot = gr.Chatbot(
                 elem_id="transcript", show_label=False, height="min(62vh, 620px)", render_markdown=False,

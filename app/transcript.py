@@ -4,6 +4,7 @@ The page, not the server, keeps the conversation, so that it outlives a restart 
 What comes back from a page is read strictly: unknown keys, wrong types and over-long turns are refused.
 """
 
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -62,10 +63,17 @@ def write_turns(turns: Sequence[Turn]) -> list[dict[str, Any]]:
     return [turn.model_dump(mode="json") for turn in turns]
 
 
-def model_messages(turns: Sequence[Turn], *, remember: bool) -> list[dict[str, str]]:
-    """Turns as chat messages for a model, empty answers left out; only the last question when `remember` is off."""
-    kept = list(turns) if remember else [turn for turn in turns if turn.role == "user"][-1:]
-    return [{"role": turn.role, "content": turn.text} for turn in kept if turn.text]
+def model_messages(turns: Sequence[Turn], by: str, *, remember: bool) -> list[dict[str, str]]:
+    """The last question for `by`, with `remember` after the earlier questions that `by` answered and its answers.
+
+    What another task answered stays out: an adapter for SQL would go on in the manner of the answers it is shown.
+    """
+    kept: list[Turn] = []
+    for question, answer in itertools.pairwise(turns if remember else ()):
+        if question.role == "user" and answer.role == "assistant" and answer.by == by and answer.text:
+            kept += [question, answer]
+    kept += [turn for turn in turns if turn.role == "user"][-1:]
+    return [{"role": turn.role, "content": turn.text} for turn in kept]
 
 
 def close_open_turns(turns: Sequence[Turn]) -> list[Turn]:

@@ -119,10 +119,14 @@ def test_long_conversations_and_questions_stay_within_what_a_page_may_send(world
     assert len(read_turns(write_turns(turns))) <= MAX_TURNS
 
 
-def test_earlier_turns_go_along_only_when_wanted() -> None:
-    turns = [Turn(role="user", text="a"), Turn(role="assistant", text="b"), Turn(role="user", text="c")]
-    assert [message["content"] for message in model_messages(turns, remember=True)] == ["a", "b", "c"]
-    assert [message["content"] for message in model_messages(turns, remember=False)] == ["c"]
+def test_a_tasks_own_earlier_turns_go_along_and_only_when_wanted() -> None:
+    def said(question: str, answer: str, by: str) -> list[Turn]:
+        return [Turn(role="user", text=question), Turn(role="assistant", text=answer, by=by)]
+
+    turns = [*said("a", "b", "sql"), *said("c", "d", "base"), *said("e", "", "sql"), Turn(role="user", text="f")]
+    assert [message["content"] for message in model_messages(turns, "sql", remember=True)] == ["a", "b", "f"]
+    assert [message["content"] for message in model_messages(turns, "base", remember=True)] == ["c", "d", "f"]
+    assert [message["content"] for message in model_messages(turns, "sql", remember=False)] == ["f"]
 
 
 @pytest.mark.parametrize(
