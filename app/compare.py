@@ -13,7 +13,8 @@ from app.notice import sentence
 from app.task import BASE, Task
 
 MOST_ADAPTERS = 4
-_WORDS = re.compile(r"\s+|\w+|[^\w\s]")
+# A word keeps the white space after it, so that unlike texts are not matched by their spaces.
+_WORDS = re.compile(r"\S+\s*|\s+")
 
 
 def compare(
