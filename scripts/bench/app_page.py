@@ -13,12 +13,11 @@ import statistics
 import time
 from typing import Any
 
-from scripts.bench.report import write_result
-
 from adapterhub_lite.bases import resolve_base
 from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
 from app import launch
+from scripts.bench.report import write_result
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 PAINT = "() => Object.fromEntries(performance.getEntriesByType('paint').map(entry => [entry.name, entry.startTime]))"
