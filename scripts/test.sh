@@ -18,6 +18,6 @@ fi
 "$bin/ruff" format --check .
 "$bin/ruff" check .
 "$bin/mypy"
-# One thread a process: the tests' models are tiny, and more threads only wait for each other.
-OMP_NUM_THREADS=1 "$bin/python" -m pytest -m "not slow" "$@"
-"$bin/python" -m pytest -m slow "$@"
+# One thread a process and two processes: the tests' models are tiny, and more threads only wait for each other.
+OMP_NUM_THREADS=1 "$bin/python" -m pytest -n 2 --dist loadfile -m "not slow and not soak" "$@"
+"$bin/python" -m pytest -m "slow and not soak" "$@"

@@ -22,6 +22,7 @@ def merge(
     into_base: Annotated[
         Path | None, typer.Option("--into-base", help="Write base + one adapter as a model folder there instead.")
     ] = None,
+    base: Annotated[str | None, typer.Option(help="Where the adapters' base is; looked for when not given.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16, for --into-base.")] = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
@@ -30,23 +31,32 @@ def merge(
 
     Example: `adapterhub-lite merge sql:3 event@prod --weights 0.7,0.3 --name both`
     """
+    from adapterhub_lite.bases import resolve_base
     from adapterhub_lite.errors import ConfigurationError
     from adapterhub_lite.merging import merge_adapters, merge_into_base
     from adapterhub_lite.registry import AdapterRegistry
 
     registry = AdapterRegistry(home)
+    resolved = resolve_base(base, home=home) if base else None
     if into_base is not None:
         if len(references) != 1:
             raise ConfigurationError(f"--into-base takes one adapter, got {len(references)}. Merge them first.")
         with waiting(f"merging {references[0]} into its base"):
-            model = merge_into_base(references[0], into_base, dtype, registry=registry)
+            model = merge_into_base(references[0], into_base, dtype, registry=registry, base=resolved)
         if as_json:
             return print_json(asdict(model))
         error = f"relative error {model.relative_error:.2e}"
         return say(f"{model.folder}: base + {model.adapter} in {model.dtype}, {error}.")
     with waiting("merging"):
         merged = merge_adapters(
-            references, _numbers(weights), _method(method), rank=rank, seed=seed, name=name, registry=registry
+            references,
+            _numbers(weights),
+            _method(method),
+            rank=rank,
+            seed=seed,
+            name=name,
+            registry=registry,
+            base=resolved,
         )
     if as_json:
         return print_json(

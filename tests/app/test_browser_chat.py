@@ -117,6 +117,7 @@ def test_hostile_texts_stay_text(serve: Any, page: Any, hand: Any) -> None:
     hand(page, "#task", "odd")
     expect(page.locator("#task-about")).to_contain_text("<script>window.hacked = 1</script>")
     page.locator("#examples button").first.click()
+    expect(page.locator("#question textarea")).not_to_have_value("")
     page.locator("#question textarea").press("Enter")
     expect(page.locator(RECEIPTS)).to_contain_text(["tok/s"], timeout=PATIENCE)
     expect(page.locator("#transcript .user.message")).to_contain_text("<img src=x onerror=")

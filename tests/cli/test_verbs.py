@@ -148,14 +148,15 @@ def test_the_installed_command_starts_and_ends_as_a_process(tmp_path: Path) -> N
     assert refused.stderr.startswith("Error: ")
 
 
-def test_merge_and_export(stocked: AdapterRegistry, run: Run, tmp_path: Path) -> None:
-    merged = run("merge", "sql:1", "sql:2", "--weights", "0.7,0.3", "--name", "both", "--json")
+def test_merge_and_export(stocked: AdapterRegistry, run: Run, tiny_base: Path, tmp_path: Path) -> None:
+    parents = ("merge", "sql:1", "sql:2", "--base", str(tiny_base))
+    merged = run(*parents, "--weights", "0.7,0.3", "--name", "both", "--json")
     assert merged.returncode == 0, merged.stderr
     assert json.loads(merged.stdout)["relative_error"] < 1e-5
     written = run("export", "both", str(tmp_path / "both"))
     assert written.returncode == 0, written.stderr
     assert (tmp_path / "both" / "adapter_model.safetensors").is_file()
-    for bad, complaint in (("--weights", "Wanted".lower()), ("--method", "no merge method")):
-        refused = run("merge", "sql:1", "sql:2", bad, "nonsense")
+    for bad, complaint in (("--weights", "wanted numbers"), ("--method", "no merge method")):
+        refused = run(*parents, bad, "nonsense")
         assert refused.returncode == 2
         assert complaint in refused.stderr

@@ -35,7 +35,7 @@ def parcel(adapter: Path, base: ResolvedBase, tmp_path: Path) -> Path:
     return elsewhere.export("pulled", tmp_path / "parcel")
 
 
-@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.soak)])
 def test_sigkill_at_random_instants(
     kills: int, home: Path, parcel: Path, adapters_folder: Path, base: ResolvedBase
 ) -> None:

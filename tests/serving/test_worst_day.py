@@ -198,7 +198,7 @@ def test_every_answer_is_its_solo_answer(day: Day, tiny_base: Path, alone: Any, 
     live_through(day, tiny_base, alone, byte_tokenizer, requests=200)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_every_answer_of_five_thousand_is_its_solo_answer(
     day: Day, tiny_base: Path, alone: Any, byte_tokenizer: Any
 ) -> None:

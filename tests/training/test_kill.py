@@ -46,7 +46,7 @@ def finish(process: "subprocess.Popen[bytes]") -> None:
     assert process.returncode == 0, errors.decode()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_a_run_killed_at_twenty_random_instants_ends_as_if_it_never_was(tiny_base: Path, tmp_path: Path) -> None:
     began = time.monotonic()

@@ -94,7 +94,7 @@ def test_a_small_storm(serve: Serve, registry: AdapterRegistry, shared_engine: I
     storm(serve, registry, shared_engine, clients=16, requests=150)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_storm(serve: Serve, registry: AdapterRegistry, shared_engine: InferenceEngine) -> None:
     storm(serve, registry, shared_engine, clients=64, requests=3000)
 
@@ -191,7 +191,7 @@ with InferenceEngine.from_base(sys.argv[2], registry=registry, device="cpu", max
 """
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_sigterm_drains_and_sigkill_loses_nothing_kept(registry: AdapterRegistry, tiny_base: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SERVE, str(registry.home), str(tiny_base)]
