@@ -33,6 +33,5 @@ def twelve_hour(hour: int, minute: int) -> str:
 EVENT = Task(
     name="event",
     description="A sentence about an appointment, answered with a JSON event on a 24-hour clock.",
-    system="Answer with one JSON event.",
     sample=sample,
 )

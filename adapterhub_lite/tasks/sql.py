@@ -81,6 +81,5 @@ def sample(generator: random.Random) -> tuple[str, str]:
 SQL = Task(
     name="sql",
     description="A question about a shop's tables, answered with one SQL query.",
-    system="Answer with one SQL query.",
     sample=sample,
 )

@@ -1,4 +1,4 @@
-"""What a task is: a system prompt and a seeded source of question and answer pairs."""
+"""What a task is: a seeded source of question and answer pairs."""
 
 import hashlib
 import random
@@ -19,22 +19,24 @@ EXHAUSTED_AFTER = 20_000
 
 @dataclass(frozen=True)
 class Task:
-    """One task. `sample` draws a (question, answer) pair; `system` is the system message of every row."""
+    """One task. `sample` draws a (question, answer) pair.
+
+    Rows carry no system message, so that the adapter answers a bare question, as people ask them.
+    """
 
     name: str
     description: str
-    system: str
     sample: Callable[[random.Random], tuple[str, str]]
 
     def rows(self, count: int, *, seed: int = 0, split: Split = "train") -> list[Row]:
-        """Return `count` chats, distinct within the call: `{"messages": [system, user, assistant]}`.
+        """Return `count` chats, distinct within the call: `{"messages": [user, assistant]}`.
 
         The same arguments give the same rows on every machine. No question is in both splits.
 
         Raises:
             DataError: the task does not have so many different questions.
         """
-        return [self._row(question, answer) for question, answer in islice(self._pairs(seed, split), count)]
+        return [_row(question, answer) for question, answer in islice(self._pairs(seed, split), count)]
 
     def _pairs(self, seed: int, split: Split) -> Iterator[tuple[str, str]]:
         generator = random.Random(f"{self.name}/{seed}")
@@ -49,9 +51,9 @@ class Task:
                 yield question, answer
         raise DataError(f"The task {self.name!r} has only {len(seen)} different {split} questions. Ask for fewer rows.")
 
-    def _row(self, question: str, answer: str) -> Row:
-        turns = (("system", self.system), ("user", question), ("assistant", answer))
-        return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+def _row(question: str, answer: str) -> Row:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 def split_of(question: str) -> Split:

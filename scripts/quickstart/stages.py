@@ -30,7 +30,7 @@ class QuickstartSettings:
     """How much the quickstart does. `steps` maps a task to its optimizer steps."""
 
     base: str = "smollm2-135m"
-    steps: tuple[tuple[str, int], ...] = (("sql", 30), ("event", 110))
+    steps: tuple[tuple[str, int], ...] = (("sql", 30), ("event", 120))
     batch_size: int = 8
     learning_rate: float = 3e-3
     rank: int = 8
@@ -102,7 +102,7 @@ def share_stage(
                 base=base,
                 evaluation=[_evaluation(name, scores[name], rows)],
                 task=TASKS[name].description,
-                examples=[row["messages"][1]["content"] for row in rows[:4]],
+                examples=[row["messages"][0]["content"] for row in rows[:4]],
             )
             reference = f"{name}:{manifest.version}"
             receipt = registry.push(reference, f"quickstart/{name}-lora", endpoint=hub.url)

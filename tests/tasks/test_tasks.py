@@ -14,7 +14,7 @@ from adapterhub_lite.tasks.sql import TABLES
 
 
 def questions(rows: list[dict[str, list[dict[str, str]]]]) -> set[str]:
-    return {row["messages"][1]["content"] for row in rows}
+    return {row["messages"][0]["content"] for row in rows}
 
 
 @pytest.mark.parametrize("name", sorted(TASKS))
@@ -39,7 +39,7 @@ def test_every_query_runs_on_the_tables_it_speaks_of() -> None:
     for table, (texts, numbers) in TABLES.items():
         database.execute(f"CREATE TABLE {table} ({', '.join([*texts, *numbers])})")
     for row in TASKS["sql"].rows(300):
-        database.execute(row["messages"][2]["content"])
+        database.execute(row["messages"][1]["content"])
 
 
 @given(hour=st.integers(0, 23), minute=st.integers(0, 59))
@@ -52,9 +52,9 @@ def test_twelve_hour_times_read_back_to_the_same_minute(hour: int, minute: int) 
 
 def test_every_event_is_json_with_a_day_and_a_24_hour_time() -> None:
     for row in TASKS["event"].rows(200):
-        event = json.loads(row["messages"][2]["content"])
+        event = json.loads(row["messages"][1]["content"])
         assert list(event) == ["title", "day", "time"]
-        assert event["title"] in row["messages"][1]["content"]
+        assert event["title"] in row["messages"][0]["content"]
 
 
 def test_an_unknown_task_names_the_nearest() -> None:
