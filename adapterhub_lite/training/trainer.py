@@ -203,12 +203,12 @@ class AdapterTrainer(Trainer):
         self._evaluated = EvaluationSums()
         try:
             output = super().evaluation_loop(*args, **kwargs)
+            # Every process takes part, also one whose rows were all repeats.
+            gathered = self.accelerator.gather(self._evaluated.sums[None].to(self.args.device, torch.float64))
+            self._evaluated.sums = gathered.sum(0).cpu()
             if self._evaluated.sums[0] > 0:
-                gathered = self.accelerator.gather(self._evaluated.sums[None].to(self.args.device, torch.float64))
-                self._evaluated.sums = gathered.sum(0).cpu()
-                prefix = kwargs.get("metric_key_prefix", "eval")
                 assert output.metrics is not None, "the loop always reports its time"
-                output.metrics.update(self._evaluated.metrics(prefix))
+                output.metrics.update(self._evaluated.metrics(kwargs.get("metric_key_prefix", "eval")))
             return output
         finally:
             self._evaluated = None
