@@ -67,4 +67,4 @@ def test_leaving_the_page_cancels_the_comparison(world: Any) -> None:
     next(growing)
     under_way = list(backend.live._by_session[live_key("gone")])
     growing.close()
-    assert under_way and all(handle._job.cancelled.is_set() for handle in under_way)
+    assert under_way and all(answer.is_cancelled for answer in under_way)
