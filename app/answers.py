@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from adapterhub_lite.errors import RequestCancelledError
 from adapterhub_lite.serving import GenerationRequest
-from app.backend import Backend
+from app.backend import Backend, PendingAnswer
 from app.notice import sentence
 from app.receipt import Receipt
 from app.task import Task
@@ -39,13 +39,19 @@ class Answer:
 
 
 def grow_answer(
-    backend: Backend, session: str, task: Task, messages: Sequence[dict[str, str]], settings: AnswerSettings
+    backend: Backend,
+    session: str,
+    task: Task,
+    messages: Sequence[dict[str, str]],
+    settings: AnswerSettings,
+    pending: PendingAnswer | None = None,
 ) -> Iterator[Answer]:
     """Yield the answer as it grows, at most every `SECONDS_BETWEEN_UPDATES`; the last one is complete.
 
-    Whatever goes wrong becomes its notice. Closing the iterator cancels the request.
+    Whatever goes wrong becomes its notice. Closing the iterator cancels the request, and so does `pending`, which may
+    be cancelled before the first step.
     """
-    answer = Answer()
+    answer, pending = Answer(), pending or PendingAnswer()
     try:
         request = GenerationRequest(
             messages=messages,
@@ -53,8 +59,10 @@ def grow_answer(
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
         )
-        handle = backend.engine.submit(request)
-        with backend.live.watch(session, handle):
+        # Watched before it is asked for: an adapter may have to be loaded first, and Stop works meanwhile.
+        with backend.live.watch(session, pending):
+            handle = backend.engine.submit(request)
+            pending.attach(handle)
             shown_at = 0.0
             for chunk in handle:
                 answer = replace(answer, text=answer.text + chunk.text)

@@ -19,6 +19,29 @@ class Cancellable(Protocol):
         """Ask for its end; returns at once."""
 
 
+class PendingAnswer:
+    """An answer from before it is asked for: cancelling it then ends it as soon as it is. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._answer: Cancellable | None = None
+        self.is_cancelled = False
+
+    def attach(self, answer: Cancellable) -> None:
+        """Say which answer it became."""
+        with self._lock:
+            self._answer = answer
+            if self.is_cancelled:
+                answer.cancel()
+
+    def cancel(self) -> None:
+        """Ask for its end; returns at once."""
+        with self._lock:
+            self.is_cancelled = True
+            if self._answer is not None:
+                self._answer.cancel()
+
+
 class LiveAnswers:
     """The answers under way in each browser session, so that Stop ends one's own and nobody else's. Thread-safe."""
 

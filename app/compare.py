@@ -5,10 +5,11 @@ import queue
 import re
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 
 from adapterhub_lite.errors import AdapterHubError
 from app.answers import Answer, AnswerSettings, grow_answer
-from app.backend import Backend
+from app.backend import Backend, PendingAnswer
 from app.notice import sentence
 from app.task import BASE, Task
 
@@ -28,23 +29,25 @@ def compare(
     answers = [Answer() for _ in tasks]
     updates: queue.SimpleQueue[tuple[int, Answer]] = queue.SimpleQueue()
     key = live_key(session)
+    pending = [PendingAnswer() for _ in tasks]
 
     def follow(place: int, text: str) -> None:
         try:
-            for answer in grow_answer(backend, key, Task.parse(text), [{"role": "user", "content": prompt}], settings):
+            messages = [{"role": "user", "content": prompt}]
+            for answer in grow_answer(backend, key, Task.parse(text), messages, settings, pending[place]):
                 updates.put((place, answer))
         except AdapterHubError as error:
             updates.put((place, Answer(notice=sentence(error))))
 
-    for place, text in enumerate(tasks):
-        threading.Thread(target=follow, args=(place, text), name=f"compare-{place}", daemon=True).start()
-    try:
+    with ExitStack() as watched:
+        for one in pending:
+            watched.enter_context(backend.live.watch(key, one))
+        for place, text in enumerate(tasks):
+            threading.Thread(target=follow, args=(place, text), name=f"compare-{place}", daemon=True).start()
         while not all(answer.is_complete for answer in answers):
             for place, answer in _take(updates):
                 answers[place] = answer
             yield list(answers)
-    finally:
-        backend.live.stop(key)
 
 
 def _take(updates: "queue.SimpleQueue[tuple[int, Answer]]") -> Iterator[tuple[int, Answer]]:

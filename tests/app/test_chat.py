@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
-from app.answers import STOPPED, AnswerSettings
+from app.answers import STOPPED, AnswerSettings, grow_answer
+from app.backend import PendingAnswer
 from app.chat import ask, retry
+from app.task import Task
 from app.transcript import (
     INTERRUPTED,
     MAX_CHARACTERS,
@@ -87,6 +89,14 @@ def test_stop_ends_ones_own_answer_and_nobody_elses(world: Any) -> None:
     assert last(mine)[-1].notice == STOPPED
     assert last(other)[-1].receipt is not None
     assert backend.live.stop("me") == 0
+
+
+def test_stop_before_the_first_word_is_not_lost(world: Any) -> None:
+    pending = PendingAnswer()
+    pending.cancel()
+    messages = [{"role": "user", "content": "hello"}]
+    answers = list(grow_answer(world.backend(), "s", Task(), messages, AnswerSettings(max_new_tokens=300), pending))
+    assert answers[-1].notice == STOPPED
 
 
 def test_closing_a_page_cancels_its_answer(world: Any) -> None:

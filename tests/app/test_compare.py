@@ -59,3 +59,12 @@ def test_a_diff_holds_both_texts_and_nothing_else(reference: str, other: str) ->
     pieces = diff_words(reference, other)
     assert "".join(text for text, kind in pieces if kind != "added") == reference
     assert "".join(text for text, kind in pieces if kind != "removed") == other
+
+
+def test_leaving_the_page_cancels_the_comparison(world: Any) -> None:
+    backend = world.backend()
+    growing = compare(backend, "gone", "hello", ["sql"], AnswerSettings(max_new_tokens=400))
+    next(growing)
+    under_way = list(backend.live._by_session[live_key("gone")])
+    growing.close()
+    assert under_way and all(answer.is_cancelled for answer in under_way)
