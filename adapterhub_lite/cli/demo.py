@@ -1,5 +1,6 @@
 """`demo`: open the app."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,10 +17,11 @@ def demo(
 
     Example: `adapterhub-lite demo --port 7860`
     """
+    from adapterhub_lite.bases import resolve_base
     from adapterhub_lite.registry import AdapterRegistry
     from adapterhub_lite.serving import InferenceEngine
     from app import launch
 
     registry = AdapterRegistry(home)
     with InferenceEngine.from_base(base, registry=registry, home=home) as engine:
-        launch(engine, registry, port=port, base_name=base)
+        launch(engine, registry, port=port, base_name=Path(base).name, base=resolve_base(base, home=home))

@@ -106,7 +106,7 @@ def open_app(base: str, home: Path) -> None:
 
     registry = AdapterRegistry(home)
     with InferenceEngine.from_base(base, registry=registry, home=home) as engine:
-        launch(engine, registry, base_name=base)
+        launch(engine, registry, base_name=Path(base).name, base=resolve_base(base, home=home))
 
 
 def main() -> None:
