@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import AdapterHubError
 from adapterhub_lite.evaluation import compare_with_base
@@ -22,7 +24,7 @@ from adapterhub_lite.training.recipe import train_adapter
 
 Say = Callable[[str], None]
 ANSWER_TOKENS = 64
-SWITCHES = 200
+SWITCHES = 100
 
 
 @dataclass(frozen=True)
@@ -146,14 +148,15 @@ def serve_stage(settings: QuickstartSettings, base: ResolvedBase, registry: Adap
     questions = [
         row["messages"][:-1]
         for name in settings.tasks
-        for row in TASKS[name].rows(3, seed=settings.seed, split="held-out")
+        for row in TASKS[name].rows(2, seed=settings.seed, split="held-out")
     ]
     requests = [
-        GenerationRequest(messages=messages, adapter=adapter, max_new_tokens=32)
+        GenerationRequest(messages=messages, adapter=adapter, max_new_tokens=24)
         for messages in questions
         for adapter in adapters
     ]
-    with InferenceEngine.from_base(str(base.folder), registry=registry) as engine:
+    # In fp32, where equality is a law: in bf16 a near tie of the base may fall either way with the shape of the batch.
+    with InferenceEngine.from_base(str(base.folder), registry=registry, dtype=torch.float32) as engine:
         mixed = engine.generate_many(requests)
         solo = [engine.generate(request) for request in requests]
         switches = [
