@@ -1,7 +1,8 @@
 """The bank: for every row of the batch the LoRA pairs it is routed to, padded to one rank, beside the frozen layers.
 
 Row by row, never token by token; filled when the batch changes, not at every step. A row of the base holds zeros.
-Adapters are never merged into the base.
+A row that is alone takes over the idle place that still holds its task, so that going back and forth between tasks
+copies nothing. Adapters are never merged into the base.
 """
 
 from collections.abc import Sequence
@@ -86,18 +87,25 @@ class RowBank:
     ) -> None:
         self._groups = groups
         self._rows: list[Parts] = [()] * rows
+        self._used: set[int] = set()
+        # Which place of the banks belongs to which row, and what each place holds.
+        self._place = list(range(rows))
         self._held = [_key(())] * rows
+        self._last_used = [0] * rows
         self._banks: list[GroupBank | None] = [None] * len(groups)
         self._dtype = dtype
         self._device = device
         self._routes: list[list[tuple[int, slice]]] = [[] for _ in groups]
-        self._runs: tuple[Run, ...] = ()
+        self._runs: tuple[tuple[Run, slice], ...] = ()
         self.rank = 0
 
     def place(self, row: int, parts: Parts) -> None:
-        """Route `row` to the sum of `parts`; no parts is the base. What the row holds already is not copied again."""
+        """Route `row` to the sum of `parts`; no parts is the base. What an idle place holds already is not copied."""
         self._rows[row] = parts
-        if self._held[row] == _key(parts):
+        self._used.add(row)
+        if len(self._used) == 1:
+            self._take_over(row, _key(parts))
+        if self._held[self._place[row]] == _key(parts):
             return
         needed = sum(part.weights.rank for part in parts)
         if needed > self.rank:
@@ -106,8 +114,9 @@ class RowBank:
             self._fill(row)
 
     def leave(self, row: int) -> None:
-        """Let go of the weights of a row; what was copied stays until another request needs the row."""
+        """Let go of the weights of a row; what was copied stays until another request needs the place."""
         self._rows[row] = ()
+        self._used.discard(row)
 
     def shrink(self) -> None:
         """Forget rows that a large rank made wide. Only when no row is in use."""
@@ -118,9 +127,10 @@ class RowBank:
 
     def begin(self, step: Step) -> None:
         """Compute the routing of a step, for all its layers: which runs and which families have any adapter at all."""
-        self._runs = tuple(
-            run for run in step.runs if any(self._rows[row] for row in range(run.rows.start, run.rows.stop))
-        )
+        runs = [run for run in step.runs if any(self._rows[row] for row in range(run.rows.start, run.rows.stop))]
+        if not all(self._side_by_side(run) for run in runs):
+            self._set_straight()
+        self._runs = tuple((run, self._places(run)) for run in runs)
         active = {name for row in step.rows for part in self._rows[row] for name in part.weights.families}
         for group, route in zip(self._groups, self._routes, strict=True):
             route.clear()
@@ -137,15 +147,39 @@ class RowBank:
         if not routes or bank is None:
             return y
         a = bank.a[layer]
-        for run in self._runs:
+        for run, places in self._runs:
             n, length = run.count, run.query_length
             inputs = x[run.tokens].to(self._dtype).view(n, length, -1)
-            down = torch.bmm(inputs, a[run.rows].flatten(1, 2).transpose(1, 2))
+            down = torch.bmm(inputs, a[places].flatten(1, 2).transpose(1, 2))
             target = y[run.tokens].view(n, length, -1)
             for place, columns in routes:
                 own = down[:, :, place * self.rank : (place + 1) * self.rank]
-                target[:, :, columns].add_(torch.bmm(own, bank.b[place][layer, run.rows]))
+                target[:, :, columns].add_(torch.bmm(own, bank.b[place][layer, places]))
         return y
+
+    def _take_over(self, row: int, key: tuple[tuple[int, float], ...]) -> None:
+        """Exchange the place of the only row in use for the one that holds `key`, else for the longest unused one."""
+        places = range(len(self._held))
+        place = min(places, key=lambda at: (self._held[at] != key, self._last_used[at]))
+        other = self._place.index(place)
+        self._place[other], self._place[row] = self._place[row], place
+        self._last_used[place] = max(self._last_used) + 1
+
+    def _places(self, run: Run) -> slice:
+        first = self._place[run.rows.start]
+        return slice(first, first + run.count)
+
+    def _side_by_side(self, run: Run) -> bool:
+        """Whether the places of a run's rows follow each other, so that one slice of the bank serves it."""
+        places = self._places(run)
+        return self._place[run.rows.start : run.rows.stop] == list(range(places.start, places.stop))
+
+    def _set_straight(self) -> None:
+        """Give each row its own place again, and fill those that held another row's task."""
+        self._place = list(range(len(self._rows)))
+        for row in self._used:
+            if self._held[row] != _key(self._rows[row]):
+                self._fill(row)
 
     def _grow(self, rank: int) -> None:
         self.rank = rank
@@ -164,5 +198,5 @@ class RowBank:
                 bank = GroupBank(group, len(self._rows), self.rank, self._dtype, self._device)
                 self._banks[number] = bank
             if bank is not None:
-                bank.fill(row, parts)
-        self._held[row] = _key(parts)
+                bank.fill(self._place[row], parts)
+        self._held[self._place[row]] = _key(parts)
