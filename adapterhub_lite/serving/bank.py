@@ -129,7 +129,7 @@ class RowBank:
         """Compute the routing of a step, for all its layers: which runs and which families have any adapter at all."""
         runs = [run for run in step.runs if any(self._rows[row] for row in range(run.rows.start, run.rows.stop))]
         if not all(self._side_by_side(run) for run in runs):
-            self._set_straight()
+            self._set_straight({*self._used, *step.rows})
         self._runs = tuple((run, self._places(run)) for run in runs)
         active = {name for row in step.rows for part in self._rows[row] for name in part.weights.families}
         for group, route in zip(self._groups, self._routes, strict=True):
@@ -174,10 +174,10 @@ class RowBank:
         places = self._places(run)
         return self._place[run.rows.start : run.rows.stop] == list(range(places.start, places.stop))
 
-    def _set_straight(self) -> None:
+    def _set_straight(self, rows: set[int]) -> None:
         """Give each row its own place again, and fill those that held another row's task."""
         self._place = list(range(len(self._rows)))
-        for row in self._used:
+        for row in rows:
             if self._held[row] != _key(self._rows[row]):
                 self._fill(row)
 

@@ -1,5 +1,6 @@
 """Whatever the network does: a publish happens exactly once, a pull is what was published or an error."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,11 @@ def test_files_that_arrived_are_not_fetched_again_after_an_interruption(
 
     with pytest.raises(KeyboardInterrupt):
         elsewhere.pull(REPO, endpoint=hub_server.url, progress=interrupt)
+    # An exchange is logged when it has ended, which may be after the client went on.
+    deadline = time.monotonic() + 30
+    while not any(one.path.endswith("/adapter_config.json") and one.method == "GET" for one in hub_server.faults.log):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     hub_server.faults.log.clear()
     assert elsewhere.pull(REPO, endpoint=hub_server.url).source == "hub"
     fetched = [
