@@ -47,7 +47,7 @@ def run(processes: int, base: Path, folder: Path, **settings: Any) -> dict[str, 
     return {**found, "adapter": load_file(folder / "adapter" / "adapter_model.safetensors")}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_processes_end_with_the_adapter_of_one(tiny_base: Path, tmp_path: Path) -> None:
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     one = run(1, tiny_base, tmp_path / "one", per_device_train_batch_size=8, **settings)
