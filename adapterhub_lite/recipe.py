@@ -3,14 +3,11 @@
 Standard library only, so that `adapterhub-lite train --help` starts at once.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from adapterhub_lite.errors import ConfigurationError
-
-
-def _setting(default: Any, help_text: str) -> Any:
-    return field(default=default, metadata={"help": help_text})
+from adapterhub_lite.setting import setting
 
 
 @dataclass(frozen=True)
@@ -21,17 +18,17 @@ class TrainingRecipe:
         ConfigurationError: a value out of range; the text names all of them.
     """
 
-    steps: int = _setting(60, "Optimizer steps.")
-    batch_size: int = _setting(16, "Rows a step and device.")
-    accumulation: int = _setting(1, "Batches added up before each step.")
-    learning_rate: float = _setting(2e-3, "Peak learning rate.")
-    rank: int = _setting(8, "LoRA rank.")
-    alpha: int = _setting(0, "LoRA alpha; 0 means twice the rank.")
-    target_modules: str = _setting("all-linear", "Modules to adapt: all-linear, attention or mlp.")
-    max_length: int = _setting(1024, "Longest row, in tokens.")
-    overlong: Literal["refuse", "truncate", "drop"] = _setting("refuse", "A longer row: refuse, truncate or drop.")
-    seed: int = _setting(0, "Seed of adapter and data order.")
-    save_steps: int = _setting(25, "Optimizer steps between checkpoints.")
+    steps: int = setting(60, "Optimizer steps.")
+    batch_size: int = setting(16, "Rows a step and device.")
+    accumulation: int = setting(1, "Batches added up before each step.")
+    learning_rate: float = setting(2e-3, "Peak learning rate.")
+    rank: int = setting(8, "LoRA rank.")
+    alpha: int = setting(0, "LoRA alpha; 0 means twice the rank.")
+    target_modules: str = setting("all-linear", "Modules to adapt: all-linear, attention or mlp.")
+    max_length: int = setting(1024, "Longest row, in tokens.")
+    overlong: Literal["refuse", "truncate", "drop"] = setting("refuse", "A longer row: refuse, truncate or drop.")
+    seed: int = setting(0, "Seed of adapter and data order.")
+    save_steps: int = setting(25, "Optimizer steps between checkpoints.")
 
     def __post_init__(self) -> None:
         at_least_one = ("steps", "batch_size", "accumulation", "rank", "max_length", "save_steps")

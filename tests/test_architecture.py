@@ -12,16 +12,17 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "adapterhub_lite"
 
 # room -> the rooms it may import; what lies below everything is in FOUNDATION.
-FOUNDATION = {"errors", "home", "record", "bases", "canary"}
+FOUNDATION = {"errors", "home", "record", "setting", "bases", "canary"}
 ALLOWED = {
     "errors": set(),
     "home": set(),
+    "setting": set(),
     "record": {"errors"},
     "bases": {"errors", "home"},
     "canary": {"errors", "record"},
     "diagnosis": {"home", "record"},
     "tasks": {"errors"},
-    "recipe": {"errors"},
+    "recipe": {"errors", "setting"},
     "quiet": set(),
     "evaluation": {"errors", "tasks", "training", "serving"},
     "losses": FOUNDATION,

@@ -1,14 +1,11 @@
 """The server's settings, each described once; the command line is derived from them."""
 
 import ipaddress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from adapterhub_lite.errors import ConfigurationError
-
-
-def _help(text: str) -> dict[str, str]:
-    return {"help": text}
+from adapterhub_lite.setting import setting
 
 
 @dataclass(frozen=True)
@@ -19,17 +16,17 @@ class ServerSettings:
         ConfigurationError: a limit below 1, or an address beyond this machine without keys.
     """
 
-    base_name: str = field(default="base", metadata=_help("Name of the base as clients give it in `model`."))
-    adapters: str = field(default="", metadata=_help("Adapters to load and serve, comma-separated; empty: all."))
-    host: str = field(default="127.0.0.1", metadata=_help("Address to listen on; beyond this machine only with keys."))
-    port: int = field(default=8000, metadata=_help("Port to listen on; 0 takes a free one."))
-    keys: Path | None = field(default=None, metadata=_help("JSON file of API keys and what each may use."))
-    max_body_bytes: int = field(default=1_000_000, metadata=_help("Largest request body, in bytes."))
-    max_prompt_characters: int = field(default=200_000, metadata=_help("Longest prompt, in characters."))
-    max_new_tokens: int = field(default=1024, metadata=_help("Most tokens one request may ask for."))
-    max_concurrent: int = field(default=64, metadata=_help("Requests in work at once; more get a 429."))
-    timeout_seconds: float = field(default=120.0, metadata=_help("Longest time one request may take, in seconds."))
-    drain_seconds: int = field(default=30, metadata=_help("Time for requests to finish at a stop, in seconds."))
+    base_name: str = setting("base", "Name of the base as clients give it in `model`.")
+    adapters: str = setting("", "Adapters to load and serve, comma-separated; empty: all.")
+    host: str = setting("127.0.0.1", "Address to listen on; beyond this machine only with keys.")
+    port: int = setting(8000, "Port to listen on; 0 takes a free one.")
+    keys: Path | None = setting(None, "JSON file of API keys and what each may use.")
+    max_body_bytes: int = setting(1_000_000, "Largest request body, in bytes.")
+    max_prompt_characters: int = setting(200_000, "Longest prompt, in characters.")
+    max_new_tokens: int = setting(1024, "Most tokens one request may ask for.")
+    max_concurrent: int = setting(64, "Requests in work at once; more get a 429.")
+    timeout_seconds: float = setting(120.0, "Longest time one request may take, in seconds.")
+    drain_seconds: int = setting(30, "Time for requests to finish at a stop, in seconds.")
 
     def __post_init__(self) -> None:
         limits = ("max_body_bytes", "max_prompt_characters", "max_new_tokens", "max_concurrent", "timeout_seconds")

@@ -107,6 +107,7 @@ def run_all(scratch: Path, only: list[str] | None, found: dict[str, Any]) -> Non
 
 
 def main() -> None:
+    """Run each preset in a child process and set its peak beside the prediction."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", help="shape:preset")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)

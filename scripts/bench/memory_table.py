@@ -35,6 +35,7 @@ EXACT = ("full", "lora-bf16", "lora-bf16-gc", "qlora-nf4-gc")
 
 
 def main() -> None:
+    """Reckon the table, and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--exact", action="store_true")
     arguments = parser.parse_args()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import AdapterHubError
@@ -92,6 +93,7 @@ def share_stage(
     hub_data: Path,
 ) -> dict[str, Any]:
     """Add both adapters to the registry, push them to an embedded hub, pull them elsewhere, compare every file."""
+    disable_progress_bars()
     versions: dict[str, int] = {}
     digests: dict[str, str] = {}
     with HubServer(hub_data) as hub, tempfile.TemporaryDirectory() as elsewhere:
