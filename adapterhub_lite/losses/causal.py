@@ -1,6 +1,5 @@
 """The loss of a causal language model from its hidden states, by whichever implementation was chosen."""
 
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -50,10 +49,16 @@ def causal_lm_loss(
         # A and its dropout only for the tokens that count.
         index = valid.nonzero().squeeze(1)
         widened, extra = head.widened(states[index])
-        losses = tiled_cross_entropy(
-            widened, head.weight, targets[index], replace(wanted, reduction="none"), bias=head.bias, extra=extra
+        loss = tiled_cross_entropy(
+            widened,
+            head.weight,
+            targets[index],
+            wanted,
+            bias=head.bias,
+            token_weights=None if weights is None else weights[index],
+            extra=extra,
         )
-        return _spread(losses, index, valid, wanted, weights)
+        return loss if reduction != "none" else loss.new_zeros(valid.shape).index_put((index,), loss)
     return tiled_cross_entropy(states, head.weight, targets, wanted, bias=head.bias, token_weights=weights)
 
 

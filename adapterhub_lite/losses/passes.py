@@ -13,6 +13,7 @@ from adapterhub_lite.losses.options import LossOptions
 from adapterhub_lite.losses.rows import RowReader
 from adapterhub_lite.losses.tiles import (
     HALF_LIFT,
+    Panel,
     TileBuffers,
     exponential_,
     finish_logits,
@@ -39,6 +40,7 @@ class Statistics:
     """What the first pass leaves, each (n,) in the wide dtype; `gradient` is (n, D) for an upstream gradient of one.
 
     `doubt` is 1 - p of the target, summed from the others: near p = 1 the subtraction would leave nothing.
+    `pulls` is there where a gradient is made.
     """
 
     losses: Tensor
@@ -46,6 +48,17 @@ class Statistics:
     target_logits: Tensor
     doubt: Tensor
     gradient: Tensor | None
+    pulls: "Pulls | None" = None
+
+
+@dataclass(frozen=True)
+class Pulls:
+    """The gradient of a token's loss by its logits, each (n,): share * exp(logit - largest) for all but the target,
+    `own` for the target, and -label_smoothing / V for everyone. A soft cap's slope is in `own`, not in `share`."""
+
+    largest: Tensor
+    share: Tensor
+    own: Tensor
 
 
 class _Running:
@@ -59,17 +72,22 @@ class _Running:
         self.rows = torch.zeros(columns, dtype=dtype, device=device)
 
 
-def statistics(problem: Problem, read: RowReader, *, gradient: bool) -> Statistics:
+def statistics(problem: Problem, read: RowReader, *, gradient: bool, kept: Panel | None = None) -> Statistics:
     """One pass over the tiles: losses, log-sum-exp and, if asked, the gradient of the hidden states.
 
     The gradient needs no second pass because it is linear in exp(logit - max) once the sum is known; that holds for
-    every option but label smoothing together with a soft cap.
+    every option but label smoothing together with a soft cap. `kept`, made for at least as many tokens, is filled
+    with the exponentials, for a gradient by the head.
     """
     hidden, targets, options = problem.hidden, problem.targets, problem.options
     wide, device = wide_dtype(hidden.dtype), hidden.device
     hidden = hidden.to(product_dtype(hidden.dtype, device))
-    shape = tile_shape(len(targets), problem.vocabulary, device, options.chunk_tokens)
-    buffers = TileBuffers(shape, hidden.dtype, device)
+    if kept is None:
+        shape = tile_shape(len(targets), problem.vocabulary, device, options.chunk_tokens)
+        buffers = TileBuffers(shape, hidden.dtype, device)
+    else:
+        shape, buffers = kept.shape, kept.buffers
+        kept.begin(len(targets))
     running = _Running(len(targets), hidden.shape[1], wide, device, gradient)
     target_rows = torch.empty_like(hidden)
     for columns in spans(problem.vocabulary, shape.vocabulary):
@@ -80,10 +98,10 @@ def statistics(problem: Problem, read: RowReader, *, gradient: bool) -> Statisti
         if options.label_smoothing and gradient:
             running.rows += block.sum(0, dtype=wide)
         for part in spans(len(targets), shape.tokens):
-            _add_tile(problem, running, buffers, hidden[part], block, bias, part, columns)
+            _add_tile(problem, running, buffers, hidden[part], block, bias, part, columns, kept)
     target_bias = None if problem.bias is None else problem.bias[targets]
     target_logits = finish_logits(_row_dots(hidden, target_rows, wide, shape.tokens), target_bias, options)
-    return _finish(problem, running, target_rows, target_logits)
+    return _finish(problem, running, target_rows, target_logits, pulls_wanted=gradient or kept is not None)
 
 
 def _add_tile(
@@ -95,6 +113,7 @@ def _add_tile(
     bias: Tensor | None,
     part: slice,
     columns: slice,
+    kept: Panel | None,
 ) -> None:
     options = problem.options
     tile = buffers.logits(hidden, block, bias, options)
@@ -104,19 +123,24 @@ def _add_tile(
     largest = torch.maximum(running.largest[part], tile.amax(1))
     shrink = torch.exp(running.largest[part] - largest)
     running.largest[part] = largest
-    slope = _cap_slope(tile, options) if running.gradient is not None else None
+    used = running.gradient is not None or kept is not None
+    slope = _cap_slope(tile, options) if used else None
     exponential_(tile.sub_(largest[:, None]))
     running.exponentials[part] = running.exponentials[part] * shrink + tile.sum(1)
+    if not used:
+        return
+    if slope is not None:
+        tile.mul_(slope)
+    if buffers.dtype == torch.float16:
+        tile.mul_(HALF_LIFT)
+    narrow = buffers.narrowed(tile) if kept is None else kept.keep(tile, columns, largest)
     if running.gradient is not None:
-        total = running.gradient[part].mul_(shrink[:, None])
-        if slope is not None:
-            tile.mul_(slope)
-        if buffers.dtype == torch.float16:
-            tile.mul_(HALF_LIFT)
-        buffers.add_product(total, buffers.narrowed(tile), block)
+        buffers.add_product(running.gradient[part].mul_(shrink[:, None]), narrow, block)
 
 
-def _finish(problem: Problem, running: _Running, target_rows: Tensor, target_logits: Tensor) -> Statistics:
+def _finish(
+    problem: Problem, running: _Running, target_rows: Tensor, target_logits: Tensor, *, pulls_wanted: bool
+) -> Statistics:
     options, others = problem.options, running.exponentials
     smooth = options.label_smoothing
     largest = torch.maximum(running.largest, target_logits)
@@ -130,21 +154,24 @@ def _finish(problem: Problem, running: _Running, target_rows: Tensor, target_log
         losses = losses + smooth * (target_logits - (running.logits / problem.vocabulary))
     if options.z_loss:
         losses = losses + options.z_loss * logsumexp.square()
-    if running.gradient is None:
+    if not pulls_wanted:
         return Statistics(losses, logsumexp, target_logits, others / total, None)
-    pull = 1 + 2 * options.z_loss * logsumexp
+    factor = 1 + 2 * options.z_loss * logsumexp
     lift = HALF_LIFT if target_rows.dtype == torch.float16 else 1.0
-    gradient = running.gradient.mul_((pull * shrink / (total * lift))[:, None])
-    coefficient = (pull - 1) * own / total - others / total + smooth
+    coefficient = (factor - 1) * own / total - others / total + smooth
     slope = _cap_slope(target_logits, options)
     coefficient = coefficient if slope is None else coefficient * slope
-    for part in spans(len(gradient), 1024):
-        gradient[part].addcmul_(target_rows[part].to(gradient.dtype), coefficient[part, None])
-    if smooth:
-        gradient.sub_(running.rows * (smooth / problem.vocabulary))
-    if options.logit_scale != 1.0:
-        gradient.mul_(options.logit_scale)
-    return Statistics(losses, logsumexp, target_logits, others / total, gradient)
+    pulls = Pulls(largest, factor / (total * lift), coefficient)
+    gradient = running.gradient
+    if gradient is not None:
+        gradient.mul_((pulls.share * shrink)[:, None])
+        for part in spans(len(gradient), 1024):
+            gradient[part].addcmul_(target_rows[part].to(gradient.dtype), coefficient[part, None])
+        if smooth:
+            gradient.sub_(running.rows * (smooth / problem.vocabulary))
+        if options.logit_scale != 1.0:
+            gradient.mul_(options.logit_scale)
+    return Statistics(losses, logsumexp, target_logits, others / total, gradient, pulls)
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,10 @@ def reduce_losses(losses: Tensor, valid: Tensor, reduction: str, token_weights: 
     if reduction == "none":
         return losses
     total = losses.sum()
-    if reduction == "sum":
-        return total
-    weights = valid.to(total.dtype) if token_weights is None else valid * token_weights
-    divisor = weights.sum()
-    return total / torch.where(divisor == 0, torch.ones_like(divisor), divisor)
+    return total if reduction == "sum" else total / mean_divisor(valid, token_weights).to(total.dtype)
+
+
+def mean_divisor(valid: Tensor, token_weights: Tensor | None) -> Tensor:
+    """The sum of the valid tokens' weights, 1 where it is 0."""
+    divisor = (valid.float() if token_weights is None else valid * token_weights).sum()
+    return torch.where(divisor == 0, torch.ones_like(divisor), divisor)

@@ -1,9 +1,10 @@
 """Cross entropy of a linear head without its logits, on any device. Knows torch only.
 
-Two ways, one interface. Where only the hidden states are trained, one pass over the tiles gives the losses and their
-gradient, kept in fp32 for an upstream gradient of one and scaled in backward. Where the head is trained too, the
-forward pass keeps only the log-sum-exp and backward makes the tiles again. In both, the upstream gradient (and with it
-the factor of a gradient scaler) is multiplied before anything is rounded.
+Three ways, one interface. Where only the hidden states are trained, one pass over the tiles gives the losses and their
+gradient, kept in fp32 for an upstream gradient of one and scaled in backward. Where the head is trained too and the
+losses are summed, so does one pass over panels of tokens (`head_gradient`). For the rest the forward pass keeps only
+the log-sum-exp and backward makes the tiles again. In all, the upstream gradient (and with it the factor of a gradient
+scaler) is multiplied before anything is rounded.
 """
 
 from dataclasses import dataclass, replace
@@ -14,9 +15,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from adapterhub_lite.errors import ConfigurationError
+from adapterhub_lite.losses.head_gradient import one_pass_reason, weighed_loss
 from adapterhub_lite.losses.options import LossOptions, check_shapes, check_targets
 from adapterhub_lite.losses.passes import Problem, Statistics, gradients, statistics
-from adapterhub_lite.losses.reference import reduce_losses
+from adapterhub_lite.losses.reference import mean_divisor, reduce_losses
 from adapterhub_lite.losses.rows import (
     RowReader,
     gathered_to_train,
@@ -26,6 +28,7 @@ from adapterhub_lite.losses.rows import (
     open_rows,
     rows_shape,
 )
+from adapterhub_lite.losses.tiles import spans, wide_dtype
 
 
 def linear_cross_entropy(
@@ -94,19 +97,26 @@ def tiled_cross_entropy(
     everything = len(index) == len(targets)
     kept = targets if everything else targets[index]
     check_targets(kept, rows_shape(weight)[0])
-    losses = _TiledLosses.apply(
-        hidden if everything else hidden.index_select(0, index),
-        _Frozen(weight) if is_quantised(weight) or not weight.requires_grad else None,
-        weight if weight.requires_grad else None,
-        bias,
-        extra,
-        kept,
-        replace(options, reduction="none"),
-        torch.is_grad_enabled(),
-    )
+    if not everything:
+        hidden = hidden.index_select(0, index)
+    frozen = _Frozen(weight) if is_quantised(weight) or not weight.requires_grad else None
+    head = (hidden, frozen, weight if weight.requires_grad else None, bias, extra, kept)
+    if options.reduction != "none" and _head_is_trained(weight, bias, extra):
+        problem = Problem(hidden, kept, rows_shape(weight)[0], bias, options)
+        if one_pass_reason(problem) is None:
+            shares = hidden.new_ones(len(index), dtype=wide_dtype(hidden.dtype))
+            total = _WeighedSum.apply(
+                *head, shares if token_weights is None else shares * token_weights[index], options
+            )
+            return total if options.reduction == "sum" else total / mean_divisor(valid, token_weights).to(total.dtype)
+    losses = _TiledLosses.apply(*head, replace(options, reduction="none"), torch.is_grad_enabled())
     if not everything:
         losses = torch.zeros(targets.shape, dtype=losses.dtype, device=losses.device).index_put((index,), losses)
     return reduce_losses(losses, valid, options.reduction, token_weights)
+
+
+def _head_is_trained(*parameters: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in parameters)
 
 
 @dataclass(frozen=True)
@@ -153,18 +163,14 @@ class _TiledLosses(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> Any:
         if ctx.one_pass:
             (unit,) = ctx.saved_tensors
-            scaled = torch.empty(unit.shape, dtype=ctx.dtype, device=unit.device)
-            return torch.mul(unit, upstream[:, None], out=scaled), *[None] * 7
+            return _scaled(unit, upstream[:, None], ctx.dtype), *[None] * 7
         hidden, weight, bias, extra, targets, logsumexp, target_logits, doubt = ctx.saved_tensors
         rows = ctx.frozen.weight if ctx.frozen is not None else weight
         known = Statistics(upstream, logsumexp, target_logits, doubt, None)
         problem = Problem(hidden, targets, rows_shape(rows)[0], bias, ctx.options)
         wanted = ctx.needs_input_grad
-        trained = None
-        if wanted[2]:
-            trained = slice(0, hidden.shape[1]), weight.dtype
-        elif wanted[4]:
-            trained = slice(hidden.shape[1] - extra.shape[1], hidden.shape[1]), extra.dtype
+        columns = _trained_columns(wanted, hidden, extra)
+        trained = None if columns is None else (columns, (weight if wanted[2] else extra).dtype)
         with open_rows(rows) as read:
             found = gradients(
                 problem,
@@ -179,6 +185,66 @@ class _TiledLosses(torch.autograd.Function):
         by_bias = None if found.bias is None else found.bias.to(bias.dtype)
         by_hidden = None if found.hidden is None else found.hidden.to(hidden.dtype)
         return by_hidden, None, by_weight, by_bias, by_extra, None, None, None
+
+
+class _WeighedSum(torch.autograd.Function):
+    """The sum of n valid tokens' losses times their weights (n,), with a trained head; a scalar in the wide dtype."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        frozen: _Frozen | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        extra: Tensor | None,
+        targets: Tensor,
+        token_weights: Tensor,
+        options: LossOptions,
+    ) -> Tensor:
+        rows = frozen.weight if frozen is not None else weight
+        assert rows is not None
+        wanted = ctx.needs_input_grad
+        with open_rows(rows) as read:
+            found = weighed_loss(
+                Problem(hidden, targets, rows_shape(rows)[0], bias, options),
+                _with_extra(read, extra),
+                token_weights,
+                hidden_wanted=wanted[0],
+                rows_wanted=_trained_columns(wanted, hidden, extra),
+                bias_wanted=wanted[3],
+            )
+        ctx.save_for_backward(found.gradients.hidden, found.gradients.rows, found.gradients.bias)
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias, extra)]
+        ctx.columns = None if weight is None else weight.shape[1]
+        return found.loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        hidden, rows, bias = ctx.saved_tensors
+        by_weight, by_extra = _split(rows, ctx.needs_input_grad, ctx.columns)
+        units = (hidden, by_weight, bias, by_extra)
+        scaled = [None if x is None else _scaled(x, upstream, to) for x, to in zip(units, ctx.dtypes, strict=True)]
+        return scaled[0], None, *scaled[1:], None, None, None
+
+
+def _scaled(unit: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """unit * factor, multiplied in the wide dtype and rounded once; in parts, so that no second wide copy is held."""
+    scaled = torch.empty(unit.shape, dtype=dtype, device=unit.device)
+    for part in spans(len(unit), 4096):
+        torch.mul(unit[part], factor[part] if factor.dim() else factor, out=scaled[part])
+    return scaled
+
+
+def _trained_columns(wanted: Any, hidden: Tensor, extra: Tensor | None) -> slice | None:
+    """Columns of [weight, extra] that get a gradient: all where the weight does, else those of `extra`."""
+    if wanted[2]:
+        return slice(0, hidden.shape[1])
+    if wanted[4]:
+        assert extra is not None
+        return slice(hidden.shape[1] - extra.shape[1], hidden.shape[1])
+    return None
 
 
 def _split(rows: Tensor | None, wanted: Any, columns: int | None) -> tuple[Tensor | None, Tensor | None]:

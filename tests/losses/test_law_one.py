@@ -83,10 +83,17 @@ def test_half_precision_is_no_further_from_the_truth(
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"softcap": 1.5}, {"label_smoothing": 0.2, "softcap": 1.5}, {"z_loss": 0.1, "logit_scale": 0.5}]
+    "options",
+    [
+        {"reduction": "none"},
+        {"reduction": "mean", "softcap": 1.5},
+        {"reduction": "none", "label_smoothing": 0.2, "softcap": 1.5},
+        {"reduction": "sum", "z_loss": 0.1, "logit_scale": 0.5, "label_smoothing": 0.2},
+        {"reduction": "none", "z_loss": 0.1, "logit_scale": 0.5},
+    ],
 )
 def test_gradcheck(case: Any, small_tiles: Any, head_trained: bool, options: dict[str, Any]) -> None:
-    problem = case.random(3, 7, 11, 4, bias=True, weights=True, reduction="none", **options).to(torch.float64)
+    problem = case.random(3, 7, 11, 4, bias=True, weights=True, **options).to(torch.float64)
     leaves = [problem.hidden.requires_grad_()]
     if head_trained:
         leaves += [problem.weight.requires_grad_(), problem.bias.requires_grad_()]
