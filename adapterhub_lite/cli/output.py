@@ -50,3 +50,8 @@ def waiting(text: str) -> Iterator[None]:
 def short(digest: str) -> str:
     """The first twelve hex digits of a digest, as people compare them."""
     return digest.removeprefix("sha256:")[:12]
+
+
+def megabytes(size: int) -> str:
+    """A number of bytes as people compare them."""
+    return f"{size / 1e6:.1f} MB"

@@ -47,6 +47,18 @@ def test_gc_keeps_what_anything_refers_to(registry: AdapterRegistry, six: list[P
         registry.resolve("sql:5")
 
 
+def test_only_what_was_announced_goes(registry: AdapterRegistry, six: list[Path], base: ResolvedBase) -> None:
+    registry.add(six[0], "sql", base=base)
+    registry.add(six[1], "sql", base=base)
+    announced = registry.plan_gc()
+    registry.add(six[2], "sql", base=base)
+    assert registry.plan_gc().versions == ("sql:1", "sql:2")
+    done = registry.gc(announced=announced)
+    assert (done.versions, done.kept["sql:2"]) == (("sql:1",), "not announced")
+    assert [m.version for m in registry.list()] == [2, 3]
+    assert registry.examine().problems == registry.examine().notes == ()
+
+
 def test_numbers_are_never_given_again(registry: AdapterRegistry, six: list[Path], base: ResolvedBase) -> None:
     registry.add(six[0], "sql", base=base)
     registry.add(six[1], "sql", base=base)
