@@ -77,6 +77,29 @@ def test_a_second_pull_fetches_no_weights(
     assert not [exchange for exchange in hub_server.faults.log if "safetensors" in exchange.path]
 
 
+@pytest.mark.parametrize("damage", ["flipped", "cut short", "missing"])
+def test_a_pull_mends_what_is_damaged_here(
+    registry: AdapterRegistry,
+    elsewhere: AdapterRegistry,
+    adapter: Path,
+    base: ResolvedBase,
+    hub_server: HubServer,
+    damage: str,
+) -> None:
+    registry.add(adapter, "sql", base=base)
+    registry.push("sql", REPO, endpoint=hub_server.url)
+    manifest = elsewhere.pull(REPO, endpoint=hub_server.url).manifest
+    path = elsewhere.file(manifest, "adapter_model.safetensors")
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(content[:-1] + (bytes([content[-1] ^ 1]) if damage == "flipped" else b""))
+    assert elsewhere.examine().problems
+    assert elsewhere.pull(REPO, endpoint=hub_server.url).source == "hub"
+    assert elsewhere.examine().problems == ()
+    assert path.read_bytes() == content
+
+
 def test_versions_are_tags_and_the_newest_is_pulled_by_default(
     registry: AdapterRegistry,
     elsewhere: AdapterRegistry,
