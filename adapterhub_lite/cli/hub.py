@@ -31,6 +31,7 @@ def hub(
     Example: `adapterhub-lite hub --data ./hub --port 8765 --token ann,team=hf_secret`, then push and pull with
     `HF_ENDPOINT=http://127.0.0.1:8765 HF_TOKEN=hf_secret`
     """
+    import logging
     import signal
     import threading
 
@@ -41,6 +42,8 @@ def hub(
         signal.signal(number, lambda *_: stop.set())
     tokens = dict(map(_account, token)) if token else None
     with HubServer(data or adapterhub_home() / "hub", port=port, tokens=tokens) as server:
+        # In tests the faults are ordered and stay unsaid; here one is ours, and its traceback is wanted.
+        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
         if as_json:
             print_json({"url": server.url})
         else:

@@ -33,16 +33,14 @@ def list_adapters(
         (
             f"{one.name}:{one.version}",
             ", ".join((*one.aliases, *(["pinned"] if one.pinned else []))) or "-",
-            one.base_id,
-            one.task or "-",
+            one.base_id.rpartition("/")[2],
             megabytes(one.size),
             "; ".join(f"{metric} {value:.2f}" for metric, (value, _) in one.metrics.items()) or "-",
-            ", ".join(one.tags) or "-",
             short(one.digest),
         )
         for one in found
     ]
-    print_table("Adapters", ("reference", "aliases", "base", "task", "size", "evaluation", "tags", "digest"), rows)
+    print_table("Adapters", ("reference", "aliases", "base", "size", "evaluation", "digest"), rows)
 
 
 def show(

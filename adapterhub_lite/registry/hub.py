@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from adapterhub_lite.errors import HubPermissionError, HubUnreachableError, IntegrityError, PublishConflictError
 from adapterhub_lite.registry.card import card_files
 from adapterhub_lite.registry.hub_aliases import push_alias, remote_aliases
-from adapterhub_lite.registry.hub_client import WRITE_TRIES, HubRepo, RemoteCommit, rest
+from adapterhub_lite.registry.hub_client import TRIES, WRITE_TRIES, HubRepo, RemoteCommit, rest
 from adapterhub_lite.registry.hub_errors import ConflictError
 from adapterhub_lite.registry.hub_pull import PullReceipt, pull_adapter
 from adapterhub_lite.registry.loss_plot import LOSS_FILE
@@ -98,8 +98,8 @@ def push_adapter(
 
 def _commit_once(repo: HubRepo, publish: _Publish, tell: Progress) -> tuple[str, str, int]:
     """(commit, tag, commits sent): send the commit until the log shows it, or shows an earlier one of this digest."""
-    name, sent = publish.manifest.reference, 0
-    last: ConflictError | HubUnreachableError | None = None
+    name, sent, lost = publish.manifest.reference, 0, 0
+    last: ConflictError | None = None
     for attempt in range(WRITE_TRIES):
         head = repo.head()
         if found := _published(repo, head, publish):
@@ -110,11 +110,14 @@ def _commit_once(repo: HubRepo, publish: _Publish, tell: Progress) -> tuple[str,
             sent += 1
             title = f"{publish.manifest.name} v{publish.manifest.version}"
             repo.commit(head, title, publish.claim, publish.content, gone)
-        except (ConflictError, HubUnreachableError) as error:
+        except HubUnreachableError as error:
+            lost += 1
+            if lost == TRIES:
+                raise
+            rest(attempt, error)
+        except ConflictError as error:
             last = error
             rest(attempt, error)
-    if isinstance(last, HubUnreachableError):
-        raise last
     raise PublishConflictError(f"Others kept publishing to {repo.id} while {name} was; try again later.") from last
 
 
