@@ -1,4 +1,4 @@
-"""`alias` and `rollback`: names that move between versions, and back."""
+"""`alias`, `rollback` and `history`: names that move between versions, and back."""
 
 from typing import Annotated
 
@@ -14,23 +14,32 @@ def alias(
     name: NameArgument,
     alias_name: Annotated[str | None, typer.Argument(metavar="[ALIAS]", help="The alias to set.")] = None,
     version: Annotated[int | None, typer.Argument(help="The version it should point to.")] = None,
+    expect: Annotated[
+        int | None, typer.Option(help="Move it only if it points to this version now; 0: only if there is none.")
+    ] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Take the alias away; its history stays.")] = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Point an alias at a version; with only a name, list that adapter's aliases.
 
-    Example: `adapterhub-lite alias sql prod 3`
+    Example: `adapterhub-lite alias sql prod 3 --expect 2`
     """
     from adapterhub_lite.errors import ConfigurationError
     from adapterhub_lite.registry import AdapterRegistry
 
     registry = AdapterRegistry(home)
-    if alias_name is not None:
+    if remove:
+        if alias_name is None or version is not None or expect is not None:
+            raise ConfigurationError("--remove takes the adapter's name and the alias, and nothing else.")
+        registry.remove_alias(name, alias_name)
+    elif alias_name is not None:
         if version is None:
             raise ConfigurationError(
                 f"Which version should {name}@{alias_name} point to? Give a number after the alias."
             )
-        registry.set_alias(name, alias_name, version=version)
+        registry.set_alias(name, alias_name, version=version, expect=expect)
+    registry.resolve(name)  # a name that nobody has is a mistake, not an empty list
     aliases = registry.aliases(name)
     if as_json:
         return print_json({"name": name, "aliases": aliases})
@@ -55,3 +64,24 @@ def rollback(
     if as_json:
         return print_json({"name": name, "alias": alias_name, "version": version})
     say(f"{name}@{alias_name} points to version {version} again.")
+
+
+def history(
+    name: NameArgument,
+    alias_name: Annotated[str | None, typer.Argument(metavar="[ALIAS]", help="Only this alias.")] = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Every move of an adapter's aliases, oldest first. Times are UTC.
+
+    Example: `adapterhub-lite history sql prod`
+    """
+    from dataclasses import asdict
+
+    from adapterhub_lite.registry import AdapterRegistry
+
+    moves = AdapterRegistry(home).history(name, alias_name)
+    if as_json:
+        return print_json([asdict(move) for move in moves])
+    rows = [(move.at, move.alias, move.act, move.previous or "-", move.version or "-") for move in moves]
+    print_table(f"Aliases of {name}", ("when", "alias", "act", "from", "to"), rows)

@@ -4,38 +4,43 @@ from typing import Annotated
 
 import typer
 
-from adapterhub_lite.cli.output import HomeOption, JsonOption, print_json, print_table, short
+from adapterhub_lite.cli.output import HomeOption, JsonOption, megabytes, print_json, print_table, short
 
 
 def list_adapters(
     name: Annotated[str | None, typer.Argument(help="Only versions of this adapter.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Only for this base: its id, or the beginning of its fingerprint.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Only for this task.")] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="Only where it was measured, or in a range: exact_match or exact_match>=0.8.")
+    ] = None,
+    tag: Annotated[str | None, typer.Option(help="Only with this tag.")] = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List every adapter version with its base, its size and what it scored.
+    """List adapter versions with their base, their size and what they scored.
 
-    Example: `adapterhub-lite list sql`
+    Example: `adapterhub-lite list --base HuggingFaceTB/SmolLM2-135M-Instruct --metric "exact_match>=0.8"`
     """
     from adapterhub_lite.registry import AdapterRegistry
 
-    registry = AdapterRegistry(home)
-    manifests = registry.list(name=name)
+    found = AdapterRegistry(home).summaries(name, base=base, task=task, metric=metric, tag=tag)
     if as_json:
-        return print_json([manifest.model_dump(mode="json") for manifest in manifests])
-    aliases = {each: registry.aliases(each) for each in {manifest.name for manifest in manifests}}
+        return print_json([{"reference": f"{one.name}:{one.version}", **one._asdict()} for one in found])
     rows = [
         (
-            f"{m.name}:{m.version}",
-            ", ".join(alias for alias, version in aliases[m.name].items() if version == m.version) or "-",
-            m.base.id,
-            f"r={m.lora.rank}",
-            f"{sum(file.size for file in m.files.values()) / 1e6:.1f} MB",
-            "; ".join(f"{e.metric} {e.adapter_value:.2f}" for e in m.evaluation) or "-",
-            short(m.digest),
+            f"{one.name}:{one.version}",
+            ", ".join((*one.aliases, *(["pinned"] if one.pinned else []))) or "-",
+            one.base_id.rpartition("/")[2],
+            megabytes(one.size),
+            "; ".join(f"{metric} {value:.2f}" for metric, (value, _) in one.metrics.items()) or "-",
+            short(one.digest),
         )
-        for m in manifests
+        for one in found
     ]
-    print_table("Adapters", ("reference", "aliases", "base", "rank", "size", "evaluation", "digest"), rows)
+    print_table("Adapters", ("reference", "aliases", "base", "size", "evaluation", "digest"), rows)
 
 
 def show(
@@ -43,18 +48,21 @@ def show(
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show one adapter's manifest: base, LoRA, training record, evaluation, files.
+    """Show one adapter's manifest (base, LoRA, training record, evaluation, files) and how it stands here.
 
     Example: `adapterhub-lite show sql@prod --json`
     """
     from adapterhub_lite.registry import AdapterRegistry
 
-    manifest = AdapterRegistry(home).resolve(reference)
+    details = AdapterRegistry(home).show(reference)
+    manifest = details.manifest
     payload = manifest.model_dump(mode="json")
+    here = {key: value for key, value in details._asdict().items() if key != "manifest"}
     if as_json:
-        return print_json(payload)
+        return print_json({**payload, "here": here})
     rows = [(key, value) for key, value in payload.items() if key not in ("files", "training")]
     print_table(f"{manifest.name}:{manifest.version}", ("key", "value"), rows)
+    print_table("Here", ("key", "value"), list(here.items()))
     print_table("Files", ("name", "bytes", "sha256"), [(name, f.size, f.sha256) for name, f in manifest.files.items()])
     if payload.get("training"):
         print_table("Training", ("key", "value"), list(payload["training"].items()))

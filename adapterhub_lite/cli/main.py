@@ -7,16 +7,21 @@ from typing import Annotated
 
 import typer
 
-from adapterhub_lite.cli.aliases import alias, rollback
+from adapterhub_lite.cli.aliases import alias, history, rollback
+from adapterhub_lite.cli.comparing import diff
 from adapterhub_lite.cli.demo import demo
 from adapterhub_lite.cli.doctor import doctor
 from adapterhub_lite.cli.evaluate import evaluate
+from adapterhub_lite.cli.exporting import export
 from adapterhub_lite.cli.hub import hub
+from adapterhub_lite.cli.keeping import add, gc, pin, remove, unpin
 from adapterhub_lite.cli.listing import list_adapters, show
-from adapterhub_lite.cli.merging import export, merge
+from adapterhub_lite.cli.locking import lock
+from adapterhub_lite.cli.merging import merge
 from adapterhub_lite.cli.plan import plan
 from adapterhub_lite.cli.serve import serve
 from adapterhub_lite.cli.sharing import pull, push
+from adapterhub_lite.cli.signing import keygen, sign, trust, verify
 from adapterhub_lite.cli.train import train
 from adapterhub_lite.errors import AdapterHubError
 from adapterhub_lite.quiet import quiet_libraries
@@ -25,12 +30,24 @@ VERBS: dict[str, Callable[..., None]] = {
     "plan": plan,
     "train": train,
     "eval": evaluate,
+    "add": add,
     "list": list_adapters,
     "show": show,
+    "diff": diff,
     "alias": alias,
     "rollback": rollback,
+    "history": history,
+    "pin": pin,
+    "unpin": unpin,
+    "remove": remove,
+    "gc": gc,
     "push": push,
     "pull": pull,
+    "lock": lock,
+    "keygen": keygen,
+    "sign": sign,
+    "verify": verify,
+    "trust": trust,
     "merge": merge,
     "export": export,
     "serve": serve,

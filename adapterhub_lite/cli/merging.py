@@ -1,4 +1,4 @@
-"""`merge` and `export`: adapters into one, into the base, or into a plain folder."""
+"""`merge`: adapters into one, or one into the base."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -83,21 +83,3 @@ def _method(text: str) -> "Method":
         if text == known:
             return known
     raise ConfigurationError(f"There is no merge method {text!r}. Known: {', '.join(methods)}.")
-
-
-def export(
-    reference: Annotated[str, typer.Argument(help="name, name:version, name@alias or a digest.")],
-    folder: Annotated[Path, typer.Argument(help="Where to; must not be there yet.")],
-    home: HomeOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Write one version as a plain PEFT folder.
-
-    Example: `adapterhub-lite export sql@prod ./sql-lora`
-    """
-    from adapterhub_lite.registry import AdapterRegistry
-
-    written = AdapterRegistry(home).export(reference, folder)
-    if as_json:
-        return print_json({"reference": reference, "folder": str(written)})
-    say(f"{reference} is in {written}; PeftModel.from_pretrained(base, {str(written)!r}) loads it.")

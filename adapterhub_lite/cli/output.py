@@ -26,8 +26,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     from rich.table import Table
 
     table = Table(title=escape(title), title_justify="left", header_style="bold")
-    for column in columns:
-        table.add_column(column)
+    for number, column in enumerate(columns):
+        # The first says which row it is: where the terminal is narrow, the others wrap.
+        table.add_column(column, no_wrap=number == 0)
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))
     Console().print(table)
@@ -50,3 +51,8 @@ def waiting(text: str) -> Iterator[None]:
 def short(digest: str) -> str:
     """The first twelve hex digits of a digest, as people compare them."""
     return digest.removeprefix("sha256:")[:12]
+
+
+def megabytes(size: int) -> str:
+    """A number of bytes as people compare them."""
+    return f"{size / 1e6:.1f} MB"

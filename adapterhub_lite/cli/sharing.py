@@ -1,66 +1,115 @@
 """`push` and `pull`: between the local registry and a hub."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from adapterhub_lite.cli.output import HomeOption, JsonOption, print_json, say, short, waiting
+from adapterhub_lite.cli.output import HomeOption, JsonOption, print_json, say, short
+
+if TYPE_CHECKING:
+    from adapterhub_lite.registry import AdapterRegistry
 
 EndpointOption = Annotated[
     str | None,
-    typer.Option("--endpoint", help="The hub's address; huggingface.co when not given.", envvar="HF_ENDPOINT"),
+    typer.Option(
+        "--endpoint",
+        help="The hub's address; huggingface.co when not given. A token goes only to the hub in HF_ENDPOINT.",
+        envvar="HF_ENDPOINT",
+    ),
 ]
-RepositoryArgument = Annotated[str, typer.Argument(help="The repository on the hub, org/name.")]
+SOURCES = {
+    "hub": "fetched from the hub",
+    "store": "was here already, as the hub confirmed; no weights were fetched",
+    "offline": "as an earlier pull left it; the hub was not asked",
+}
 
 
 def push(
     reference: Annotated[str, typer.Argument(help="name, name:version, name@alias or a digest.")],
-    repo_id: RepositoryArgument,
+    repo_id: Annotated[str, typer.Argument(help="The repository on the hub, org/name.")],
     endpoint: EndpointOption = None,
-    private: Annotated[bool, typer.Option(help="Create the repository as private.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Create the repository as private.")] = False,
+    alias: Annotated[str | None, typer.Option(help="Then point this alias on the hub at the version.")] = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Publish one version, exactly once, with its manifest and card. The token comes from `hf auth login` or HF_TOKEN.
+    """Publish one version, exactly once, with its manifest and card. The token comes from HF_TOKEN or `hf auth login`.
 
-    Example: `adapterhub-lite push sql:3 my-org/sql-lora`
+    Example: `adapterhub-lite push sql:3 my-org/sql-lora --alias prod`
     """
     from dataclasses import asdict
 
     from adapterhub_lite.registry import AdapterRegistry
+    from adapterhub_lite.registry.hub import push_alias
 
-    with waiting(f"pushing {reference} to {repo_id}"):
-        receipt = AdapterRegistry(home).push(reference, repo_id, endpoint=endpoint, private=private)
+    receipt = AdapterRegistry(home).push(reference, repo_id, endpoint=endpoint, private=private, progress=say)
+    aliases = push_alias(repo_id, alias, int(receipt.tag[1:]), endpoint=endpoint) if alias else {}
     if as_json:
-        return print_json(asdict(receipt))
-    say(f"{reference} is {repo_id} at {receipt.tag} (commit {receipt.commit[:12]}).")
+        return print_json({**asdict(receipt), "aliases": aliases})
+    where = f"{repo_id} at {receipt.tag} (commit {receipt.commit[:12]})"
+    say(
+        f"{reference} is {where}." if receipt.uploaded else f"{reference} was there already: {where}. Nothing was sent."
+    )
+    if alias:
+        say(f"{repo_id}@{alias} points to {receipt.tag}.")
 
 
 def pull(
-    repo_id: RepositoryArgument,
+    repo_id: Annotated[
+        str | None, typer.Argument(help="The repository on the hub, org/name; none with --locked.")
+    ] = None,
     revision: Annotated[
-        str | None, typer.Option(help="A tag such as v3, a branch or a commit; newest if not given.")
+        str | None, typer.Option(help="A tag such as v3, an alias as @prod, a branch or a commit; newest if not given.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Its name here; the name in its manifest if not given.")] = None,
     endpoint: EndpointOption = None,
-    offline: Annotated[bool, typer.Option(help="Use only what an earlier pull left here.")] = False,
-    adopt: Annotated[bool, typer.Option(help="Accept an adapter without manifest, made by plain PEFT.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Use only what an earlier pull left here.")] = False,
+    adopt: Annotated[
+        bool, typer.Option("--adopt", help="Take an adapter without manifest, made by plain PEFT: measure and record.")
+    ] = False,
+    locked: Annotated[bool, typer.Option("--locked", help="Bring whatever of the lock is missing here.")] = False,
+    file: Annotated[Path, typer.Option("--file", help="The lock, for --locked.")] = Path("adapters.lock"),
+    canary: Annotated[
+        bool, typer.Option("--canary", help="Also load the base and check that the adapter behaves as recorded.")
+    ] = False,
+    base: Annotated[str | None, typer.Option(help="Its base; looked for in the home when not given.")] = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Fetch an adapter, verify every byte and check it before it enters the registry.
+    """Fetch an adapter, verify every byte and check it before it enters the registry; says where it came from.
 
-    Example: `adapterhub-lite pull my-org/sql-lora --revision v3 --name sql`
+    Example: `adapterhub-lite pull my-org/sql-lora --revision v3 --name sql`, or `adapterhub-lite pull --locked`
     """
+    from adapterhub_lite.bases import resolve_base
+    from adapterhub_lite.errors import ConfigurationError
     from adapterhub_lite.registry import AdapterRegistry
 
-    with waiting(f"pulling {repo_id}"):
-        receipt = AdapterRegistry(home).pull(
-            repo_id, revision=revision, name=name, endpoint=endpoint, offline=offline, adopt=adopt
-        )
+    registry = AdapterRegistry(home)
+    if locked:
+        if repo_id or revision or name or offline or adopt:
+            raise ConfigurationError("--locked takes everything from the lock: give no repository, revision or name.")
+        return _pull_locked(registry, file, endpoint, as_json)
+    if repo_id is None:
+        raise ConfigurationError("Which repository? Give org/name, or --locked for what adapters.lock says.")
+    receipt = registry.pull(
+        repo_id, revision=revision, name=name, endpoint=endpoint,  offline=offline, adopt=adopt,
+        verify="canary" if canary else "files", base=resolve_base(base, home=home) if base else None, progress=say,
+    )  # fmt: skip
     manifest = receipt.manifest
     if as_json:
         return print_json(
             {"manifest": manifest.model_dump(mode="json"), "commit": receipt.commit, "source": receipt.source}
         )
-    say(f"{manifest.reference} ({short(manifest.digest)}) from {receipt.source}, commit {receipt.commit[:12]}.")
+    say(f"{manifest.reference} ({short(manifest.digest)}), commit {receipt.commit[:12]}: {SOURCES[receipt.source]}.")
+
+
+def _pull_locked(registry: "AdapterRegistry", file: Path, endpoint: str | None, as_json: bool) -> None:
+    from adapterhub_lite.registry.lockfile import pull_locked, read_lock
+
+    lock = read_lock(file)
+    came = pull_locked(registry, lock, endpoint=endpoint, progress=say)
+    references = [manifest.reference for manifest in came]
+    if as_json:
+        return print_json({"file": str(file), "locked": len(lock.adapters), "pulled": references})
+    say(f"{len(lock.adapters)} adapters are locked, {len(came)} were missing: {', '.join(references) or 'none'}.")

@@ -6,7 +6,8 @@ it), keeps no git objects (so no `git clone`), guesses the upload mode from the 
 its YAML parses and that `base_model` has the form of a repository id, has no pull requests, quotas, scanning,
 datasets or spaces, answers each listing as one page, and serves Xet through the client's own on-disk scheme
 `local://`, which works only for clients on the same machine (others set HF_HUB_DISABLE_XET=1). It binds to 127.0.0.1
-and speaks plain HTTP. One process may own a data folder at a time.
+and speaks plain HTTP; one hub may own a data folder at a time. A file or a ref appears whole or not at all, but
+nothing waits for the disk: after a power cut the last commits may be missing.
 """
 
 from adapterhub_lite.hub_server.app import create_app

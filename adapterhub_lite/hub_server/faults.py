@@ -10,6 +10,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 FaultKind = Literal["503", "429", "lost_response", "slow", "cut", "wrong_etag", "flipped_byte", "stale_listing"]
 FAULT_KINDS: tuple[FaultKind, ...] = get_args(FaultKind)
+# A hub that runs for weeks keeps no longer a log than this.
+LOGGED_EXCHANGES = 100_000
 
 
 @dataclass
@@ -41,7 +43,7 @@ class Exchange:
 
 
 class Faults:
-    """The rules in force, and a log of every exchange. Thread-safe."""
+    """The rules in force, and a log of the latest exchanges. Thread-safe."""
 
     def __init__(self) -> None:
         self._rules: list[Fault] = []
@@ -105,6 +107,7 @@ class FaultLayer:
                 await self.app(scope, counted_receive, _falsify(kind, counted_send))
         finally:
             self.faults.log.append(Exchange(scope["method"], scope["path"], **counts, fault=kind))
+            del self.faults.log[:-LOGGED_EXCHANGES]
 
 
 async def _refuse(status: int, seconds: float, send: Send) -> None:

@@ -38,12 +38,9 @@ class Hub:
     """One store behind one table of tokens (None: open to all)."""
 
     def __init__(self, data: Path, accounts: Mapping[str, Account] | None, part_bytes: int) -> None:
-        self.store, self.xet, self.accounts, self.part_bytes = (
-            HubStore(data),
-            XetStore(data / "xet"),
-            accounts,
-            part_bytes,
-        )
+        # Clients get a path of it as an address, wherever they run.
+        self.store, self.xet = HubStore(data), XetStore(data.resolve() / "xet")
+        self.accounts, self.part_bytes = accounts, part_bytes
         self.tickets: dict[str, tuple[str, int]] = {}
 
     def account(self, request: Request) -> Account | None:

@@ -139,16 +139,8 @@ class Wire:
         found = [self._commit(request, rev)]
         while found[-1].parent:
             found.append(self.store.commit(self.hub.readable(request).id, found[-1].parent))
-        return [
-            {
-                "id": one.sha,
-                "title": one.title,
-                "message": one.description,
-                "date": one.date,
-                "authors": [{"user": one.author}],
-            }
-            for one in found
-        ]
+        said = [{"id": one.sha, "title": one.title, "message": one.description, "date": one.date} for one in found]
+        return [line | {"authors": [{"user": one.author}]} for line, one in zip(said, found, strict=True)]
 
     def refs(self, request: Request) -> Json:
         """Branches and tags."""
@@ -173,9 +165,8 @@ class Wire:
 
     def drop_ref(self, request: Request, kind: str, ref: str) -> Json:
         """Delete a tag or a branch."""
-        self.store.set_ref(
-            self.hub.writable(request).id, "branches" if kind == "branch" else "tags", unquote(ref), None
-        )
+        refs = "branches" if kind == "branch" else "tags"
+        self.store.set_ref(self.hub.writable(request).id, refs, unquote(ref), None)
         return {}
 
     def preupload(self, request: Request, rev: str, body: Json) -> Json:
@@ -221,10 +212,8 @@ class Wire:
     def batch(self, request: Request, body: Json) -> Json:
         """Upload addresses for the objects that are not here yet; large ones in parts."""
         self.hub.writable(request)
-        return {
-            "transfer": "basic",
-            "objects": [self._lfs_object(str(request.base_url), obj) for obj in body["objects"]],
-        }
+        objects = [self._lfs_object(str(request.base_url), asked) for asked in body["objects"]]
+        return {"transfer": "basic", "objects": objects}
 
     def _lfs_object(self, host: str, asked: Json) -> Json:
         oid, size, header = asked["oid"], asked["size"], {}

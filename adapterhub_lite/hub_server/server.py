@@ -1,10 +1,12 @@
 """The hub on a loopback port, in a thread of this process."""
 
+import fcntl
 import socket
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 import uvicorn
 
@@ -18,13 +20,13 @@ class HubServer:
     """A context manager: `with HubServer(folder) as hub: HfApi(endpoint=hub.url)`.
 
     `port` 0 takes a free one. `tokens` maps tokens to accounts; None lets everybody read and write. Files above
-    `part_bytes` are uploaded in parts. Raises ResourceError when the port is taken.
+    `part_bytes` are uploaded in parts. Raises ResourceError when the port or the folder is in use.
     """
 
     def __init__(
         self, data: Path, *, port: int = 0, tokens: Mapping[str, Account] | None = None, part_bytes: int = 64_000_000
     ) -> None:
-        self.faults = Faults()
+        self.faults, self._claim = Faults(), _claim(data)
         # asyncio sends small answers at once only on sockets that say TCP; without, each waits 40 ms for an ACK.
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -32,6 +34,7 @@ class HubServer:
             self._socket.bind(("127.0.0.1", port))
         except OSError as error:
             self._socket.close()
+            self._claim.close()
             raise ResourceError(f"Port {port} on 127.0.0.1 is not free ({error.strerror}); pick another.") from error
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         layered = FaultLayer(create_app(data, tokens=tokens, part_bytes=part_bytes), self.faults)
@@ -50,7 +53,16 @@ class HubServer:
         self._server.should_exit = True
         self._thread.join()
         self._socket.close()
+        self._claim.close()
 
-    def wait(self) -> None:
-        """Block until the server stops, as on an interrupt of the caller."""
-        self._thread.join()
+
+def _claim(data: Path) -> IO[str]:
+    """Keep other hubs off the folder until the file is closed: each would sweep the uploads of the other."""
+    data.mkdir(parents=True, exist_ok=True)
+    file = (data / "hub.lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise ResourceError(f"Another hub is running on {data}; stop it, or give another folder.") from error
+    return file

@@ -35,6 +35,10 @@ class Entry:
     xet: str = ""
 
 
+Files = dict[str, Entry]
+Message = tuple[str, str, str]  # title, description, author
+
+
 @dataclass(frozen=True)
 class Commit:
     """One immutable commit; `files` is the whole tree, path to entry."""
@@ -45,7 +49,7 @@ class Commit:
     description: str
     author: str
     date: str
-    files: dict[str, Entry]
+    files: Files
 
 
 @dataclass(frozen=True)
@@ -128,9 +132,8 @@ class HubStore:
         with self.lock:
             if self.find(repo_id):
                 return False
-            first = self._record(
-                repo_id, "", ("initial commit", "", "hub"), {".gitattributes": self.regular(FIRST_FILE)}
-            )
+            files = {".gitattributes": self.regular(FIRST_FILE)}
+            first = self._record(repo_id, "", ("initial commit", "", "hub"), files)
             self.save(Repo(repo_id, _now(), private, branches={"main": first}))
             return True
 
@@ -155,22 +158,16 @@ class HubStore:
         raw = json.loads((self._folder(repo_id) / f"commits/{sha}.json").read_text())
         return Commit(**raw | {"sha": sha, "files": {path: Entry(**entry) for path, entry in raw["files"].items()}})
 
-    def _record(self, repo_id: str, parent: str, message: tuple[str, str, str], files: dict[str, Entry]) -> str:
+    def _record(self, repo_id: str, parent: str, message: Message, files: Files) -> str:
         sha = hashlib.sha1(uuid.uuid4().bytes, usedforsecurity=False).hexdigest()
         commit = asdict(Commit(sha, parent, *message, date=_now(), files=files))
         self._write(self._folder(repo_id) / f"commits/{sha}.json", commit)
         return sha
 
     def add_commit(
-        self,
-        repo_id: str,
-        branch: str,
-        parent: str,
-        message: tuple[str, str, str],
-        added: dict[str, Entry],
-        gone: list[str],
+        self, repo_id: str, branch: str, parent: str, message: Message, added: Files, gone: list[str]
     ) -> str:
-        """Move `branch` on by a commit; `message` is title, description, author. 412 when `parent` is not its head."""
+        """Move `branch` on by a commit; 412 when `parent` is not its head."""
         with self.lock:
             repo = self.find(repo_id)
             if repo is None or branch not in repo.branches:

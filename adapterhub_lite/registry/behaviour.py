@@ -1,11 +1,17 @@
 """Canaries of stored adapters: the base is loaded, the adapter put on it, and the probes asked. Torch on use."""
 
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adapterhub_lite.bases import ResolvedBase, load_base_model, load_tokenizer
 from adapterhub_lite.canary import CANARY_FILE, CanaryResult, read_canary, replay_canary, write_canary
 from adapterhub_lite.errors import BaseMismatchError, UsageError
+from adapterhub_lite.registry.intake import find_base
+from adapterhub_lite.registry.manifest import AdapterManifest
+
+if TYPE_CHECKING:
+    from adapterhub_lite.registry.store import AdapterRegistry
 
 
 def ensure_canary(folder: Path, base: ResolvedBase) -> CanaryResult | None:
@@ -41,6 +47,23 @@ def check_canary(
             "quantisation would do this."
         )
     return result
+
+
+def check_stored(
+    registry: "AdapterRegistry", manifest: AdapterManifest, *, base: ResolvedBase | None = None
+) -> CanaryResult:
+    """Replay the canary of a stored version on `base` (None: its own, where it is in this home).
+
+    Raises:
+        UsageError: there is no base or no canary to replay.
+        BaseMismatchError: the adapter behaves otherwise than recorded.
+    """
+    base = base or find_base(manifest.base, registry.home)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for name in manifest.files:
+            (folder / name).symlink_to(registry.file(manifest, name))
+        return check_canary(folder, base, manifest.reference, manifest.base.quantization)
 
 
 def adapted_model(folder: Path, base: ResolvedBase, quantization: str | None = None) -> Any:

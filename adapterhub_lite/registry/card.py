@@ -5,7 +5,8 @@ from typing import Any
 
 import yaml
 
-from adapterhub_lite.registry.manifest import AdapterManifest
+from adapterhub_lite.registry.loss_plot import LOSS_FILE, draw_loss
+from adapterhub_lite.registry.manifest import CARD_FILE, AdapterManifest
 
 # What the hub takes for `base_model` and `datasets`: an id, never a path.
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}(/[A-Za-z0-9][\w.\-]{0,95})?", re.ASCII)
@@ -40,6 +41,12 @@ def _result(item: Any) -> dict[str, Any]:
     data = {"name": item.data or "unnamed", "type": hub_id(item.data or "unnamed")}
     metric = {"type": item.metric, "name": item.metric, "value": item.adapter_value}
     return {"task": {"type": "text-generation"}, "dataset": data, "metrics": [metric]}
+
+
+def card_files(manifest: AdapterManifest, repo_id: str) -> dict[str, bytes]:
+    """What is published of a version for people: the card, and the picture in it where a loss was recorded."""
+    picture = draw_loss(manifest.training.loss_curve) if manifest.training else None
+    return {CARD_FILE: render_card(manifest, repo_id).encode(), **({LOSS_FILE: picture} if picture else {})}
 
 
 def render_card(manifest: AdapterManifest, repo_id: str) -> str:
@@ -114,11 +121,12 @@ def _training(manifest: AdapterManifest) -> str:
     if record is None:
         return ""
     loss = f", final loss {record.final_loss:.4g}" if record.final_loss is not None else ""
+    picture = f"\n![Training loss by step]({LOSS_FILE})\n" if draw_loss(record.loss_curve) else ""
     packages = ", ".join(f"{_inline(name)} {_inline(version)}" for name, version in sorted(record.packages.items()))
     return (
         f"## Training\n\n{record.data.rows} rows of `{_inline(record.data.id)}`, {record.steps} steps{loss}, "
         f"{record.wall_seconds:.0f} s, preset `{_inline(record.preset)}`, peak memory "
-        f"{record.memory.measured_peak_bytes / 2**20:.0f} MiB.\n\nPackages: {packages}.\n"
+        f"{record.memory.measured_peak_bytes / 2**20:.0f} MiB.\n{picture}\nPackages: {packages}.\n"
     )
 
 

@@ -32,7 +32,7 @@ class GcPlan:
     kept: dict[str, str]
 
 
-def plan_collection(registry: "AdapterRegistry", keep_newest: int) -> GcPlan:
+def plan_collection(registry: "AdapterRegistry", keep_newest: int, announced: GcPlan | None = None) -> GcPlan:
     """Say what `collect` would free now. Nothing is changed.
 
     Raises:
@@ -43,6 +43,9 @@ def plan_collection(registry: "AdapterRegistry", keep_newest: int) -> GcPlan:
     connection = registry.database.read()
     manifests = [parse_stored(row[0]) for row in connection.execute("SELECT manifest FROM versions")]
     kept = _reasons(connection, registry.home, manifests, keep_newest)
+    if announced is not None:
+        late = {m.reference for m in manifests} - set(announced.versions)
+        kept = dict.fromkeys(late, "not announced") | kept
     going = sorted((m for m in manifests if m.reference not in kept), key=lambda m: (m.name, m.version))
     needed = {f.sha256 for m in manifests if m.reference in kept for f in m.files.values()}
     objects = {sha256: path.stat().st_size for sha256, path in registry.objects if sha256 not in needed}
@@ -57,12 +60,15 @@ def plan_collection(registry: "AdapterRegistry", keep_newest: int) -> GcPlan:
     )
 
 
-def collect(registry: "AdapterRegistry", keep_newest: int) -> GcPlan:
-    """Free what nothing refers to; returns what was freed. A crash midway leaves only more for the next time."""
+def collect(registry: "AdapterRegistry", keep_newest: int, announced: GcPlan | None = None) -> GcPlan:
+    """Free what nothing refers to; returns what was freed. A crash midway leaves only more for the next time.
+
+    With `announced`, a version that was not going to go then stays now.
+    """
     with store_lock(registry.home, exclusive=True):
         leased_digests(registry.home, clear=True)
         with registry.database.write(locked=True) as connection:
-            plan = plan_collection(registry, keep_newest)
+            plan = plan_collection(registry, keep_newest, announced)
             for reference in plan.versions:
                 _forget(registry, connection, registry.resolve(reference))
         # Only what is no longer visible is deleted, and only after that is on disk.

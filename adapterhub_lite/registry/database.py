@@ -37,6 +37,12 @@ CREATE TABLE journal (
     previous INTEGER, digest TEXT, at TEXT NOT NULL);
 CREATE INDEX journal_by_name ON journal (name, alias);
 """
+# A list reads these alone: the manifests, which lie between the columns of a version, are long.
+LIST_INDEXES = (
+    "CREATE INDEX IF NOT EXISTS versions_listed ON versions"
+    " (name, version, digest, base_id, task, created, size, pinned)",
+    "CREATE INDEX IF NOT EXISTS tags_by_version ON tags (name, version)",
+)
 
 
 class Database:
@@ -117,6 +123,8 @@ class Database:
                 connection.execute(f"PRAGMA user_version={DATABASE_VERSION}")
             connection.execute("COMMIT")
         self._check_version(connection)
+        for statement in LIST_INDEXES:
+            connection.execute(statement)
         return connection
 
     def _connect(self, mode: str) -> sqlite3.Connection:

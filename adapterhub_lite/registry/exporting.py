@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import ConfigurationError, UsageError
+from adapterhub_lite.registry.intake import find_base
 from adapterhub_lite.registry.manifest import CONFIG_FILE, WEIGHTS_FILE, AdapterManifest
 from adapterhub_lite.registry.transfer import adapter_files
 
@@ -53,15 +55,21 @@ def export_vllm(registry: "AdapterRegistry", manifests: Sequence[AdapterManifest
 
 
 def export_gguf(
-    registry: "AdapterRegistry", manifest: AdapterManifest, base_folder: Path, out: Path, converter: Path | None = None
+    registry: "AdapterRegistry",
+    manifest: AdapterManifest,
+    out: Path,
+    *,
+    base: ResolvedBase | None = None,
+    converter: Path | None = None,
 ) -> Path:
     """Write a version as a GGUF LoRA at `out` with llama.cpp's own `convert_lora_to_gguf.py`, where that is installed.
 
-    `converter` None: `$LLAMA_CPP_CONVERTER`, or the script of that name on the path.
+    `base` None: the version's base, where it is in this home. `converter` None: `$LLAMA_CPP_CONVERTER`, or the script
+    of that name on the path.
 
     Raises:
         ConfigurationError: there is no converter, or it failed; the text has its last line.
-        UsageError: `out` is there already.
+        UsageError: `out` is there already, or the base is not on this machine.
     """
     named = os.environ.get("LLAMA_CPP_CONVERTER") or shutil.which(CONVERTER)
     script = converter or (Path(named) if named else None)
@@ -72,11 +80,16 @@ def export_gguf(
         )
     if out.exists():
         raise UsageError(f"{str(out)!r} is there already; export to a new file.")
+    base = base or find_base(manifest.base, registry.home)
+    if base is None:
+        raise UsageError(
+            f"The converter wants {manifest.base.id!r} on this machine. Give base= (command line: --base)."
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         plain = _write(Path(scratch) / "adapter", {n: registry.file(manifest, n) for n in (CONFIG_FILE, WEIGHTS_FILE)})
         made = Path(scratch) / "adapter.gguf"
-        command = [sys.executable, str(script), "--base", str(base_folder), "--outfile", str(made), str(plain)]
+        command = [sys.executable, str(script), "--base", str(base.folder), "--outfile", str(made), str(plain)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode or not made.is_file():
             last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterhub_lite.errors import HubPermissionError, HubUnreachableError, IntegrityError, PublishConflictError
-from adapterhub_lite.registry.card import render_card
+from adapterhub_lite.registry.card import card_files
 from adapterhub_lite.registry.hub_aliases import push_alias, remote_aliases
-from adapterhub_lite.registry.hub_client import WRITE_TRIES, HubRepo, RemoteCommit, rest
+from adapterhub_lite.registry.hub_client import TRIES, WRITE_TRIES, HubRepo, RemoteCommit, rest
 from adapterhub_lite.registry.hub_errors import ConflictError
 from adapterhub_lite.registry.hub_pull import PullReceipt, pull_adapter
-from adapterhub_lite.registry.manifest import CANARY_FILE, CARD_FILE, MANIFEST_FILE, AdapterManifest, read_manifest
+from adapterhub_lite.registry.loss_plot import LOSS_FILE
+from adapterhub_lite.registry.manifest import CANARY_FILE, MANIFEST_FILE, AdapterManifest, read_manifest
 from adapterhub_lite.registry.survey import ALLOWED_FILES
 from adapterhub_lite.registry.transfer import adapter_files
 
@@ -84,8 +85,7 @@ def push_adapter(
         repo.create(private)
     elif private and not repo.is_private():
         raise HubPermissionError(f"{repo_id} exists and is public, but private was asked for. Make it private first.")
-    content: dict[str, Path | bytes] = {**adapter_files(registry, manifest)}
-    content[CARD_FILE] = render_card(manifest, repo_id).encode()
+    content: dict[str, Path | bytes] = {**adapter_files(registry, manifest), **card_files(manifest, repo_id)}
     publish = _Publish(manifest, content, uuid.uuid4().hex)
     commit, tag, sent = _commit_once(repo, publish, tell)
     tell(f"tagging {tag}")
@@ -98,23 +98,26 @@ def push_adapter(
 
 def _commit_once(repo: HubRepo, publish: _Publish, tell: Progress) -> tuple[str, str, int]:
     """(commit, tag, commits sent): send the commit until the log shows it, or shows an earlier one of this digest."""
-    name, sent = publish.manifest.reference, 0
-    last: ConflictError | HubUnreachableError | None = None
+    name, sent, lost = publish.manifest.reference, 0, 0
+    last: ConflictError | None = None
     for attempt in range(WRITE_TRIES):
         head = repo.head()
         if found := _published(repo, head, publish):
             return *found, sent
-        gone = sorted(set(repo.files(head)) & ALLOWED_FILES - set(publish.content))
+        gone = sorted(set(repo.files(head)) & {*ALLOWED_FILES, LOSS_FILE} - set(publish.content))
         tell(f"publishing {name}" + (f", try {attempt + 1}" if attempt else ""))
         try:
             sent += 1
             title = f"{publish.manifest.name} v{publish.manifest.version}"
             repo.commit(head, title, publish.claim, publish.content, gone)
-        except (ConflictError, HubUnreachableError) as error:
+        except HubUnreachableError as error:
+            lost += 1
+            if lost == TRIES:
+                raise
+            rest(attempt, error)
+        except ConflictError as error:
             last = error
             rest(attempt, error)
-    if isinstance(last, HubUnreachableError):
-        raise last
     raise PublishConflictError(f"Others kept publishing to {repo.id} while {name} was; try again later.") from last
 
 

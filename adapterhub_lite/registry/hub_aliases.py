@@ -12,9 +12,8 @@ from adapterhub_lite.errors import (
 )
 from adapterhub_lite.registry.hub_client import WRITE_TRIES, HubRepo, rest
 from adapterhub_lite.registry.hub_errors import ConflictError
+from adapterhub_lite.registry.manifest import ALIASES_FILE
 from adapterhub_lite.registry.reference import is_alias
-
-ALIASES_FILE = "aliases.json"
 
 
 def remote_aliases(repo_id: str, *, endpoint: str | None = None, token: str | None = None) -> dict[str, int]:

@@ -29,7 +29,9 @@ from adapterhub_lite.errors import (
 )
 
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
-CAUGHT = (httpx2.HTTPError, OSError, RuntimeError, ValueError, EntryNotFoundError)
+# What the client raises when it reads an answer that is JSON, but not the one it expects.
+GARBLED = (LookupError, TypeError, AttributeError)
+CAUGHT = (httpx2.HTTPError, OSError, RuntimeError, ValueError, EntryNotFoundError, *GARBLED)
 
 
 class ConflictError(HubError):
@@ -73,6 +75,8 @@ def translate(
         return _by_status(cause, where, repo_id, identity)
     if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
         return HubError(f"Could not {where}: there is no such file.")
+    if isinstance(cause, GARBLED):
+        return HubUnreachableError(f"Could not {where}: the answer made no sense ({_short(cause)}). Try again later.")
     if isinstance(cause, OfflineModeIsEnabled):
         return HubUnreachableError(f"Could not {where}: HF_HUB_OFFLINE is set. Unset it, or pull with offline=True.")
     if (

@@ -19,7 +19,6 @@ from adapterhub_lite.errors import (
     AdapterRejectedError,
     HubUnreachableError,
     IntegrityError,
-    RegistryError,
     UnknownNameError,
     UsageError,
 )
@@ -33,6 +32,7 @@ from adapterhub_lite.registry.manifest import (
     AdapterManifest,
     read_manifest,
 )
+from adapterhub_lite.registry.objects import file_record
 from adapterhub_lite.registry.reference import is_alias
 from adapterhub_lite.registry.survey import ALLOWED_SIZES
 from adapterhub_lite.registry.transfer import import_adapter
@@ -63,6 +63,8 @@ class _Wish:
     revision: str | None
     name: str | None
     folder: Path
+    base: "ResolvedBase | None" = None
+    verify: Literal["files", "canary"] = "files"
 
     @property
     def memo(self) -> Path:
@@ -82,14 +84,16 @@ def pull_adapter(
     offline: bool = False,
     adopt: bool = False,
     base: "ResolvedBase | None" = None,
+    verify: Literal["files", "canary"] = "files",
     progress: Progress | None = None,
 ) -> PullReceipt:
     """Bring a published version into the registry under `name` (default: its own), verified.
 
     `revision` is a tag (`v3`), a full commit, a branch, or `@alias`, which moves the local alias too; None takes the
     highest version. `adopt` takes a repository that plain PEFT made, measured on `base` and numbered here.
-    `offline` answers from what was pulled before, without asking the hub. A failed pull can be repeated: files
-    that are complete are not fetched again.
+    `offline` answers from what was pulled before, without asking the hub. `verify="canary"` also loads the base and
+    replays the recorded behaviour (or, adopting, records it). A failed pull can be repeated: files that are complete
+    are not fetched again.
 
     Raises:
         IntegrityError: bytes are not those of the manifest, twice in a row.
@@ -100,9 +104,9 @@ def pull_adapter(
     if revision is not None and not (REVISION.fullmatch(plain) and (plain == revision or is_alias(plain))):
         raise UsageError(f"Wanted a revision like v3, @prod, a branch or a 40-hex commit; got {revision!r:.80}.")
     repo = HubRepo(repo_id, endpoint=endpoint, token=token)
-    wish, tell = _Wish(repo, revision, name, registry.home / "hub"), progress or (lambda _: None)
+    wish, tell = _Wish(repo, revision, name, registry.home / "hub", base, verify), progress or (lambda _: None)
     if offline:
-        return _remembered(registry, wish)
+        return _checked(registry, wish, _remembered(registry, wish))
     tag, sha = _pin(repo, revision)
     tell(f"{repo_id} is at {sha}")
     wish.folder.mkdir(parents=True, exist_ok=True)
@@ -111,7 +115,7 @@ def pull_adapter(
         if MANIFEST_FILE in repo.files(sha):
             receipt = _pull_verified(registry, wish, sha, tag, folder, tell)
         elif adopt:
-            receipt = _adopt(registry, wish, sha, folder, base, tell)
+            receipt = _adopt(registry, wish, sha, folder, tell)
         else:
             raise AdapterRejectedError(repo_id, [f"it has no {MANIFEST_FILE}; adopt=True measures and records it here"])
         shutil.rmtree(folder, ignore_errors=True)
@@ -158,7 +162,7 @@ def _take_in(
         raise IntegrityError(f"{wish.repo.id} says {tag}, its manifest says v{manifest.version}. Do not trust it.")
     here = _already_here(registry, wish.name or manifest.name, manifest)
     if here is not None:
-        return PullReceipt(here, sha, "store")
+        return _checked(registry, wish, PullReceipt(here, sha, "store"))
     listed = wish.repo.files(sha)
     names = [*manifest.files, *({SIGNATURE_FILE} & set(listed))]
     _check_promise(manifest, {name: file.size for name, file in listed.items()})
@@ -171,15 +175,27 @@ def _take_in(
     # The client keeps its own notes beside what it fetched; the registry is shown the adapter's files alone.
     for name in [MANIFEST_FILE, *names]:
         (plain / name).hardlink_to(folder / name)
-    return PullReceipt(import_adapter(registry, plain, name=wish.name, expected=manifest), sha, "hub")
+    taken = import_adapter(registry, plain, name=wish.name, expected=manifest, base=wish.base, verify=wish.verify)
+    return PullReceipt(taken, sha, "hub")
+
+
+def _checked(registry: "AdapterRegistry", wish: _Wish, receipt: PullReceipt) -> PullReceipt:
+    """The receipt of a version that is here already, once it behaves as recorded, where that is asked for."""
+    if wish.verify == "canary":
+        from adapterhub_lite.registry.behaviour import check_stored
+
+        check_stored(registry, receipt.manifest, base=wish.base)
+    return receipt
 
 
 def _already_here(registry: "AdapterRegistry", name: str, manifest: AdapterManifest) -> AdapterManifest | None:
+    """The version as it is here, with every byte of it compared; None where something is missing or damaged."""
     try:
         here = registry.resolve(f"{name}:{manifest.version}")
-    except UnknownNameError:
+        intact = all(file_record(registry.file(here, file)) == record for file, record in here.files.items())
+    except (UnknownNameError, IntegrityError):
         return None
-    return here if here.digest == manifest.digest else None
+    return here if here.digest == manifest.digest and intact else None
 
 
 def _check_promise(manifest: AdapterManifest, sizes: dict[str, int]) -> None:
@@ -199,9 +215,10 @@ def _check_promise(manifest: AdapterManifest, sizes: dict[str, int]) -> None:
         raise AdapterRejectedError(manifest.reference, problems)
 
 
-def _adopt(
-    registry: "AdapterRegistry", wish: _Wish, sha: str, folder: Path, base: "ResolvedBase | None", tell: Progress
-) -> PullReceipt:
+def _adopt(registry: "AdapterRegistry", wish: _Wish, sha: str, folder: Path, tell: Progress) -> PullReceipt:
+    known = _memo(registry, wish)
+    if known is not None and known.commit == sha:
+        return _checked(registry, wish, PullReceipt(known.manifest, sha, "store"))
     listed = wish.repo.files(sha)
     missing = [f"it has no {name}" for name in (CONFIG_FILE, WEIGHTS_FILE) if name not in listed]
     if missing:
@@ -218,7 +235,8 @@ def _adopt(
             raise IntegrityError(f"{name} of {wish.repo.id} did not arrive as the hub lists it. Pull again.")
         plain.mkdir(exist_ok=True)
         (plain / name).hardlink_to(fetched)
-    manifest = registry.add(plain, wish.name or wish.repo.id.rpartition("/")[2], base=base)
+    name = wish.name or wish.repo.id.rpartition("/")[2]
+    manifest = registry.add(plain, name, base=wish.base, verify=wish.verify)
     return PullReceipt(manifest, sha, "hub")
 
 
@@ -230,12 +248,22 @@ def _remember(wish: _Wish, receipt: PullReceipt) -> None:
 
 
 def _remembered(registry: "AdapterRegistry", wish: _Wish) -> PullReceipt:
-    if not wish.memo.exists():
+    found = _memo(registry, wish)
+    if found is None:
         raise HubUnreachableError(
-            f"{wish.repo.id} at {wish.revision or 'its newest version'} was never pulled here. Pull it once online."
+            f"{wish.repo.id} at {wish.revision or 'its newest version'} was not pulled here, or what was pulled is gone. "
+            "Pull it once online."
         )
+    return found
+
+
+def _memo(registry: "AdapterRegistry", wish: _Wish) -> PullReceipt | None:
+    """What an earlier pull of the same wish came to, where that is still here."""
+    if not wish.memo.exists():
+        return None
     memo = json.loads(wish.memo.read_text())
-    manifest = registry.resolve(memo["reference"])
-    if manifest.digest != memo["digest"]:
-        raise RegistryError(f"{manifest.reference} is another adapter now than the one pulled. Pull it with a network.")
-    return PullReceipt(manifest, memo["commit"], "offline")
+    try:
+        manifest = registry.resolve(memo["reference"])
+    except UnknownNameError:
+        return None
+    return PullReceipt(manifest, memo["commit"], "offline") if manifest.digest == memo["digest"] else None

@@ -2,6 +2,8 @@
 
 import re
 import sqlite3
+from collections import defaultdict
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adapterhub_lite.errors import UsageError
@@ -85,39 +87,34 @@ def filter_versions(
 
 def summarize(connection: sqlite3.Connection, wanted: Filter) -> list[AdapterSummary]:
     """The lines of the versions wanted, by name and version."""
-    aliases: dict[tuple[str, int], tuple[str, ...]] = {}
-    for name, alias, version in connection.execute("SELECT name, alias, version FROM aliases ORDER BY alias"):
-        aliases[name, version] = (*aliases.get((name, version), ()), alias)
-    tags: dict[tuple[str, int], tuple[str, ...]] = {}
-    for tag, name, version in connection.execute("SELECT tag, name, version FROM tags ORDER BY tag"):
-        tags[name, version] = (*tags.get((name, version), ()), tag)
-    metrics: dict[tuple[str, int], dict[str, tuple[float, float | None]]] = {}
-    for name, version, metric, ours, bare in connection.execute(
-        "SELECT name, version, metric, adapter_value, base_value FROM metrics"
-    ):
-        metrics.setdefault((name, version), {})[metric] = (ours, bare)
     rows = connection.execute(
         # The clauses are our own, the values are bound.
         "SELECT name, version, digest, base_id, task, created, size, pinned FROM versions v"  # noqa: S608
         f" WHERE {wanted.sql} ORDER BY name, version",
         wanted.values,
-    )
-    return [
-        AdapterSummary(
-            name,
-            version,
-            digest,
-            base,
-            task,
-            created,
-            size,
-            bool(pinned),
-            aliases.get((name, version), ()),
-            tags.get((name, version), ()),
-            metrics.get((name, version), {}),
-        )
-        for name, version, digest, base, task, created, size, pinned in rows
-    ]
+    ).fetchall()
+    names = {row[0] for row in rows}
+    # Of one name only what is its own is read, of several everything: a join over all of them takes longer.
+    only, values = ("WHERE name = ?", [*names]) if len(names) == 1 else ("", [])
+
+    def read(columns: str, table: str, order: str) -> Iterator[tuple[Any, ...]]:
+        return connection.execute(f"SELECT name, version, {columns} FROM {table} {only} ORDER BY {order}", values)  # noqa: S608
+
+    aliases: defaultdict[tuple[str, int], tuple[str, ...]] = defaultdict(tuple)
+    for name, version, alias in read("alias", "aliases", "alias"):
+        aliases[name, version] += (alias,)
+    tags: defaultdict[tuple[str, int], tuple[str, ...]] = defaultdict(tuple)
+    for name, version, tag in read("tag", "tags", "name, version, tag"):
+        tags[name, version] += (tag,)
+    metrics: defaultdict[tuple[str, int], dict[str, tuple[float, float | None]]] = defaultdict(dict)
+    for name, version, metric, ours, bare in read("metric, adapter_value, base_value", "metrics", "name, version"):
+        metrics[name, version][metric] = (ours, bare)
+    lines = []
+    for name, version, digest, base, task, created, size, pinned in rows:
+        key = (name, version)
+        about = (aliases.get(key, ()), tags.get(key, ()), metrics.get(key, {}))
+        lines.append(AdapterSummary(name, version, digest, base, task, created, size, bool(pinned), *about))
+    return lines
 
 
 def describe(registry: "AdapterRegistry", manifest: AdapterManifest) -> AdapterDetails:

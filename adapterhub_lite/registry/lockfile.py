@@ -62,10 +62,12 @@ def write_lock(
     path: str | Path = LOCK_FILE,
     *,
     sources: dict[str, str] | None = None,
+    bases: Sequence[ResolvedBase] = (),
 ) -> Lock:
     """Pin each of `references` (newest and aliases as they are now) in the file at `path`; returns what it says.
 
-    `sources` maps a name to the repository it is pulled from.
+    `sources` maps a name to the repository it is pulled from. The bases' tokenizers are read where the bases are in
+    the registry's home or among `bases`.
 
     Raises:
         UnknownNameError: no such adapter.
@@ -76,7 +78,7 @@ def write_lock(
     manifests = {m.reference: m for m in map(registry.resolve, references)}
     adapters = tuple(
         LockedAdapter(
-            name=m.name, version=m.version, digest=m.digest, files=m.files, base=_locked_base(registry, m),
+            name=m.name, version=m.version, digest=m.digest, files=m.files, base=_locked_base(registry, m, bases),
             source=(sources or {}).get(m.name),
         )
         for _, m in sorted(manifests.items())
@@ -98,7 +100,7 @@ def read_lock(path: str | Path = LOCK_FILE) -> Lock:
     try:
         content = Path(path).expanduser().read_bytes()
     except FileNotFoundError as error:
-        raise UsageError(f"There is no lock {str(path)!r}. Write one with `adapterhub-lite list --lock`.") from error
+        raise UsageError(f"There is no lock {str(path)!r}. Write one with `adapterhub-lite lock`.") from error
     try:
         return Lock.model_validate_json(content)
     except ValidationError as error:
@@ -170,9 +172,7 @@ def _adapter_problems(registry: "AdapterRegistry", locked: LockedAdapter) -> lis
 
 def _base_problems(registry: "AdapterRegistry", locked: LockedAdapter, bases: Sequence[ResolvedBase]) -> list[str]:
     wanted = locked.base
-    record = BaseRecord(id=wanted.id, revision=wanted.revision, fingerprint=wanted.fingerprint)
-    given = next((base for base in bases if base.model_id == wanted.id), None)
-    base = given or find_base(record, registry.home)
+    base = _find(registry, BaseRecord(id=wanted.id, revision=wanted.revision, fingerprint=wanted.fingerprint), bases)
     if base is None:
         return [f"the base {wanted.id} is not on this machine"]
     if base.fingerprint != wanted.fingerprint:
@@ -183,8 +183,13 @@ def _base_problems(registry: "AdapterRegistry", locked: LockedAdapter, bases: Se
     return [f"{name} of the base differs" for name, digest in wanted.tokenizer.items() if found.get(name) != digest]
 
 
-def _locked_base(registry: "AdapterRegistry", manifest: AdapterManifest) -> LockedBase:
-    base = find_base(manifest.base, registry.home)
+def _find(registry: "AdapterRegistry", record: BaseRecord, bases: Sequence[ResolvedBase]) -> ResolvedBase | None:
+    given = next((base for base in bases if record.id in (base.model_id, base.name)), None)
+    return given or find_base(record, registry.home)
+
+
+def _locked_base(registry: "AdapterRegistry", manifest: AdapterManifest, bases: Sequence[ResolvedBase]) -> LockedBase:
+    base = _find(registry, manifest.base, bases)
     tokenizer = _tokenizer_digests(base) if base and base.fingerprint == manifest.base.fingerprint else {}
     record = manifest.base
     return LockedBase(id=record.id, revision=record.revision, fingerprint=record.fingerprint, tokenizer=tokenizer)

@@ -38,13 +38,15 @@ def store_lock(home: Path, *, exclusive: bool) -> Iterator[None]:
 
 
 class Lease:
-    """A running server's word that it uses an adapter; it ends with `release`, the `with` block, or the process.
+    """A running server's word that it uses an adapter; it ends with `release`, the `with` block, the last reference to
+    it, or the process.
 
     `effective` is False in a read-only home, where no lease can be written, nor anything be collected.
     """
 
     def __init__(self, home: Path, digest: str) -> None:
         self._file: IO[str] | None = None
+        self._owner = os.getpid()
         folder = home / "leases"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -66,9 +68,14 @@ class Lease:
     def release(self) -> None:
         """End the lease; again is no error."""
         if self._file is not None:
-            self._path.unlink(missing_ok=True)
+            # A process forked from the owner has this object too, but not the say.
+            if self._owner == os.getpid():
+                self._path.unlink(missing_ok=True)
             self._file.close()
             self._file = None
+
+    def __del__(self) -> None:
+        self.release()
 
     def __enter__(self) -> "Lease":
         return self

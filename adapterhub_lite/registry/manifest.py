@@ -22,6 +22,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 SIGNATURE_FILE = "adapterhub.sig.json"
 CARD_FILE = "README.md"
+ALIASES_FILE = "aliases.json"
 MAX_MANIFEST_BYTES = 1 << 20
 
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]

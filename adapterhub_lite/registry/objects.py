@@ -42,12 +42,12 @@ class ObjectStore:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def adopt(self, path: Path) -> FileRecord:
-        """Move the staged file at `path` to its final name; returns its record."""
+        """Move the staged file at `path` to its final name, over a damaged one if need be; returns its record."""
         with path.open("rb") as file:
             os.fsync(file.fileno())
         record = file_record(path)
         target = self.path(record.sha256)
-        if target.exists():
+        if target.exists() and file_record(target) == record:
             path.unlink()
             return record
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -211,10 +211,13 @@ class AdapterRegistry:
         with self.guard("look for garbage"):
             return plan_collection(self, keep_newest)
 
-    def gc(self, *, keep_newest: int = 1) -> GcPlan:
-        """Free every version that no alias, pin or running server refers to, but the `keep_newest` of each name."""
+    def gc(self, *, keep_newest: int = 1, announced: GcPlan | None = None) -> GcPlan:
+        """Free every version that no alias, pin or running server refers to, but the `keep_newest` of each name.
+
+        With `announced`, an earlier plan, no version goes that was not in it.
+        """
         with self.guard("collect garbage"):
-            return collect(self, keep_newest)
+            return collect(self, keep_newest, announced)
 
     def sign(self, reference: str | AdapterReference, *, key: str = "default") -> Signature:
         """Sign a version with a key made by `signing.generate_key`.

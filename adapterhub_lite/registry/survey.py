@@ -7,7 +7,9 @@ from pathlib import Path
 
 from adapterhub_lite.record import RECORD_FILE
 from adapterhub_lite.registry.lora_config import MAX_CONFIG_BYTES
+from adapterhub_lite.registry.loss_plot import LOSS_FILE
 from adapterhub_lite.registry.manifest import (
+    ALIASES_FILE,
     CANARY_FILE,
     CARD_FILE,
     CONFIG_FILE,
@@ -30,8 +32,8 @@ ALLOWED_SIZES = {
 }
 ALLOWED_FILES = frozenset(ALLOWED_SIZES)
 REQUIRED_FILES = (CONFIG_FILE, WEIGHTS_FILE)
-# Left by download tools beside the files; not looked into and not kept.
-IGNORED_ENTRIES = frozenset({".gitattributes", ".cache"})
+# What lies beside an adapter in a copy of its repository; not looked into and not kept.
+IGNORED_ENTRIES = frozenset({".gitattributes", ".cache", ALIASES_FILE, LOSS_FILE})
 EXECUTABLE_SUFFIXES = {
     ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".msgpack", ".h5", ".keras",
     ".py", ".pyc", ".so", ".sh", ".dll", ".exe", ".ipynb",

@@ -6,8 +6,11 @@ memory; nothing of requests, rows or threads of the engine.
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 
@@ -48,6 +51,8 @@ class AdapterPool:
         self._device = device
         self._max_rank = max_rank
         self._host = HostTier(max_host)
+        # A version in memory can be asked for again, so it stays in the store until its last copy here is gone.
+        self._holds: WeakSet[AbstractContextManager[Any]] = WeakSet()
         self._prefetcher = ThreadPoolExecutor(1, thread_name_prefix="adapterhub-prefetch")
 
     def route(self, adapter: str | Path | None, timeout: float | None = None) -> Route:
@@ -105,8 +110,10 @@ class AdapterPool:
         return "resident" if digest in self.residency else "host" if digest in self._host else "disk"
 
     def close(self) -> None:
-        """Stop prefetching."""
+        """Stop prefetching, and let the store have what was held."""
         self._prefetcher.shutdown(wait=False, cancel_futures=True)
+        for hold in list(self._holds):
+            hold.__exit__(None, None, None)
 
     def _locate(self, reference: str) -> AdapterFiles:
         files = self.source.locate(reference)
@@ -121,10 +128,12 @@ class AdapterPool:
         def load() -> AdapterWeights:
             weights = self._host.get(files.digest)
             if weights is None:
-                with files.hold():
-                    weights = read_adapter_weights(
-                        files.weights, self._families, files.scaling_of, max_rank=self._max_rank, subject=files.name
-                    )
+                hold = files.hold()
+                self._holds.add(hold)
+                weights = read_adapter_weights(
+                    files.weights, self._families, files.scaling_of, max_rank=self._max_rank, subject=files.name
+                )
+                weights = replace(weights, hold=hold)
                 self._host.put(files.digest, weights)
             return weights.to(self._device)
 

@@ -23,7 +23,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 class AdapterFiles:
     """An adapter on disk. `digest` names its bytes; `scaling_of` gives the scale of a module path.
 
-    `base_fingerprint` is None where nobody recorded it. `hold` keeps the store from removing the file meanwhile.
+    `base_fingerprint` is None where nobody recorded it. `hold` keeps the store from removing the file until what it
+    gives is left or forgotten.
     """
 
     name: str

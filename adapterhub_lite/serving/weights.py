@@ -64,13 +64,15 @@ next_load_id = itertools.count(1).__next__
 class AdapterWeights:
     """All pairs of an adapter, by family name. `rank` is the largest; `modules` how many pairs there are.
 
-    `load_id` is fresh for each load: what is copied or cached under it can never be taken for another load.
+    `load_id` is fresh for each load: what is copied or cached under it can never be taken for another load. `hold`
+    goes along with every copy, and ends with the last one: until then the store keeps the version.
     """
 
     families: dict[str, FamilyWeights]
     rank: int
     modules: int
     load_id: int = field(default_factory=next_load_id)
+    hold: object = None
 
     @property
     def nbytes(self) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants
+from huggingface_hub.utils.tqdm import disable_progress_bars
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -166,7 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
-    constants.HF_HUB_DISABLE_PROGRESS_BARS = True
+    disable_progress_bars()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         registry, _ = build(folder, max(rounds, PUBLISHERS))

@@ -59,6 +59,9 @@ def make_adapter(base: ResolvedBase, folder: Path, seed: int, **lora: Any) -> Pa
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.02)
+            if "magnitude" in name:
+                # As trained as the rest: fresh magnitudes are those of the base and hide that they were dropped.
+                parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
     model.save_pretrained(str(folder))
     return folder
 
@@ -116,9 +119,12 @@ def compare(base: ResolvedBase, folders: list[Path], weights: list[float], scrat
 
 def _peft(model: Any, names: list[str], weights: list[float], method: str, truth: Deltas) -> float | str:
     kind = {"ties": "ties_svd", "dare_ties": "dare_ties_svd"}.get(method, method)
-    density = {"density": 0.5} if "ties" in method else {}
+    options: dict[str, Any] = {"density": 0.5} if "ties" in method else {}
+    if "svd" in kind:
+        # The same room as ours takes by default: the sum of the ranks.
+        options["svd_rank"] = sum(model.peft_config[name].r for name in names)
     try:
-        model.add_weighted_adapter(names, weights, f"merged_{method}", combination_type=kind, **density)
+        model.add_weighted_adapter(names, weights, f"merged_{method}", combination_type=kind, **options)
         return distance(effect(model, f"merged_{method}"), truth)
     except Exception as error:
         return f"{type(error).__name__}: {error}"[:200]

@@ -72,3 +72,9 @@ def test_whoami_tells_role_and_organisations(guarded: HubServer) -> None:
 def test_a_taken_port_is_one_sentence(guarded: HubServer, tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="not free"):
         HubServer(tmp_path / "second", port=int(guarded.url.rpartition(":")[2]))
+
+
+def test_two_hubs_never_share_a_folder(guarded: HubServer, tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="Another hub is running"):
+        HubServer(tmp_path / "hub")
+    assert client(guarded, "hf_ann").whoami()["name"] == "ann"

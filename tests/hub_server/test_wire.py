@@ -66,8 +66,11 @@ def test_a_large_file_goes_up_in_parts(tmp_path: Path, monkeypatch: pytest.Monke
         assert api.get_paths_info(REPO, "a.bin")[0].lfs.sha256 == hashlib.sha256(content).hexdigest()
 
 
-def test_data_outlives_the_server(some_folder: Path, tmp_path: Path, transfer: str) -> None:
-    with HubServer(tmp_path / "hub") as hub:
+def test_data_outlives_the_server(
+    some_folder: Path, tmp_path: Path, transfer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with HubServer(Path("hub")) as hub:  # relative, as on a command line
         api = HfApi(endpoint=hub.url, token=False)
         api.create_repo(REPO)
         api.upload_folder(repo_id=REPO, folder_path=some_folder)

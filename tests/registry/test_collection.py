@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from adapterhub_lite.bases import ResolvedBase
-from adapterhub_lite.errors import IntegrityError, RegistryError, UnknownNameError, UsageError
+from adapterhub_lite.errors import IntegrityError, RegistryError, ResourceError, UnknownNameError, UsageError
 from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.registry.manifest import ParentRecord
 from adapterhub_lite.registry.transfer import adapter_files, import_adapter
@@ -45,6 +45,33 @@ def test_gc_keeps_what_anything_refers_to(registry: AdapterRegistry, six: list[P
     assert registry.gc().versions == ("sql:3", "sql:4")
     with pytest.raises(UnknownNameError, match="was removed; its number is not used again"):
         registry.resolve("sql:5")
+
+
+def test_only_what_was_announced_goes(registry: AdapterRegistry, six: list[Path], base: ResolvedBase) -> None:
+    registry.add(six[0], "sql", base=base)
+    registry.add(six[1], "sql", base=base)
+    announced = registry.plan_gc()
+    registry.add(six[2], "sql", base=base)
+    assert registry.plan_gc().versions == ("sql:1", "sql:2")
+    done = registry.gc(announced=announced)
+    assert (done.versions, done.kept["sql:2"]) == (("sql:1",), "not announced")
+    assert [m.version for m in registry.list()] == [2, 3]
+    assert registry.examine().problems == registry.examine().notes == ()
+
+
+def test_nothing_is_deleted_before_the_versions_are_gone_for_good(
+    registry: AdapterRegistry, six: list[Path], base: ResolvedBase
+) -> None:
+    """The journal cannot be written, as on a full disk: the collection fails, and every byte is where it was."""
+    manifests = [registry.add(folder, "sql", base=base) for folder in six[:3]]
+    (registry.home / "journal.jsonl").mkdir()
+    for act in (registry.gc, lambda: registry.remove("sql:1")):
+        with pytest.raises(ResourceError):
+            act()
+    (registry.home / "journal.jsonl").rmdir()
+    assert registry.list() == manifests
+    assert all(registry.file(m, name).is_file() for m in manifests for name in m.files)
+    assert registry.examine().problems == registry.examine().notes == ()
 
 
 def test_numbers_are_never_given_again(registry: AdapterRegistry, six: list[Path], base: ResolvedBase) -> None:

@@ -57,13 +57,15 @@ def test_gguf_goes_through_the_converter(
     monkeypatch.delenv("LLAMA_CPP_CONVERTER", raising=False)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigurationError, match="not on the path"):
-        export_gguf(registry, manifest, base.folder, out)
+        export_gguf(registry, manifest, out, base=base)
     script = tmp_path / "convert_lora_to_gguf.py"
     script.write_text(CONVERTER)
     monkeypatch.setenv("LLAMA_CPP_CONVERTER", str(script))
     with pytest.raises(ConfigurationError, match="no such base"):
-        export_gguf(registry, manifest, tmp_path, out)
+        export_gguf(registry, manifest, out, base=ResolvedBase("tiny", "tiny", tmp_path))
+    with pytest.raises(UsageError, match="on this machine"):
+        export_gguf(registry, manifest, out)
     assert not out.exists() and list(out.parent.iterdir()) == []
-    assert export_gguf(registry, manifest, base.folder, out).read_bytes().startswith(b"GGUF")
+    assert export_gguf(registry, manifest, out, base=base).read_bytes().startswith(b"GGUF")
     with pytest.raises(UsageError, match="already"):
-        export_gguf(registry, manifest, base.folder, out)
+        export_gguf(registry, manifest, out, base=base)

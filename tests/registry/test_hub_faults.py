@@ -88,6 +88,17 @@ def test_a_push_through_a_fault_is_published_exactly_once(
     assert elsewhere.pull(REPO, revision="v2", endpoint=hub_server.url).manifest == wanted
 
 
+def test_an_answer_that_makes_no_sense_is_no_answer(
+    registry: AdapterRegistry, adapter: Path, base: ResolvedBase, hub_server: HubServer
+) -> None:
+    """The flipped byte falls into the name of a key that the client reads; the commit landed all the same."""
+    registry.add(adapter, "sql", base=base)
+    hub_server.faults.add("flipped_byte", COMMIT, method="POST")
+    assert registry.push("sql", "org/large", endpoint=hub_server.url).commits_sent == 1
+    repo = HubRepo("org/large", endpoint=hub_server.url)
+    assert len(repo.log(repo.head())) == 2
+
+
 def test_a_push_that_died_between_commit_and_tag_is_finished_by_the_next(
     registry: AdapterRegistry, adapter: Path, base: ResolvedBase, hub_server: HubServer
 ) -> None:

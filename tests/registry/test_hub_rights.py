@@ -118,3 +118,31 @@ def test_a_hub_that_is_not_there(one: AdapterRegistry, monkeypatch: pytest.Monke
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(HubUnreachableError, match="HF_HUB_OFFLINE"):
         HubRepo("ann/sql", endpoint="http://127.0.0.1:1").head()
+
+
+def test_a_number_is_taken_from_the_commit_on_not_from_the_tag_on(
+    one: AdapterRegistry, other_adapter: Path, base: ResolvedBase, guarded: HubServer, tmp_path: Path
+) -> None:
+    """The first publisher died before its tag; the second must not slip in under the same number."""
+    guarded.faults.add("503", "/tag/", times=99)
+    with pytest.raises(HubUnreachableError):
+        one.push("sql", "ann/sql", endpoint=guarded.url, token="hf_ann")
+    guarded.faults.clear()
+    colleague = AdapterRegistry(tmp_path / "colleague")
+    colleague.add(other_adapter, "sql", base=base)
+    with pytest.raises(PublishConflictError, match="another adapter as v1"):
+        colleague.push("sql", "ann/sql", endpoint=guarded.url, token="hf_ann")
+    assert one.push("sql", "ann/sql", endpoint=guarded.url, token="hf_ann").tag == "v1"
+
+
+def test_a_tag_that_somebody_else_sets_meanwhile_is_not_taken_for_ours(
+    one: AdapterRegistry, guarded: HubServer
+) -> None:
+    api = HfApi(endpoint=guarded.url, token="hf_ann")
+
+    def meddle(step: str) -> None:
+        if step == "tagging v1":
+            api.create_tag("ann/sql", tag="v1", revision=api.list_repo_commits("ann/sql")[-1].commit_id)
+
+    with pytest.raises(PublishConflictError, match="another adapter as v1"):
+        one.push("sql", "ann/sql", endpoint=guarded.url, token="hf_ann", progress=meddle)

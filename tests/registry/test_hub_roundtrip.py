@@ -77,6 +77,29 @@ def test_a_second_pull_fetches_no_weights(
     assert not [exchange for exchange in hub_server.faults.log if "safetensors" in exchange.path]
 
 
+@pytest.mark.parametrize("damage", ["flipped", "cut short", "missing"])
+def test_a_pull_mends_what_is_damaged_here(
+    registry: AdapterRegistry,
+    elsewhere: AdapterRegistry,
+    adapter: Path,
+    base: ResolvedBase,
+    hub_server: HubServer,
+    damage: str,
+) -> None:
+    registry.add(adapter, "sql", base=base)
+    registry.push("sql", REPO, endpoint=hub_server.url)
+    manifest = elsewhere.pull(REPO, endpoint=hub_server.url).manifest
+    path = elsewhere.file(manifest, "adapter_model.safetensors")
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(content[:-1] + (bytes([content[-1] ^ 1]) if damage == "flipped" else b""))
+    assert elsewhere.examine().problems
+    assert elsewhere.pull(REPO, endpoint=hub_server.url).source == "hub"
+    assert elsewhere.examine().problems == ()
+    assert path.read_bytes() == content
+
+
 def test_versions_are_tags_and_the_newest_is_pulled_by_default(
     registry: AdapterRegistry,
     elsewhere: AdapterRegistry,
@@ -132,13 +155,28 @@ def test_offline_is_asked_for_and_said(
     registry.add(adapter, "sql", base=base)
     with HubServer(tmp_path / "hub") as hub:
         registry.push("sql", REPO, endpoint=hub.url)
-        with pytest.raises(HubUnreachableError, match="never pulled"):
+        with pytest.raises(HubUnreachableError, match="not pulled here"):
             elsewhere.pull(REPO, revision="v1", endpoint=hub.url, offline=True)
         online = elsewhere.pull(REPO, revision="v1", endpoint=hub.url)
         hub.faults.clear()
         offline = elsewhere.pull(REPO, revision="v1", endpoint=hub.url, offline=True)
         assert hub.faults.log == []
     assert (offline.manifest, offline.commit, offline.source) == (online.manifest, online.commit, "offline")
+
+
+def test_a_pull_replays_the_canary_where_that_is_asked_for(
+    registry: AdapterRegistry, elsewhere: AdapterRegistry, adapter: Path, base: ResolvedBase, hub_server: HubServer
+) -> None:
+    registry.add(adapter, "sql", base=base, verify="canary")
+    registry.push("sql", REPO, endpoint=hub_server.url)
+    with pytest.raises(UsageError, match="needs its base"):
+        elsewhere.pull(REPO, endpoint=hub_server.url, verify="canary")
+    assert elsewhere.list() == []
+    for source in ("hub", "store"):
+        pulled = elsewhere.pull(REPO, endpoint=hub_server.url, verify="canary", base=base)
+        assert (pulled.source, pulled.manifest) == (source, registry.resolve("sql"))
+    with pytest.raises(UsageError, match="needs its base"):
+        elsewhere.pull(REPO, endpoint=hub_server.url, verify="canary")
 
 
 PLAIN_PEFT = """
@@ -175,6 +213,7 @@ def test_plain_peft_reads_what_we_pushed_and_we_adopt_what_it_pushed(
     with pytest.raises(AdapterRejectedError, match="adopt"):
         elsewhere.pull(plain, endpoint=hub_server.url, base=base)
     receipt = elsewhere.pull(plain, endpoint=hub_server.url, base=base, adopt=True)
+    assert elsewhere.pull(plain, endpoint=hub_server.url, base=base, adopt=True).source == "store", "adopted once"
     assert (receipt.manifest.reference, receipt.source) == ("plain-lora:1", "hub")
     assert receipt.commit == HfApi(endpoint=hub_server.url, token=False).model_info(plain).sha
     kept = elsewhere.file(receipt.manifest, "adapter_model.safetensors")
