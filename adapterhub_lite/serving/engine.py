@@ -191,6 +191,10 @@ class InferenceEngine:
         """Say how near an adapter is: "resident", "host" (memory) or "disk"; pulls it when it is on a hub only."""
         return self._pool.tier(reference)
 
+    def choose(self, reference: str) -> str | Path:
+        """Return `reference` or the candidate of its canary, whichever the next request gets; this is that request."""
+        return self._pool.rollouts.choose(reference)
+
     def start_canary(self, reference: str, candidate: str, *, canary: float = 0.1) -> ResidentAdapter:
         """Send the share `canary` of the requests for `reference` to `candidate`, loaded first; running ones stay.
 

@@ -18,7 +18,7 @@ IDS = [[7, 8, 9], [40, 41], list(range(60, 90)), [5], [9, 8, 7, 6, 5, 4], [100] 
 
 
 def read(trunk: Trunk, folder: Path) -> AdapterWeights:
-    files = FolderSource().locate(str(folder))
+    files = FolderSource().locate(folder)
     return read_adapter_weights(files.weights, trunk.families, files.scaling_of, max_rank=16, subject="test")
 
 
