@@ -48,7 +48,7 @@ def admin_routes(desk: Desk, admin: Callable[..., Caller]) -> APIRouter:
     @router.get("/canaries", dependencies=[only])
     def canaries() -> Json:
         """The canaries in force, with the share of each."""
-        return {"canaries": [_canary(*item) for item in desk.engine.status().canaries.items()]}
+        return {"canaries": [_canary(*item) for item in desk.engine.canaries().items()]}
 
     @router.post("/canaries")
     def canary(body: CanaryCommand, caller: Caller = only) -> Json:

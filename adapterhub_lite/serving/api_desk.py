@@ -24,12 +24,27 @@ from adapterhub_lite.serving.api_errors import ApiRefusal
 from adapterhub_lite.serving.api_metrics import Metrics
 from adapterhub_lite.serving.api_settings import ServerSettings
 from adapterhub_lite.serving.blend import WeightedReference, parse_blend
-from adapterhub_lite.serving.job import GenerationHandle
 from adapterhub_lite.serving.request import GenerationChunk, GenerationRequest, GenerationResult
 
 T = TypeVar("T")
 MAX_PARTS = 8
 BASE_NAMES = ("base",)
+
+
+class Answer(Protocol):
+    """A submitted request, such as a `GenerationHandle`."""
+
+    def cancel(self) -> None:
+        """Stop it."""
+        ...
+
+    def __iter__(self) -> Iterator[GenerationChunk]:
+        """Its chunks as they are made."""
+        ...
+
+    def result(self) -> GenerationResult:
+        """Its whole answer."""
+        ...
 
 
 class Engine(Protocol):
@@ -38,7 +53,7 @@ class Engine(Protocol):
     base_fingerprint: str
     tokenizer: Any
 
-    def submit(self, request: GenerationRequest) -> GenerationHandle:
+    def submit(self, request: GenerationRequest) -> Answer:
         """Queue a request."""
         ...
 
@@ -66,8 +81,8 @@ class Engine(Protocol):
         """Send them all where they point again."""
         ...
 
-    def status(self) -> Any:
-        """How the engine does."""
+    def canaries(self) -> dict[str, tuple[str, float]]:
+        """The canaries in force: reference -> (candidate, share)."""
         ...
 
 
@@ -190,7 +205,7 @@ class Desk:
 
     async def answer(self, http: Request, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
         """Answer all of `requests`; whoever hangs up meanwhile cancels them."""
-        handles: list[GenerationHandle] = []
+        handles: list[Answer] = []
         gone = threading.Event()
 
         def work() -> list[GenerationResult]:
@@ -275,7 +290,7 @@ async def unless_gone(http: Request, work: Awaitable[T], give_up: Callable[[], N
         leaving.cancel()
 
 
-def _cancel_late(submitting: "asyncio.Future[GenerationHandle]") -> None:
+def _cancel_late(submitting: "asyncio.Future[Answer]") -> None:
     if not submitting.cancelled() and submitting.exception() is None:
         submitting.result().cancel()
 
