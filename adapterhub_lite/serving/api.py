@@ -1,12 +1,13 @@
 """The OpenAI-compatible front of an engine: routes only. `model` is the base, a reference or a blend.
 
-Reading order: api_settings, api_models, api_auth, api_errors, api_metrics, api_desk, api_format, api_log, this file,
-api_server.
+Reading order: api_settings, api_models, api_auth, api_errors, api_metrics, api_desk, api_format, api_log, api_admin,
+this file, api_server.
 """
 
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Header, Request
@@ -14,13 +15,13 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from adapterhub_lite.errors import ConfigurationError
-from adapterhub_lite.registry.reference import AdapterReference
 from adapterhub_lite.serving import api_format as form
+from adapterhub_lite.serving.api_admin import admin_routes
 from adapterhub_lite.serving.api_auth import Caller, KeyRing
 from adapterhub_lite.serving.api_desk import Desk, Engine, Pinned, unless_gone
 from adapterhub_lite.serving.api_errors import ApiRefusal, error_event, install_error_handlers
 from adapterhub_lite.serving.api_log import AccessLog, BodyLimit
-from adapterhub_lite.serving.api_models import AdapterCommand, AliasCommand, ChatRequest, CompletionRequest, Sampling
+from adapterhub_lite.serving.api_models import ChatRequest, CompletionRequest, Sampling
 from adapterhub_lite.serving.api_settings import ServerSettings
 from adapterhub_lite.serving.request import GenerationChunk, GenerationRequest
 
@@ -91,7 +92,7 @@ class Api:
 
     async def chat(self, request: Request, body: ChatRequest, caller: Caller) -> Response:
         """POST /v1/chat/completions."""
-        pinned = await self.desk.run(self.desk.pin, body.model, caller)
+        pinned = await self.desk.run(partial(self.desk.pin, body.model, caller, through_canary=True))
         messages = [message.plain() for message in body.messages]
         wish = self.wish(body, pinned, body.wanted_tokens, messages=messages, logprobs=body.wanted_logprobs)
         if body.stream:
@@ -105,7 +106,7 @@ class Api:
 
     async def completions(self, request: Request, body: CompletionRequest, caller: Caller) -> Response:
         """POST /v1/completions."""
-        pinned = await self.desk.run(self.desk.pin, body.model, caller)
+        pinned = await self.desk.run(partial(self.desk.pin, body.model, caller, through_canary=True))
         wishes = [
             self.wish(body, pinned, body.wanted_tokens, prompt=prompt, logprobs=body.logprobs)
             for prompt in body.prompts
@@ -191,27 +192,6 @@ class Api:
         receipt = {"adapter_digest": digest, "base_fingerprint": self.desk.engine.base_fingerprint}
         return {"id": name, "object": "model", "created": 0, "owned_by": "adapterhub-lite", "receipt": receipt}
 
-    def resident(self) -> Json:
-        """GET /admin/adapters: what is in memory."""
-        shown = ("name", "digest", "rank", "modules", "nbytes", "uses", "pinned")
-        return {"adapters": [{key: getattr(one, key) for key in shown} for one in self.desk.engine.resident()]}
-
-    def load(self, body: AdapterCommand, caller: Caller) -> Json:
-        """POST /admin/adapters/load."""
-        loaded = self.desk.load(body.reference, caller)
-        return {"name": loaded.name, "digest": loaded.digest, "nbytes": loaded.nbytes}
-
-    def unload(self, body: AdapterCommand, caller: Caller) -> Json:
-        """POST /admin/adapters/unload; requests in work finish first."""
-        manifest = self.desk.resolve(body.reference, caller)
-        return {"name": manifest.reference, "unloaded": self.desk.engine.unload(manifest.reference)}
-
-    def alias(self, body: AliasCommand) -> Json:
-        """POST /admin/aliases; requests that were resolved before keep their version."""
-        parsed = AdapterReference.parse(f"{body.name}@{body.alias}")
-        self.desk.registry.set_alias(parsed.name, parsed.alias, version=body.version, expect=body.expect)
-        return {"reference": str(parsed), "version": body.version}
-
     def ready(self) -> JSONResponse:
         """GET /ready: 200 while requests are taken, 503 while the server drains."""
         told = {"status": "draining" if self.draining else "ready", "resident": len(self.desk.engine.resident())}
@@ -242,7 +222,8 @@ def create_api(engine: Engine, registry: Any, settings: ServerSettings, keys: Ke
 
 
 def _add_routes(app: FastAPI, api: Api) -> None:
-    user, admin = Depends(api.caller), Depends(api.admin)
+    user = Depends(api.caller)
+    app.include_router(admin_routes(api.desk, api.admin))
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request, body: ChatRequest, caller: Caller = user) -> Response:
@@ -259,22 +240,6 @@ def _add_routes(app: FastAPI, api: Api) -> None:
     @app.get("/v1/models/{name:path}")
     def model(name: str, caller: Caller = user) -> Json:
         return api.model(name, caller)
-
-    @app.get("/admin/adapters", dependencies=[admin])
-    def resident() -> Json:
-        return api.resident()
-
-    @app.post("/admin/adapters/load")
-    def load(body: AdapterCommand, caller: Caller = admin) -> Json:
-        return api.load(body, caller)
-
-    @app.post("/admin/adapters/unload")
-    def unload(body: AdapterCommand, caller: Caller = admin) -> Json:
-        return api.unload(body, caller)
-
-    @app.post("/admin/aliases", dependencies=[admin])
-    def alias(body: AliasCommand) -> Json:
-        return api.alias(body)
 
     @app.get("/health")
     def health() -> Json:

@@ -1,7 +1,7 @@
 """Between HTTP and the engine: which adapter a request means at this moment, and answers without blocking the loop.
 
-A model's name is resolved once, to exact versions; the engine is asked for those, and an answer whose digest is not
-theirs is never given out. The engine blocks, so each request in work has a thread of its own.
+A model's name is resolved once, through the canaries in force, to digests; the engine is asked for those, and an
+answer whose digest is not theirs is never given out. The engine blocks, so each request in work has a thread of its own.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Seque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
@@ -23,12 +24,27 @@ from adapterhub_lite.serving.api_errors import ApiRefusal
 from adapterhub_lite.serving.api_metrics import Metrics
 from adapterhub_lite.serving.api_settings import ServerSettings
 from adapterhub_lite.serving.blend import WeightedReference, parse_blend
-from adapterhub_lite.serving.job import GenerationHandle
 from adapterhub_lite.serving.request import GenerationChunk, GenerationRequest, GenerationResult
 
 T = TypeVar("T")
 MAX_PARTS = 8
 BASE_NAMES = ("base",)
+
+
+class Answer(Protocol):
+    """A submitted request, such as a `GenerationHandle`."""
+
+    def cancel(self) -> None:
+        """Stop it."""
+        ...
+
+    def __iter__(self) -> Iterator[GenerationChunk]:
+        """Its chunks as they are made."""
+        ...
+
+    def result(self) -> GenerationResult:
+        """Its whole answer."""
+        ...
 
 
 class Engine(Protocol):
@@ -37,7 +53,7 @@ class Engine(Protocol):
     base_fingerprint: str
     tokenizer: Any
 
-    def submit(self, request: GenerationRequest) -> GenerationHandle:
+    def submit(self, request: GenerationRequest) -> Answer:
         """Queue a request."""
         ...
 
@@ -51,6 +67,22 @@ class Engine(Protocol):
 
     def resident(self) -> Sequence[Any]:
         """The adapters in memory."""
+        ...
+
+    def choose(self, reference: str) -> str | Path:
+        """The reference or its canary, whichever the next request gets."""
+        ...
+
+    def start_canary(self, reference: str, candidate: str, *, canary: float) -> Any:
+        """Send a share of the requests for one reference to another."""
+        ...
+
+    def stop_canary(self, reference: str) -> bool:
+        """Send them all where they point again."""
+        ...
+
+    def canaries(self) -> dict[str, tuple[str, float]]:
+        """The canaries in force: reference -> (candidate, share)."""
         ...
 
 
@@ -102,8 +134,10 @@ class Desk:
         """Call something that blocks, on a thread of ours."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, call, *arguments)
 
-    def resolve(self, reference: str, caller: Caller) -> AdapterManifest:
+    def resolve(self, reference: str, caller: Caller, *, through_canary: bool = False) -> AdapterManifest:
         """The version that a reference names now, for a caller who may use it.
+
+        `through_canary` counts as a request: what is asked for needs the caller's right, the candidate does not.
 
         Raises:
             ReferenceSyntaxError, UnknownNameError: it is none; a path never is one.
@@ -112,8 +146,10 @@ class Desk:
         parsed = AdapterReference.parse(reference)
         if parsed.name is not None:
             self._require(parsed.name, caller)
-        manifest: AdapterManifest = self.registry.resolve(parsed)
-        self._require(manifest.name, caller)
+        chosen = self.engine.choose(str(parsed)) if through_canary else str(parsed)
+        manifest: AdapterManifest = self.registry.resolve(chosen)
+        if chosen == str(parsed):
+            self._require(manifest.name, caller)
         return manifest
 
     def serves(self, name: str) -> bool:
@@ -127,21 +163,22 @@ class Desk:
             served = ", ".join(sorted(map(str, self.served)))
             raise ApiRefusal(404, f"{name!r} is not served here. Served: {served}.", "model_not_found", param="model")
 
-    def pin(self, model: str, caller: Caller) -> Pinned:
-        """What `model` (the base, a reference or a blend) means at this moment. Raises as `resolve` does."""
+    def pin(self, model: str, caller: Caller, *, through_canary: bool = False) -> Pinned:
+        """What `model` (the base, a reference or a blend) means at this moment. As `resolve` does, and raises so."""
         base = self.engine.base_fingerprint
         if model in (*BASE_NAMES, self.settings.base_name):
             return Pinned(None, None, None, base)
         parts = self._parts(model)
         names, digests = [], []
         for part in parts:
-            manifest = self.resolve(part.reference, caller)
+            manifest = self.resolve(str(part.reference), caller, through_canary=through_canary)
             # As the engine writes it, so that the receipts can be compared.
             factor = "" if len(parts) == 1 and part.weight == 1.0 else f"*{part.weight!r}"
             names.append(manifest.reference + factor)
             digests.append(manifest.digest + factor)
-        exact = "+".join(names)
-        return Pinned(exact, exact, "+".join(digests), base)
+        # By digest, which no canary and no move of an alias means anything to.
+        exact = "+".join(digests)
+        return Pinned(exact, "+".join(names), exact, base)
 
     @staticmethod
     def _parts(model: str) -> tuple[WeightedReference, ...]:
@@ -168,7 +205,7 @@ class Desk:
 
     async def answer(self, http: Request, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
         """Answer all of `requests`; whoever hangs up meanwhile cancels them."""
-        handles: list[GenerationHandle] = []
+        handles: list[Answer] = []
         gone = threading.Event()
 
         def work() -> list[GenerationResult]:
@@ -253,7 +290,7 @@ async def unless_gone(http: Request, work: Awaitable[T], give_up: Callable[[], N
         leaving.cancel()
 
 
-def _cancel_late(submitting: "asyncio.Future[GenerationHandle]") -> None:
+def _cancel_late(submitting: "asyncio.Future[Answer]") -> None:
     if not submitting.cancelled() and submitting.exception() is None:
         submitting.result().cancel()
 

@@ -137,6 +137,14 @@ class AdapterCommand(StrictModel):
     reference: Annotated[str, Field(max_length=200)]
 
 
+class CanaryCommand(StrictModel):
+    """An admin's wish to send `share` of the requests for `reference` to `candidate`; a share of 0 ends it."""
+
+    reference: Annotated[str, Field(max_length=200)]
+    candidate: Annotated[str, Field(max_length=200)] = ""
+    share: Annotated[float, Field(ge=0, le=1)]
+
+
 class AliasCommand(StrictModel):
     """An admin's move of an alias; with `expect` only if it points there now (0: only if there is none)."""
 

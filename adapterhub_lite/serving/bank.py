@@ -7,6 +7,7 @@ copies nothing. Adapters are never merged into the base.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -26,6 +27,30 @@ class Part:
 
 
 Parts = tuple[Part, ...]
+
+
+class Bank(Protocol):
+    """What a forward pass needs of a bank: rows routed to adapters, and their deltas added beside the frozen layers."""
+
+    def place(self, row: int, parts: Parts) -> None:
+        """Route `row` to the sum of `parts`; no parts is the base."""
+        ...
+
+    def leave(self, row: int) -> None:
+        """Let go of the weights of a row."""
+        ...
+
+    def shrink(self) -> None:
+        """Give back what only large ranks needed. Only when no row is in use."""
+        ...
+
+    def begin(self, step: Step) -> None:
+        """Compute the routing of a step, for all its layers."""
+        ...
+
+    def add(self, group: int, layer: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Add each row's own delta to y in place, from x (T, in); return y (T, the outs of the group side by side)."""
+        ...
 
 
 def _key(parts: Parts) -> tuple[tuple[int, float], ...]:

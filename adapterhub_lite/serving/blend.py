@@ -11,23 +11,22 @@ from adapterhub_lite.errors import ReferenceSyntaxError
 class WeightedReference:
     """A reference with the factor on its delta."""
 
-    reference: str
+    reference: str | Path
     weight: float = 1.0
 
 
 def parse_blend(adapter: str | Path) -> tuple[WeightedReference, ...]:
-    """Split an adapter argument into its parts; a path or a plain reference is one part of weight 1.
+    """Split an adapter argument into its parts; a `Path` is a folder, one part of weight 1. A string never is a path.
 
     The answer of a blend is that of base + sum(weight * delta), exactly: the deltas add, nothing is averaged.
 
     Raises:
         ReferenceSyntaxError: an empty part, or a weight that is not a finite number.
     """
-    text = str(adapter)
-    if isinstance(adapter, Path) or (text and Path(text).is_dir()):
-        return (WeightedReference(text),)
+    if isinstance(adapter, Path):
+        return (WeightedReference(adapter),)
     parts = []
-    for piece in text.split("+"):
+    for piece in adapter.split("+"):
         reference, star, weight = piece.strip().partition("*")
         try:
             factor = float(weight) if star else 1.0
@@ -35,7 +34,7 @@ def parse_blend(adapter: str | Path) -> tuple[WeightedReference, ...]:
             factor = math.nan
         if not reference.strip() or not math.isfinite(factor):
             raise ReferenceSyntaxError(
-                f"{text!r} is not an adapter: wanted a reference such as sql@prod, or parts joined by +, each with a "
+                f"{adapter!r} is not an adapter: wanted a reference such as sql@prod, or parts joined by +, each with a "
                 f"finite weight, such as sql:3*0.7+event@prod*0.3, but found {piece.strip()!r}."
             )
         parts.append(WeightedReference(reference.strip(), factor))

@@ -77,13 +77,15 @@ class InferenceEngine:
         quantization: str | None = None,
         device: str | None = None,
         max_rows: int = 16,
+        native: bool | None = None,
         **options: Any,
     ) -> "InferenceEngine":
         """Load a base by name, folder or Hub id and start serving it.
 
         `pull` allows hub repositories ("org/*") to be pulled into the registry at their first use. `dtype` None keeps
         the one the base was saved in; `quantization` is None, "int8" or "nf4". `device` None takes a GPU when there is
-        one. `options` are those of the constructor: max_slots, max_host, max_rank, max_queue, end_tokens.
+        one. `native` None applies adapters by compiled code on a CPU with a C compiler, False by PyTorch alone.
+        `options` are those of the constructor: max_slots, max_host, max_rank, max_queue, end_tokens.
 
         Raises:
             UnknownNameError: no such base.
@@ -103,7 +105,7 @@ class InferenceEngine:
         source: AdapterSource = FolderSource()
         if registry is not None:
             source = HubSource(registry, pull) if pull else RegistrySource(registry)
-        trunk = Trunk(model, rows=max_rows)
+        trunk = Trunk(model, rows=max_rows, native=native)
         return cls(trunk, load_tokenizer(resolved.folder), resolved.fingerprint, source=source, **options)
 
     def generate(self, request: GenerationRequest) -> GenerationResult:
@@ -191,6 +193,10 @@ class InferenceEngine:
         """Say how near an adapter is: "resident", "host" (memory) or "disk"; pulls it when it is on a hub only."""
         return self._pool.tier(reference)
 
+    def choose(self, reference: str) -> str | Path:
+        """Return `reference` or the candidate of its canary, whichever the next request gets; this is that request."""
+        return self._pool.rollouts.choose(reference)
+
     def start_canary(self, reference: str, candidate: str, *, canary: float = 0.1) -> ResidentAdapter:
         """Send the share `canary` of the requests for `reference` to `candidate`, loaded first; running ones stay.
 
@@ -204,6 +210,10 @@ class InferenceEngine:
     def stop_canary(self, reference: str) -> bool:
         """Send every request for `reference` where it points, from the next one on; False without a canary."""
         return self._pool.rollouts.stop(reference)
+
+    def canaries(self) -> dict[str, tuple[str, float]]:
+        """The canaries in force: reference -> (candidate, share)."""
+        return self._pool.rollouts.current()
 
     def status(self) -> EngineStatus:
         """Say how the engine does: whether it can serve, whether it can pull, and its counts since the start."""
@@ -221,7 +231,7 @@ class InferenceEngine:
             resident=len(residency.resident()),
             loads=residency.loads,
             evictions=residency.evictions,
-            canaries=self._pool.rollouts.current(),
+            canaries=self.canaries(),
         )
 
     def base_digest(self) -> str:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from adapterhub_lite.serving.bank import RowBank
+from adapterhub_lite.serving.bank import Bank
 from adapterhub_lite.serving.cache import RowCache
 from adapterhub_lite.serving.packing import Step
 from adapterhub_lite.serving.weights import Family
@@ -95,7 +95,7 @@ def fused_groups(families: tuple[Family, ...]) -> tuple[tuple[Family, ...], ...]
 class FusedTrunk:
     """Computes steps with the weights of `model`, which it takes over: the model itself cannot be called any more."""
 
-    def __init__(self, model: PreTrainedModel, bank: RowBank, cache: RowCache) -> None:
+    def __init__(self, model: PreTrainedModel, bank: Bank, cache: RowCache) -> None:
         config, inner = model.config, model.model
         self._bank, self._cache = bank, cache
         self._embedding: torch.Tensor = inner.embed_tokens.weight.detach()

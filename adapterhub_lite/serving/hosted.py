@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from adapterhub_lite.errors import ConfigurationError
-from adapterhub_lite.serving.bank import RowBank
+from adapterhub_lite.serving.bank import Bank
 from adapterhub_lite.serving.cache import RowCache
 from adapterhub_lite.serving.packing import Step
 from adapterhub_lite.serving.weights import Family
@@ -45,7 +45,7 @@ AttentionInterface.register(ATTENTION, _attention)
 class BankLinear(nn.Module):
     """A frozen linear layer of any kind with the bank's delta added; (1, T, in) -> (1, T, out)."""
 
-    def __init__(self, inner: nn.Module, bank: RowBank, group: int, layer: int) -> None:
+    def __init__(self, inner: nn.Module, bank: Bank, group: int, layer: int) -> None:
         super().__init__()
         self.inner, self._bank, self._group, self._layer = inner, bank, group, layer
 
@@ -59,7 +59,7 @@ class HostedTrunk:
     """Computes steps by calling `model`, whose linear layers and attention function it puts its own around."""
 
     def __init__(
-        self, model: PreTrainedModel, bank: RowBank, cache: RowCache, groups: tuple[tuple[Family, ...], ...]
+        self, model: PreTrainedModel, bank: Bank, cache: RowCache, groups: tuple[tuple[Family, ...], ...]
     ) -> None:
         self._model, self._cache = model, cache
         for number, (family,) in enumerate(groups):

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from adapterhub_lite.errors import AdapterHubError, HubError, HubUnreachableError, UnknownNameError, UsageError
@@ -50,20 +51,20 @@ class HubSource:
         """What the last pull failed of, when the hub could not be reached; None when it could."""
         return self._trouble
 
-    def locate(self, reference: str) -> AdapterFiles:
+    def locate(self, reference: str | Path) -> AdapterFiles:
         """Return the files of `reference`, pulled first when it names a hub repository that is not here yet.
 
         Raises:
             UsageError: the repository is not one of those allowed.
             HubError, UnknownNameError: it is not here and cannot be had; the same at once until `retry_seconds` passed.
         """
-        match = REFERENCE.fullmatch(reference)
-        if match is None or self._local.is_folder(reference):
+        match = None if isinstance(reference, Path) else REFERENCE.fullmatch(reference)
+        if match is None:
             return self._local.locate(reference)
         if not any(fnmatchcase(match["repo"], pattern) for pattern in self._allowed):
             raise UsageError(f"This engine does not pull {match['repo']!r}; allowed are: {', '.join(self._allowed)}.")
         revision = f"v{match['version']}" if match["version"] else f"@{match['alias']}" if match["alias"] else None
-        return self._local.locate(self._pulled(reference, match["repo"], revision))
+        return self._local.locate(self._pulled(match[0], match["repo"], revision))
 
     def _pulled(self, reference: str, repo: str, revision: str | None) -> str:
         """Return the registry's own reference for a hub reference."""

@@ -89,7 +89,7 @@ class AdapterPool:
 
     def load(self, reference: str | Path, *, pin: bool = False) -> ResidentAdapter:
         """Bring an adapter into a slot; `pin` keeps it there."""
-        (entry,), _ = self.residency.acquire([self._wanted(self._locate(str(reference)))], timeout=SLOT_WAIT_SECONDS)
+        (entry,), _ = self.residency.acquire([self._wanted(self._locate(reference))], timeout=SLOT_WAIT_SECONDS)
         if pin:
             self.residency.pin(entry.digest, True)
         return self.residency.release(entry)
@@ -100,13 +100,13 @@ class AdapterPool:
 
     def unload(self, reference: str | Path, *, timeout: float | None = None) -> bool:
         """Take an adapter out of its slot and of host memory once nobody uses it; False when it was in no slot."""
-        digest = self._locate(str(reference)).digest
+        digest = self._locate(reference).digest
         self._host.drop(digest)
         return self.residency.unload(digest, timeout=timeout)
 
     def tier(self, reference: str | Path) -> Tier:
         """Say how near an adapter is."""
-        digest = self._locate(str(reference)).digest
+        digest = self._locate(reference).digest
         return "resident" if digest in self.residency else "host" if digest in self._host else "disk"
 
     def close(self) -> None:
@@ -115,7 +115,7 @@ class AdapterPool:
         for hold in list(self._holds):
             hold.__exit__(None, None, None)
 
-    def _locate(self, reference: str) -> AdapterFiles:
+    def _locate(self, reference: str | Path) -> AdapterFiles:
         files = self.source.locate(reference)
         if files.base_fingerprint not in (None, self._base_fingerprint):
             raise BaseMismatchError(

@@ -15,9 +15,10 @@ class GenerationRequest:
     """One question to the base or to an adapter.
 
     `prompt` is raw text; `messages` are chat messages (role, content) put through the base's chat template: exactly
-    one of the two. `adapter` is a reference ("sql@prod"), a blend ("sql:3*0.7+event@prod*0.3"), the path of a PEFT
-    folder, or None for the base. `temperature` 0 is greedy. `logprobs` asks for the log-probability of each chosen
-    token and of that many alternatives. `timeout_seconds` counts from submission.
+    one of the two. `adapter` is a reference ("sql@prod"), a blend ("sql:3*0.7+event@prod*0.3"), the `Path` of a
+    PEFT folder, or None for the base; a string is never taken for a path. `temperature` 0 is greedy. `logprobs` asks
+    for the log-probability of each chosen token and of that many alternatives. `timeout_seconds` counts from
+    submission.
 
     Raises:
         ConfigurationError: a setting is out of range; the text lists every one that is.

@@ -3,6 +3,7 @@
 import threading
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 
 from adapterhub_lite.errors import ConfigurationError
 
@@ -28,8 +29,10 @@ class Rollouts:
         """Send `share` of the requests for `reference` to `candidate` from now on.
 
         Raises:
-            ConfigurationError: the share is not between 0 and 1.
+            ConfigurationError: the share is not between 0 and 1, or the reference is a digest.
         """
+        if reference.startswith("sha256:"):
+            raise ConfigurationError("A digest always means the same bytes; start the canary on a name or an alias.")
         if not 0.0 <= share <= 1.0:
             raise ConfigurationError(f"The share of a canary is {share}, wanted 0 to 1, such as 0.1 for a tenth.")
         with self._lock:
@@ -40,10 +43,10 @@ class Rollouts:
         with self._lock:
             return self._splits.pop(reference, None) is not None
 
-    def choose(self, reference: str) -> str:
-        """Return the reference that the next request for `reference` gets."""
+    def choose(self, reference: str | Path) -> str | Path:
+        """Return the reference that the next request for `reference` gets; a folder is itself."""
         with self._lock:
-            split = self._splits.get(reference)
+            split = None if isinstance(reference, Path) else self._splits.get(reference)
             if split is None:
                 return reference
             before, split.seen = split.seen * split.share, split.seen + 1

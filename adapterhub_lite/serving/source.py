@@ -1,6 +1,7 @@
 """Where adapters come from: the registry, or a plain PEFT folder. Says which file to read and how it is scaled.
 
-The seam between the engine and the store: the engine never sees a manifest or a folder.
+The seam between the engine and the store: the engine never sees a manifest or a folder. A string is a reference and
+only a `Path` is a folder, so that no text of a client ever becomes a path.
 """
 
 import hashlib
@@ -38,41 +39,46 @@ class AdapterFiles:
 class AdapterSource(Protocol):
     """Anything that turns a reference into files."""
 
-    def locate(self, reference: str) -> AdapterFiles:
-        """Return what `reference` points to at this moment."""
+    def locate(self, reference: str | Path) -> AdapterFiles:
+        """Return what `reference` points to at this moment; a `Path` is a folder."""
         ...
 
 
 class FolderSource:
-    """References are paths of plain PEFT folders."""
+    """Adapters are given as the `Path` of a plain PEFT folder; no name means anything here."""
 
     def __init__(self) -> None:
         self._digests: dict[Path, tuple[tuple[int, int], str]] = {}
 
-    def locate(self, reference: str) -> AdapterFiles:
+    def locate(self, reference: str | Path) -> AdapterFiles:
         """Return the folder's files; its digest is over configuration and weights.
 
         Raises:
-            UnknownNameError: there is no such folder.
+            UnknownNameError: there is no such folder, or a name was given.
             AdapterRejectedError: it is no plain LoRA adapter.
         """
-        folder = Path(reference)
+        if isinstance(reference, str):
+            raise UnknownNameError(
+                f"There is no adapter {reference!r}: this engine has no registry to look a name up in. Start it with "
+                "one, or give a folder as pathlib.Path."
+            )
+        folder, shown = reference, str(reference)
         weights = folder / WEIGHTS_FILE
         try:
             config_bytes = (folder / CONFIG_FILE).read_bytes()
             weights_digest = self._digest(weights)
         except OSError as error:
             raise UnknownNameError(
-                f"There is no adapter {reference!r}: wanted a folder with {CONFIG_FILE} and {WEIGHTS_FILE}. "
+                f"There is no adapter {shown!r}: wanted a folder with {CONFIG_FILE} and {WEIGHTS_FILE}. "
                 "Give such a folder, or start the engine with a registry that knows the name."
             ) from error
         try:
             config = json.loads(config_bytes)
         except ValueError as error:
-            raise AdapterRejectedError(reference, [f"{CONFIG_FILE} is not JSON: {error}"]) from error
+            raise AdapterRejectedError(shown, [f"{CONFIG_FILE} is not JSON: {error}"]) from error
         problems = config_problems(config)
         if problems:
-            raise AdapterRejectedError(reference, problems)
+            raise AdapterRejectedError(shown, problems)
         digest = hashlib.sha256(config_bytes + weights_digest.encode()).hexdigest()
         return AdapterFiles(folder.name, f"sha256:{digest}", weights, lambda module: config_scaling(config, module))
 
@@ -89,19 +95,15 @@ class FolderSource:
 
 
 class RegistrySource:
-    """References are the registry's; paths of folders are taken as well."""
+    """References are the registry's; a `Path` is a folder."""
 
     def __init__(self, registry: Any) -> None:
         self._registry = registry
         self._folders = FolderSource()
 
-    def is_folder(self, reference: str) -> bool:
-        """Whether `reference` is the path of an adapter folder."""
-        return (Path(reference) / CONFIG_FILE).is_file()
-
-    def locate(self, reference: str) -> AdapterFiles:
+    def locate(self, reference: str | Path) -> AdapterFiles:
         """Return the files of the version that `reference` names now."""
-        if self.is_folder(reference):
+        if isinstance(reference, Path):
             return self._folders.locate(reference)
         manifest = self._registry.resolve(reference)
         name: str = manifest.reference

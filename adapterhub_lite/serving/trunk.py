@@ -6,10 +6,12 @@ import torch
 from transformers import PreTrainedModel
 
 from adapterhub_lite.errors import ConfigurationError
-from adapterhub_lite.serving.bank import RowBank
+from adapterhub_lite.serving.bank import Bank, RowBank
 from adapterhub_lite.serving.cache import RowCache
+from adapterhub_lite.serving.direct import DirectBank
 from adapterhub_lite.serving.fused import FusedTrunk, can_fuse, fused_groups
 from adapterhub_lite.serving.hosted import HostedTrunk
+from adapterhub_lite.serving.native import row_products
 from adapterhub_lite.serving.packing import RowSlice, Step, pack
 from adapterhub_lite.serving.weights import Family, find_families
 
@@ -17,10 +19,16 @@ from adapterhub_lite.serving.weights import Family, find_families
 class Trunk:
     """A base model that only ever computes packed steps. Not thread-safe: one thread owns it.
 
-    `fused` None chooses the lean pass where it computes the same; False always takes the model's own code.
+    `fused` None chooses the lean pass where it computes the same; False always takes the model's own code. `native`
+    None has the adapters applied by compiled code on a CPU where it can be compiled; False always takes PyTorch's.
+
+    Raises:
+        ConfigurationError: no linear layers, or `native` is True and there is no compiled code for this base.
     """
 
-    def __init__(self, model: PreTrainedModel, *, rows: int, fused: bool | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, rows: int, fused: bool | None = None, native: bool | None = None
+    ) -> None:
         self.model = model.requires_grad_(False)
         self.device = model.device
         self.rows = rows
@@ -31,9 +39,7 @@ class Trunk:
         self.max_length: int = getattr(config, "max_position_embeddings", None) or 1 << 20
         self.fused = can_fuse(model) if fused is None else fused
         groups = fused_groups(self.families) if self.fused else tuple((family,) for family in self.families)
-        # Products in float32 are faster than in bfloat16 on a CPU, which converts small bf16 matrices at each call.
-        dtype = torch.float32 if self.device.type == "cpu" else model.dtype
-        self.bank = RowBank(groups, rows, dtype=dtype, device=self.device)
+        self.bank: Bank = _make_bank(model, groups, rows, native)
         self.cache = RowCache(config.num_hidden_layers, rows, device=self.device)
         self._tensors: dict[str, torch.Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
         self._pass = (
@@ -71,3 +77,18 @@ class Trunk:
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+def _make_bank(model: PreTrainedModel, groups: tuple[tuple[Family, ...], ...], rows: int, native: bool | None) -> Bank:
+    # float16 is computed in on a GPU only, so the compiled code knows it for weights but not for activations.
+    fits = model.device.type == "cpu" and model.dtype in (torch.float32, torch.bfloat16)
+    products = row_products() if fits and native is not False else None
+    if products is not None:
+        return DirectBank(groups, rows, products)
+    if native:
+        raise ConfigurationError(
+            "There is no compiled code for this base: it needs a CPU, fp32 or bf16 and a compiler."
+        )
+    # Products in float32 are faster than in bfloat16 on a CPU, which converts small bf16 matrices at each call.
+    dtype = torch.float32 if model.device.type == "cpu" else model.dtype
+    return RowBank(groups, rows, dtype=dtype, device=model.device)

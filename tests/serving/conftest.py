@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from adapterhub_lite.bases import resolve_base
+from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.serving import InferenceEngine
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -106,3 +108,12 @@ def adapters(make_adapter: Any) -> dict[str, Path]:
         ),
         "partial": make_adapter(6, rank=4, alpha=8, targets=("v_proj", "up_proj"), layers_to_transform=[1]),
     }
+
+
+@pytest.fixture
+def registered(home: Path, tiny_base: Path, adapters: dict[str, Path]) -> AdapterRegistry:
+    """A registry with the adapters "small" and "wide"."""
+    registry, base = AdapterRegistry(home), resolve_base(tiny_base)
+    for name in ("small", "wide"):
+        registry.add(adapters[name], name, base=base)
+    return registry

@@ -5,7 +5,14 @@ from typing import Any
 
 import pytest
 
-from adapterhub_lite.errors import AdapterRejectedError, ConfigurationError, EngineClosedError, UnknownNameError
+from adapterhub_lite.errors import (
+    AdapterRejectedError,
+    ConfigurationError,
+    EngineClosedError,
+    UnknownNameError,
+    UsageError,
+)
+from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
 
 PROMPTS = ["one", "a longer prompt, of many more bytes than the others have", "x", "SELECT name FROM"]
@@ -28,16 +35,37 @@ def test_mixed_batch_answers_each_row_as_if_alone(
 
 
 def test_blend_is_the_exact_weighted_sum(
-    engine: InferenceEngine, alone: Any, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    make_engine: Any, registered: AdapterRegistry, alone: Any, adapters: dict[str, Path]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("small", "wide"):
-        Path(name).symlink_to(adapters[name])
     request = GenerationRequest(prompt="blend", adapter="small*0.7+wide*-0.3", max_new_tokens=12)
-    result = engine.generate(request)
+    result = make_engine(registry=registered).generate(request)
     assert result.token_ids == alone.tokens("blend", (adapters["small"], 0.7), (adapters["wide"], -0.3))
-    assert result.adapter == "small*0.7+wide*-0.3"
+    assert result.adapter == "small:1*0.7+wide:1*-0.3"
     assert result.adapter_digest is not None and result.adapter_digest.count("sha256:") == 2
+
+
+def test_a_string_is_never_a_path(
+    engine: InferenceEngine,
+    make_engine: Any,
+    registered: AdapterRegistry,
+    adapters: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """A folder that stands where the process runs is not what a name means, whoever put it there."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("small", "nobody"):
+        Path(name).symlink_to(adapters["mlp"])
+    with pytest.raises(UnknownNameError, match=r"pathlib\.Path"):
+        engine.generate(GenerationRequest(prompt="a", adapter="small"))
+    with_names = make_engine(registry=registered)
+    result = with_names.generate(GenerationRequest(prompt="a", adapter="small", max_new_tokens=2))
+    assert result.adapter_digest == registered.resolve("small").digest
+    for text in ("nobody", str(tmp_path / "small"), "./small", "small/../small"):
+        with pytest.raises(UsageError):
+            with_names.generate(GenerationRequest(prompt="a", adapter=text))
+        with pytest.raises(UsageError):
+            with_names.load(text)
 
 
 def test_chat_template_of_the_base(engine: InferenceEngine, alone: Any) -> None:

@@ -115,5 +115,5 @@ def test_what_is_not_there_or_not_allowed(source: HubSource) -> None:
 
 def test_local_names_never_ask_the_hub(hub: Any, source: HubSource, adapters: dict[str, Path], tiny_base: Path) -> None:
     asked = len(hub.faults.log)
-    assert source.locate(str(adapters["wide"])).digest.startswith("sha256:")
+    assert source.locate(adapters["wide"]).digest.startswith("sha256:")
     assert len(hub.faults.log) == asked

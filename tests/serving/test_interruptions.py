@@ -15,6 +15,7 @@ from adapterhub_lite.errors import (
     RequestTimeoutError,
     ServingError,
 )
+from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
 
 
@@ -126,11 +127,10 @@ def test_exception_inside_a_layer_ends_its_step_and_nothing_else(gated: Any, alo
 
 
 def test_numbers_that_are_not_finite_do_not_stay_in_the_row(
-    engine: InferenceEngine, alone: Any, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    make_engine: Any, registered: AdapterRegistry, alone: Any
 ) -> None:
     """A blend that overflows poisons its own keys and values; the next request in that row must not see them."""
-    monkeypatch.chdir(tmp_path)
-    Path("wide").symlink_to(adapters["wide"])
+    engine = make_engine(registry=registered)
     with pytest.raises(ServingError, match="not finite"):
         engine.generate(request("a rather long prompt to fill the row", adapter="wide*1e38"))
     results = engine.generate_many([request(prompt, new=8) for prompt in ("x", "a longer one than that")])

@@ -9,6 +9,7 @@ import torch
 
 from adapterhub_lite.bases import load_base_model
 from adapterhub_lite.serving.bank import Part
+from adapterhub_lite.serving.native import row_products
 from adapterhub_lite.serving.packing import RowSlice, pack
 from adapterhub_lite.serving.source import FolderSource
 from adapterhub_lite.serving.trunk import Trunk
@@ -18,14 +19,16 @@ IDS = [[7, 8, 9], [40, 41], list(range(60, 90)), [5], [9, 8, 7, 6, 5, 4], [100] 
 
 
 def read(trunk: Trunk, folder: Path) -> AdapterWeights:
-    files = FolderSource().locate(str(folder))
+    files = FolderSource().locate(folder)
     return read_adapter_weights(files.weights, trunk.families, files.scaling_of, max_rank=16, subject="test")
 
 
-@pytest.fixture(params=["fused", "hosted"])
+@pytest.fixture(params=["fused, compiled", "fused", "hosted, compiled", "hosted"])
 def trunk(request: pytest.FixtureRequest, tiny_base: Path) -> Trunk:
+    if "compiled" in request.param and row_products() is None:
+        pytest.skip("no C compiler on this machine")
     model = load_base_model(tiny_base, dtype=torch.float32)
-    return Trunk(model, rows=len(IDS), fused=request.param == "fused")
+    return Trunk(model, rows=len(IDS), fused="fused" in request.param, native="compiled" in request.param)
 
 
 def run(trunk: Trunk, slices: list[RowSlice]) -> torch.Tensor:

@@ -26,7 +26,7 @@ def families(tiny_base: Path) -> tuple[Family, ...]:
 
 
 def read(folder: Path, families: tuple[Family, ...]) -> AdapterWeights:
-    files = FolderSource().locate(str(folder))
+    files = FolderSource().locate(folder)
     return read_adapter_weights(files.weights, families, files.scaling_of, max_rank=16, subject="test")
 
 
@@ -121,7 +121,7 @@ def test_files_that_are_none(adapters: dict[str, Path], families: Any, tmp_path:
         read(broken, families)
     assert len(caught.value.problems) == 4
     with pytest.raises(UnknownNameError, match="adapter_config"):
-        FolderSource().locate(str(tmp_path / "nowhere"))
+        FolderSource().locate(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("text", ["", "+", "a*", "a*x", "a+*2", "a*nan", "a*inf+b", "a**2"])

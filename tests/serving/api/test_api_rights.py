@@ -65,6 +65,46 @@ def test_only_the_admin_loads_unloads_and_moves_aliases(serve: Serve, registry: 
     registry.remove_alias("sql", "canary")
 
 
+def test_a_canary_gets_its_share_of_what_http_asks_for(serve: Serve, registry: AdapterRegistry) -> None:
+    server, client = serve("sk-sql", keys=KEYS)
+
+    def call(share: float, **wish: str) -> httpx.Response:
+        body = {"reference": "sql@prod", "candidate": "sql:2", "share": share, **wish}
+        return httpx.post(f"{server.url}/admin/canaries", json=body, headers={"Authorization": "Bearer sk-admin"})
+
+    def shares(count: int, model: str = "sql@prod") -> list[str]:
+        asked = [client.completions.create(model=model, **ASK) for _ in range(count)]
+        for answer in asked:
+            receipt = answer.receipt  # type: ignore[attr-defined]
+            assert receipt["adapter_digest"].startswith(registry.resolve(receipt["adapter"].partition("*")[0]).digest)
+        return [answer.receipt["adapter"] for answer in asked]  # type: ignore[attr-defined]
+
+    try:
+        assert call(0.1).json() == {"reference": "sql@prod", "candidate": "sql:2", "share": 0.1}
+        client.models.retrieve("sql@prod")  # looking is not asking: it takes nobody's turn
+        assert shares(20).count("sql:2") == 2
+        assert call(1.0).status_code == 200
+        assert shares(2) == ["sql:2"] * 2
+        assert shares(1, "sql@prod*0.5") == ["sql:2*0.5"]
+        assert shares(2, "sql:1") == ["sql:1"] * 2
+        streamed = list(client.completions.create(model="sql@prod", stream=True, **ASK))
+        assert {piece.receipt["adapter"] for piece in streamed} == {"sql:2"}  # type: ignore[attr-defined]
+        told = httpx.get(f"{server.url}/admin/canaries", headers={"Authorization": "Bearer sk-admin"}).json()
+        assert told == {"canaries": [{"reference": "sql@prod", "candidate": "sql:2", "share": 1.0}]}
+    finally:
+        assert call(0).json() == {"reference": "sql@prod", "stopped": True}
+    assert shares(3) == ["sql:1"] * 3
+    assert call(0.5, candidate="sql:9").status_code == 404
+    assert call(0.5, reference="nothing").status_code == 404
+    for wish in ({"candidate": "/etc"}, {"reference": "../x"}, {"reference": registry.resolve("sql:1").digest}):
+        assert call(0.5, **wish).status_code == 400
+    assert call(1.5).status_code == 400
+    assert (
+        httpx.post(f"{server.url}/admin/canaries", json={}, headers={"Authorization": "Bearer sk-sql"}).status_code
+        == 403
+    )
+
+
 def test_an_open_server_has_no_admin(serve: Serve) -> None:
     server, _ = serve()
     assert httpx.post(f"{server.url}/admin/adapters/load", json={"reference": "sql"}).status_code == 403
