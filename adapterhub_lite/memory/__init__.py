@@ -1,26 +1,31 @@
 """Memory: presets, estimates, plans. Knows a model's config and a machine, never data."""
 
 from adapterhub_lite.memory.calibration import calibrated, record_peak
-from adapterhub_lite.memory.estimate import MemoryEstimate, Workload, estimate_memory
+from adapterhub_lite.memory.estimate import MemoryEstimate, ModelFacts, Workload, estimate, estimate_memory, facts_of
 from adapterhub_lite.memory.exact import dry_run
 from adapterhub_lite.memory.picture import draw_plan, plan_table
 from adapterhub_lite.memory.plan import MemoryPlan, Rejection, plan_memory
 from adapterhub_lite.memory.preparation import best_attention, prepare_for_training
 from adapterhub_lite.memory.presets import MEMORY_PRESETS, Machine, MemoryPreset, find_preset, refusal
+from adapterhub_lite.memory.tracing import TARGETS
 
 __all__ = [
     "MEMORY_PRESETS",
+    "TARGETS",
     "Machine",
     "MemoryEstimate",
     "MemoryPlan",
     "MemoryPreset",
+    "ModelFacts",
     "Rejection",
     "Workload",
     "best_attention",
     "calibrated",
     "draw_plan",
     "dry_run",
+    "estimate",
     "estimate_memory",
+    "facts_of",
     "find_preset",
     "plan_memory",
     "plan_table",

@@ -85,7 +85,7 @@ def estimate_memory(
     preset = find_preset(preset) if isinstance(preset, str) else preset
     targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
     workload = Workload(batch_size, sequence_length, rank, targets, world_size, accumulation, device)
-    return estimate(ModelFacts(read_config(base)), preset, workload)
+    return estimate(facts_of(base), preset, workload)
 
 
 class ModelFacts:
@@ -117,6 +117,25 @@ class ModelFacts:
             )
         one, rows = self._steps[key], workload.batch_size
         return StepBytes(one.fixed * rows, one.per_layer * rows, one.temporary * rows, one.layer_input * rows)
+
+
+_KNOWN: dict[str, ModelFacts] = {}
+MOST_KNOWN = 16
+
+
+def facts_of(base: Any) -> ModelFacts:
+    """The facts of `base` (as in `estimate_memory`), kept for the next question about the same config.
+
+    Raises:
+        UnknownNameError: no such base.
+    """
+    config = read_config(base)
+    key = f"{type(config).__name__} {config.to_json_string(use_diff=False)}"
+    if key not in _KNOWN:
+        if len(_KNOWN) >= MOST_KNOWN:
+            _KNOWN.clear()
+        _KNOWN[key] = ModelFacts(config)
+    return _KNOWN[key]
 
 
 def estimate(facts: ModelFacts, preset: MemoryPreset, workload: Workload) -> MemoryEstimate:

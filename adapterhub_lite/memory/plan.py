@@ -4,13 +4,14 @@ The rule of thumb: what fits on one device as it is, stays so; then activations 
 first whole copies, then split optimizer and gradients (ZeRO-2), then split weights (ZeRO-3, FSDP); at last 4 bits.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from adapterhub_lite.errors import ConfigurationError, OutOfMemoryError
 from adapterhub_lite.memory.calibration import calibrated
-from adapterhub_lite.memory.estimate import GIB, MemoryEstimate, ModelFacts, Workload, estimate, read_config
+from adapterhub_lite.memory.estimate import GIB, MemoryEstimate, ModelFacts, Workload, estimate, facts_of
 from adapterhub_lite.memory.presets import MEMORY_PRESETS, Machine, MemoryPreset, find_preset, refusal
 
 # Best first; a preset that is not here has to be asked for by name.
@@ -81,12 +82,13 @@ def plan_memory(
     preset: str = "auto",
     machine: Machine | None = None,
     home: str | Path | None = None,
+    candidates: Sequence[MemoryPreset] | None = None,
 ) -> MemoryPlan:
     """Choose the preset, rows a step and accumulation with which `batch_size` rows a device and update will fit.
 
     `device_memory` is in bytes, by default what this machine has free; `preset` fixes the choice, and then only rows
     and accumulation are looked for. What runs on this machine measured (`record_peak`) corrects the prediction; `home`
-    is where that is kept.
+    is where that is kept. `candidates` are the presets that "auto" may take, best first, instead of the whole ladder.
 
     Raises:
         OutOfMemoryError: nothing fits; the text says what comes closest.
@@ -94,7 +96,7 @@ def plan_memory(
         UnknownNameError: no such base or preset.
     """
     machine = machine or Machine.present(memory_bytes=device_memory, world_size=world_size)
-    facts = _Reckoner(ModelFacts(read_config(base)), home)
+    facts = _Reckoner(base if isinstance(base, ModelFacts) else facts_of(base), home)
     targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
     asked = Workload(batch_size, sequence_length, rank, targets, machine.world_size, 1, machine.device)
     quantized = facts.model.shape(targets).quantized
@@ -107,20 +109,26 @@ def plan_memory(
         best = fitting or facts.need(wanted, asked)
         reasons = ("asked for by name", _fit(best, machine))
         return _plan(wanted, best, asked, machine, reasons, ())
-    rejected = [
-        Rejection(name, None if name == "lora-fp32" else facts.need(MEMORY_PRESETS[name], asked), reason)
-        for name, reason in BY_NAME_ONLY.items()
-    ]
-    for name in LADDER:
-        candidate = MEMORY_PRESETS[name]
+    rejected = (
+        []
+        if candidates
+        else [
+            Rejection(name, None if name == "lora-fp32" else facts.need(MEMORY_PRESETS[name], asked), reason)
+            for name, reason in BY_NAME_ONLY.items()
+        ]
+    )
+    for candidate in candidates or [MEMORY_PRESETS[name] for name in LADDER]:
         why = refusal(candidate, machine, model_quantized=quantized)
         found = None if why else _largest_batch(facts, candidate, asked, machine)
         if found is not None:
             reasons = (_why(candidate, machine), _fit(found, machine))
             return _plan(candidate, found, asked, machine, reasons, tuple(rejected))
         needed = facts.need(candidate, asked)
-        rejected.append(Rejection(name, needed, why or _does_not_fit(facts, candidate, asked, machine)))
+        rejected.append(Rejection(candidate.name, needed, why or _does_not_fit(facts, candidate, asked, machine)))
     tried = [r for r in rejected if r.predicted and r.reason.startswith("needs")]
+    if not tried:
+        reasons_given = "; ".join(dict.fromkeys(f"{r.preset}: {r.reason}" for r in rejected))
+        raise ConfigurationError(f"No memory preset can be used here: {reasons_given}.")
     smallest = min(tried, key=lambda r: r.predicted.total if r.predicted else 0)
     raise OutOfMemoryError(
         f"No memory preset fits {sequence_length} tokens a row into {machine.memory_bytes / GIB:.1f} GiB: the "

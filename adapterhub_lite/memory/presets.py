@@ -26,7 +26,7 @@ class MemoryPreset:
     quantization: Literal["int8", "nf4"] | None = None
     mixed_precision: Literal["fp16", "bf16"] | None = None
     gradient_checkpointing: bool = False
-    optimizer: str = "adamw_torch"
+    optimizer: str = "adamw_torch_fused"
     strategy: Strategy = "single"
     offload: bool = False
 
@@ -164,10 +164,10 @@ class Machine:
     packages: frozenset[str] = frozenset()
 
     @classmethod
-    def present(cls, *, memory_bytes: int | None = None, world_size: int = 1) -> "Machine":
-        """This machine: the first GPU, or the CPU with what memory is available now."""
+    def present(cls, *, memory_bytes: int | None = None, world_size: int = 1, device: str | None = None) -> "Machine":
+        """This machine: the first GPU, or the CPU (also with `device="cpu"`) with what memory is available now."""
         packages = frozenset(name for name in ("bitsandbytes", "deepspeed", "flash_attn") if find_spec(name))
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and device != "cpu":
             free, _ = torch.cuda.mem_get_info()
             capability = torch.cuda.get_device_capability()
             return cls("cuda", memory_bytes or free, world_size, capability, packages)

@@ -3,28 +3,71 @@
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel, set_seed
+from peft.utils import get_peft_model_state_dict
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from adapterhub_lite.bases import ResolvedBase, load_base_model, resolve_base
+from adapterhub_lite.bases import ResolvedBase, load_base_model, load_tokenizer, resolve_base
 from adapterhub_lite.errors import ConfigurationError, ResourceError
+from adapterhub_lite.memory import TARGETS, MemoryPreset, prepare_for_training
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
 
 
-def open_base(model: Any, base: ResolvedBase | None) -> tuple[Any, ResolvedBase | None]:
-    """Return (model in memory, the base it came from if known); `model` is a name, a folder, or a model already."""
+@dataclass(frozen=True)
+class OpenedBase:
+    """A base before its weights are read: a model in memory, or where they lie; with its tokenizer."""
+
+    model: Any
+    base: ResolvedBase | None
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def source(self) -> Any:
+        """What says most about the model now: itself in memory, else the base it will be read from."""
+        return self.base if self.model is None else self.model
+
+
+def open_base(model: Any, base: ResolvedBase | None, tokenizer: PreTrainedTokenizerBase | None) -> OpenedBase:
+    """Find the base of a run; `model` is a name, a folder, or a model in memory already.
+
+    Raises:
+        ConfigurationError: there is no tokenizer.
+        UnknownNameError: there is no such base.
+    """
     if isinstance(model, str | Path):
-        base = base or resolve_base(model)
-        return load_base_model(base.folder), base
-    if base is None and isinstance(model, PreTrainedModel):
+        base, model = base or resolve_base(model), None
+    elif base is None and isinstance(model, PreTrainedModel):
         origin = Path(model.config._name_or_path or "/nowhere")
         if (origin / "config.json").is_file():
             base = resolve_base(origin)
-    return model, base
+    tokenizer = tokenizer or (load_tokenizer(base.folder) if base else None)
+    if tokenizer is None:
+        raise ConfigurationError("The trainer wants a tokenizer. Give it as processing_class.")
+    return OpenedBase(model, base, tokenizer)
+
+
+def load_for(opened: OpenedBase, preset: MemoryPreset, attention: str) -> Any:
+    """Return the base's model as `preset` wants it, frozen where it does not train."""
+    model = opened.model
+    if isinstance(model, PeftModel):
+        return model
+    if model is None:
+        assert opened.base is not None, "without a model there is a base"
+        model = load_base_model(
+            opened.base.folder,
+            dtype=preset.torch_dtype,
+            quantization_config=preset.quantization_config(),
+            attn_implementation=attention,
+        )
+    prepare_for_training(model, preset)
+    if preset.trains == "head":
+        model.get_output_embeddings().requires_grad_(True)
+    return model
 
 
 def with_adapter(
@@ -38,13 +81,7 @@ def with_adapter(
     if isinstance(model, PeftModel):
         _require_trainable(model)
         return model
-    config = peft_config or LoraConfig(
-        r=args.rank,
-        lora_alpha=args.alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules=args.target_modules,
-        task_type="CAUSAL_LM",
-    )
+    config = peft_config or _lora_config(model, args)
     # Before the adapter is drawn: the Trainer's own seeding comes too late for A.
     set_seed(args.seed)
     try:
@@ -57,6 +94,28 @@ def with_adapter(
         config.revision = base.revision
     _require_trainable(adapted)
     return adapted
+
+
+def _lora_config(model: Any, args: AdapterTrainingArguments) -> LoraConfig:
+    return LoraConfig(
+        r=args.rank,
+        lora_alpha=args.alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=_targets(model, args.target_modules),
+        use_rslora=args.use_rslora,
+        use_dora=args.use_dora,
+        init_lora_weights=True if args.init_lora == "default" else args.init_lora,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _targets(model: Any, wanted: Any) -> Any:
+    """The names behind `attention` and `mlp` that this model has; everything else is PEFT's to understand."""
+    if not isinstance(wanted, str) or wanted not in TARGETS:
+        return wanted
+    present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    # None of them: PEFT names the whole list in its complaint.
+    return sorted(present.intersection(TARGETS[wanted])) or list(TARGETS[wanted])
 
 
 def _require_trainable(model: PeftModel) -> None:
@@ -104,3 +163,20 @@ def save_peft(model: PeftModel, folder: Path, state_dict: dict[str, torch.Tensor
             file.replace(folder / file.name)
         nested.rmdir()
     (folder / "README.md").unlink(missing_ok=True)
+
+
+def kept_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds, by the names in its file: the active adapter's tensors, or all where there is none."""
+    if isinstance(model, PeftModel):
+        name = model.active_adapter
+        return dict(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+    # A tied head is one tensor, and is saved once.
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def save_kept(model: Any, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+    """Write what `kept_tensors` names into `folder`: PEFT's two files, or a base that `from_pretrained` loads."""
+    if isinstance(model, PeftModel):
+        save_peft(model, folder, state_dict)
+    else:
+        model.save_pretrained(str(folder), state_dict=state_dict)

@@ -1,6 +1,7 @@
 """What a run may be told, once: every `TrainingArguments` field, and the fields of an adapter's run."""
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -8,6 +9,7 @@ from transformers import TrainingArguments
 
 from adapterhub_lite.errors import ConfigurationError
 
+INITS = r"default|gaussian|orthogonal|pissa|pissa_niter_\d+"
 OVERLONG = ("refuse", "truncate", "drop")
 
 
@@ -33,10 +35,33 @@ class AdapterTrainingArguments(TrainingArguments):
         default_factory=torch.cuda.is_available, metadata={"help": "Pin batches for a faster copy to a GPU."}
     )
     rank: int = field(default=8, metadata={"help": "The rank of each LoRA pair."})
-    alpha: int = field(default=16, metadata={"help": "The LoRA's alpha; the update is scaled by alpha / rank."})
+    alpha: int | None = field(
+        default=None,
+        metadata={"help": "The LoRA's alpha; the update is scaled by alpha / rank. None is twice the rank."},
+    )
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of each LoRA pair."})
     target_modules: Any = field(
-        default="all-linear", metadata={"help": "The linear layers that get a LoRA: names, or 'all-linear'."}
+        default="all-linear",
+        metadata={"help": "The linear layers that get a LoRA: all-linear, attention, mlp, or a list of names."},
+    )
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(rank) (rsLoRA)."})
+    use_dora: bool = field(default=False, metadata={"help": "Learn each weight's magnitude apart (DoRA)."})
+    loraplus_lr_ratio: float | None = field(
+        default=None, metadata={"help": "Learning rate of B over that of A (LoRA+); None is one rate for both."}
+    )
+    init_lora: str = field(
+        default="default",
+        metadata={"help": "How A and B begin: default, gaussian, orthogonal, pissa or pissa_niter_N."},
+    )
+    memory_preset: str = field(
+        default="auto", metadata={"help": "A memory preset by name; auto plans one for this machine and these rows."}
+    )
+    base_dtype: str | None = field(
+        default=None, metadata={"help": "The dtype the base is loaded in (float32, ...); None is that of the preset."}
+    )
+    on_out_of_memory: Literal["stop", "replan"] = field(
+        default="stop",
+        metadata={"help": "When memory runs out: stop and say what fits, or replan with less and go on."},
     )
     max_length: int = field(default=1024, metadata={"help": "The longest row in tokens."})
     overlong: Literal["refuse", "truncate", "drop"] = field(
@@ -56,8 +81,22 @@ class AdapterTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         problems = []
+        if not hasattr(self, "set_by_hand"):
+            self.set_by_hand = _changed(self)
+        if self.alpha is None:
+            self.alpha = 2 * self.rank
         if self.rank < 1 or self.alpha < 1:
             problems.append(f"rank and alpha must be positive, not {self.rank} and {self.alpha}")
+        if self.on_out_of_memory not in ("stop", "replan"):
+            problems.append(f"on_out_of_memory must be stop or replan, not {self.on_out_of_memory!r}")
+        if self.base_dtype is not None and not isinstance(getattr(torch, self.base_dtype, None), torch.dtype):
+            problems.append(f"base_dtype must be a dtype of torch such as float32, not {self.base_dtype!r}")
+        if self.loraplus_lr_ratio is not None and self.loraplus_lr_ratio <= 0:
+            problems.append(f"loraplus_lr_ratio must be positive, not {self.loraplus_lr_ratio}")
+        if not re.fullmatch(INITS, self.init_lora):
+            problems.append(
+                f"init_lora must be default, gaussian, orthogonal, pissa or pissa_niter_N, not {self.init_lora!r}"
+            )
         if self.overlong not in OVERLONG:
             problems.append(f"overlong must be one of {', '.join(OVERLONG)}, not {self.overlong!r}")
         if self.max_length < 2:
@@ -70,3 +109,19 @@ class AdapterTrainingArguments(TrainingArguments):
             super().__post_init__()
         except ValueError as error:
             raise ConfigurationError(f"The training arguments cannot be used: {error}") from error
+
+    def changed(self, **values: Any) -> "AdapterTrainingArguments":
+        """A copy with other values, which still knows what was set by hand in the original."""
+        made = replace(self, **values)
+        made.set_by_hand = self.set_by_hand
+        return made
+
+
+def _changed(args: AdapterTrainingArguments) -> frozenset[str]:
+    """The fields whose values are not their defaults; looked at before `TrainingArguments` fills any in."""
+    found = set()
+    for one in fields(args):
+        default = one.default_factory() if one.default_factory is not MISSING else one.default
+        if one.init and getattr(args, one.name) != default:
+            found.add(one.name)
+    return frozenset(found)

@@ -8,14 +8,14 @@ from typing import Any
 from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
 
-from adapterhub_lite.bases import ResolvedBase, load_tokenizer
-from adapterhub_lite.errors import ConfigurationError
+from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.losses import LossChoice, LossOptions, choose_loss
-from adapterhub_lite.training.adapters import open_base, with_adapter
+from adapterhub_lite.training.adapters import OpenedBase, load_for, with_adapter
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
 from adapterhub_lite.training.fast_lora import install_fast_lora, remove_fast_lora
 from adapterhub_lite.training.hidden_states import HiddenStates
 from adapterhub_lite.training.lean_modules import install_lean_modules, remove_lean_modules
+from adapterhub_lite.training.memory_choice import MemoryChoice
 from adapterhub_lite.training.packing import PackingChoice, choose_packing
 
 
@@ -31,11 +31,13 @@ class Assembly:
     loss: LossChoice
     fast_layers: int
     lean_modules: int
+    memory: MemoryChoice
 
     def record(self) -> dict[str, str]:
         """What was decided, for the training record."""
         return {
             **self.loss.record(),
+            **self.memory.record(),
             "batches": self.packing.reason,
             "lora": f"{self.fast_layers} layers take the fused step",
             "blocks": f"{self.lean_modules} norms and gated MLPs keep less for the backward pass",
@@ -43,34 +45,28 @@ class Assembly:
 
 
 def assemble(
-    model: Any,
-    args: AdapterTrainingArguments,
-    tokenizer: PreTrainedTokenizerBase | None,
-    peft_config: PeftConfig | None,
-    base: ResolvedBase | None,
+    opened: OpenedBase, args: AdapterTrainingArguments, peft_config: PeftConfig | None, choice: MemoryChoice
 ) -> Assembly:
-    """Open the base, put the adapter on it, and decide how its steps are made.
+    """Load the base as the memory preset says, put the adapter on it, and decide how its steps are made.
 
     Raises:
         ConfigurationError: model, tokenizer and arguments do not fit together.
-        UnknownNameError: there is no such base or loss implementation.
+        UnknownNameError: there is no such loss implementation.
     """
-    model, base = open_base(model, base)
-    tokenizer = tokenizer or (load_tokenizer(base.folder) if base else None)
-    if tokenizer is None:
-        raise ConfigurationError("The trainer wants a tokenizer. Give it as processing_class.")
+    model = load_for(opened, choice.preset, choice.attention.partition(":")[0])
     hidden_states = HiddenStates(model)
-    adapted = with_adapter(model, args, peft_config, base)
+    if choice.preset.trains == "lora":
+        model = with_adapter(model, args, peft_config, opened.base)
     loss = choose_loss(
-        adapted,
+        model,
         tokens=args.per_device_train_batch_size * args.max_length,
         options=LossOptions(label_smoothing=args.label_smoothing_factor, chunk_tokens=args.loss_chunk_tokens),
         prefer=args.loss_backend,
     )
-    packing = choose_packing(adapted, args)
-    fast = install_fast_lora(adapted) if args.fast_lora else 0
-    lean = install_lean_modules(adapted) if args.fast_lora else 0
-    return Assembly(adapted, base, tokenizer, hidden_states, packing, loss, fast, lean)
+    packing = choose_packing(model, args)
+    fast = install_fast_lora(model) if args.fast_lora else 0
+    lean = install_lean_modules(model) if args.fast_lora else 0
+    return Assembly(model, opened.base, opened.tokenizer, hidden_states, packing, loss, fast, lean, choice)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adapterhub_lite.errors import IntegrityError
 
-ADAPTER_FILE = "adapter_model.safetensors"
+WEIGHT_FILES = "*.safetensors"
 HASHES_FILE = "hashes.json"
 STAGING = ".writing"
 
@@ -31,13 +31,16 @@ def tensor_hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def seal(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Read the adapter in `folder` back, compare it with `tensors` in memory, and write every hash into `hashes.json`.
+    """Read the weights in `folder` back, compare it with `tensors` in memory, and write every hash into `hashes.json`.
 
     Raises:
         IntegrityError: a tensor does not read back as it is in memory.
     """
     wanted = tensor_hashes(tensors)
-    _compare(wanted, tensor_hashes(load_file(folder / ADAPTER_FILE)), f"{folder / ADAPTER_FILE}, read back,")
+    found: dict[str, str] = {}
+    for path in sorted(folder.glob(WEIGHT_FILES)):
+        found |= tensor_hashes(load_file(path))
+    _compare(wanted, found, f"{folder}, read back,")
     # Engines that shard the optimizer write it into folders of their own.
     files = {str(path.relative_to(folder)): _file_hash(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     (folder / HASHES_FILE).write_text(json.dumps({"files": files, "tensors": wanted}, indent=1))
@@ -83,7 +86,7 @@ def check_loaded(wanted: Mapping[str, str], tensors: Mapping[str, Tensor], folde
     Raises:
         IntegrityError: one of them is not.
     """
-    _compare(wanted, tensor_hashes(tensors), f"The adapter as loaded from {folder}")
+    _compare(wanted, tensor_hashes(tensors), f"What was loaded from {folder}")
 
 
 def sweep(output_dir: Path) -> None:

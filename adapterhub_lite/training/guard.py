@@ -151,8 +151,18 @@ def prove_loss(trainer: "AdapterTrainer") -> None:
     model.eval()
     precision = MIXED.get(trainer.accelerator.mixed_precision)
     with torch.no_grad():
-        check_loss(trainer.model, batch, lambda: trainer.loss_sum(model, packed, smoothing=0.0)[0], precision)
+        check_loss(trainer.model, batch, lambda: trainer.step_loss.sum(model, packed, smoothing=0.0)[0], precision)
     model.train(was_training)
+
+
+def describe_failure(trainer: "AdapterTrainer", loss: Tensor, inputs: dict[str, Any]) -> str:
+    """The sentence for a loss that is not finite: the step, the batch, and what to do."""
+    begins = trainer.processing_class.decode(inputs["input_ids"][0, :24])
+    return (
+        f"The loss became {loss.item()} at step {trainer.state.global_step + 1}, in the batch that begins {begins!r}. "
+        f"Checkpoints in {trainer.args.output_dir} are from before and were kept. Lower the learning rate (now "
+        f"{trainer._get_learning_rate():.2g}), or look at the rows of that batch."
+    )
 
 
 def forget_after(path: Path, step: int) -> None:

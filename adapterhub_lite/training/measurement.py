@@ -14,8 +14,20 @@ class PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.reset()
+
+    @staticmethod
+    def before(device: torch.device, model: object) -> int:
+        """Bytes that count towards the peak and are no part of a run on `model`: on a CPU, the process as it is now."""
         if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+            return 0
+        footprint = getattr(model, "get_memory_footprint", lambda: 0)
+        return max(0, resident_bytes() - int(footprint()))
+
+    def reset(self) -> None:
+        """Forget the peak so far."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         else:
             # Linux forgets the old peak on this write; elsewhere the peak since the process began is what there is.
             with contextlib.suppress(OSError):
@@ -31,6 +43,12 @@ class PeakMemory:
             return int(found[0]) * 1024
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def resident_bytes() -> int:
+    """What this process has resident now, in bytes; 0 where the system does not say."""
+    status = Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * resource.getpagesize() if status.exists() else 0
 
 
 def describe_hardware(device: torch.device) -> dict[str, str | int | float]:

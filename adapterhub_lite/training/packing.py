@@ -26,7 +26,7 @@ def choose_packing(model: Any, args: AdapterTrainingArguments) -> PackingChoice:
 
     A short row is run beside one neighbour, beside another, and alone: its states must be the same.
     """
-    inner = model.get_base_model()
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     reasons = {
         "padding_free=False": not args.padding_free,
         "torch_compile traces batches of one shape": args.torch_compile,
@@ -70,7 +70,8 @@ def _keeps_rows_apart(model: Any) -> bool:
     model.eval()
     device = next(model.parameters()).device
     vocabulary = model.config.get_text_config().vocab_size
-    decoder = model.get_base_model().get_decoder()
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = inner.get_decoder()
     first, other, second = (
         torch.arange(start, start + count, device=device) % vocabulary for start, count in ((5, 7), (40, 7), (60, 11))
     )

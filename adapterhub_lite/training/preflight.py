@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from adapterhub_lite.errors import OutOfMemoryError
+from adapterhub_lite.training.replanning import is_out_of_memory
 
 Step = Callable[[list[dict[str, Any]]], None]
 
@@ -35,7 +36,7 @@ def fly(step: Step, rows: Sequence[dict[str, Any]], accumulation: int, describe_
         try:
             step(list(rows[:count]))
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         else:
             break
@@ -56,13 +57,6 @@ def fly(step: Step, rows: Sequence[dict[str, Any]], accumulation: int, describe_
     raise OutOfMemoryError(
         f"{wanted} Not even one row does: set gradient_checkpointing=True, lower max_length, or take a smaller or "
         "quantised base."
-    )
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        words in text for words in ("can't allocate memory", "out of memory", "Cannot allocate memory")
     )
 
 

@@ -116,6 +116,10 @@ class ProgressCallback(TrainerCallback):
         self.bar.start()
         self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, figures="")
 
+    def say(self, line: str) -> None:
+        """Write a line above the bar."""
+        self.console.print(line, highlight=False)
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the bar by one step."""
         if self.bar:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
@@ -19,12 +19,17 @@ from adapterhub_lite.training.arguments import AdapterTrainingArguments
 from adapterhub_lite.training.measurement import describe_hardware
 from adapterhub_lite.training.tokenization import rows_fingerprint, template_digest
 
+if TYPE_CHECKING:
+    from adapterhub_lite.training.trainer import AdapterTrainer
+
 PACKAGES = ("adapterhub-lite", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "bitsandbytes")
+# Of the loss curve: a long run is thinned.
+MOST_POINTS = 500
 # Where a run is, not what it is; and fields that would put a secret into a file that is published.
 LEFT_OUT = frozenset({"output_dir", "logging_dir", "hub_token", "push_to_hub_token", "run_name", "local_rank"})
 
 
-def describe_base(base: ResolvedBase | None, model: PeftModel) -> BaseRecord:
+def describe_base(base: ResolvedBase | None, model: Any) -> BaseRecord:
     """Say which base a run started from; a model that came without one is identified by its weights in memory."""
     config = model.config
     quantization = getattr(config, "quantization_config", None)
@@ -32,13 +37,14 @@ def describe_base(base: ResolvedBase | None, model: PeftModel) -> BaseRecord:
     if base is not None:
         return BaseRecord(id=base.model_id, revision=base.revision, fingerprint=base.fingerprint, quantization=method)
     digest = hashlib.sha256()
-    for name, parameter in model.get_base_model().named_parameters():
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    for name, parameter in inner.named_parameters():
         if "lora_" not in name:
             flat = parameter.detach().cpu().contiguous().flatten()
             digest.update(name.replace(".base_layer", "").encode())
             digest.update(flat.view(torch.uint8).numpy().tobytes())
     return BaseRecord(
-        id=config._name_or_path or type(model.get_base_model()).__name__,
+        id=config._name_or_path or type(inner).__name__,
         fingerprint=f"memory:{digest.hexdigest()}",
         quantization=method,
     )
@@ -70,23 +76,47 @@ def packages() -> dict[str, str]:
 class RunFacts:
     """What a finished run knows of itself; `ways` says which faster ways it took, and why."""
 
-    model: PeftModel
+    model: Any
     base: ResolvedBase | None
     args: AdapterTrainingArguments
     table: Any
     data_name: str
     tokenizer: PreTrainedTokenizerBase
     ways: dict[str, str]
+    preset: str
+    predicted_bytes: int | None
     peak_bytes: int
     steps: int
-    final_loss: float | None
+    losses: tuple[tuple[int, float], ...]
     seconds: float
+
+
+def facts_of(trainer: "AdapterTrainer") -> RunFacts:
+    """What `trainer` knows of its run so far."""
+    choice = trainer.memory_choice
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    return RunFacts(
+        model=trainer.accelerator.unwrap_model(trainer.model),
+        base=trainer.base,
+        args=trainer.args,
+        table=trainer.train_dataset,
+        data_name=trainer.data_name,
+        tokenizer=trainer.processing_class,
+        ways={**trainer.assembly.record(), **choice.record()},
+        preset=choice.preset.name,
+        predicted_bytes=None if choice.predicted is None else choice.predicted.total,
+        peak_bytes=trainer.meter.memory.peak_bytes(),
+        steps=trainer.state.global_step,
+        losses=tuple((int(line["step"]), float(line["loss"])) for line in lines),
+        seconds=trainer.meter.seconds,
+    )
 
 
 def make_record(facts: RunFacts) -> TrainingRecord:
     """Return the record of a run."""
     args, table = facts.args, facts.table
     countable = isinstance(table, Dataset)
+    adapter = facts.model.active_peft_config.to_dict() if isinstance(facts.model, PeftModel) else {}
     return TrainingRecord(
         base=describe_base(facts.base, facts.model),
         data=DataRecord(
@@ -96,14 +126,15 @@ def make_record(facts: RunFacts) -> TrainingRecord:
         ),
         template_digest=template_digest(facts.tokenizer),
         seeds={"seed": args.seed, "data_seed": args.seed if args.data_seed is None else args.data_seed},
-        hyperparameters=hyperparameters(args, facts.model.active_peft_config.to_dict()),
+        hyperparameters=hyperparameters(args, adapter),
         packages=packages(),
-        preset="none",
+        preset=facts.preset,
         loss_backend=facts.ways,
-        memory=MemoryRecord(measured_peak_bytes=facts.peak_bytes),
+        memory=MemoryRecord(predicted_bytes=facts.predicted_bytes, measured_peak_bytes=facts.peak_bytes),
         hardware=describe_hardware(args.device),
         steps=facts.steps,
-        final_loss=facts.final_loss,
+        final_loss=facts.losses[-1][1] if facts.losses else None,
+        loss_curve=facts.losses[:: 1 + len(facts.losses) // MOST_POINTS],
         wall_seconds=facts.seconds,
     )
 

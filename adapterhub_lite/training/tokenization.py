@@ -167,6 +167,14 @@ def _until_end(piece: Sequence[int], end: int | None) -> list[int]:
     return [token if i <= last else IGNORED for i, token in enumerate(piece)]
 
 
+def row_lengths(table: Any) -> list[int]:
+    """Tokens of each row of a tokenised table; empty for one that cannot be counted, such as a streamed one."""
+    names = getattr(table, "column_names", None) or ()
+    if not isinstance(table, Dataset) or "input_ids" not in names:
+        return []
+    return list(table["length"]) if "length" in names else [len(ids) for ids in table["input_ids"]]
+
+
 def prepare_rows(rows: Any, tokenizer: PreTrainedTokenizerBase, *, max_length: int, overlong: Overlong) -> Any:
     """Tokenise what are still rows; a table that has `input_ids`, a streamed one and None go through as they are.
 

@@ -4,35 +4,39 @@ Knows how a step is made and what is kept of a run. Rows, tokens, batches, proof
 work.
 """
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.utils import get_peft_model_state_dict
+from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint, rotate_checkpoints
 
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.canary import write_canary
-from adapterhub_lite.errors import ConfigurationError, NonFiniteLossError
-from adapterhub_lite.losses import causal_lm_loss, head_of
+from adapterhub_lite.errors import ConfigurationError, NonFiniteLossError, OutOfMemoryError
 from adapterhub_lite.record import TrainingRecord
 from adapterhub_lite.training import checkpoints
-from adapterhub_lite.training.adapters import save_peft, write_adapter
+from adapterhub_lite.training.adapters import kept_tensors, open_base, save_kept, write_adapter
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
 from adapterhub_lite.training.assembly import assemble, plain
 from adapterhub_lite.training.collation import PackedCollator, PaddedCollator, unpack
 from adapterhub_lite.training.evaluation import EvaluationSums, without_repeats
-from adapterhub_lite.training.guard import RunGuard
+from adapterhub_lite.training.guard import RunGuard, describe_failure
 from adapterhub_lite.training.measurement import PeakMemory
-from adapterhub_lite.training.packing import segment_inputs
+from adapterhub_lite.training.memory_choice import choose_memory
+from adapterhub_lite.training.memory_report import MemoryReport
 from adapterhub_lite.training.progress import MetricsCallback, ProgressCallback, RunMeter
-from adapterhub_lite.training.recording import RunFacts, make_record, write_record
-from adapterhub_lite.training.tokenization import IGNORED, prepare_rows
+from adapterhub_lite.training.recording import facts_of, make_record, write_record
+from adapterhub_lite.training.replanning import is_out_of_memory, what_would_fit, with_less
+from adapterhub_lite.training.step_loss import StepLoss
+from adapterhub_lite.training.tokenization import prepare_rows, row_lengths
+
+logger = logging.getLogger(__name__)
 
 
 class AdapterTrainer(Trainer):
@@ -65,14 +69,21 @@ class AdapterTrainer(Trainer):
         base: ResolvedBase | None = None,
         **trainer_keywords: Any,
     ) -> None:
+        before = PeakMemory.before(args.device, model)
+        opened = open_base(model, base, processing_class)
+        prepare = partial(prepare_rows, tokenizer=opened.tokenizer, max_length=args.max_length, overlong=args.overlong)
+        rows = prepare(train_dataset)
+        choice = choose_memory(
+            opened.source, args, row_lengths(rows), adapter_given=peft_config is not None, overhead=before
+        )
+        args = choice.applied(args)
+        self.assembly = assembly = assemble(opened, args, peft_config, choice)
         self.meter = RunMeter(PeakMemory(args.device))
-        self.assembly = assembly = assemble(model, args, processing_class, peft_config, base)
-        self.base, self.packing, tokenizer = assembly.base, assembly.packing, assembly.tokenizer
+        self.memory_choice, self.base, self.packing = choice, opened.base, assembly.packing
+        self.step_loss = StepLoss(assembly, args)
         self.data_name = Path(train_dataset).name if isinstance(train_dataset, str | Path) else "rows in memory"
-        prepare = partial(prepare_rows, tokenizer=tokenizer, max_length=args.max_length, overlong=args.overlong)
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name: prepare(rows) for name, rows in eval_dataset.items()}
-        padded = PaddedCollator(tokenizer.pad_token_id)
+        sets = eval_dataset
+        padded = PaddedCollator(opened.tokenizer.pad_token_id)
         trainer_keywords.setdefault("data_collator", PackedCollator() if self.packing.packs else padded)
         self._evaluated: EvaluationSums | None = None
         self._staged: Path | None = None
@@ -80,9 +91,9 @@ class AdapterTrainer(Trainer):
         super().__init__(
             assembly.model,
             args,
-            train_dataset=prepare(train_dataset),
-            eval_dataset=eval_dataset if isinstance(eval_dataset, dict) else prepare(eval_dataset),
-            processing_class=tokenizer,
+            train_dataset=rows,
+            eval_dataset={k: prepare(v) for k, v in sets.items()} if isinstance(sets, dict) else prepare(sets),
+            processing_class=opened.tokenizer,
             **trainer_keywords,
         )
         # Our loss is divided by the tokens of the whole accumulated batch already.
@@ -102,50 +113,62 @@ class AdapterTrainer(Trainer):
         self.progress = ProgressCallback(self.meter) if self.args.show_progress else None
         if self.progress:
             self.add_callback(self.progress)
+        say = self.progress.say if self.progress else logger.info
+        self.memory_report = MemoryReport(self.memory_choice, self.meter.memory, say)
+        self.add_callback(self.memory_report)
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train as the `Trainer` does; SIGTERM saves a checkpoint and returns after the step it came in."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train as the `Trainer` does; SIGTERM saves a checkpoint and returns after the step it came in.
+
+        Raises:
+            OutOfMemoryError: memory ran out, and `on_out_of_memory` is "stop" or nothing less is left to try.
+        """
         try:
             with self.guard.listening():
-                return super().train(*args, **kwargs)
+                while True:
+                    try:
+                        return super().train(resume_from_checkpoint, *args, **kwargs)
+                    except (RuntimeError, MemoryError, OutOfMemoryError) as error:
+                        if not is_out_of_memory(error):
+                            raise
+                        self._yield_memory(error)
+                    # Outside the handler, whose traceback still holds the tensors of the step.
+                    resume_from_checkpoint = self._continue_from()
         finally:
             if self.progress:
                 self.progress.close()
 
-    def loss_sum(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        sums: EvaluationSums | None = None,
-        smoothing: float | None = None,
-    ) -> tuple[Tensor, Tensor, Any]:
-        """Return (sum of the loss over valid tokens, how many there are, the model's output without its logits).
+    def _yield_memory(self, error: BaseException) -> None:
+        if self.args.on_out_of_memory == "stop":
+            if isinstance(error, OutOfMemoryError):
+                raise error
+            raise OutOfMemoryError(what_would_fit(self.args, self.memory_choice)) from error
+        self.memory_choice = with_less(self.args, self.memory_choice)
+        self.memory_report.choice = self.memory_choice
+        self.memory_report.say(self.memory_choice.reasons[-1])
 
-        `inputs` holds `labels` (batch, seq) with -100 where nothing is learned. With `sums`, accuracy and entropy are
-        taken on the way, and there is no gradient. `smoothing` None is that of the arguments.
-        """
-        labels = inputs["labels"]
-        rest = {name: value for name, value in inputs.items() if name != "labels"}
-        if self.packing.packs and "position_ids" in rest and "attention_mask" not in rest:
-            rest = segment_inputs(rest)
-        hidden, outputs = self.assembly.hidden_states.of(model, rest)
-        # The labels move, not the states: the states' slice would be a copy.
-        goals = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        valid = (goals != IGNORED).sum()
-        head = head_of(self.model)
-        if sums is not None:
-            return sums.add(head, hidden.flatten(0, 1), goals.flatten()), valid, outputs
-        total = causal_lm_loss(
-            head,
-            hidden,
-            goals,
-            shift=False,
-            reduction="sum",
-            choice=self.assembly.loss,
-            label_smoothing=self.args.label_smoothing_factor if smoothing is None else smoothing,
-            chunk_tokens=self.args.loss_chunk_tokens,
-        )
-        return total, valid, outputs
+    def _continue_from(self) -> str | None:
+        """Where the run goes on after memory ran out: its last checkpoint, made now from what is whole if there is none."""
+        self.model.zero_grad(set_to_none=True)
+        step = self.state.global_step
+        last = get_last_checkpoint(str(self.args.output_dir))
+        if step == 0:
+            self.optimizer = self.lr_scheduler = None
+            return None
+        if last is None:
+            # The step that failed changed no weight: forward and backward come before the optimizer.
+            self._save_checkpoint(self.model, None)
+        return last or get_last_checkpoint(str(self.args.output_dir))
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make the optimizer as the `Trainer` does, or with LoRA+ learning rates when they are asked for."""
+        ratio = self.args.loraplus_lr_ratio
+        if ratio is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        settings = {**settings, "loraplus_weight_decay": self.args.weight_decay}
+        self.optimizer = create_loraplus_optimizer(self.model, kind, loraplus_lr_ratio=ratio, **settings)
+        return self.optimizer
 
     def compute_loss(
         self,
@@ -157,7 +180,7 @@ class AdapterTrainer(Trainer):
         """Sum the loss of the valid tokens and divide once, by those of the whole accumulated, gathered batch."""
         if self.compute_loss_func is not None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        total, valid, outputs = self.loss_sum(model, inputs)
+        total, valid, outputs = self.step_loss.sum(model, inputs)
         count = valid if num_items_in_batch is None else num_items_in_batch
         loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -166,16 +189,8 @@ class AdapterTrainer(Trainer):
         if model.training:
             self.meter.count(inputs)
             if not torch.isfinite(loss):
-                raise NonFiniteLossError(self._describe_failure(loss, inputs))
+                raise NonFiniteLossError(describe_failure(self, loss, inputs))
         return (loss, outputs) if return_outputs else loss
-
-    def _describe_failure(self, loss: Tensor, inputs: dict[str, Any]) -> str:
-        begins = self.processing_class.decode(inputs["input_ids"][0, :24])
-        return (
-            f"The loss became {loss.item()} at step {self.state.global_step + 1}, in the batch that begins {begins!r}. "
-            f"Checkpoints in {self.args.output_dir} are from before and were kept. Lower the learning rate (now "
-            f"{self._get_learning_rate():.2g}), or look at the rows of that batch."
-        )
 
     def prediction_step(
         self,
@@ -190,7 +205,7 @@ class AdapterTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             inputs = without_repeats(self.accelerator, inputs)
-            total, valid, _ = self.loss_sum(model, inputs, self._evaluated or EvaluationSums())
+            total, valid, _ = self.step_loss.sum(model, inputs, self._evaluated or EvaluationSums())
             loss = (total / valid.clamp(min=1)).float()
             if prediction_loss_only:
                 return loss, None, None
@@ -232,7 +247,7 @@ class AdapterTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.state.save_to_json(str(staged / name / "trainer_state.json"))
-            checkpoints.seal(staged / name, self._adapter_tensors())
+            checkpoints.seal(staged / name, self._kept_tensors())
             checkpoints.publish(staged / name, run / name)
             checkpoints.sweep(run)
             best = self.state.best_model_checkpoint
@@ -252,26 +267,29 @@ class AdapterTrainer(Trainer):
         wanted = checkpoints.verify(folder)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if wanted is not None:
-            checkpoints.check_loaded(wanted, self._adapter_tensors(), folder)
+            checkpoints.check_loaded(wanted, self._kept_tensors(), folder)
 
-    def _adapter_tensors(self) -> dict[str, Tensor]:
-        adapted = self.accelerator.unwrap_model(self.model)
-        name = adapted.active_adapter
-        return dict(get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False))
+    def _kept_tensors(self) -> dict[str, Tensor]:
+        return kept_tensors(self.accelerator.unwrap_model(self.model))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
-            save_peft(self.accelerator.unwrap_model(self.model), folder, state_dict)
+            save_kept(self.accelerator.unwrap_model(self.model), folder, state_dict)
 
     def save_adapter(self, folder: str | Path) -> Path:
         """Write the adapter to `folder`: PEFT's two files, the training record and the canary; whole or not at all.
 
         Raises:
-            ConfigurationError: `folder` is there already and is not empty.
+            ConfigurationError: `folder` is there already and is not empty, or the run trained no adapter.
             ResourceError: it cannot be written.
         """
+        if self.memory_choice.preset.trains != "lora":
+            raise ConfigurationError(
+                f"memory_preset={self.memory_choice.preset.name!r} trains the base itself, so there is no adapter to "
+                "save. Keep the base with save_model(folder)."
+            )
 
         def witness(aside: Path) -> None:
             write_record(self.record(), aside)
@@ -282,19 +300,4 @@ class AdapterTrainer(Trainer):
 
     def record(self) -> TrainingRecord:
         """Return the record of the run so far."""
-        losses = [line["loss"] for line in self.state.log_history if "loss" in line]
-        return make_record(
-            RunFacts(
-                model=self.accelerator.unwrap_model(self.model),
-                base=self.base,
-                args=self.args,
-                table=self.train_dataset,
-                data_name=self.data_name,
-                tokenizer=self.processing_class,
-                ways=self.assembly.record(),
-                peak_bytes=self.meter.memory.peak_bytes(),
-                steps=self.state.global_step,
-                final_loss=losses[-1] if losses else None,
-                seconds=self.meter.seconds,
-            )
-        )
+        return make_record(facts_of(self))

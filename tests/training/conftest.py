@@ -33,7 +33,9 @@ def make_trainer(tiny_base: Path, tmp_path: Path, rows: list[dict[str, Any]]) ->
         **arguments: Any,
     ) -> AdapterTrainer:
         settings: dict[str, Any] = {"max_steps": 4, "per_device_train_batch_size": 4, "rank": 4, "alpha": 8}
-        settings |= {"show_progress": False, "use_cpu": True, "save_strategy": "no", **arguments}
+        # In fp32, where equal is equal.
+        settings |= {"show_progress": False, "use_cpu": True, "save_strategy": "no", "memory_preset": "lora-fp32"}
+        settings |= arguments
         args = AdapterTrainingArguments(output_dir=str(tmp_path / folder), **settings)
         data = rows if train_dataset is None else train_dataset
         return AdapterTrainer(model or tiny_base, args, data, **(keywords or {}))

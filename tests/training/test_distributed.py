@@ -19,7 +19,7 @@ resume = settings.pop("resume", None)
 rows = [{"messages": [{"role": "user", "content": f"{i} times"}, {"role": "assistant", "content": "x" * (i % 9 + 1)}]}
         for i in range(32)]
 args = AdapterTrainingArguments(output_dir=folder, show_progress=False, use_cpu=True, rank=4, learning_rate=5e-3,
-                                lr_scheduler_type="constant", warmup_steps=0, **settings)
+                                lr_scheduler_type="constant", warmup_steps=0, base_dtype="float32", **settings)
 trainer = AdapterTrainer(base, args, rows, eval_dataset=rows[:5])
 trainer.train(resume_from_checkpoint=resume)
 found = trainer.evaluate()

@@ -41,6 +41,26 @@ def test_values_and_gradients_are_pefts(lora: dict[str, Any]) -> None:
     assert set(found[2]) == {name for name, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_over_four_bits_it_is_pefts_over_the_unpacked_weight(dtype: torch.dtype) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    torch.manual_seed(0)
+    base = nn.Sequential(Linear4bit(64, 48, compute_dtype=dtype, quant_type="nf4"))
+    base[0].weight.data = torch.randn(48, 64, dtype=dtype) / 8
+    base[0].bias.data = torch.randn(48, dtype=dtype)
+    model = get_peft_model(base.to("cpu"), LoraConfig(r=4, lora_alpha=12, target_modules=["0"]))
+    nn.init.normal_(model.base_model.model[0].lora_B["default"].weight, std=0.3)
+    x = torch.randn(3, 5, 64, dtype=dtype)
+    wanted = run(model, x)
+    assert install_fast_lora(model) == 1
+    found = run(model, x)
+    # PEFT casts x to fp32 for the adapter, and the result back.
+    rounding = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(found, wanted, **rounding)
+    assert remove_fast_lora(model) == 1
+
+
 def test_in_bf16_it_is_no_further_from_the_truth_than_peft() -> None:
     x = torch.randn(64, 24)
     truth = run(wrapped().double(), x.double())

@@ -1,0 +1,56 @@
+"""What to try when memory runs out in a run: fewer rows at a time first, then activations made again."""
+
+from dataclasses import replace
+
+import torch
+
+from adapterhub_lite.errors import OutOfMemoryError
+from adapterhub_lite.training.arguments import AdapterTrainingArguments
+from adapterhub_lite.training.memory_choice import MemoryChoice
+
+PHRASES = ("can't allocate memory", "out of memory", "Cannot allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that a device, or the host, had no memory left."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError | OutOfMemoryError)
+    return known or (isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in PHRASES))
+
+
+def with_less(args: AdapterTrainingArguments, choice: MemoryChoice) -> MemoryChoice:
+    """Change `args` to what needs less memory for the same updates, and say so in the choice.
+
+    Raises:
+        OutOfMemoryError: there is nothing left to try.
+    """
+    rows, times = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    if rows > 1:
+        fewer = max(part for part in range(1, rows // 2 + 1) if rows % part == 0)
+        args.per_device_train_batch_size, args.gradient_accumulation_steps = fewer, times * (rows // fewer)
+        reason = f"memory ran out with {rows} rows at a time: {fewer} rows, {rows // fewer} times as often"
+    elif not args.activation_checkpointing:
+        args.activation_checkpointing = args.gradient_checkpointing = True
+        args.activation_checkpointing_kwargs = {"use_reentrant": choice.preset.use_reentrant}
+        reason = "memory ran out with one row at a time: activations are made again"
+        choice = replace(choice, preset=replace(choice.preset, gradient_checkpointing=True))
+    else:
+        raise OutOfMemoryError(what_would_fit(args, choice))
+    # What was predicted was for more.
+    return replace(choice, predicted=None, uncorrected=None, reasons=(*choice.reasons, reason))
+
+
+def what_would_fit(args: AdapterTrainingArguments, choice: MemoryChoice) -> str:
+    """The sentence for a run that memory ran out in, when nothing is tried any more."""
+    rows, times = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    said = f"Memory ran out on {args.device} with {rows} rows of up to {args.max_length} tokens at a time."
+    if rows > 1:
+        fewer = max(part for part in range(1, rows // 2 + 1) if rows % part == 0)
+        return (
+            f"{said} The same updates need about {fewer / rows:.0%} of the activations with "
+            f"per_device_train_batch_size={fewer} and gradient_accumulation_steps={times * (rows // fewer)}; "
+            "on_out_of_memory='replan' tries that by itself."
+        )
+    if not args.activation_checkpointing:
+        return f"{said} Set activation_checkpointing=True, or on_out_of_memory='replan'."
+    packed = "a smaller base" if choice.preset.quantization else "memory_preset='qlora-nf4-gc'"
+    return f"{said} Activations are made again already: take {packed}, or shorter rows."

@@ -1,0 +1,56 @@
+"""The loss of a batch as a sum over its valid tokens, from hidden states. Knows an assembled model, not the trainer."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adapterhub_lite.losses import causal_lm_loss, head_of
+from adapterhub_lite.training.arguments import AdapterTrainingArguments
+from adapterhub_lite.training.assembly import Assembly
+from adapterhub_lite.training.evaluation import EvaluationSums
+from adapterhub_lite.training.packing import segment_inputs
+from adapterhub_lite.training.tokenization import IGNORED
+
+
+class StepLoss:
+    """Sums the loss of batches of one assembled model, by the implementation that was chosen for it."""
+
+    def __init__(self, assembly: Assembly, args: AdapterTrainingArguments) -> None:
+        self.assembly, self.args = assembly, args
+
+    def sum(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        sums: EvaluationSums | None = None,
+        smoothing: float | None = None,
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Return (sum of the loss over valid tokens, how many there are, the model's output without its logits).
+
+        `model` is the assembled one as the engine wrapped it; `inputs` holds `labels` (batch, seq) with -100 where
+        nothing is learned. With `sums`, accuracy and entropy are taken on the way, and there is no gradient.
+        `smoothing` None is that of the arguments.
+        """
+        labels = inputs["labels"]
+        rest = {name: value for name, value in inputs.items() if name != "labels"}
+        if self.assembly.packing.packs and "position_ids" in rest and "attention_mask" not in rest:
+            rest = segment_inputs(rest)
+        hidden, outputs = self.assembly.hidden_states.of(model, rest)
+        # The labels move, not the states: the states' slice would be a copy.
+        goals = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        valid = (goals != IGNORED).sum()
+        head = head_of(self.assembly.model)
+        if sums is not None:
+            return sums.add(head, hidden.flatten(0, 1), goals.flatten()), valid, outputs
+        total = causal_lm_loss(
+            head,
+            hidden,
+            goals,
+            shift=False,
+            reduction="sum",
+            choice=self.assembly.loss,
+            label_smoothing=self.args.label_smoothing_factor if smoothing is None else smoothing,
+            chunk_tokens=self.args.loss_chunk_tokens,
+        )
+        return total, valid, outputs
