@@ -144,6 +144,7 @@ class AdapterTrainer(Trainer):
                 raise error
             raise OutOfMemoryError(what_would_fit(self.args, self.memory_choice)) from error
         self.memory_choice = with_less(self.args, self.memory_choice)
+        self._train_batch_size = self.args.train_batch_size
         self.memory_report.choice = self.memory_choice
         self.memory_report.say(self.memory_choice.reasons[-1])
 
