@@ -18,6 +18,8 @@ def prepare_for_training(model: Any, preset: MemoryPreset) -> Any:
     """
     if preset.trains != "all":
         model.requires_grad_(False)
+    if preset.quantization is not None:
+        _let_go_of_the_file(model)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes would repack 4-bit weights for a CPU at the first evaluation, rounding their scales to bf16:
@@ -30,6 +32,13 @@ def prepare_for_training(model: Any, preset: MemoryPreset) -> Any:
         # The first layer's input is an embedding without gradient: checkpointing would skip the whole backward pass.
         model.enable_input_require_grads()
     return model
+
+
+def _let_go_of_the_file(model: Any) -> None:
+    """Copy what was not quantised: it still lies in the mapped weights file, all of which was read and stays resident."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
 
 
 def give_back_freed_memory(preset: MemoryPreset) -> None:

@@ -30,6 +30,7 @@ from adapterhub_lite.training.guard import RunGuard, describe_failure
 from adapterhub_lite.training.measurement import PeakMemory
 from adapterhub_lite.training.memory_choice import choose_memory
 from adapterhub_lite.training.memory_report import MemoryReport
+from adapterhub_lite.training.mutated_init import write_plain
 from adapterhub_lite.training.progress import MetricsCallback, ProgressCallback, RunMeter
 from adapterhub_lite.training.recording import facts_of, make_record, write_record
 from adapterhub_lite.training.replanning import is_out_of_memory, with_less
@@ -82,7 +83,6 @@ class AdapterTrainer(Trainer):
         self.memory_choice, self.base, self.packing = choice, opened.base, assembly.packing
         self.step_loss = StepLoss(assembly, args)
         self.data_name = Path(train_dataset).name if isinstance(train_dataset, str | Path) else "rows in memory"
-        sets = eval_dataset
         padded = PaddedCollator(opened.tokenizer.pad_token_id)
         trainer_keywords.setdefault("data_collator", PackedCollator() if self.packing.packs else padded)
         self._evaluated: EvaluationSums | None = None
@@ -92,7 +92,7 @@ class AdapterTrainer(Trainer):
             assembly.model,
             args,
             train_dataset=rows,
-            eval_dataset={k: prepare(v) for k, v in sets.items()} if isinstance(sets, dict) else prepare(sets),
+            eval_dataset=prepare(eval_dataset),
             processing_class=opened.tokenizer,
             **trainer_keywords,
         )
@@ -287,6 +287,8 @@ class AdapterTrainer(Trainer):
             )
 
         def witness(aside: Path) -> None:
+            if self.assembly.initial is not None:
+                write_plain(aside, self.assembly.initial)
             write_record(self.record(), aside)
             write_canary(adapted, self.processing_class, aside)
 

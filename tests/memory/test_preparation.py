@@ -36,7 +36,7 @@ def test_preparation_is_smaller_than_pefts(tiny_base: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["qlora-nf4", "lora-int8"])
-def test_preparing_allocates_nothing_where_pefts_allocates_copies(tiny_base: Path, name: str) -> None:
+def test_preparing_copies_nothing_into_fp32_where_pefts_does(tiny_base: Path, name: str) -> None:
     def peak(prepare: Any) -> int:
         preset = find_preset(name)
         model = load_base_model(tiny_base, dtype=preset.torch_dtype, quantization_config=preset.quantization_config())
@@ -45,10 +45,9 @@ def test_preparing_allocates_nothing_where_pefts_allocates_copies(tiny_base: Pat
             prepare(model, preset)
         return live.peak
 
-    assert peak(prepare_for_training) == 0
-    head = 272 * 32
+    # Ours are copies in 16 bits that take the place of the mapped weights file, one tensor at a time.
     theirs = peak(lambda model, preset: prepare_model_for_kbit_training(model, use_gradient_checkpointing=False))
-    assert theirs >= 4 * head
+    assert peak(prepare_for_training) < 0.6 * theirs
 
 
 @pytest.mark.parametrize("name", SINGLE)
