@@ -76,7 +76,7 @@ AdapterRegistry().push(*sys.argv[1:3], endpoint=sys.argv[3])
     everything_is_there_once(eight, hub_server, AdapterRegistry(tmp_path / "elsewhere"))
 
 
-@pytest.mark.parametrize("kills", [pytest.param(25, marks=pytest.mark.slow), pytest.param(150, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kills", [pytest.param(25, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.soak)])
 def test_sigkill_at_random_instants(kills: int, eight: AdapterRegistry, hub_server: HubServer, tmp_path: Path) -> None:
     command = [sys.executable, Path(__file__).with_name("hub_kill_driver.py"), eight.home, tmp_path / "there"]
     words = [str(word) for word in (*command, hub_server.url, kills, 0)]
