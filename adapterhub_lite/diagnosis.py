@@ -49,7 +49,11 @@ def _gpu() -> Finding:
 _PACKAGES = (
     ("bitsandbytes", "8-bit and nf4 bases (QLoRA)", "pip install bitsandbytes"),
     ("triton", "GPU kernels of cut_cross_entropy and Liger", "comes with the CUDA build of torch"),
-    ("hf_xet", "fast transfers with the hub (Xet)", "pip install hf-xet"),
+    (
+        "hf_xet",
+        "fast transfers with the hub (Xet); without it LFS is used and the Xet tests are skipped",
+        "pip install hf-xet",
+    ),
     ("deepspeed", "ZeRO training on several devices", "pip install 'adapterhub-lite[deepspeed]'"),
     ("ray", "serving on several machines", "pip install 'adapterhub-lite[cluster]'"),
     ("trl", "peers in the benches", "pip install 'adapterhub-lite[bench]'"),
