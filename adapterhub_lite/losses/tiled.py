@@ -54,7 +54,10 @@ def linear_cross_entropy(
             ZeRO-3 parameter is gathered in forward and in backward; a bitsandbytes one is unpacked in blocks.
         targets: (N,) int64; positions equal to `ignore_index` cost nothing, and give no loss and no gradient.
         reduction: `mean` divides by the sum of the valid tokens' weights (1 each without `token_weights`).
-        softcap, logit_scale, label_smoothing, z_loss: see `LossOptions`.
+        softcap: see `LossOptions`, as for the next three.
+        logit_scale: a factor on the logits.
+        label_smoothing: share of the target spread over the vocabulary.
+        z_loss: weight of the squared log-partition.
         token_weights: (N,), multiplies each token's loss; a constant, it gets no gradient.
         chunk_tokens: tokens in a tile; None chooses by size.
 

@@ -1,0 +1,107 @@
+"""What MkDocs takes from the project when it builds the site: measured figures, their plots, and the menu's folders.
+
+A page writes `{{ loss::results/frozen/contestants/ours/time_to_full::.2f }}` for a value of
+`scripts/bench/results/loss.json`. A step of the path is a key; in a list it chooses, as `preset=full,rank=8`. After the
+second `::` stands a format of Python, or `MB` (bytes) or `%` (shares). `{{ machine::loss }}` says when and on what it was measured.
+"""
+
+import inspect
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "scripts" / "bench" / "results"
+PLACE = re.compile(r"\{\{ (\w+)::([^}]+?)(?:::([^}]+?))? \}\}")
+
+
+class FigureError(KeyError):
+    """A page names a figure that no result has."""
+
+
+def on_config(config: Any) -> Any:
+    """Replace a folder in the menu, written `how-to/`, by its pages."""
+    docs = Path(config["docs_dir"])
+    for entry in config["nav"] or []:
+        for title, pages in entry.items():
+            if isinstance(pages, str) and pages.endswith("/"):
+                entry[title] = sorted(path.relative_to(docs).as_posix() for path in (docs / pages).glob("*.md"))
+    return config
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the plots of the benches as `figures/NAME.png`."""
+    from mkdocs.structure.files import File
+
+    for plot in sorted(RESULTS.glob("*.png")):
+        files.append(File.generated(config, f"figures/{plot.name}", abs_src_path=str(plot)))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Put the figures, and the table of verbs, into a page."""
+    return fill_figures(markdown.replace("{{ verbs }}", verb_table()))
+
+
+def verb_table() -> str:
+    """The verbs of the command line with the first sentence of their help."""
+    from adapterhub_lite.cli.main import VERBS
+
+    rows = [(name, re.split(r"(?<=[.;:]) ", inspect.getdoc(verb) or "")[0]) for name, verb in VERBS.items()]
+    return "\n".join(["| verb | |", "|---|---|", *(f"| `{name}` | {text.rstrip(';:')} |" for name, text in rows)])
+
+
+def fill_figures(markdown: str, folder: Path = RESULTS) -> str:
+    """Replace every place of `markdown` by the figure it names.
+
+    Raises:
+        FigureError: there is no such result, or no such figure in it.
+    """
+
+    def filled(match: re.Match[str]) -> str:
+        name, path, form = match.groups()
+        if name == "machine":
+            return _measured(_result(folder, path))
+        return _written(_find(_result(folder, name), path, name), form or "")
+
+    return PLACE.sub(filled, markdown)
+
+
+def _result(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+    except FileNotFoundError as error:
+        raise FigureError(f"There is no result {name!r} in {folder}.") from error
+    return found
+
+
+def _find(value: Any, path: str, name: str) -> Any:
+    for step in path.split("/"):
+        if isinstance(value, list):
+            wanted = dict(part.split("=", 1) for part in step.split(","))
+            found = [one for one in value if all(str(one.get(key)) == text for key, text in wanted.items())]
+            if len(found) != 1:
+                raise FigureError(f"{name}.json has {len(found)} figures of {step!r} in {path!r}, wanted one.")
+            value = found[0]
+        elif isinstance(value, dict) and step in value:
+            value = value[step]
+        else:
+            raise FigureError(f"{name}.json has no {step!r} of {path!r}.")
+    return value
+
+
+def _written(value: Any, form: str) -> str:
+    if form == "MB":
+        return f"{value / 1e6:,.0f} MB"
+    if form == "%":
+        return f"{value:.0%}"
+    return format(value, form)
+
+
+def _measured(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    processor = machine["processor"].replace("(R)", "")
+    on = machine["gpu"] or "no GPU"
+    busy = f", load average {machine['load_average']:.1f} at the end"
+    return f"Run of {result['measured'][:10]} on {machine['cores']} cores of {processor}, {on}{busy}; `{result['command']}`"
