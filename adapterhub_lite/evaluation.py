@@ -1,13 +1,41 @@
-"""Base beside adapter on the same rows: joins the exact match of `training` with the engine of `serving`."""
+"""Base beside adapter on the same rows: what they answer (`serving`), what loss they have, and whole benchmarks.
 
-from collections.abc import Sequence
+Joins rooms that know nothing of each other: the exact match of `training`, the engine of `serving`, versions of
+`registry`.
+"""
+
+import importlib
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterhub_lite.errors import ConfigurationError
+from adapterhub_lite.errors import ConfigurationError, DataError
 from adapterhub_lite.tasks import Row, get_task
 
 if TYPE_CHECKING:
+    from adapterhub_lite.bases import ResolvedBase
+    from adapterhub_lite.registry import AdapterManifest, AdapterRegistry
     from adapterhub_lite.serving import InferenceEngine
+
+Rows = Sequence[Row | dict[str, Any]]
+Metric = Callable[[str, str], float]
+LOSSES = ("loss", "perplexity")
+MOST_TOKENS = 2048
+ROWS_AT_A_TIME = 64
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One metric, of the bare base and of the adapter."""
+
+    metric: str
+    base: float
+    adapter: float
 
 
 def evaluation_rows(data: str | None, task: str | None, limit: int) -> list[dict[str, Any]]:
@@ -26,27 +54,176 @@ def evaluation_rows(data: str | None, task: str | None, limit: int) -> list[dict
     return [dict(row) for row in rows.select(range(min(limit, len(rows))))]
 
 
-def compare_with_base(
-    engine: "InferenceEngine", reference: str, rows: Sequence[Row | dict[str, Any]], max_new_tokens: int
-) -> dict[str, float]:
+def find_metric(name: str) -> Metric | None:
+    """The function that scores one answer, of a metric written `module:function`; None for a loss.
+
+    It is called with (wanted, found), and its mean over the rows is the metric. The module is looked for in the
+    working folder first.
+
+    Raises:
+        ConfigurationError: no such metric, module or function.
+    """
+    if name in LOSSES:
+        return None
+    if name == "exact_match":
+        return lambda wanted, found: float(wanted.strip() == found.strip())
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise ConfigurationError(
+            f"There is no metric {name!r}. Known: exact_match, loss, perplexity, or a function of yours as module:function."
+        )
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigurationError(f"The metric {name!r} could not be loaded: {error}.") from error
+    finally:
+        sys.path.remove(str(Path.cwd()))
+    if not callable(found):
+        raise ConfigurationError(f"The metric {name!r} is no function of (wanted, found).")
+    return found
+
+
+def compare_with_base(engine: "InferenceEngine", reference: str, rows: Rows, max_new_tokens: int) -> dict[str, float]:
     """Exact match of greedy answers, as shares of `rows`: `base_exact_match` and `adapter_exact_match`."""
-    return {
-        "base_exact_match": _share(engine, None, rows, max_new_tokens),
-        "adapter_exact_match": _share(engine, reference, rows, max_new_tokens),
-    }
+    (score,) = compare_answers(engine, reference, rows, ("exact_match",), max_new_tokens)
+    return {"base_exact_match": score.base, "adapter_exact_match": score.adapter}
 
 
-def _share(
-    engine: "InferenceEngine", adapter: str | None, rows: Sequence[Row | dict[str, Any]], max_new_tokens: int
-) -> float:
+def compare_answers(
+    engine: "InferenceEngine", reference: str, rows: Rows, metrics: Sequence[str], max_new_tokens: int
+) -> list[Comparison]:
+    """Greedy answers of both, scored by each of `metrics` and averaged over `rows`.
+
+    Raises:
+        ConfigurationError: no such metric, or a function of the user's gave no number.
+    """
+    functions = {name: found for name in metrics if (found := find_metric(name)) is not None}
+    base, adapter = (_answers(engine, model, rows, max_new_tokens) for model in (None, reference))
+    return [Comparison(name, _mean(name, of, base), _mean(name, of, adapter)) for name, of in functions.items()]
+
+
+def compare_losses(
+    registry: "AdapterRegistry", manifest: "AdapterManifest", base: "ResolvedBase", rows: Rows
+) -> list[Comparison]:
+    """`loss` (nats a token, of the tokens that training learns from) and `perplexity`, its exponential.
+
+    Rows beyond 2,048 tokens are cut. Each row is read alone, so that the logits of one is all there is in memory.
+    """
+    from adapterhub_lite.training.tokenization import prepare_rows
+
+    with _both_models(registry, manifest, base) as (model, tokenizer):
+        table = prepare_rows([dict(row) for row in rows], tokenizer, max_length=MOST_TOKENS, overlong="truncate")
+        with model.disable_adapter():
+            plain = _mean_loss(model, table)
+        adapted = _mean_loss(model, table)
+    return [Comparison("loss", plain, adapted), Comparison("perplexity", math.exp(plain), math.exp(adapted))]
+
+
+def compare_on_harness(
+    registry: "AdapterRegistry",
+    manifest: "AdapterManifest",
+    base: "ResolvedBase",
+    tasks: Sequence[str],
+    *,
+    limit: int,
+    folder: Path | None = None,
+) -> list[Comparison]:
+    """Tasks of lm-evaluation-harness, `limit` documents each; `folder` may hold task files of one's own.
+
+    Raises:
+        ConfigurationError: it is not installed, or has no such task.
+    """
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ConfigurationError(
+            "--harness needs lm-evaluation-harness, which is not installed: pip install lm_eval."
+        ) from error
+    known = TaskManager(include_path=str(folder) if folder else None)
+    missing = [task for task in tasks if task not in known.all_tasks]
+    if missing:
+        raise ConfigurationError(f"lm-evaluation-harness has no task {', '.join(missing)}.")
+    scores: list[dict[str, float]] = []
+    with _both_models(registry, manifest, base) as (model, tokenizer):
+        for only_base in (True, False):
+            with model.disable_adapter() if only_base else nullcontext():
+                judged = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+                found = lm_eval.simple_evaluate(
+                    model=judged, tasks=list(tasks), limit=limit, task_manager=known, bootstrap_iters=0
+                )
+            scores.append(_harness_scores(found["results"]))
+    return [Comparison(name, scores[0][name], value) for name, value in scores[1].items()]
+
+
+def _answers(engine: "InferenceEngine", adapter: str | None, rows: Rows, tokens: int) -> list[tuple[str, str]]:
+    """(wanted, found) of each row, asked as training learns it: a `prompt` as it stands, turns by the chat template."""
     from adapterhub_lite.serving import GenerationRequest
-    from adapterhub_lite.training import evaluate_exact_match
+    from adapterhub_lite.training.exact_match import question_of
 
-    def generate(prompts: list[list[dict[str, str]]]) -> list[str]:
-        requests = [
-            GenerationRequest(messages=messages, adapter=adapter, max_new_tokens=max_new_tokens) for messages in prompts
-        ]
-        return [result.text for result in engine.generate_many(requests)]
+    requests, wanted = [], []
+    for row in rows:
+        if isinstance(row.get("prompt"), str):
+            asked, answer = {"prompt": row["prompt"]}, str(row["completion"])
+        else:
+            turns, answer = question_of(row)
+            asked = {"messages": turns}
+        requests.append(GenerationRequest(**asked, adapter=adapter, max_new_tokens=tokens))
+        wanted.append(answer)
+    if not requests:
+        raise DataError("There are no rows to evaluate on. Give at least one.")
+    found: list[str] = []
+    for start in range(0, len(requests), ROWS_AT_A_TIME):
+        found += [result.text for result in engine.generate_many(requests[start : start + ROWS_AT_A_TIME])]
+    return list(zip(wanted, found, strict=True))
 
-    match = evaluate_exact_match(generate, rows)
-    return match.correct / match.total
+
+def _mean(name: str, metric: Metric, pairs: list[tuple[str, str]]) -> float:
+    try:
+        mean = sum(float(metric(wanted, found)) for wanted, found in pairs) / len(pairs)
+    except Exception as error:  # a function of the user's may raise anything
+        raise ConfigurationError(f"The metric {name!r} failed: {type(error).__name__}: {error}.") from error
+    if not math.isfinite(mean):
+        raise ConfigurationError(f"The metric {name!r} gave {mean}, wanted finite numbers.")
+    return mean
+
+
+@contextmanager
+def _both_models(
+    registry: "AdapterRegistry", manifest: "AdapterManifest", base: "ResolvedBase"
+) -> "Iterator[tuple[Any, Any]]":
+    """The base with the adapter on it, by PEFT, which `disable_adapter()` takes off; and the tokenizer."""
+    from peft import PeftModel
+
+    from adapterhub_lite.bases import load_base_model, load_tokenizer
+
+    with tempfile.TemporaryDirectory() as aside:
+        folder = registry.export(manifest.reference, Path(aside) / "adapter")
+        model = PeftModel.from_pretrained(load_base_model(base.folder), folder)
+        yield model.eval(), load_tokenizer(base.folder)
+
+
+def _mean_loss(model: Any, table: Any) -> float:
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for row in table:
+            ids, labels = (torch.as_tensor(row[key], device=model.device) for key in ("input_ids", "labels"))
+            logits = model(input_ids=ids[None]).logits[0, :-1].float()
+            total += float(cross_entropy(logits, labels[1:], reduction="sum", ignore_index=-100))
+            tokens += int((labels[1:] != -100).sum())
+    return total / max(tokens, 1)
+
+
+def _harness_scores(results: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """`task/metric` -> value; names come as `acc,none`, and errors of means are left out."""
+    return {
+        f"{task}/{name.partition(',')[0]}": float(value)
+        for task, found in results.items()
+        for name, value in found.items()
+        if isinstance(value, int | float) and "," in name and "stderr" not in name
+    }

@@ -24,7 +24,7 @@ ALLOWED = {
     "tasks": {"errors"},
     "recipe": {"errors", "setting"},
     "quiet": set(),
-    "evaluation": {"errors", "tasks", "training", "serving"},
+    "evaluation": {"errors", "bases", "tasks", "training", "registry", "serving"},
     "losses": FOUNDATION,
     "memory": FOUNDATION,
     "training": FOUNDATION | {"losses", "memory", "recipe", "tasks"},

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from adapterhub_lite.cli.output import HomeOption, JsonOption, print_json, say, waiting
+from adapterhub_lite.cli.output import DryRunOption, HomeOption, JsonOption, print_json, say, waiting, would
 
 
 def export(
@@ -18,6 +18,7 @@ def export(
     base: Annotated[
         str | None, typer.Option(help="Where the base is, for gguf; looked for in the home when not given.")
     ] = None,
+    dry_run: DryRunOption = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -35,6 +36,11 @@ def export(
     if layout != "vllm" and len(references) != 1:
         raise ConfigurationError(f"The layout {layout} takes one adapter, got {len(references)}.")
     registry = AdapterRegistry(home)
+    if dry_run:
+        if target.exists():
+            raise ConfigurationError(f"{target} is there already; give another place.")
+        named = ", ".join(registry.resolve(reference).reference for reference in references)
+        return would(f"write {named} to {target} in the layout {layout}", as_json, target=str(target))
     if layout == "vllm":
         written = export_vllm(registry, [registry.resolve(reference) for reference in references], target)
         use = f"vLLM serves them with VLLM_LORA_RESOLVER_CACHE_DIR={target}"

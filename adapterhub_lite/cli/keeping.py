@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from adapterhub_lite.cli.output import HomeOption, JsonOption, megabytes, print_json, print_table, say, short, waiting
+from adapterhub_lite.cli.output import (
+    DryRunOption,
+    HomeOption,
+    JsonOption,
+    megabytes,
+    print_json,
+    print_table,
+    say,
+    short,
+    waiting,
+    would,
+)
 
 if TYPE_CHECKING:
     from adapterhub_lite.registry.collection import GcPlan
@@ -27,6 +38,7 @@ def add(
     canary: Annotated[
         bool, typer.Option("--canary", help="Also load the base and replay, or record, how the adapter behaves.")
     ] = False,
+    dry_run: DryRunOption = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -37,6 +49,8 @@ def add(
     from adapterhub_lite.bases import resolve_base
     from adapterhub_lite.registry import AdapterRegistry
 
+    if dry_run:
+        return _would_add(folder, name, as_json)
     resolved = resolve_base(base, home=home, progress=say) if base else None
     with waiting(f"checking {folder}"):
         manifest = AdapterRegistry(home).add(
@@ -50,27 +64,46 @@ def add(
     )
 
 
-def pin(reference: ReferenceArgument, home: HomeOption = None, as_json: JsonOption = False) -> None:
+def _would_add(folder: Path, name: str, as_json: bool) -> None:
+    from adapterhub_lite.errors import UsageError
+    from adapterhub_lite.registry.reference import is_name
+    from adapterhub_lite.registry.validation import inspect_adapter
+
+    if not is_name(name):
+        raise UsageError(f"Wanted a name of 1 to 64 letters, digits, '.', '_', '-'; got {name!r:.80}.")
+    if not folder.is_dir():
+        raise UsageError(f"There is no adapter folder {str(folder)!r}. Give the folder that training saved.")
+    _, lora = inspect_adapter(folder).accepted()
+    would(f"keep {folder} (rank {lora.rank}) as the next version of {name}", as_json, rank=lora.rank)
+
+
+def pin(
+    reference: ReferenceArgument, dry_run: DryRunOption = False, home: HomeOption = None, as_json: JsonOption = False
+) -> None:
     """Keep one version whatever `gc` thinks, until `unpin`.
 
     Example: `adapterhub-lite pin sql:3`
     """
-    _set_pin(reference, home, as_json, pinned=True)
+    _set_pin(reference, home, as_json, pinned=True, dry_run=dry_run)
 
 
-def unpin(reference: ReferenceArgument, home: HomeOption = None, as_json: JsonOption = False) -> None:
+def unpin(
+    reference: ReferenceArgument, dry_run: DryRunOption = False, home: HomeOption = None, as_json: JsonOption = False
+) -> None:
     """Take a pin away.
 
     Example: `adapterhub-lite unpin sql:3`
     """
-    _set_pin(reference, home, as_json, pinned=False)
+    _set_pin(reference, home, as_json, pinned=False, dry_run=dry_run)
 
 
-def _set_pin(reference: str, home: str | None, as_json: bool, *, pinned: bool) -> None:
+def _set_pin(reference: str, home: str | None, as_json: bool, *, pinned: bool, dry_run: bool) -> None:
     from adapterhub_lite.registry import AdapterRegistry
 
     registry = AdapterRegistry(home)
     manifest = registry.resolve(reference)
+    if dry_run:
+        return would(f"{'pin' if pinned else 'unpin'} {manifest.reference}", as_json, reference=manifest.reference)
     (registry.pin if pinned else registry.unpin)(manifest.reference)
     if as_json:
         return print_json({"reference": manifest.reference, "digest": manifest.digest, "pinned": pinned})
@@ -79,6 +112,7 @@ def _set_pin(reference: str, home: str | None, as_json: bool, *, pinned: bool) -
 
 def remove(
     reference: Annotated[str, typer.Argument(help="The version, as name:3.")],
+    dry_run: DryRunOption = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -87,8 +121,13 @@ def remove(
     Refused while an alias, a pin or a running server refers to it. Example: `adapterhub-lite remove sql:3`
     """
     from adapterhub_lite.registry import AdapterRegistry
+    from adapterhub_lite.registry.collection import check_removable, one_version
 
-    AdapterRegistry(home).remove(reference)
+    registry = AdapterRegistry(home)
+    if dry_run:
+        check_removable(registry.database.read(), registry.home, one_version(registry, reference))
+        return would(f"forget {reference}", as_json, reference=reference)
+    registry.remove(reference)
     if as_json:
         return print_json({"removed": reference})
     say(f"{reference} is forgotten. `adapterhub-lite gc` frees its bytes.")

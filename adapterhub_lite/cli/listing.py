@@ -57,12 +57,22 @@ def show(
     details = AdapterRegistry(home).show(reference)
     manifest = details.manifest
     payload = manifest.model_dump(mode="json")
-    here = {key: value for key, value in details._asdict().items() if key != "manifest"}
+    measured = [one.model_dump() for one in details.evaluation]
+    here = {key: value for key, value in details._asdict().items() if key not in ("manifest", "evaluation")}
     if as_json:
-        return print_json({**payload, "here": here})
-    rows = [(key, value) for key, value in payload.items() if key not in ("files", "training")]
+        return print_json({**payload, "here": {**here, "evaluation": measured}})
+    rows = [(key, value) for key, value in payload.items() if key not in ("files", "training", "evaluation")]
     print_table(f"{manifest.name}:{manifest.version}", ("key", "value"), rows)
     print_table("Here", ("key", "value"), list(here.items()))
+    if measured:
+        scores = [
+            (one.metric, one.data, _number(one.base_value), _number(one.adapter_value)) for one in details.evaluation
+        ]
+        print_table("Evaluation", ("metric", "data", "base", "adapter"), scores)
     print_table("Files", ("name", "bytes", "sha256"), [(name, f.size, f.sha256) for name, f in manifest.files.items()])
     if payload.get("training"):
         print_table("Training", ("key", "value"), list(payload["training"].items()))
+
+
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4g}"

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from adapterhub_lite.cli.output import HomeOption, JsonOption, print_json, print_table, say, short
+from adapterhub_lite.cli.output import DryRunOption, HomeOption, JsonOption, print_json, print_table, say, short, would
 
 LockFileOption = Annotated[Path, typer.Option("--file", help="The lock.")]
 
@@ -19,6 +19,7 @@ def lock(
     base: Annotated[
         str | None, typer.Option(help="Where the adapters' base is; looked for in the home when not given.")
     ] = None,
+    dry_run: DryRunOption = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -47,6 +48,9 @@ def lock(
         return say(f"Everything in {file} is here, byte for byte.")
     named = [text.partition("=") for text in references or []]
     sources = {registry.resolve(reference).name: source for reference, _, source in named if source}
+    if dry_run:
+        locked = [registry.resolve(reference).reference for reference, _, _ in named]
+        return would(f"write {file} with {', '.join(locked) or 'nothing'}", as_json, references=locked)
     written = write_lock(registry, [reference for reference, _, _ in named], file, sources=sources, bases=bases)
     if as_json:
         return print_json(written.model_dump(mode="json"))

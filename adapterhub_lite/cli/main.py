@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from adapterhub_lite.cli.aliases import alias, history, rollback
+from adapterhub_lite.cli.bench import bench
 from adapterhub_lite.cli.comparing import diff
 from adapterhub_lite.cli.demo import demo
 from adapterhub_lite.cli.doctor import doctor
@@ -54,6 +55,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "demo": demo,
     "hub": hub,
     "doctor": doctor,
+    "bench": bench,
 }
 
 

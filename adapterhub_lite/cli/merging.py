@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from adapterhub_lite.cli.output import HomeOption, JsonOption, print_json, say, short, waiting
+from adapterhub_lite.cli.output import DryRunOption, HomeOption, JsonOption, print_json, say, short, waiting, would
 
 if TYPE_CHECKING:
     from adapterhub_lite.merging.adapters import Method
@@ -24,6 +24,7 @@ def merge(
     ] = None,
     base: Annotated[str | None, typer.Option(help="Where the adapters' base is; looked for when not given.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16, for --into-base.")] = None,
+    dry_run: DryRunOption = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -37,6 +38,18 @@ def merge(
     from adapterhub_lite.registry import AdapterRegistry
 
     registry = AdapterRegistry(home)
+    if dry_run:
+        shares, known = (
+            _numbers(weights) or [1.0] * len(references),
+            [registry.resolve(one).reference for one in references],
+        )
+        if len(shares) != len(known):
+            raise ConfigurationError(f"{len(known)} adapters and {len(shares)} weights: give one for each.")
+        into = (
+            f"into the base, as {into_base}" if into_base else f"by {_method(method)} into the next version of {name}"
+        )
+        parts = " + ".join(f"{share:g} x {one}" for share, one in zip(shares, known, strict=True))
+        return would(f"merge {parts} {into}", as_json, references=known, weights=shares)
     resolved = resolve_base(base, home=home) if base else None
     if into_base is not None:
         if len(references) != 1:

@@ -8,6 +8,9 @@ from typing import Annotated, Any
 import typer
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Check what can be checked here, say what would be done, and do nothing.")
+]
 HomeOption = Annotated[
     str | None,
     typer.Option("--home", help="Where adapters and bases are kept.", envvar="ADAPTERHUB_HOME", show_default=False),
@@ -37,6 +40,13 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
 def say(text: str) -> None:
     """Tell the user what is going on, on standard error, so that `--json` output stays clean."""
     typer.echo(text, err=True)
+
+
+def would(act: str, as_json: bool, **facts: Any) -> None:
+    """Report a dry run: `act` is what would have been done, as in `push sql:3 to org/sql`."""
+    if as_json:
+        return print_json({"dry_run": True, "would": act, **facts})
+    say(f"Would {act}. Nothing was done.")
 
 
 @contextmanager

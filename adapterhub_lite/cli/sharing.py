@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from adapterhub_lite.cli.output import HomeOption, JsonOption, print_json, say, short
+from adapterhub_lite.cli.output import DryRunOption, HomeOption, JsonOption, megabytes, print_json, say, short, would
 
 if TYPE_CHECKING:
     from adapterhub_lite.registry import AdapterRegistry
@@ -31,6 +31,7 @@ def push(
     endpoint: EndpointOption = None,
     private: Annotated[bool, typer.Option("--private", help="Create the repository as private.")] = False,
     alias: Annotated[str | None, typer.Option(help="Then point this alias on the hub at the version.")] = None,
+    dry_run: DryRunOption = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -43,7 +44,13 @@ def push(
     from adapterhub_lite.registry import AdapterRegistry
     from adapterhub_lite.registry.hub import push_alias
 
-    receipt = AdapterRegistry(home).push(reference, repo_id, endpoint=endpoint, private=private, progress=say)
+    registry = AdapterRegistry(home)
+    if dry_run:
+        manifest, where = registry.resolve(reference), endpoint or "https://huggingface.co"
+        size = sum(file.size for file in manifest.files.values())
+        act = f"publish {manifest.reference} ({megabytes(size)}) as {repo_id} v{manifest.version} on {where}"
+        return would(act, as_json, reference=manifest.reference, repo_id=repo_id, endpoint=where, bytes=size)
+    receipt = registry.push(reference, repo_id, endpoint=endpoint, private=private, progress=say)
     aliases = push_alias(repo_id, alias, int(receipt.tag[1:]), endpoint=endpoint) if alias else {}
     if as_json:
         return print_json({**asdict(receipt), "aliases": aliases})
@@ -74,6 +81,7 @@ def pull(
         bool, typer.Option("--canary", help="Also load the base and check that the adapter behaves as recorded.")
     ] = False,
     base: Annotated[str | None, typer.Option(help="Its base; looked for in the home when not given.")] = None,
+    dry_run: DryRunOption = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -91,9 +99,12 @@ def pull(
             raise ConfigurationError(
                 "--locked takes everything from the lock: besides, give only --file or --endpoint."
             )
-        return _pull_locked(registry, file, endpoint, as_json)
+        return _pull_locked(registry, file, endpoint, as_json, dry_run)
     if repo_id is None:
         raise ConfigurationError("Which repository? Give org/name, or --locked for what adapters.lock says.")
+    if dry_run:
+        there, label = endpoint or "https://huggingface.co", name or "the name in its manifest"
+        return would(f"fetch {repo_id} at {revision or 'its newest'} from {there} and keep it as {label}", as_json)
     receipt = registry.pull(
         repo_id, revision=revision, name=name, endpoint=endpoint,  offline=offline, adopt=adopt,
         verify="canary" if canary else "files", base=resolve_base(base, home=home) if base else None, progress=say,
@@ -106,10 +117,13 @@ def pull(
     say(f"{manifest.reference} ({short(manifest.digest)}), commit {receipt.commit[:12]}: {SOURCES[receipt.source]}.")
 
 
-def _pull_locked(registry: "AdapterRegistry", file: Path, endpoint: str | None, as_json: bool) -> None:
-    from adapterhub_lite.registry.lockfile import pull_locked, read_lock
+def _pull_locked(registry: "AdapterRegistry", file: Path, endpoint: str | None, as_json: bool, dry_run: bool) -> None:
+    from adapterhub_lite.registry.lockfile import pull_locked, read_lock, verify_lock
 
     lock = read_lock(file)
+    if dry_run:
+        problems = verify_lock(registry, lock)
+        return would(f"bring what is missing of {file}: {'; '.join(problems) or 'nothing'}", as_json, problems=problems)
     came = pull_locked(registry, lock, endpoint=endpoint, progress=say)
     references = [manifest.reference for manifest in came]
     if as_json:

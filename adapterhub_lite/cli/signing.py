@@ -4,13 +4,24 @@ from typing import Annotated
 
 import typer
 
-from adapterhub_lite.cli.output import HomeOption, JsonOption, print_json, print_table, say, waiting
+from adapterhub_lite.cli.output import (
+    DryRunOption,
+    HomeOption,
+    JsonOption,
+    print_json,
+    print_table,
+    say,
+    waiting,
+    would,
+)
 
 KeyOption = Annotated[str, typer.Option(help="The key's name in the home folder.")]
 ReferenceArgument = Annotated[str, typer.Argument(help="name, name:version, name@alias or a digest.")]
 
 
-def keygen(key: KeyOption = "default", home: HomeOption = None, as_json: JsonOption = False) -> None:
+def keygen(
+    key: KeyOption = "default", dry_run: DryRunOption = False, home: HomeOption = None, as_json: JsonOption = False
+) -> None:
     """Make an Ed25519 key, readable by you alone, and print its public half for others to trust.
 
     Example: `adapterhub-lite keygen --key release`
@@ -18,6 +29,8 @@ def keygen(key: KeyOption = "default", home: HomeOption = None, as_json: JsonOpt
     from adapterhub_lite.home import adapterhub_home
     from adapterhub_lite.registry.signing import generate_key
 
+    if dry_run:
+        return would(f"make the key {key!r} in {adapterhub_home(home)}", as_json, key=key)
     public_key = generate_key(adapterhub_home(home), key)
     if as_json:
         return print_json({"key": key, "public_key": public_key})
@@ -26,7 +39,11 @@ def keygen(key: KeyOption = "default", home: HomeOption = None, as_json: JsonOpt
 
 
 def sign(
-    reference: ReferenceArgument, key: KeyOption = "default", home: HomeOption = None, as_json: JsonOption = False
+    reference: ReferenceArgument,
+    key: KeyOption = "default",
+    dry_run: DryRunOption = False,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Sign a version; the signature travels with it through push and pull.
 
@@ -36,6 +53,8 @@ def sign(
 
     registry = AdapterRegistry(home)
     manifest = registry.resolve(reference)
+    if dry_run:
+        return would(f"sign {manifest.reference} with {key!r}", as_json, reference=manifest.reference, key=key)
     signature = registry.sign(manifest.reference, key=key)
     if as_json:
         return print_json({"reference": manifest.reference, "digest": manifest.digest, **signature.model_dump()})
@@ -85,6 +104,7 @@ def trust(
     required: Annotated[
         bool | None, typer.Option("--required/--optional", help="Refuse pulls without a trusted signature, or not.")
     ] = None,
+    dry_run: DryRunOption = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -96,6 +116,9 @@ def trust(
     from adapterhub_lite.registry import AdapterRegistry
 
     policy = AdapterRegistry(home).trust
+    if dry_run:
+        act = f"{'no longer trust' if remove else 'trust'} {name}" if name else "change whether signatures are required"
+        return would(act, as_json, name=name, required=required)
     if remove and name is not None:
         policy.distrust(name)
     elif name is not None:

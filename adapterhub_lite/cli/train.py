@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from adapterhub_lite.cli.options import build_settings, options_from
-from adapterhub_lite.cli.output import HomeOption, JsonOption, print_json, say, short
+from adapterhub_lite.cli.output import DryRunOption, HomeOption, JsonOption, print_json, say, short
+from adapterhub_lite.cli.rehearsal import rehearse
 from adapterhub_lite.errors import ReferenceSyntaxError
 from adapterhub_lite.home import adapterhub_home
 from adapterhub_lite.recipe import TrainingRecipe
@@ -20,6 +21,7 @@ def train(
     task: Annotated[str | None, typer.Option(help="An example task instead of data: sql or event.")] = None,
     base: Annotated[str, typer.Option(help="Base model: an embedded name, a folder or a Hub id.")] = "smollm2-135m",
     config: Annotated[Path | None, typer.Option(help="A YAML file with settings; options given here win.")] = None,
+    dry_run: DryRunOption = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -38,6 +40,8 @@ def train(
             f"{name!r} cannot name an adapter: wanted letters, digits, '.', '_', '-', 64 at most."
         )
     rows, data_id = rows_for(data, task, recipe)
+    if dry_run:
+        return rehearse(name, recipe, len(rows), data_id, data, base, home, as_json)
     resolved = resolve_base(base, home=home, progress=say)
     folder = adapterhub_home(home) / "runs" / name
     outcome = train_adapter(resolved, rows, folder, recipe, data_id=data_id)

@@ -27,12 +27,12 @@ def utc_now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def record_act(connection: sqlite3.Connection, home: Path, **act: str | int | None) -> None:
+def record_act(connection: sqlite3.Connection, home: Path, **act: object) -> None:
     """Put one act into the journal: the line first, then the row that the caller's transaction commits."""
     row = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'journal'").fetchone()
     entry = JournalEntry.model_validate({"number": (row[0] if row else 0) + 1, "at": utc_now(), **act})
     append_entry(home, entry)
-    values = entry.model_dump()
+    values = entry.row()
     columns = ", ".join(values)
     marks = ", ".join("?" * len(values))
     connection.execute(f"INSERT INTO journal ({columns}) VALUES ({marks})", list(values.values()))  # noqa: S608
@@ -67,8 +67,8 @@ def move_alias(
         _point(connection, home, "set", name, alias, version, current)
 
 
-def roll_back(connection: sqlite3.Connection, home: Path, name: str, alias: str) -> int:
-    """Point `alias` where it pointed before, one further back at each call; returns the version.
+def earlier_version(connection: sqlite3.Connection, name: str, alias: str) -> tuple[int, int]:
+    """(where `alias` points, where it pointed before and could go back to).
 
     Raises:
         UnknownNameError: no such alias.
@@ -82,8 +82,16 @@ def roll_back(connection: sqlite3.Connection, home: Path, name: str, alias: str)
     earlier = [v for v in _earlier(alias_history(connection, name, alias)) if v in there and v != current]
     if not earlier:
         raise UsageError(f"{name}@{alias} has no earlier version to go back to; it is at {current}.")
-    _point(connection, home, "rollback", name, alias, earlier[-1], current)
-    return earlier[-1]
+    return current, earlier[-1]
+
+
+def roll_back(connection: sqlite3.Connection, home: Path, name: str, alias: str) -> int:
+    """Point `alias` where it pointed before, one further back at each call; returns the version. Raises as
+    `earlier_version` does.
+    """
+    current, earlier = earlier_version(connection, name, alias)
+    _point(connection, home, "rollback", name, alias, earlier, current)
+    return earlier
 
 
 def drop_alias(connection: sqlite3.Connection, home: Path, name: str, alias: str) -> None:

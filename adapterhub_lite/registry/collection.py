@@ -12,6 +12,7 @@ from adapterhub_lite.registry.aliases import record_act
 from adapterhub_lite.registry.intake import manifest_path
 from adapterhub_lite.registry.locks import leased_digests, store_lock
 from adapterhub_lite.registry.manifest import AdapterManifest
+from adapterhub_lite.registry.reference import AdapterReference
 from adapterhub_lite.registry.rows import delete_version, parse_stored
 
 if TYPE_CHECKING:
@@ -92,11 +93,27 @@ def remove_version(registry: "AdapterRegistry", manifest: AdapterManifest) -> No
     """
     with store_lock(registry.home, exclusive=True):
         with registry.database.write(locked=True) as connection:
-            reason = _reasons(connection, registry.home, [manifest], 0).get(manifest.reference)
-            if reason:
-                raise RegistryError(f"{manifest.reference} stays: {reason}. Move the alias, unpin or unload it first.")
+            check_removable(connection, registry.home, manifest)
             _forget(registry, connection, manifest)
         _delete_manifest(manifest_path(registry.home, manifest.name, manifest.version))
+
+
+def one_version(registry: "AdapterRegistry", reference: str) -> AdapterManifest:
+    """The manifest of a reference that names its version, as removing wants it: a mistake costs one version at most.
+
+    Raises:
+        UsageError: it names none.
+    """
+    if AdapterReference.parse(reference).version is None:
+        raise UsageError(f"Wanted the version to remove as 'name:3', got {reference!r}.")
+    return registry.resolve(reference)
+
+
+def check_removable(connection: sqlite3.Connection, home: Path, manifest: AdapterManifest) -> None:
+    """Raise RegistryError when an alias, a pin or a running server refers to the version."""
+    reason = _reasons(connection, home, [manifest], 0).get(manifest.reference)
+    if reason:
+        raise RegistryError(f"{manifest.reference} stays: {reason}. Move the alias, unpin or unload it first.")
 
 
 def set_pin(registry: "AdapterRegistry", manifest: AdapterManifest, *, pinned: bool) -> None:

@@ -85,7 +85,9 @@ def push_adapter(
         repo.create(private)
     elif private and not repo.is_private():
         raise HubPermissionError(f"{repo_id} exists and is public, but private was asked for. Make it private first.")
-    content: dict[str, Path | bytes] = {**adapter_files(registry, manifest), **card_files(manifest, repo_id)}
+    # The card is for people: it also says what was measured after the manifest was written.
+    known = manifest.model_copy(update={"evaluation": registry.show(manifest.reference).evaluation})
+    content: dict[str, Path | bytes] = {**adapter_files(registry, manifest), **card_files(known, repo_id)}
     publish = _Publish(manifest, content, uuid.uuid4().hex)
     commit, tag, sent = _commit_once(repo, publish, tell)
     tell(f"tagging {tag}")

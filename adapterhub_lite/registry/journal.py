@@ -1,4 +1,4 @@
-"""What the manifests cannot say (aliases, pins, removals) as lines of JSON, so that the database can be made again.
+"""What the manifests cannot say (aliases, pins, removals, later evaluations) as lines of JSON, so that the database can be made again.
 
 A line is on disk before the database commits it. An entry that never committed is superseded by the next one with the
 same number.
@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from adapterhub_lite.record import StrictModel
+from adapterhub_lite.registry.manifest import EvaluationRecord
 
 JOURNAL_FILE = "journal.jsonl"
 
@@ -20,13 +21,18 @@ class JournalEntry(StrictModel):
     """One act. `number` counts up in the database; `at` is UTC, ISO 8601."""
 
     number: int
-    act: Literal["set", "rollback", "drop", "pin", "unpin", "remove", "restore"]
+    act: Literal["set", "rollback", "drop", "pin", "unpin", "remove", "restore", "evaluate"]
     name: str
     alias: str | None = None
     version: int | None = None
     previous: int | None = None
     digest: str | None = None
+    evaluation: EvaluationRecord | None = None
     at: str
+
+    def row(self) -> dict[str, object]:
+        """The entry as columns of the database, which keeps an evaluation in a table of its own."""
+        return self.model_dump(exclude={"evaluation"})
 
 
 def append_entry(home: Path, entry: JournalEntry) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adapterhub_lite.errors import UsageError
+from adapterhub_lite.registry.evaluations import evaluations_of
 from adapterhub_lite.registry.locks import leased_digests
-from adapterhub_lite.registry.manifest import AdapterManifest
+from adapterhub_lite.registry.manifest import AdapterManifest, EvaluationRecord
 
 if TYPE_CHECKING:
     from adapterhub_lite.registry.store import AdapterRegistry
@@ -32,7 +33,7 @@ class AdapterSummary(NamedTuple):
 
 
 class AdapterDetails(NamedTuple):
-    """All that is known of one version here, beside its manifest."""
+    """All that is known of one version here, beside its manifest. `evaluation` has what was measured later, too."""
 
     manifest: AdapterManifest
     aliases: tuple[str, ...]
@@ -40,6 +41,7 @@ class AdapterDetails(NamedTuple):
     signed: bool
     held: bool
     size: int
+    evaluation: tuple[EvaluationRecord, ...]
 
 
 class Filter(NamedTuple):
@@ -140,4 +142,12 @@ def describe(registry: "AdapterRegistry", manifest: AdapterManifest) -> AdapterD
     ).fetchone()
     aliases = connection.execute("SELECT alias FROM aliases WHERE name = ? AND version = ? ORDER BY alias", key)
     held = manifest.digest in leased_digests(registry.home)
-    return AdapterDetails(manifest, tuple(row[0] for row in aliases), bool(pinned), bool(signed), held, size)
+    return AdapterDetails(
+        manifest,
+        tuple(row[0] for row in aliases),
+        bool(pinned),
+        bool(signed),
+        held,
+        size,
+        evaluations_of(connection, manifest),
+    )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from adapterhub_lite.errors import AdapterHubError
 from adapterhub_lite.registry.database import DATABASE_FILE, Database
+from adapterhub_lite.registry.evaluations import insert_evaluation
 from adapterhub_lite.registry.journal import JournalEntry, read_journal
 from adapterhub_lite.registry.locks import store_lock
 from adapterhub_lite.registry.manifest import AdapterManifest, read_manifest
@@ -103,7 +104,7 @@ def _replay(connection: sqlite3.Connection, entries: list[JournalEntry]) -> list
     gone = _removed(entries)
     for entry in entries:
         key = (entry.name, entry.version)
-        values = entry.model_dump()
+        values = entry.row()
         columns, marks = ", ".join(values), ", ".join("?" * len(values))
         connection.execute(f"INSERT INTO journal ({columns}) VALUES ({marks})", list(values.values()))  # noqa: S608
         if entry.act in ("set", "rollback"):
@@ -112,6 +113,8 @@ def _replay(connection: sqlite3.Connection, entries: list[JournalEntry]) -> list
             )
         elif entry.act == "drop":
             connection.execute("DELETE FROM aliases WHERE name = ? AND alias = ?", (entry.name, entry.alias))
+        elif entry.act == "evaluate" and entry.evaluation is not None and _is_there(connection, key):
+            insert_evaluation(connection, entry.name, entry.version or 0, entry.evaluation)
         elif entry.act in ("pin", "unpin"):
             connection.execute(
                 "UPDATE versions SET pinned = ? WHERE name = ? AND version = ?", (entry.act == "pin", *key)
@@ -126,6 +129,11 @@ def _replay(connection: sqlite3.Connection, entries: list[JournalEntry]) -> list
         skipped.append(f"{name}@{alias}: its version {version} is not there")
         connection.execute("DELETE FROM aliases WHERE name = ? AND alias = ?", (name, alias))
     return skipped
+
+
+def _is_there(connection: sqlite3.Connection, key: tuple[str, int | None]) -> bool:
+    found = connection.execute("SELECT 1 FROM versions WHERE name = ? AND version = ?", key).fetchone()
+    return found is not None
 
 
 def _replay_removal(connection: sqlite3.Connection, name: str, version: int, digest: str) -> None:

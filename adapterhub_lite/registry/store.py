@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from adapterhub_lite.bases import ResolvedBase
-from adapterhub_lite.errors import IntegrityError, UnknownNameError, UsageError
+from adapterhub_lite.errors import IntegrityError, UnknownNameError
 from adapterhub_lite.home import adapterhub_home
 from adapterhub_lite.registry import aliases as alias_moves
 from adapterhub_lite.registry.adding import About, add_adapter
 from adapterhub_lite.registry.aliases import AliasMove
-from adapterhub_lite.registry.collection import GcPlan, collect, plan_collection, remove_version, set_pin
+from adapterhub_lite.registry.collection import GcPlan, collect, one_version, plan_collection, remove_version, set_pin
 from adapterhub_lite.registry.database import Database
 from adapterhub_lite.registry.difference import AdapterDifference, compare_versions
 from adapterhub_lite.registry.doctor import DoctorReport, examine_registry
+from adapterhub_lite.registry.evaluations import record_evaluations
 from adapterhub_lite.registry.exporting import export_folder
 from adapterhub_lite.registry.listing import AdapterDetails, AdapterSummary, describe, filter_versions, summarize
 from adapterhub_lite.registry.locks import Lease, store_lock
@@ -106,6 +107,19 @@ class AdapterRegistry:
         """All that is known here of one version: manifest, aliases, pin, signature, size, whether a server holds it."""
         with self.guard(f"show {reference}"):
             return describe(self, self.resolve(reference))
+
+    def record_evaluation(
+        self, reference: str | AdapterReference, measured: Sequence[EvaluationRecord]
+    ) -> AdapterManifest:
+        """Keep what was measured of a version beside its manifest, which never changes; lists and `show` have it.
+
+        Raises:
+            UnknownNameError: no such version.
+        """
+        with self.guard(f"record an evaluation of {reference}"), self.database.write() as connection:
+            manifest = find_manifest(connection, AdapterReference.parse(reference))
+            record_evaluations(connection, self.home, manifest, measured)
+        return manifest
 
     def file(self, manifest: AdapterManifest, filename: str) -> Path:
         """The immutable local file `filename` of a version; read it, never write to it.
@@ -201,10 +215,8 @@ class AdapterRegistry:
             RegistryError: an alias, a pin or a running server refers to it.
             UsageError: not a reference with a version.
         """
-        if AdapterReference.parse(reference).version is None:
-            raise UsageError(f"Wanted the version to remove as 'name:3', got {reference!r}.")
         with self.guard(f"remove {reference}"):
-            remove_version(self, self.resolve(reference))
+            remove_version(self, one_version(self, reference))
 
     def plan_gc(self, *, keep_newest: int = 1) -> GcPlan:
         """What `gc` would free now, and why the rest stays. Nothing is changed."""

@@ -53,7 +53,7 @@ def evaluate_exact_match(
     """
     correct = total = 0
     wrong: list[Example] = []
-    questions = [_question(row) for row in rows]
+    questions = [question_of(row) for row in rows]
     for start in range(0, len(questions), batch_rows):
         batch = questions[start : start + batch_rows]
         answers = _answers(generate, batch)
@@ -69,7 +69,12 @@ def evaluate_exact_match(
     return ExactMatch(correct, total, tuple(wrong[:SHOWN]))
 
 
-def _question(row: Mapping[str, Any]) -> tuple[Turns, str]:
+def question_of(row: Mapping[str, Any]) -> tuple[Turns, str]:
+    """The chat of a row up to its last answer, and that answer.
+
+    Raises:
+        DataError: the row does not end with an assistant turn.
+    """
     if "messages" in row:
         turns = list(row["messages"])
         if len(turns) < 2 or turns[-1]["role"] != "assistant":
