@@ -126,8 +126,15 @@ def _require_trainable(model: PeftModel) -> None:
         )
 
 
-def write_adapter(model: PeftModel, folder: Path, also: Callable[[Path], object] = lambda _: None) -> Path:
+def write_adapter(
+    model: PeftModel,
+    folder: Path,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    also: Callable[[Path], object] = lambda _: None,
+) -> Path:
     """Write the adapter as a plain PEFT folder that appears whole, by one rename; `also` may add files to it.
+
+    `state_dict` holds its tensors where they are not whole in `model`.
 
     Raises:
         ConfigurationError: `folder` is there already and is not empty.
@@ -139,7 +146,7 @@ def write_adapter(model: PeftModel, folder: Path, also: Callable[[Path], object]
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
         try:
-            save_peft(model, aside)
+            save_peft(model, aside, state_dict)
             also(aside)
             aside.chmod(0o755)
             if folder.is_dir():

@@ -34,6 +34,9 @@ class AdapterTrainingArguments(TrainingArguments):
     dataloader_pin_memory: bool = field(
         default_factory=torch.cuda.is_available, metadata={"help": "Pin batches for a faster copy to a GPU."}
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Look for parameters without gradients in each step; the proof has done it."}
+    )
     rank: int = field(default=8, metadata={"help": "The rank of each LoRA pair."})
     alpha: int | None = field(
         default=None,

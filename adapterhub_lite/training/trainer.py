@@ -5,6 +5,7 @@ work.
 """
 
 import logging
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.canary import write_canary
 from adapterhub_lite.errors import ConfigurationError, NonFiniteLossError, OutOfMemoryError
 from adapterhub_lite.record import TrainingRecord
-from adapterhub_lite.training import checkpoints
-from adapterhub_lite.training.adapters import kept_tensors, open_base, save_kept, write_adapter
+from adapterhub_lite.training import checkpoints, sharded
+from adapterhub_lite.training.adapters import open_base, save_kept, write_adapter
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
 from adapterhub_lite.training.assembly import assemble, plain
 from adapterhub_lite.training.collation import PackedCollator, PaddedCollator, unpack
@@ -245,9 +246,10 @@ class AdapterTrainer(Trainer):
         if self.state.best_model_checkpoint == str(staged / name):
             self.state.best_model_checkpoint = str(run / name)
         self.accelerator.wait_for_everyone()
+        kept = self._kept_tensors()
         if self.args.should_save:
             self.state.save_to_json(str(staged / name / "trainer_state.json"))
-            checkpoints.seal(staged / name, self._kept_tensors())
+            checkpoints.seal(staged / name, kept)
             checkpoints.publish(staged / name, run / name)
             checkpoints.sweep(run)
             best = self.state.best_model_checkpoint
@@ -270,7 +272,30 @@ class AdapterTrainer(Trainer):
             checkpoints.check_loaded(wanted, self._kept_tensors(), folder)
 
     def _kept_tensors(self) -> dict[str, Tensor]:
-        return kept_tensors(self.accelerator.unwrap_model(self.model))
+        return sharded.whole_tensors(self.accelerator.unwrap_model(self.model))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_deepspeed_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        # DeepSpeed's own checkpoint can only be read by as many processes as wrote it.
+        sharded.save_state(self, Path(output_dir))
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        if resume_from_checkpoint is None or not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        folder = Path(resume_from_checkpoint)
+        checkpoints.verify(folder)
+        sharded.load_state(self, folder)
+        return prepared
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write PEFT's two files; where an engine splits the model, only the adapter's tensors are gathered."""
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            return super().save_model(output_dir, _internal_call)
+        self._save(output_dir, self._kept_tensors())
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:
@@ -281,6 +306,8 @@ class AdapterTrainer(Trainer):
     def save_adapter(self, folder: str | Path) -> Path:
         """Write the adapter to `folder`: PEFT's two files, the training record and the canary; whole or not at all.
 
+        Every process calls it, the first one writes.
+
         Raises:
             ConfigurationError: `folder` is there already and is not empty, or the run trained no adapter.
             ResourceError: it cannot be written.
@@ -290,13 +317,21 @@ class AdapterTrainer(Trainer):
                 f"memory_preset={self.memory_choice.preset.name!r} trains the base itself, so there is no adapter to "
                 "save. Keep the base with save_model(folder)."
             )
+        tensors = self._kept_tensors()
 
         def witness(aside: Path) -> None:
             write_record(self.record(), aside)
             write_canary(adapted, self.processing_class, aside)
 
         with plain(self.assembly) as adapted:
-            return write_adapter(adapted, Path(folder), also=witness)
+            if self.args.should_save:
+                write_adapter(adapted, Path(folder), tensors, also=witness)
+            elif sharded.splits_weights(self.args):
+                # The witness runs the model, which is whole only with all processes.
+                with tempfile.TemporaryDirectory() as aside:
+                    write_canary(adapted, self.processing_class, Path(aside))
+        self.accelerator.wait_for_everyone()
+        return Path(folder)
 
     def record(self) -> TrainingRecord:
         """Return the record of the run so far."""
