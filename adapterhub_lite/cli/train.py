@@ -1,5 +1,6 @@
 """`train`: rows in, an adapter version in the registry out."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,9 +8,11 @@ import typer
 
 from adapterhub_lite.cli.options import build_settings, options_from
 from adapterhub_lite.cli.output import HomeOption, JsonOption, print_json, say, short
-from adapterhub_lite.errors import ReferenceSyntaxError
+from adapterhub_lite.errors import ReferenceSyntaxError, UnknownNameError
 from adapterhub_lite.home import adapterhub_home
 from adapterhub_lite.recipe import TrainingRecipe
+
+STRATEGIES = ("auto", "ddp", "zero1", "zero2", "zero3", "fsdp")
 
 
 @options_from(TrainingRecipe)
@@ -19,6 +22,13 @@ def train(
     data: Annotated[str | None, typer.Option(help="A JSONL file or a data set's id on the Hub.")] = None,
     task: Annotated[str | None, typer.Option(help="An example task instead of data: sql or event.")] = None,
     base: Annotated[str, typer.Option(help="Base model: an embedded name, a folder or a Hub id.")] = "smollm2-135m",
+    devices: Annotated[
+        int, typer.Option(help="Processes on this machine, one a GPU (or, without one, on the CPU).")
+    ] = 1,
+    strategy: Annotated[str, typer.Option(help=f"How they share the work: {', '.join(STRATEGIES)}.")] = "auto",
+    nodes: Annotated[int, typer.Option(help="Machines; the same command is run on each.")] = 1,
+    rendezvous: Annotated[str, typer.Option(help="HOST:PORT of one of them, where all meet.")] = "",
+    patience: Annotated[int, typer.Option(help="Seconds to wait for the other machines.")] = 300,
     config: Annotated[Path | None, typer.Option(help="A YAML file with settings; options given here win.")] = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
@@ -27,6 +37,11 @@ def train(
 
     Example: `adapterhub-lite train sql --data questions.jsonl --steps 60`
     """
+    from adapterhub_lite.training.launch import Launch, is_first, launch, launched
+
+    wanted = Launch(devices, nodes, rendezvous, patience)
+    if strategy not in STRATEGIES:
+        raise UnknownNameError.among("strategy", strategy, list(STRATEGIES))
     from adapterhub_lite.bases import resolve_base
     from adapterhub_lite.registry import AdapterRegistry
     from adapterhub_lite.registry.reference import is_name
@@ -39,8 +54,14 @@ def train(
         )
     rows, data_id = rows_for(data, task, recipe)
     resolved = resolve_base(base, home=home, progress=say)
+    if wanted.processes > 1 and not launched():
+        return launch(wanted, ["-m", "adapterhub_lite", *sys.argv[1:]])
     folder = adapterhub_home(home) / "runs" / name
-    outcome = train_adapter(resolved, rows, folder, recipe, data_id=data_id)
+    outcome = train_adapter(
+        resolved, rows, folder, recipe, data_id=data_id, show_progress=is_first(), memory_preset=strategy
+    )
+    if not is_first():
+        return None
     manifest = AdapterRegistry(home).add(outcome.folder, name, base=resolved)
     if as_json:
         return print_json(manifest.model_dump(mode="json"))

@@ -1,5 +1,6 @@
 """What a run may be told, once: every `TrainingArguments` field, and the fields of an adapter's run."""
 
+import os
 import re
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Literal
@@ -108,6 +109,9 @@ class AdapterTrainingArguments(TrainingArguments):
             problems.append(f"lora_dropout must be in [0, 1), not {self.lora_dropout}")
         if problems:
             raise ConfigurationError("The training arguments cannot be used: " + "; ".join(problems) + ".")
+        if self.deepspeed and "RANK" not in os.environ:
+            # DeepSpeed expects a launcher; a process without one is a world of its own.
+            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         try:
             super().__post_init__()
         except ValueError as error:

@@ -59,6 +59,7 @@ def train_adapter(
     *,
     data_id: str | None = None,
     show_progress: bool = True,
+    memory_preset: str = "auto",
 ) -> TrainingOutcome:
     """Train on `rows` (anything `load_rows` takes) and return the adapter, in a run folder of its own under `folder`.
 
@@ -74,7 +75,7 @@ def train_adapter(
     finished = read_record(run / "adapter")
     if finished is not None:
         return TrainingOutcome(run / "adapter", finished)
-    arguments = _arguments(recipe, run, show_progress)
+    arguments = _arguments(recipe, run, show_progress, memory_preset)
     trainer = AdapterTrainer(str(base.folder), arguments, train_dataset=rows, base=base)
     if data_id is not None:
         trainer.data_name = data_id
@@ -86,7 +87,7 @@ def train_adapter(
     return TrainingOutcome(adapter, record)
 
 
-def _arguments(recipe: TrainingRecipe, run: Path, show_progress: bool) -> AdapterTrainingArguments:
+def _arguments(recipe: TrainingRecipe, run: Path, show_progress: bool, memory_preset: str) -> AdapterTrainingArguments:
     return AdapterTrainingArguments(
         output_dir=str(run),
         max_steps=recipe.steps,
@@ -101,6 +102,7 @@ def _arguments(recipe: TrainingRecipe, run: Path, show_progress: bool) -> Adapte
         seed=recipe.seed,
         save_steps=recipe.save_steps,
         show_progress=show_progress,
+        memory_preset=memory_preset,
     )
 
 

@@ -40,6 +40,30 @@ def join_processes(args: Any) -> None:
         deepspeed.init_distributed(dist_backend="gloo" if args.device.type == "cpu" else None, auto_mpi_discovery=False)
 
 
+def engine_of(args: Any) -> str | None:
+    """The engine that was chosen by hand or by `accelerate launch`, as a strategy's name: zero1 to zero3, fsdp."""
+    plugin = getattr(args, "deepspeed_plugin", None)
+    if plugin is not None:
+        return f"zero{plugin.zero_stage}"
+    return "fsdp" if args.fsdp else None
+
+
+@contextmanager
+def built_whole(args: Any) -> Iterator[None]:
+    """While inside, models are built whole, although those that are read later will be split by ZeRO-3."""
+    split_later = getattr(args, "hf_deepspeed_config", None)
+    if split_later is None:
+        yield
+        return
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(split_later)
+
+
 def splits_weights(args: Any) -> bool:
     """Whether the run's engine splits the weights themselves, and not only what the optimizer keeps."""
     plugin = getattr(args, "deepspeed_plugin", None)
@@ -47,12 +71,12 @@ def splits_weights(args: Any) -> bool:
 
 
 @contextmanager
-def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """While inside, parameters that ZeRO-3 has split are whole. Every process must enter."""
+def gathered(parameters: list[nn.Parameter], *, changed: bool = False) -> Iterator[None]:
+    """While inside, parameters that ZeRO-3 has split are whole; `changed` keeps what is written. All must enter."""
     if any(hasattr(parameter, "ds_id") for parameter in parameters):
         from deepspeed.runtime.zero import GatheredParameters
 
-        with GatheredParameters(parameters):
+        with GatheredParameters(parameters, modifier_rank=0 if changed else None):
             yield
     else:
         yield
@@ -115,13 +139,31 @@ def load_state(trainer: Any, folder: Path) -> None:
     lacking = sorted(name for name in trained if f"{name}:{MASTER}" not in saved)
     if lacking:
         raise IntegrityError(f"{path} lacks {len(lacking)} of {len(trained)} trained tensors ({lacking[0]}, ...).")
+    _make_states(engine.optimizer)
     for name, parameter in trained.items():
-        safe_set_full_fp32_param(parameter, saved[f"{name}:{MASTER}"])
+        master = saved[f"{name}:{MASTER}"]
+        safe_set_full_fp32_param(parameter, master)
+        with gathered([parameter], changed=True), torch.no_grad():
+            parameter.copy_(master)
         for moment in MOMENTS:
             safe_set_full_optimizer_state(parameter, saved[f"{name}:{moment}"], moment)
     for state in _states(engine):
         state[STEPS] = torch.as_tensor(float(saved[STEPS]))
     trainer.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
+
+
+def _make_states(optimizer: Any) -> None:
+    """Give a DeepSpeed optimizer that has not stepped yet the states that its first step would make."""
+    stage3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
+    flats = optimizer.fp32_partitioned_groups_flat if stage3 else optimizer.single_partition_of_fp32_groups
+    for flat in flats:
+        state = optimizer.optimizer.state[flat]
+        state.setdefault(STEPS, torch.tensor(0.0))
+        for moment in MOMENTS:
+            state.setdefault(moment, torch.zeros_like(flat))
+    if not stage3:
+        # ZeRO-1 and 2 find a parameter's part of the states by a link that is made at the first step.
+        optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -74,9 +74,10 @@ class AdapterTrainer(Trainer):
         opened = open_base(model, base, processing_class)
         prepare = partial(prepare_rows, tokenizer=opened.tokenizer, max_length=args.max_length, overlong=args.overlong)
         rows = prepare(train_dataset)
-        choice = choose_memory(
-            opened.source, args, row_lengths(rows), adapter_given=peft_config is not None, overhead=before
-        )
+        with sharded.built_whole(args):
+            choice = choose_memory(
+                opened.source, args, row_lengths(rows), adapter_given=peft_config is not None, overhead=before
+            )
         args = choice.applied(args)
         self.assembly = assembly = assemble(opened, args, peft_config, choice)
         self.meter = RunMeter(PeakMemory(args.device))
