@@ -1,4 +1,4 @@
-"""What this machine can do: one finding a capability. Looks, and changes nothing. Imports no room above `bases`."""
+"""What this machine can do: one finding a capability. Looks, and changes nothing. Imports no room above `memory`."""
 
 import importlib.metadata
 import importlib.util
@@ -23,7 +23,8 @@ class Finding(StrictModel):
 
 def diagnose(home: str | Path | None = None) -> list[Finding]:
     """Return a finding for every capability that depends on the machine."""
-    return [_gpu(), *(_package(*row) for row in _PACKAGES), _chromium(), _home(adapterhub_home(home))]
+    packages = [_package(*row) for row in _PACKAGES]
+    return [_gpu(), *packages, *_presets(), _chromium(), _home(adapterhub_home(home))]
 
 
 def find_chromium() -> str | None:
@@ -48,7 +49,11 @@ def _gpu() -> Finding:
 _PACKAGES = (
     ("bitsandbytes", "8-bit and nf4 bases (QLoRA)", "pip install bitsandbytes"),
     ("triton", "GPU kernels of cut_cross_entropy and Liger", "comes with the CUDA build of torch"),
-    ("hf_xet", "fast transfers with the hub (Xet)", "pip install hf-xet"),
+    (
+        "hf_xet",
+        "fast transfers with the hub (Xet); without it LFS is used and the Xet tests are skipped",
+        "pip install hf-xet",
+    ),
     ("deepspeed", "ZeRO training on several devices", "pip install 'adapterhub-lite[deepspeed]'"),
     ("ray", "serving on several machines", "pip install 'adapterhub-lite[cluster]'"),
     ("trl", "peers in the benches", "pip install 'adapterhub-lite[bench]'"),
@@ -61,6 +66,28 @@ def _package(name: str, purpose: str, remedy: str) -> Finding:
         f"{importlib.metadata.version(name.replace('_', '-'))}: {purpose}" if found else f"not installed: {purpose}"
     )
     return Finding(what=name, works=found, detail=detail, remedy=None if found else remedy)
+
+
+def _presets() -> list[Finding]:
+    """One finding for the memory presets that run here, and one for each reason why others do not."""
+    from adapterhub_lite.memory import MEMORY_PRESETS, Machine, refusal
+
+    here = Machine.present()
+    reasons: dict[str, list[str]] = {}
+    for name, preset in MEMORY_PRESETS.items():
+        reasons.setdefault(refusal(preset, here) or "", []).append(name)
+    able = Finding(what="memory presets", works=True, detail=", ".join(reasons.pop("", [])))
+    # What splits over processes is a matter of how a run is started.
+    unable = [
+        Finding(
+            what="memory presets",
+            works=False,
+            detail=f"{', '.join(names)}: {reason}",
+            remedy="start several processes (torchrun)" if "splits over" in reason else "a machine that can",
+        )
+        for reason, names in reasons.items()
+    ]
+    return [able, *unable]
 
 
 def _chromium() -> Finding:

@@ -20,7 +20,7 @@ ALLOWED = {
     "record": {"errors"},
     "bases": {"errors", "home"},
     "canary": {"errors", "record"},
-    "diagnosis": {"home", "record"},
+    "diagnosis": {"home", "memory", "record"},
     "tasks": {"errors"},
     "recipe": {"errors", "setting"},
     "quiet": set(),

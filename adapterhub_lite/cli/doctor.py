@@ -39,6 +39,8 @@ def doctor(
         )
         if rebuilt:
             say(f"The database was made anew: {rebuilt.versions} versions, {rebuilt.aliases} aliases.")
+            for line in rebuilt.skipped:
+                say(f"  left out: {line}")
         say(f"Registry: {report.versions} versions, {report.objects} files, {len(report.problems)} problems.")
         for line in (*report.problems, *report.notes):
             say(f"  {line}")

@@ -12,6 +12,7 @@ from adapterhub_lite.cli.output import HomeOption, JsonOption, megabytes, print_
 if TYPE_CHECKING:
     from adapterhub_lite.registry.collection import GcPlan
 
+MOST_ROWS = 50
 ReferenceArgument = Annotated[str, typer.Argument(help="name, name:version, name@alias or a digest.")]
 
 
@@ -125,7 +126,10 @@ def gc(
 
 
 def _announce(plan: "GcPlan") -> None:
-    print_table("Stays", ("version", "because"), sorted(plan.kept.items()))
+    stays = sorted(plan.kept.items())
+    print_table("Stays", ("version", "because"), stays[:MOST_ROWS])
+    if len(stays) > MOST_ROWS:
+        say(f"... and {len(stays) - MOST_ROWS} more; --json lists them all.")
     if plan.versions:
         print_table("Goes", ("version",), [(reference,) for reference in plan.versions])
     files, leftovers = len(plan.objects), len(plan.leftovers)

@@ -3,46 +3,54 @@
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from adapterhub_lite.cli.options import options_from
 from adapterhub_lite.cli.output import HomeOption, JsonOption, print_json, print_table, say
 from adapterhub_lite.errors import ConfigurationError
+from adapterhub_lite.recipe import PlanRequest
+
+if TYPE_CHECKING:
+    from adapterhub_lite.training.lengths import RowLengths
 
 UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
+@options_from(PlanRequest)
 def plan(
     base: Annotated[str, typer.Argument(help="Base model: an embedded name, a folder or a Hub id.")],
-    batch_size: Annotated[int, typer.Option(help="Rows an update, on each device.")] = 16,
-    sequence_length: Annotated[int, typer.Option(help="Longest row, in tokens.")] = 1024,
-    device_memory: Annotated[
-        str | None, typer.Option(help="What each device has, for example 16GiB; this machine's when not given.")
+    given: dict[str, Any],
+    data: Annotated[
+        str | None,
+        typer.Option(help="Rows whose lengths count: a JSONL or parquet file, or a data set's id on the Hub."),
     ] = None,
-    devices: Annotated[int, typer.Option(help="How many devices.")] = 1,
-    rank: Annotated[int, typer.Option(help="LoRA rank.")] = 8,
-    preset: Annotated[str, typer.Option(help="A memory preset by name; auto chooses.")] = "auto",
+    exact: Annotated[bool, typer.Option("--exact", help="Also run the step on fake tensors; takes a minute.")] = False,
     picture: Annotated[Path | None, typer.Option(help="Also draw the stacked bars into this PNG.")] = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say before a run what will fit and why, in bytes by component.
+    """Say before a run what will fit and why, in bytes by component. No weights are downloaded.
 
     Example: `adapterhub-lite plan smollm2-135m --sequence-length 2048 --device-memory 16GiB`
     """
-    from adapterhub_lite.memory import draw_plan, plan_memory, plan_table
+    from adapterhub_lite.memory import draw_plan, dry_run, plan_memory, plan_table
 
+    request = PlanRequest(**given)
+    lengths = _lengths(base, data, request) if data else None
     found = plan_memory(
         base,
-        batch_size=batch_size,
-        sequence_length=sequence_length,
-        device_memory=parse_bytes(device_memory) if device_memory else None,
-        world_size=devices,
-        rank=rank,
-        preset=preset,
+        batch_size=request.batch_size,
+        sequence_length=lengths.of_step(request.batch_size) if lengths else request.sequence_length,
+        device_memory=parse_bytes(request.device_memory) if request.device_memory else None,
+        world_size=request.devices,
+        rank=request.rank,
+        target_modules=request.target_modules,
+        preset=request.preset,
         home=home,
     )
+    run_dry = dry_run(base, found.preset, found.predicted.workload) if exact else None
     if picture is not None:
         draw_plan(found, picture)
     if as_json:
@@ -50,15 +58,27 @@ def plan(
             {
                 "preset": found.preset.name,
                 "predicted": {"total": found.predicted.total, **found.predicted.components},
+                "exact_total": run_dry,
                 "batch_size": found.batch_size,
                 "accumulation": found.accumulation,
+                "sequence_length": found.predicted.workload.sequence_length,
                 "reasons": list(found.reasons),
                 "rejected": [asdict(rejection) for rejection in found.rejected],
             }
         )
+    if lengths:
+        say(lengths.described())
     say(found.described())
+    if run_dry is not None:
+        say(f"run on fake tensors: {run_dry / 2**30:.2f} GiB")
     head, *rows = plan_table(found)
     print_table(f"Memory of a run on {base}", head, rows)
+
+
+def _lengths(base: str, data: str, request: PlanRequest) -> "RowLengths":
+    from adapterhub_lite.training.lengths import measure_rows
+
+    return measure_rows(base, data, max_length=request.sequence_length)
 
 
 def parse_bytes(text: str) -> int:

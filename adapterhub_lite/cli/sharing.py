@@ -87,8 +87,10 @@ def pull(
 
     registry = AdapterRegistry(home)
     if locked:
-        if repo_id or revision or name or offline or adopt:
-            raise ConfigurationError("--locked takes everything from the lock: give no repository, revision or name.")
+        if repo_id or revision or name or offline or adopt or canary or base:
+            raise ConfigurationError(
+                "--locked takes everything from the lock: besides, give only --file or --endpoint."
+            )
         return _pull_locked(registry, file, endpoint, as_json)
     if repo_id is None:
         raise ConfigurationError("Which repository? Give org/name, or --locked for what adapters.lock says.")

@@ -136,9 +136,10 @@ class Wire:
 
     def commits(self, request: Request, rev: str) -> list[Json]:
         """The log, newest first."""
-        found = [self._commit(request, rev)]
+        repo = self.hub.readable(request)
+        found = [self.hub.at(request, repo, rev)]
         while found[-1].parent:
-            found.append(self.store.commit(self.hub.readable(request).id, found[-1].parent))
+            found.append(self.store.commit(repo.id, found[-1].parent))
         said = [{"id": one.sha, "title": one.title, "message": one.description, "date": one.date} for one in found]
         return [line | {"authors": [{"user": one.author}]} for line, one in zip(said, found, strict=True)]
 

@@ -5,7 +5,7 @@ from adapterhub_lite.memory.estimate import MemoryEstimate, ModelFacts, Workload
 from adapterhub_lite.memory.exact import dry_run
 from adapterhub_lite.memory.picture import draw_plan, plan_table
 from adapterhub_lite.memory.plan import MemoryPlan, Rejection, plan_memory
-from adapterhub_lite.memory.preparation import best_attention, prepare_for_training
+from adapterhub_lite.memory.preparation import best_attention, give_back_freed_memory, prepare_for_training
 from adapterhub_lite.memory.presets import MEMORY_PRESETS, Machine, MemoryPreset, find_preset, refusal
 from adapterhub_lite.memory.tracing import TARGETS
 
@@ -27,6 +27,7 @@ __all__ = [
     "estimate_memory",
     "facts_of",
     "find_preset",
+    "give_back_freed_memory",
     "plan_memory",
     "plan_table",
     "prepare_for_training",

@@ -17,6 +17,8 @@ GIB = 2**30
 OVERHEAD_BYTES = {"cpu": 700 * 2**20, "cuda": 600 * 2**20}
 # Of the loss's tiles: products in the base's dtype and sums in fp32 of 2 ** 21 (CPU) or 2 ** 25 (GPU) logits.
 TILE_LOGITS = {"cpu": 2**21, "cuda": 2**25}
+# Rows up to this length have their score matrices made on a CPU; longer ones take torch's kernel, which makes none.
+SHORT_TOKENS = 512
 NF4_CONSTANTS = 1 / 64 + 4 / (64 * 256)
 COMPONENTS = (
     "weights", "quantization", "adapter", "gradients", "optimizer", "activations", "loss", "temporary", "overhead",
@@ -150,6 +152,7 @@ def estimate(facts: ModelFacts, preset: MemoryPreset, workload: Workload) -> Mem
     saved = step.saved(shape.layers, checkpointing=preset.gradient_checkpointing)
     loss = _loss_bytes(shape, preset, workload)
     temporary = step.working(checkpointing=preset.gradient_checkpointing) + _unpacking_bytes(shape, preset)
+    temporary += score_bytes(shape, workload)
     split, ranks = preset.strategy, workload.world_size
     if split in ("zero1", "zero2", "zero3", "fsdp"):
         optimizer //= ranks
@@ -197,6 +200,12 @@ def _loss_bytes(shape: ModelShape, preset: MemoryPreset, workload: Workload) -> 
     size = preset.torch_dtype.itemsize
     own_gradient = shape.head_parameters * size if preset.trains != "lora" else 0
     return logits * (4 + size % 4) + states * (4 + 3 * size) + own_gradient
+
+
+def score_bytes(shape: ModelShape, workload: Workload) -> int:
+    """Three score matrices in fp32: how short rows laid end to end are attended to on a CPU."""
+    short = workload.device == "cpu" and shape.full_attention and workload.sequence_length <= SHORT_TOKENS
+    return 3 * 4 * shape.heads * workload.batch_size * workload.sequence_length**2 if short else 0
 
 
 def _unpacking_bytes(shape: ModelShape, preset: MemoryPreset) -> int:

@@ -17,6 +17,7 @@ from adapterhub_lite.memory.estimate import (
     Workload,
     estimate,
     read_config,
+    score_bytes,
 )
 from adapterhub_lite.memory.preparation import prepare_for_training
 from adapterhub_lite.memory.presets import MemoryPreset, find_preset
@@ -53,7 +54,9 @@ def dry_run(base: Any, preset: MemoryPreset | str, workload: Workload) -> int:
     # The stand-in adapter is in the base's dtype; its weights, gradients and two moments are held in `trained_dtype`.
     wider = 4 * trained * (trained_dtype.itemsize - preset.torch_dtype.itemsize) if preset.trains == "lora" else 0
     weights = reckoned.components["weights"] + reckoned.components["quantization"]
-    return peak + weights + wider + OVERHEAD_BYTES.get(workload.device, 0)
+    # The model runs torch's attention here, and the trainer's own for short rows on a CPU.
+    scores = score_bytes(ModelFacts(config).shape(workload.target_modules), workload)
+    return peak + weights + wider + scores + OVERHEAD_BYTES.get(workload.device, 0)
 
 
 def _peak_of_two_steps(model: Any, preset: MemoryPreset, workload: Workload, reckoned: MemoryEstimate) -> int:

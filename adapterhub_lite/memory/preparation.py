@@ -1,9 +1,13 @@
 """A loaded base made ready for a preset: frozen, checkpointed, never blown up to fp32. Knows transformers, not PEFT."""
 
+import ctypes
+import sys
 from importlib.util import find_spec
 from typing import Any
 
 from adapterhub_lite.memory.presets import Machine, MemoryPreset
+
+M_MMAP_THRESHOLD = -3
 
 
 def prepare_for_training(model: Any, preset: MemoryPreset) -> Any:
@@ -14,6 +18,8 @@ def prepare_for_training(model: Any, preset: MemoryPreset) -> Any:
     """
     if preset.trains != "all":
         model.requires_grad_(False)
+    if preset.quantization is not None:
+        _let_go_of_the_file(model)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes would repack 4-bit weights for a CPU at the first evaluation, rounding their scales to bf16:
@@ -26,6 +32,29 @@ def prepare_for_training(model: Any, preset: MemoryPreset) -> Any:
         # The first layer's input is an embedding without gradient: checkpointing would skip the whole backward pass.
         model.enable_input_require_grads()
     return model
+
+
+def _let_go_of_the_file(model: Any) -> None:
+    """Copy what was not quantised: it still lies in the mapped weights file, all of which was read and stays resident."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
+
+
+def give_back_freed_memory(preset: MemoryPreset) -> None:
+    """On a CPU with glibc, hand memory that was freed back to the system; for presets that save memory, from now on.
+
+    glibc keeps freed blocks of up to 32 MiB for reuse, a quarter of a checkpointed step's peak. With a fixed limit,
+    blocks of 1 MiB and more go back at once, for some more page faults; so presets that go for speed are left alone.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        return
+    if preset.gradient_checkpointing or preset.quantization is not None:
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 20)
+    libc.malloc_trim(0)
 
 
 def best_attention(preset: MemoryPreset, machine: Machine) -> tuple[str, str]:

@@ -33,6 +33,8 @@ class ModelShape:
     lora_inputs_outputs: int
     largest_linear: int
     quantized: bool
+    heads: int = 0
+    full_attention: bool = True
 
     @property
     def parameters(self) -> int:
@@ -84,6 +86,8 @@ def model_shape(config: Any, target_modules: Any = "all-linear") -> ModelShape:
         lora_inputs_outputs=sum(m.in_features + m.out_features for m in targets),
         largest_linear=max(m.weight.numel() for m in linears.values()),
         quantized=getattr(config, "quantization_config", None) is not None,
+        heads=int(getattr(text, "num_attention_heads", 0)),
+        full_attention=set(getattr(text, "layer_types", None) or ["full_attention"]) == {"full_attention"},
     )
 
 

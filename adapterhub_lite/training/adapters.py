@@ -13,8 +13,9 @@ from peft.utils import get_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from adapterhub_lite.bases import ResolvedBase, load_base_model, load_tokenizer, resolve_base
+from adapterhub_lite.bases.load import no_progress_bars
 from adapterhub_lite.errors import ConfigurationError, ResourceError
-from adapterhub_lite.memory import TARGETS, MemoryPreset, prepare_for_training
+from adapterhub_lite.memory import TARGETS, MemoryPreset, give_back_freed_memory, prepare_for_training
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
 
 
@@ -65,6 +66,7 @@ def load_for(opened: OpenedBase, preset: MemoryPreset, attention: str) -> Any:
             attn_implementation=attention,
         )
     prepare_for_training(model, preset)
+    give_back_freed_memory(preset)
     if preset.trains == "head":
         model.get_output_embeddings().requires_grad_(True)
     return model
@@ -186,4 +188,5 @@ def save_kept(model: Any, folder: Path, state_dict: dict[str, torch.Tensor] | No
     if isinstance(model, PeftModel):
         save_peft(model, folder, state_dict)
     else:
-        model.save_pretrained(str(folder), state_dict=state_dict)
+        with no_progress_bars():
+            model.save_pretrained(str(folder), state_dict=state_dict)

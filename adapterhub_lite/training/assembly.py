@@ -5,24 +5,29 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.losses import LossChoice, LossOptions, choose_loss
-from adapterhub_lite.training.adapters import OpenedBase, load_for, with_adapter
+from adapterhub_lite.training.adapters import OpenedBase, kept_tensors, load_for, with_adapter
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
 from adapterhub_lite.training.fast_lora import install_fast_lora, remove_fast_lora
 from adapterhub_lite.training.hidden_states import HiddenStates
 from adapterhub_lite.training.lean_modules import install_lean_modules, remove_lean_modules
 from adapterhub_lite.training.memory_choice import MemoryChoice
+from adapterhub_lite.training.mutated_init import changes_the_base
 from adapterhub_lite.training.packing import PackingChoice, choose_packing
 from adapterhub_lite.training.sharded import join_processes, splits_weights
 
 
 @dataclass(frozen=True)
 class Assembly:
-    """A model with its adapter, ready to train, and what was decided about it."""
+    """A model with its adapter, ready to train, and what was decided about it.
+
+    `initial` is the adapter as it began, kept only where its beginning changed the base.
+    """
 
     model: Any
     base: ResolvedBase | None
@@ -33,6 +38,7 @@ class Assembly:
     fast_layers: int
     lean_modules: int
     memory: MemoryChoice
+    initial: dict[str, Tensor] | None = None
 
     def record(self) -> dict[str, str]:
         """What was decided, for the training record."""
@@ -59,6 +65,9 @@ def assemble(
     hidden_states = HiddenStates(model)
     if choice.preset.trains == "lora":
         model = with_adapter(model, args, peft_config, opened.base)
+    initial = None
+    if isinstance(model, PeftModel) and changes_the_base(model.active_peft_config):
+        initial = {name: tensor.detach().clone() for name, tensor in kept_tensors(model).items()}
     loss = choose_loss(
         model,
         tokens=args.per_device_train_batch_size * args.max_length,
@@ -70,7 +79,7 @@ def assemble(
     lean_ways = args.fast_lora and not splits_weights(args)
     fast = install_fast_lora(model) if lean_ways else 0
     lean = install_lean_modules(model) if lean_ways else 0
-    return Assembly(model, opened.base, opened.tokenizer, hidden_states, packing, loss, fast, lean, choice)
+    return Assembly(model, opened.base, opened.tokenizer, hidden_states, packing, loss, fast, lean, choice, initial)
 
 
 @contextmanager

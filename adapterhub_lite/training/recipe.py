@@ -20,11 +20,6 @@ from adapterhub_lite.training.trainer import AdapterTrainer
 
 # Rows drawn from an example task at the most; longer runs see them again.
 MOST_TASK_ROWS = 2000
-TARGETS: dict[str, str | list[str]] = {
-    "all-linear": "all-linear",
-    "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
-    "mlp": ["gate_proj", "up_proj", "down_proj"],
-}
 
 
 @dataclass(frozen=True)
@@ -95,8 +90,14 @@ def _arguments(recipe: TrainingRecipe, run: Path, show_progress: bool, memory_pr
         gradient_accumulation_steps=recipe.accumulation,
         learning_rate=recipe.learning_rate,
         rank=recipe.rank,
-        alpha=recipe.alpha or 2 * recipe.rank,
-        target_modules=TARGETS[recipe.target_modules],
+        alpha=recipe.alpha or None,
+        target_modules=recipe.target_modules,
+        memory_preset=recipe.memory_preset,
+        on_out_of_memory=recipe.on_out_of_memory,
+        use_rslora=recipe.use_rslora,
+        use_dora=recipe.use_dora,
+        loraplus_lr_ratio=recipe.loraplus_lr_ratio or None,
+        init_lora=recipe.init_lora,
         max_length=recipe.max_length,
         overlong=recipe.overlong,
         seed=recipe.seed,

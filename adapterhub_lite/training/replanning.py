@@ -17,12 +17,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return known or (isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in PHRASES))
 
 
-def with_less(args: AdapterTrainingArguments, choice: MemoryChoice) -> MemoryChoice:
+def with_less(args: AdapterTrainingArguments, choice: MemoryChoice, error: BaseException) -> MemoryChoice:
     """Change `args` to what needs less memory for the same updates, and say so in the choice.
 
     Raises:
-        OutOfMemoryError: there is nothing left to try.
+        OutOfMemoryError: the run is to stop (several processes cannot change together), or nothing is left to try.
     """
+    if args.on_out_of_memory == "stop" or args.world_size > 1:
+        if isinstance(error, OutOfMemoryError):
+            raise error
+        raise OutOfMemoryError(what_would_fit(args, choice)) from error
     rows, times = args.per_device_train_batch_size, args.gradient_accumulation_steps
     if rows > 1:
         fewer = max(part for part in range(1, rows // 2 + 1) if rows % part == 0)
@@ -34,7 +38,7 @@ def with_less(args: AdapterTrainingArguments, choice: MemoryChoice) -> MemoryCho
         reason = "memory ran out with one row at a time: activations are made again"
         choice = replace(choice, preset=replace(choice.preset, gradient_checkpointing=True))
     else:
-        raise OutOfMemoryError(what_would_fit(args, choice))
+        raise OutOfMemoryError(what_would_fit(args, choice)) from error
     # What was predicted was for more.
     return replace(choice, predicted=None, uncorrected=None, reasons=(*choice.reasons, reason))
 

@@ -1,4 +1,4 @@
-"""Training rows: from a JSONL file, a Hub data set or a list to one table, checked row by row.
+"""Training rows: from a JSONL or parquet file, a Hub data set or a list to one table, checked row by row.
 
 Knows the three shapes a row may have and where each row came from; knows no tokenizer.
 """
@@ -23,9 +23,9 @@ SOURCE_COLUMN = "source"
 
 
 def load_rows(source: str | Path | Dataset | Iterable[Mapping[str, Any]], *, split: str = "train") -> Dataset:
-    """Return the rows of `source` as one table, each row checked; nothing is written to disk for a JSONL file.
+    """Return the rows of `source` as one table, each row checked; nothing is written to disk for a file.
 
-    `source` is the path of a JSONL file, a Hub data set id (its `split` is taken), a `Dataset` or any iterable of
+    `source` is the path of a JSONL or parquet file, a Hub data set id (its `split` is taken), a `Dataset` or any iterable of
     mappings. All rows have one shape: `messages` (a list of `{"role", "content"}` with an assistant turn),
     `prompt` and `completion`, or `text`. The result has these columns and `source` (where the row came from).
 
@@ -37,9 +37,10 @@ def load_rows(source: str | Path | Dataset | Iterable[Mapping[str, Any]], *, spl
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
         if path.is_file():
-            return _as_table(_read_jsonl(path), str(path))
+            read = _read_parquet if path.suffix == ".parquet" else _read_jsonl
+            return _as_table(read(path), str(path))
         if path.suffix or isinstance(source, Path) or str(source).count("/") > 1:
-            raise DataError(f"There is no file {path}. Give a JSONL file, one row a line with {WANTED}.")
+            raise DataError(f"There is no file {path}. Give a JSONL or parquet file, rows with {WANTED}.")
         return _from_hub(str(source), split)
     return _as_table(((f"row {i}", row) for i, row in enumerate(source)), "the list of rows")
 
@@ -73,6 +74,18 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                 f"{where}: wanted one JSON object, found {_short(line)} ({error.msg}). "
                 "Write one whole JSON object a line (JSONL)."
             ) from error
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    from pyarrow import ArrowInvalid
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        batches = ParquetFile(path).iter_batches()
+        for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
+            yield f"{path}, row {number}", row
+    except ArrowInvalid as error:
+        raise DataError(f"{path} is not a parquet file: {error}.") from error
 
 
 def _as_table(rows: Iterable[tuple[str, Any]], name: str) -> Dataset:

@@ -176,11 +176,15 @@ def row_lengths(table: Any) -> list[int]:
 
 
 def prepare_rows(rows: Any, tokenizer: PreTrainedTokenizerBase, *, max_length: int, overlong: Overlong) -> Any:
-    """Tokenise what are still rows; a table that has `input_ids`, a streamed one and None go through as they are.
+    """Tokenise what are still rows, in a dict each by itself; tables that have `input_ids`, streams and None stay.
 
     Raises:
         DataError: a row is not what was wanted.
     """
+    if isinstance(rows, dict):
+        return {
+            name: prepare_rows(one, tokenizer, max_length=max_length, overlong=overlong) for name, one in rows.items()
+        }
     if isinstance(rows, Dataset):
         if "input_ids" in rows.column_names:
             return rows

@@ -31,9 +31,10 @@ from adapterhub_lite.training.guard import RunGuard, describe_failure
 from adapterhub_lite.training.measurement import PeakMemory
 from adapterhub_lite.training.memory_choice import choose_memory
 from adapterhub_lite.training.memory_report import MemoryReport
+from adapterhub_lite.training.mutated_init import write_plain
 from adapterhub_lite.training.progress import MetricsCallback, ProgressCallback, RunMeter
 from adapterhub_lite.training.recording import facts_of, make_record, write_record
-from adapterhub_lite.training.replanning import is_out_of_memory, what_would_fit, with_less
+from adapterhub_lite.training.replanning import is_out_of_memory, with_less
 from adapterhub_lite.training.step_loss import StepLoss
 from adapterhub_lite.training.tokenization import prepare_rows, row_lengths
 
@@ -84,7 +85,6 @@ class AdapterTrainer(Trainer):
         self.memory_choice, self.base, self.packing = choice, opened.base, assembly.packing
         self.step_loss = StepLoss(assembly, args)
         self.data_name = Path(train_dataset).name if isinstance(train_dataset, str | Path) else "rows in memory"
-        sets = eval_dataset
         padded = PaddedCollator(opened.tokenizer.pad_token_id)
         trainer_keywords.setdefault("data_collator", PackedCollator() if self.packing.packs else padded)
         self._evaluated: EvaluationSums | None = None
@@ -94,7 +94,7 @@ class AdapterTrainer(Trainer):
             assembly.model,
             args,
             train_dataset=rows,
-            eval_dataset={k: prepare(v) for k, v in sets.items()} if isinstance(sets, dict) else prepare(sets),
+            eval_dataset=prepare(eval_dataset),
             processing_class=opened.tokenizer,
             **trainer_keywords,
         )
@@ -141,26 +141,21 @@ class AdapterTrainer(Trainer):
                 self.progress.close()
 
     def _yield_memory(self, error: BaseException) -> None:
-        if self.args.on_out_of_memory == "stop":
-            if isinstance(error, OutOfMemoryError):
-                raise error
-            raise OutOfMemoryError(what_would_fit(self.args, self.memory_choice)) from error
-        self.memory_choice = with_less(self.args, self.memory_choice)
+        self.memory_choice = with_less(self.args, self.memory_choice, error)
+        self._train_batch_size = self.args.train_batch_size
         self.memory_report.choice = self.memory_choice
         self.memory_report.say(self.memory_choice.reasons[-1])
 
     def _continue_from(self) -> str | None:
-        """Where the run goes on after memory ran out: its last checkpoint, made now from what is whole if there is none."""
+        """The checkpoint to go on from after memory ran out; where there is none, what is whole is saved as one now."""
         self.model.zero_grad(set_to_none=True)
-        step = self.state.global_step
-        last = get_last_checkpoint(str(self.args.output_dir))
-        if step == 0:
+        if self.state.global_step == 0:
             self.optimizer = self.lr_scheduler = None
             return None
-        if last is None:
+        if get_last_checkpoint(str(self.args.output_dir)) is None:
             # The step that failed changed no weight: forward and backward come before the optimizer.
             self._save_checkpoint(self.model, None)
-        return last or get_last_checkpoint(str(self.args.output_dir))
+        return get_last_checkpoint(str(self.args.output_dir))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make the optimizer as the `Trainer` does, or with LoRA+ learning rates when they are asked for."""
@@ -321,6 +316,8 @@ class AdapterTrainer(Trainer):
         tensors = self._kept_tensors()
 
         def witness(aside: Path) -> None:
+            if self.assembly.initial is not None:
+                write_plain(aside, self.assembly.initial)
             write_record(self.record(), aside)
             write_canary(adapted, self.processing_class, aside)
 

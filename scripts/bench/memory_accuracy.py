@@ -53,32 +53,29 @@ def make_base(shape: str, folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
 
 
-def measure(folder: str, preset_name: str, length: int) -> None:
-    """The child: predict, train two steps, print both as JSON."""
+def measure(folder: str, preset: str, length: int) -> None:
+    """The child: train two steps under a preset, and print what the trainer predicted before beside what it measured."""
     from datasets import Dataset
 
-    from adapterhub_lite.bases import load_base_model, load_tokenizer
-    from adapterhub_lite.memory import estimate_memory, find_preset, prepare_for_training
     from adapterhub_lite.training import AdapterTrainer, AdapterTrainingArguments
 
-    preset = find_preset(preset_name)
-    predicted = estimate_memory(folder, preset, batch_size=ROWS, sequence_length=length)
-    loaded = load_base_model(folder, dtype=preset.torch_dtype, quantization_config=preset.quantization_config())
-    prepare_for_training(loaded, preset)
     arguments = AdapterTrainingArguments(
         output_dir=folder + "/run",
+        memory_preset=preset,
         per_device_train_batch_size=ROWS,
         max_steps=2,
         max_length=length,
         show_progress=False,
         save_strategy="no",
         use_cpu=not torch.cuda.is_available(),
-        **preset.training_arguments(),
     )
-    ids = torch.randint(10, 1000, (8 * ROWS, length)).tolist()
+    # The last token is the tokenizer's end token: without one, the trainer refuses the rows.
+    ids = [[*torch.randint(10, 1000, (length - 1,)).tolist(), 1] for _ in range(2 * ROWS)]
     rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
-    trainer = AdapterTrainer(loaded, arguments, rows, processing_class=load_tokenizer(folder))
+    trainer = AdapterTrainer(folder, arguments, rows)
     trainer.train()
+    predicted = trainer.memory_choice.uncorrected
+    assert predicted is not None
     peak = trainer.meter.memory.peak_bytes()
     print(json.dumps({"predicted": predicted.total, "components": predicted.components, "measured": peak}))
 

@@ -156,7 +156,12 @@ def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
         heights = [max(v, 1e-9) if isinstance(v, float) else 0 for v in values]
         axes.bar([i + offset * 0.13 for i in range(len(cases))], heights, 0.13, label=f"{who} {method}")
     axes.set_xticks([i + 0.3 for i in range(len(cases))], cases, rotation=15, ha="right")
-    axes.set(yscale="log", ylabel="relative error", title="distance from the exact weighted sum (no bar: refused)")
+    axes.set(
+        yscale="log",
+        ylabel="relative error",
+        title="distance from the exact weighted sum (no bar: refused)",
+        ylim=(5e-10, 5e3),
+    )
     axes.legend(ncols=3)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

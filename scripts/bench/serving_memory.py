@@ -13,6 +13,7 @@ from adapterhub_lite.serving.trunk import Trunk
 from scripts.bench.serving_adapters import write_random_adapter
 
 CYCLES = 1000
+MANY = 32
 REQUESTS = 5000
 
 
@@ -34,6 +35,14 @@ def measure_memory(base: ResolvedBase, scratch: Path) -> dict[str, Any]:
                 )
                 size = (folder / "adapter_model.safetensors").stat().st_size
                 figures["resident_over_file"][f"{dtype}-{rank}"] = engine.load(folder).nbytes / size
+        many = [write_random_adapter(base.folder, scratch / f"m{i}", seed=i, rank=8) for i in range(MANY + 4)]
+        for folder in many[MANY:]:
+            engine.load(folder)
+        before = resident_bytes()
+        for folder in many[:MANY]:
+            engine.load(folder)
+        size = sum((folder / "adapter_model.safetensors").stat().st_size for folder in many[:MANY])
+        figures[f"process_growth_over_{MANY}_files"] = (resident_bytes() - before) / size
         folder = scratch / "torch.bfloat16-8"
         for _ in range(50):
             engine.unload(folder)

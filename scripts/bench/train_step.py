@@ -91,10 +91,10 @@ def speed(lengths: str, rounds: int, steps: int) -> dict[str, Any]:
     return {f"speed_{lengths}": {"rows": 16, "tokens": runs["ours"][0]["tokens"], "rounds": rounds, "trainers": table}}
 
 
-def scaling() -> dict[str, Any]:
+def scaling(longest: int) -> dict[str, Any]:
     """Our step with 8 rows of growing length; gradient checkpointing on, so that the longest fits anywhere."""
     points = []
-    for length in (64, 128, 256, 512, 1024, 2048):
+    for length in (length for length in (64, 128, 256, 512, 1024, 2048) if length <= longest):
         one = measure(trainer="ours", lengths="filled", length=length, steps=2, rows=8, seed=0, checkpointing=True)
         points.append(
             {"tokens": 8 * length, "step_seconds": min(one["seconds"]), "peak_mib": one["peak_bytes"] / 2**20}
@@ -134,12 +134,12 @@ def draw(parts: dict[str, Any]) -> None:
     figure.savefig(RESULTS / f"{NAME}.png", dpi=110)
 
 
-def quality(seed: int) -> dict[str, Any]:
-    """Evaluation loss after 100 steps of ours and of HF's trainer, same rows, order and settings."""
-    job = {"lengths": "mixed", "steps": 100, "rows": 4, "seed": seed, "evaluate": 64}
+def quality(seed: int, steps: int) -> dict[str, Any]:
+    """Evaluation loss after `steps` steps of ours and of HF's trainer, same rows, order and settings."""
+    job = {"lengths": "mixed", "steps": steps, "rows": 4, "seed": seed, "evaluate": 64}
     ours, theirs = (measure(trainer=name, **job)["eval_loss"] for name in ("ours", "hf"))
     return {
-        f"quality_seed_{seed}": {"ours": ours, "hf": theirs, "ours_over_hf": ours / theirs, "steps": 100, "rows": 4}
+        f"quality_seed_{seed}": {"ours": ours, "hf": theirs, "ours_over_hf": ours / theirs, "steps": steps, "rows": 4}
     }
 
 
@@ -158,17 +158,18 @@ def main() -> None:
     parser.add_argument("part", choices=("speed", "scaling", "quality", "job"))
     parser.add_argument("value", nargs="?", default="0", help="mixed or equal for speed, the seed for quality")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, help="steps a run: 6 for speed and 100 for quality when not given")
+    parser.add_argument("--longest", type=int, default=2048, help="tokens a row at which scaling ends")
     given = parser.parse_args()
     if given.part == "job":
         with tempfile.TemporaryDirectory() as folder:
             print(json.dumps(run_one({**json.loads(given.value), "folder": folder})))
     elif given.part == "speed":
-        merge(speed(given.value, given.rounds, given.steps))
+        merge(speed(given.value, given.rounds, given.steps or 6))
     elif given.part == "scaling":
-        merge(scaling())
+        merge(scaling(given.longest))
     else:
-        merge(quality(int(given.value)))
+        merge(quality(int(given.value), given.steps or 100))
 
 
 if __name__ == "__main__":

@@ -160,6 +160,21 @@ def test_a_lock_is_written_and_checked(stocked: AdapterRegistry, run: Run, tiny_
     assert "There is no lock" in run("lock", "--check", "--file", str(tmp_path / "none")).stderr
 
 
+def test_doctor_finds_damage_and_rebuilds_a_lost_database(stocked: AdapterRegistry, run: Run) -> None:
+    stocked.set_alias("sql", "prod", version=1)
+    stocked.close()
+    (stocked.home / "registry.db").unlink()
+    rebuilt = run("doctor", "--rebuild", "--json")
+    assert rebuilt.returncode == 0, rebuilt.stderr
+    found = json.loads(rebuilt.stdout)["rebuilt"]
+    assert (found["versions"], found["aliases"], found["skipped"]) == (2, 1, [])
+    assert stocked.resolve("sql@prod").version == 1
+    stocked.file(stocked.resolve("sql:2"), "adapter_model.safetensors").unlink()
+    broken = run("doctor", "--json")
+    assert broken.returncode == 1
+    assert "sql:2" in json.loads(broken.stdout)["registry"]["problems"][0]
+
+
 CONVERTER = "import pathlib, sys\npathlib.Path(sys.argv[4]).write_bytes(b'GGUF')\n"
 
 

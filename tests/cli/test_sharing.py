@@ -43,7 +43,13 @@ def test_push_and_pull_say_what_they_did(
     offline = run("pull", REPO, "--revision", "@prod", "--offline", *elsewhere)
     assert "the hub was not asked" in offline.stderr
     assert json.loads(run("pull", REPO, *elsewhere, "--json").stdout)["source"] == "hub"
-    for arguments in ((), (REPO, "--locked"), (REPO, "--revision", "../x"), (REPO, "--name", "a/b")):
+    for arguments in (
+        (),
+        (REPO, "--locked"),
+        ("--locked", "--canary"),
+        (REPO, "--revision", "../x"),
+        (REPO, "--name", "a/b"),
+    ):
         assert run("pull", *arguments, *elsewhere).returncode == 2
 
 

@@ -80,8 +80,22 @@ def test_a_bad_row_names_file_and_line(tiny_base: Path, tmp_path: Path, run: Run
     assert "line 2" in outcome.stderr
 
 
+def test_a_plan_takes_real_rows_and_runs_dry(tiny_base: Path, tmp_path: Path, run: Run) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"text": "short"}\n' * 30 + json.dumps({"text": "long " * 100}) + "\n")
+    options = (str(tiny_base), "--data", str(data), "--batch-size", "4", "--device-memory", "4GiB", "--json")
+    found = run("plan", *options, "--exact")
+    assert found.returncode == 0, found.stderr
+    plan = json.loads(found.stdout)
+    # 501 tokens and three times 6, spread over four rows.
+    assert plan["sequence_length"] == 130 and plan["batch_size"] == 4
+    assert plan["exact_total"] == pytest.approx(plan["predicted"]["total"], rel=0.1)
+
+
 def test_doctor_says_what_is_missing_and_how_to_get_it(run: Run) -> None:
     report = json.loads(run("doctor", "--json").stdout)
+    presets = [row for row in report["machine"] if row["what"] == "memory presets"]
+    assert "lora-bf16" in presets[0]["detail"] and any("zero2" in row["detail"] for row in presets[1:])
     assert report["registry"]["problems"] == []
     findings = {row["what"]: row for row in report["machine"]}
     assert {"GPU", "bitsandbytes", "chromium", "home folder"} <= set(findings)

@@ -7,6 +7,7 @@ from huggingface_hub import HfApi, constants
 
 from adapterhub_lite.hub_server import HubServer
 from adapterhub_lite.hub_server.testing import hub_server  # noqa: F401
+from tests.xet import need_xet
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def api(hub_server: HubServer) -> HfApi:  # noqa: F811
 def transfer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each test once over classic LFS and once over Xet."""
     if request.param == "xet":
-        pytest.importorskip("hf_xet")
+        need_xet()
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", request.param == "lfs")
     return str(request.param)
 

@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
 )
 
 from adapterhub_lite.hub_server import HubServer
+from tests.xet import need_xet
 
 REPO = "org/model"
 
@@ -42,7 +43,7 @@ def test_a_folder_goes_up_and_down_unchanged(
 def test_what_went_up_by_xet_comes_down_by_plain_http(
     api: HfApi, hub_server: HubServer, some_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("hf_xet")
+    need_xet()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
     api.create_repo(REPO)
     api.upload_folder(repo_id=REPO, folder_path=some_folder)

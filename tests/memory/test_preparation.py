@@ -10,6 +10,7 @@ from torch import nn
 
 from adapterhub_lite.bases import load_base_model
 from adapterhub_lite.memory import MEMORY_PRESETS, find_preset, prepare_for_training
+from adapterhub_lite.memory.tracing import LiveBytes
 
 SINGLE = [name for name, preset in MEMORY_PRESETS.items() if preset.strategy == "single"]
 
@@ -32,6 +33,21 @@ def test_preparation_is_smaller_than_pefts(tiny_base: Path, name: str) -> None:
     assert head.dtype == torch.bfloat16
     assert theirs.get_output_embeddings().weight.dtype == torch.float32
     assert parameter_bytes(ours) < 0.8 * parameter_bytes(theirs)
+
+
+@pytest.mark.parametrize("name", ["qlora-nf4", "lora-int8"])
+def test_preparing_copies_nothing_into_fp32_where_pefts_does(tiny_base: Path, name: str) -> None:
+    def peak(prepare: Any) -> int:
+        preset = find_preset(name)
+        model = load_base_model(tiny_base, dtype=preset.torch_dtype, quantization_config=preset.quantization_config())
+        live = LiveBytes([*model.parameters(), *model.buffers()])
+        with live:
+            prepare(model, preset)
+        return live.peak
+
+    # Ours are copies in 16 bits that take the place of the mapped weights file, one tensor at a time.
+    theirs = peak(lambda model, preset: prepare_model_for_kbit_training(model, use_gradient_checkpointing=False))
+    assert peak(prepare_for_training) < 0.6 * theirs
 
 
 @pytest.mark.parametrize("name", SINGLE)

@@ -135,6 +135,26 @@ def test_a_dead_server_holds_nothing(registry: AdapterRegistry, six: list[Path],
     assert not any((registry.home / "leases").iterdir())
 
 
+FORKING = """
+import os
+from adapterhub_lite.registry import AdapterRegistry
+lease = AdapterRegistry().hold("sql:1")
+child = os.fork()
+if child == 0:
+    lease.release()
+    os._exit(0)
+os.waitpid(child, 0)
+print(AdapterRegistry().show("sql:1").held)
+"""
+
+
+def test_a_process_forked_from_a_server_does_not_end_its_lease(
+    registry: AdapterRegistry, six: list[Path], base: ResolvedBase
+) -> None:
+    registry.add(six[0], "sql", base=base)
+    assert subprocess.run([sys.executable, "-c", FORKING], capture_output=True, text=True).stdout == "True\n"
+
+
 def test_leftovers_of_a_crash_are_swept(registry: AdapterRegistry, six: list[Path], base: ResolvedBase) -> None:
     manifest = registry.add(six[0], "sql", base=base)
     (registry.home / "staging" / "dead").mkdir()

@@ -16,6 +16,7 @@ from adapterhub_lite.hub_server import HubServer
 from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.registry.hub import PushReceipt, push_alias, remote_aliases
 from adapterhub_lite.registry.hub_client import HubRepo
+from tests.xet import need_xet
 
 REPO, PUBLISHERS = "org/sql-lora", 8
 
@@ -75,6 +76,16 @@ AdapterRegistry().push(*sys.argv[1:3], endpoint=sys.argv[3])
     everything_is_there_once(eight, hub_server, AdapterRegistry(tmp_path / "elsewhere"))
 
 
+@pytest.mark.parametrize("kills", [pytest.param(25, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.soak)])
+def test_sigkill_at_random_instants(kills: int, eight: AdapterRegistry, hub_server: HubServer, tmp_path: Path) -> None:
+    command = [sys.executable, Path(__file__).with_name("hub_kill_driver.py"), eight.home, tmp_path / "there"]
+    words = [str(word) for word in (*command, hub_server.url, kills, 0)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["wrong"] == [] and found["acts"] > 0, found
+
+
 def test_the_same_version_from_many_sides_is_one_commit(eight: AdapterRegistry, hub_server: HubServer) -> None:
     with ThreadPoolExecutor(4) as pool:
         receipts = list(pool.map(lambda _: eight.push("sql:1", REPO, endpoint=hub_server.url), range(4)))
@@ -122,7 +133,7 @@ def test_twenty_megabytes(
     monkeypatch: Any,
 ) -> None:
     if transfer == "xet":
-        pytest.importorskip("hf_xet")
+        need_xet()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", transfer == "lfs")
     folder, base = large_adapter(tmp_path, byte_tokenizer)
     manifest = registry.add(folder, "large", base=resolve_base(base))

@@ -19,6 +19,7 @@ from adapterhub_lite.errors import (
 from adapterhub_lite.hub_server import HubServer
 from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.registry.hub import pull_adapter, push_adapter, push_alias, remote_aliases
+from tests.xet import need_xet
 
 REPO = "org/sql-lora"
 
@@ -40,7 +41,7 @@ def test_what_was_pushed_is_pulled_byte_for_byte(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if transfer == "xet":
-        pytest.importorskip("hf_xet")
+        need_xet()
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", transfer == "lfs")
     here = registry.add(adapter, "sql", base=base)
     steps: list[str] = []

@@ -191,3 +191,14 @@ def test_blends_take_their_slots_in_one_step() -> None:
     for thread in threads:
         thread.join()
     assert len(done) == 3
+
+
+def test_what_is_in_use_is_never_evicted() -> None:
+    residency = Residency(1)
+    (held,), _ = residency.acquire([Wanted("a", "a", _weights)])
+    with pytest.raises(QueueFullError, match="in use"):
+        residency.acquire([Wanted("b", "b", _weights)], timeout=0)
+    assert [(one.name, one.uses) for one in residency.resident()] == [("a", 1)]
+    residency.release(held)
+    assert residency.acquire([Wanted("b", "b", _weights)], timeout=0)[0][0].uses == 1
+    assert residency.evictions == 1

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from adapterhub_lite.bases import load_base_model
+from adapterhub_lite.serving import GenerationRequest, InferenceEngine
 from adapterhub_lite.serving.bank import Part
 from adapterhub_lite.serving.native import row_products
 from adapterhub_lite.serving.packing import RowSlice, pack
@@ -202,3 +203,30 @@ def test_bank_over_quantised_layers(kind: str, wider: tuple[Path, Path]) -> None
         # Quantised layers compute in bfloat16 or int8, whose rounding follows the shape of the batch.
         torch.testing.assert_close(got, wanted, atol=0.03 * float(wanted.abs().max()), rtol=0)
     assert trunk.base_digest() == before
+
+
+@pytest.mark.slow
+def test_a_prompt_of_ten_thousand_tokens_beside_short_ones(
+    tiny_base: Path, byte_tokenizer: Any, make_adapter: Any, tmp_path: Path
+) -> None:
+    """Read in pieces while others write; the base is the tiny one with room for as many positions."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    long_base = AutoModelForCausalLM.from_pretrained(tiny_base)
+    long_base.config.max_position_embeddings = 16_384
+    long_base.save_pretrained(tmp_path)
+    byte_tokenizer.save_pretrained(tmp_path)
+    adapter = make_adapter(1)
+    prompt = "".join(chr(97 + i * i % 26) for i in range(10_000))
+    ids = torch.tensor([byte_tokenizer.encode(prompt)])
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path), adapter).eval()
+    with torch.inference_mode():
+        truth = peft.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    with InferenceEngine.from_base(tmp_path, device="cpu", max_rows=4) as engine:
+        short = [GenerationRequest(prompt=text, max_new_tokens=12) for text in ("one", "two", "three")]
+        alone = [engine.generate(request).token_ids for request in short]
+        whole = GenerationRequest(prompt=prompt, adapter=adapter, max_new_tokens=8)
+        results = engine.generate_many([whole, *short])
+    assert results[0].token_ids == tuple(truth[0, ids.shape[1] :].tolist())
+    assert [result.token_ids for result in results[1:]] == alone

@@ -72,6 +72,9 @@ def test_what_is_set_by_hand_wins(make_trainer: Any) -> None:
     assert by_hand.args.activation_checkpointing and by_hand.args.optim == "sgd"
     assert next(by_hand.model.get_base_model().parameters()).dtype == torch.float32
     assert "activation_checkpointing was set by hand" in by_hand.memory_choice.reasons
+    kwargs = {"use_reentrant": True}
+    kept = make_trainer("kept", memory_preset="lora-bf16-gc", activation_checkpointing_kwargs=kwargs, bf16=True)
+    assert kept.args.activation_checkpointing_kwargs == kwargs and kept.args.bf16
     off = make_trainer("off", memory_preset="lora-bf16-gc", activation_checkpointing=False)
     assert not off.args.activation_checkpointing and not off.memory_choice.preset.gradient_checkpointing
     on = make_trainer("on", memory_preset="lora-bf16-gc")

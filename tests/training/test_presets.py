@@ -85,6 +85,28 @@ def test_variants_reach_peft_and_train(
     )
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_pissa_adapter_fits_the_untouched_base_and_resumes(
+    make_trainer: Any, tmp_path: Path, tiny_base: Path, rslora: bool
+) -> None:
+    from peft import PeftModel
+
+    settings = {**SAVING, "init_lora": "pissa", "use_rslora": rslora, "max_steps": 4}
+    trainer = make_trainer(**settings)
+    trainer.train()
+    folder = trainer.save_adapter(tmp_path / "adapter")
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), folder).eval()
+    tokens = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        wanted = trainer.model.eval()(tokens).logits
+        torch.testing.assert_close(plain(tokens).logits, wanted, rtol=1e-3, atol=1e-3)
+        with plain.disable_adapter():
+            assert not torch.allclose(plain(tokens).logits, wanted, rtol=1e-2, atol=1e-2)
+    again = make_trainer("again", **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert losses(again) == losses(trainer)
+
+
 def test_lora_plus_gives_b_its_own_rate(make_trainer: Any) -> None:
     trainer = make_trainer(loraplus_lr_ratio=16.0, lr_scheduler_type="constant", warmup_steps=0)
     trainer.train()

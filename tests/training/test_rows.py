@@ -36,6 +36,20 @@ def test_each_shape_is_read_from_a_file_a_list_and_a_table(row: dict[str, Any], 
     assert from_file["source"][1] == f"{path}, line 3"
 
 
+def test_a_parquet_file_is_read_and_a_false_one_refused(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.Table.from_pylist([json.loads(GOOD), json.loads(GOOD)])
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    rows = load_rows(tmp_path / "rows.parquet")
+    assert len(rows) == 2 and rows[1]["messages"] == json.loads(GOOD)["messages"]
+    assert rows["source"][1].endswith("rows.parquet, row 1")
+    (tmp_path / "false.parquet").write_text(GOOD)
+    with pytest.raises(DataError, match="is not a parquet file"):
+        load_rows(tmp_path / "false.parquet")
+
+
 def test_keys_that_training_does_not_use_are_left_out(tmp_path: Path) -> None:
     path = write(tmp_path, '{"text": "a", "id": 1}', '{"text": "b", "tags": ["x"]}')
     assert load_rows(path).column_names == ["text", "source"]

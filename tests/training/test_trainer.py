@@ -133,6 +133,7 @@ def test_fast_and_plain_ways_learn_the_same(make_trainer: Any) -> None:
         {"loss_backend": "full"},
         {"lora_dropout": 0.2},
         {"bf16": True},
+        {"report_to": ["tensorboard"]},
     ],
     ids=lambda arguments: next(iter(arguments)),
 )

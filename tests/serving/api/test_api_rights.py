@@ -81,8 +81,11 @@ def test_a_canary_gets_its_share_of_what_http_asks_for(serve: Serve, registry: A
 
     try:
         assert call(0.1).json() == {"reference": "sql@prod", "candidate": "sql:2", "share": 0.1}
-        client.models.retrieve("sql@prod")  # looking is not asking: it takes nobody's turn
         assert shares(20).count("sql:2") == 2
+        assert call(0.5).status_code == 200
+        for wanted in ("sql:1", "sql:2") * 2:
+            client.models.retrieve("sql@prod")  # looking is not asking: it takes nobody's turn
+            assert shares(1) == [wanted]
         assert call(1.0).status_code == 200
         assert shares(2) == ["sql:2"] * 2
         assert shares(1, "sql@prod*0.5") == ["sql:2*0.5"]
