@@ -1,6 +1,7 @@
 """`train`: rows in, an adapter version in the registry out."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,7 +9,7 @@ import typer
 
 from adapterhub_lite.cli.options import build_settings, options_from
 from adapterhub_lite.cli.output import HomeOption, JsonOption, print_json, say, short
-from adapterhub_lite.errors import ReferenceSyntaxError, UnknownNameError
+from adapterhub_lite.errors import ConfigurationError, ReferenceSyntaxError, UnknownNameError
 from adapterhub_lite.home import adapterhub_home
 from adapterhub_lite.recipe import TrainingRecipe
 
@@ -48,6 +49,12 @@ def train(
     from adapterhub_lite.training.recipe import rows_for, train_adapter
 
     recipe = build_settings(TrainingRecipe, given, config)
+    if strategy != "auto":
+        if recipe.memory_preset not in ("auto", strategy):
+            raise ConfigurationError(
+                f"--strategy {strategy} and memory_preset {recipe.memory_preset} exclude each other."
+            )
+        recipe = replace(recipe, memory_preset=strategy)
     if not is_name(name):
         raise ReferenceSyntaxError(
             f"{name!r} cannot name an adapter: wanted letters, digits, '.', '_', '-', 64 at most."
@@ -57,9 +64,7 @@ def train(
     if wanted.processes > 1 and not launched():
         return launch(wanted, ["-m", "adapterhub_lite", *sys.argv[1:]])
     folder = adapterhub_home(home) / "runs" / name
-    outcome = train_adapter(
-        resolved, rows, folder, recipe, data_id=data_id, show_progress=is_first(), memory_preset=strategy
-    )
+    outcome = train_adapter(resolved, rows, folder, recipe, data_id=data_id, show_progress=is_first())
     if not is_first():
         return None
     manifest = AdapterRegistry(home).add(outcome.folder, name, base=resolved)

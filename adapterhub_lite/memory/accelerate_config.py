@@ -16,7 +16,7 @@ def accelerate_config(
     device: str = "cuda",
     nodes: int = 1,
     node_rank: int = 0,
-    main_address: str | None = None,
+    main_address: str = "",
     main_port: int = 29500,
     accumulation: int = 1,
 ) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def accelerate_config(
         "num_machines": nodes,
         "num_processes": devices * nodes,
         "machine_rank": node_rank,
-        "main_process_ip": main_address,
+        "main_process_ip": main_address or None,
         "main_process_port": main_port if nodes > 1 else 0,
         "rdzv_backend": "static",
         "same_network": True,
@@ -68,7 +68,7 @@ def accelerate_config(
     return settings
 
 
-def write_accelerate_config(path: Path, settings: dict[str, Any]) -> Path:
+def write_config(path: Path, settings: dict[str, Any]) -> Path:
     """Write `settings` as YAML for `accelerate launch --config_file`."""
     import yaml
 

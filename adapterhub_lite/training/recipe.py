@@ -54,7 +54,6 @@ def train_adapter(
     *,
     data_id: str | None = None,
     show_progress: bool = True,
-    memory_preset: str = "auto",
 ) -> TrainingOutcome:
     """Train on `rows` (anything `load_rows` takes) and return the adapter, in a run folder of its own under `folder`.
 
@@ -70,7 +69,7 @@ def train_adapter(
     finished = read_record(run / "adapter")
     if finished is not None:
         return TrainingOutcome(run / "adapter", finished)
-    arguments = _arguments(recipe, run, show_progress, memory_preset)
+    arguments = _arguments(recipe, run, show_progress)
     trainer = AdapterTrainer(str(base.folder), arguments, train_dataset=rows, base=base)
     if data_id is not None:
         trainer.data_name = data_id
@@ -82,7 +81,7 @@ def train_adapter(
     return TrainingOutcome(adapter, record)
 
 
-def _arguments(recipe: TrainingRecipe, run: Path, show_progress: bool, memory_preset: str) -> AdapterTrainingArguments:
+def _arguments(recipe: TrainingRecipe, run: Path, show_progress: bool) -> AdapterTrainingArguments:
     return AdapterTrainingArguments(
         output_dir=str(run),
         max_steps=recipe.steps,
@@ -103,7 +102,6 @@ def _arguments(recipe: TrainingRecipe, run: Path, show_progress: bool, memory_pr
         seed=recipe.seed,
         save_steps=recipe.save_steps,
         show_progress=show_progress,
-        memory_preset=memory_preset,
     )
 
 
