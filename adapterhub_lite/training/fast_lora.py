@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
+from peft.tuners.lora.bnb import Linear8bitLt as PeftLinear8bit
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -56,6 +57,26 @@ class FusedLora(torch.autograd.Function):
         return grad_x, None, None, grad_a, grad_b, None, None
 
 
+class LowRankUpdate(torch.autograd.Function):
+    """scaling (x A^T) B^T for x (tokens, in), where the base's product is another's work; keeps x and x A^T alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+        narrow_a, narrow_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+        reduced = F.linear(x, narrow_a)
+        ctx.save_for_backward(x, narrow_a, narrow_b, reduced)
+        ctx.scaling, ctx.master = scaling, lora_a.dtype
+        return F.linear(reduced, narrow_b).mul_(scaling)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, lora_a, lora_b, reduced = ctx.saved_tensors
+        grad_reduced = (grad @ lora_b).mul_(ctx.scaling)
+        grad_a = (grad_reduced.t() @ x).to(ctx.master)
+        grad_b = (grad.t() @ reduced).to(ctx.master).mul_(ctx.scaling)
+        return grad_reduced @ lora_a if ctx.needs_input_grad[0] else None, grad_a, grad_b, None
+
+
 def _unpacked(weight: Tensor, packed: Any) -> Tensor:
     """W (out, in) in the dtype it is computed in."""
     if packed is None:
@@ -92,6 +113,22 @@ class FastLora4bit(PeftLinear4bit):
         return _fused(self, name, x, packed)
 
 
+class FastLora8bit(PeftLinear8bit):
+    """The same beside LLM.int8, whose own product is kept; PEFT would keep each x once more, in fp32."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Map x (..., in) to (..., out)."""
+        name = _only_adapter(self)
+        if args or kwargs or name is None or torch.is_autocast_enabled(x.device.type):
+            return super().forward(x, *args, **kwargs)
+        layer: Any = self
+        result = layer.base_layer(x)
+        flat = x.reshape(-1, x.shape[-1])
+        lora_a, lora_b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        update = LowRankUpdate.apply(flat, lora_a, lora_b, layer.scaling[name])
+        return result + update.view_as(result).to(result.dtype)
+
+
 def _fused(layer: Any, name: str, x: Tensor, packed: Any) -> Tensor:
     base, lora_a, lora_b = layer.base_layer, layer.lora_A[name], layer.lora_B[name]
     flat = x.reshape(-1, x.shape[-1])
@@ -112,7 +149,11 @@ def _only_adapter(layer: Any) -> str | None:
     return names[0] if idle else None
 
 
-FAST: dict[type[nn.Module], type[nn.Module]] = {PeftLinear: FastLoraLinear, PeftLinear4bit: FastLora4bit}
+FAST: dict[type[nn.Module], type[nn.Module]] = {
+    PeftLinear: FastLoraLinear,
+    PeftLinear4bit: FastLora4bit,
+    PeftLinear8bit: FastLora8bit,
+}
 
 
 def install_fast_lora(model: nn.Module) -> int:

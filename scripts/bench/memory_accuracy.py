@@ -1,14 +1,19 @@
 """How near is the predicted memory of a run to what the run measures, per preset, family and length?
 
 Each run is a process of its own: a model of random weights (or the embedded base), the trainer, two steps, and the
-peak of resident memory (on a GPU: of the allocator). Predictions are made before, without any calibration; then once
-more with the calibration that the runs left, leaving each run itself out.
+peak of resident memory (on a GPU: of the allocator), beside what the trainer predicted without any calibration; then
+once more with the calibration that the other runs of its preset would have left.
 
-    python -m scripts.bench.memory_accuracy --only smollm2-135m:lora-bf16
+    python -m scripts.bench.memory_accuracy smollm2-135m            # every preset that runs here; a few minutes a shape
+    python -m scripts.bench.memory_accuracy qwen2.5-0.5b --presets lora-bf16 lora-bf16-gc --lengths 128
+
+Results of several calls are merged.
 """
 
 import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,8 +26,11 @@ import torch
 from scripts.bench.report import RESULTS, write_result
 
 LENGTHS = (128, 256, 512)
-ROWS = 4
-PRESETS = ("lora-bf16", "lora-bf16-gc", "lora-fp32", "qlora-nf4", "qlora-nf4-gc", "lora-int8")
+ROWS = 2
+PRESETS = (
+    "full", "head-only", "lora-fp32", "lora-fp16", "lora-bf16", "lora-bf16-gc", "lora-int8", "qlora-nf4",
+    "qlora-nf4-gc", "qlora-nf4-paged",
+)  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
         "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
@@ -80,49 +88,55 @@ def measure(folder: str, preset: str, length: int) -> None:
     print(json.dumps({"predicted": predicted.total, "components": predicted.components, "measured": peak}))
 
 
-def run_all(scratch: Path, only: list[str] | None, found: dict[str, Any]) -> None:
-    """Measure every combination asked for into `found`."""
-    for shape in SHAPES:
-        for preset in PRESETS:
-            if only and f"{shape}:{preset}" not in only:
+def run_all(scratch: Path, shape: str, presets: list[str], lengths: list[int]) -> dict[str, Any]:
+    """Measure every combination in a process and a home of its own."""
+    make_base(shape, scratch / "base")
+    found: dict[str, Any] = {}
+    for preset in presets:
+        for length in lengths:
+            command = [sys.executable, "-W", "ignore", "-m", "scripts.bench.memory_accuracy", "--child"]
+            command += [str(scratch / "base"), preset, str(length)]
+            environment = {**os.environ, "ADAPTERHUB_HOME": str(scratch / f"home-{preset}-{length}")}
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+            shutil.rmtree(scratch / "base" / "run", ignore_errors=True)
+            if done.returncode:
+                print(shape, preset, length, "failed:", done.stderr.strip().splitlines()[-1])
                 continue
-            folder = scratch / shape
-            if not folder.exists():
-                make_base(shape, folder)
-            for length in LENGTHS:
-                command = [sys.executable, __file__, "--child", str(folder), preset, str(length)]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    print(shape, preset, length, "failed:", done.stderr.strip().splitlines()[-1])
-                    continue
-                run = json.loads(done.stdout.strip().splitlines()[-1])
-                run["error"] = round(run["predicted"] / run["measured"] - 1, 4)
-                found[f"{shape}:{preset}:{length}"] = run
-                print(
-                    shape, preset, length, f"{run['measured'] / 1e6:.0f} MB, predicted {run['error']:+.1%}", flush=True
-                )
+            run = json.loads(done.stdout.strip().splitlines()[-1])
+            run["error"] = round(run["predicted"] / run["measured"] - 1, 4)
+            found[f"{shape}:{preset}:{length}"] = run
+            print(shape, preset, length, f"{run['measured'] / 1e6:.0f} MB, predicted {run['error']:+.1%}", flush=True)
+    return found
 
 
 def main() -> None:
     """Run each preset in a child process and set its peak beside the prediction."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", help="shape:preset")
+    parser.add_argument("shape", nargs="?", choices=SHAPES, default="smollm2-135m")
+    parser.add_argument("--presets", nargs="*", help="those that run here when not given")
+    parser.add_argument("--lengths", nargs="*", type=int, default=list(LENGTHS), help="tokens a row")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         measure(arguments.child[0], arguments.child[1], int(arguments.child[2]))
         return
+    from adapterhub_lite.memory import MEMORY_PRESETS, Machine, refusal
+
+    here = Machine.present()
+    skipped = {name: why for name in PRESETS if (why := refusal(MEMORY_PRESETS[name], here))}
+    presets = arguments.presets or [name for name in PRESETS if name not in skipped]
     path = RESULTS / "memory_accuracy.json"
     found: dict[str, Any] = json.loads(path.read_text())["runs"] if path.exists() else {}
     with tempfile.TemporaryDirectory() as scratch:
-        run_all(Path(scratch), arguments.only, found)
+        found |= run_all(Path(scratch), arguments.shape, presets, arguments.lengths)
     for name, run in found.items():
         run["error_calibrated"] = _left_out(name, found)
     errors = [abs(run["error"]) for run in found.values()]
     after = [abs(run["error_calibrated"]) for run in found.values() if run["error_calibrated"] is not None]
     summary = {"median_error": median(errors), "worst_error": max(errors), "worst_calibrated": max(after, default=None)}
     print(summary)
-    print(write_result("memory_accuracy", {"rows_a_step": ROWS, "summary": summary, "runs": found}))
+    payload = {"rows_a_step": ROWS, "summary": summary, "skipped": skipped, "runs": found}
+    print(write_result("memory_accuracy", payload))
 
 
 def _left_out(name: str, found: dict[str, Any]) -> float | None:

@@ -61,6 +61,21 @@ def test_over_four_bits_it_is_pefts_over_the_unpacked_weight(dtype: torch.dtype)
     assert remove_fast_lora(model) == 1
 
 
+def test_beside_eight_bits_it_is_pefts(recwarn: Any) -> None:
+    from bitsandbytes.nn import Linear8bitLt
+
+    torch.manual_seed(0)
+    plain = nn.Linear(64, 48)
+    layer = Linear8bitLt(64, 48, has_fp16_weights=False)
+    layer.load_state_dict(plain.state_dict())
+    model = get_peft_model(nn.Sequential(layer).to("cpu"), LoraConfig(r=4, lora_alpha=12, target_modules=["0"]))
+    nn.init.normal_(model.base_model.model[0].lora_B["default"].weight, std=0.3)
+    x = torch.randn(3, 5, 64)
+    wanted = run(model, x)
+    assert install_fast_lora(model) == 1
+    torch.testing.assert_close(run(model, x), wanted)
+
+
 def test_in_bf16_it_is_no_further_from_the_truth_than_peft() -> None:
     x = torch.randn(64, 24)
     truth = run(wrapped().double(), x.double())
