@@ -109,6 +109,9 @@ class AdapterTrainingArguments(TrainingArguments):
             problems.append(f"lora_dropout must be in [0, 1), not {self.lora_dropout}")
         if problems:
             raise ConfigurationError("The training arguments cannot be used: " + "; ".join(problems) + ".")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+            # Without it each process would take itself for the only one.
+            self.use_cpu = True
         if self.deepspeed and "RANK" not in os.environ:
             # DeepSpeed expects a launcher; a process without one is a world of its own.
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
