@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from peft.utils import get_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -190,3 +191,14 @@ def save_kept(model: Any, folder: Path, state_dict: dict[str, torch.Tensor] | No
     else:
         with no_progress_bars():
             model.save_pretrained(str(folder), state_dict=state_dict)
+
+
+def loraplus_optimizer(trainer: Any) -> torch.optim.Optimizer:
+    """The optimizer that a run's arguments name, with a higher learning rate for B (LoRA+, arXiv:2402.12354)."""
+    args = trainer.args
+    kind, settings = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+    settings = {**settings, "loraplus_weight_decay": args.weight_decay}
+    made: torch.optim.Optimizer = create_loraplus_optimizer(
+        trainer.model, kind, loraplus_lr_ratio=args.loraplus_lr_ratio, **settings
+    )
+    return made
