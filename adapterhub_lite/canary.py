@@ -147,11 +147,13 @@ def _ask(model: Any, prompts: Sequence[Sequence[int]], vocabulary_above: int = 0
     """Logits in fp32 on the CPU after each prompt, (probes, vocabulary); each asked alone: no padding counts."""
     import torch
 
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    weight = model.get_input_embeddings().weight
+    # Split over processes by ZeRO-3, a weight is empty outside its module, and says its shape elsewhere.
+    vocabulary = getattr(weight, "ds_shape", weight.shape)[0]
     largest = max(vocabulary_above, *(max(ids) for ids in prompts))
     if largest >= vocabulary:
         raise IntegrityError(f"The canary names token {largest}; the model's vocabulary has {vocabulary}.")
-    device = model.get_input_embeddings().weight.device
+    device = weight.device
     was_training = model.training
     model.eval()
     try:

@@ -1,6 +1,8 @@
 """Keeps other libraries' chatter off a person's terminal. For the edges only: command line, quickstart, app."""
 
 import logging
+import os
+import shutil
 import warnings
 
 
@@ -8,5 +10,8 @@ def quiet_libraries() -> None:
     """Hide notices of other libraries that a user can do nothing about; errors and our own words stay."""
     # bitsandbytes says at import that an optional kernel package is missing; `doctor` says so where it matters.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # DeepSpeed, where it is installed, says at import that it found no GPU, unless it is told so.
+    if shutil.which("nvidia-smi") is None:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # peft 0.21 reads a property that transformers 5.23 has renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -72,10 +72,13 @@ class PlanRequest:
     target_modules: str = setting("all-linear", "Modules to adapt: all-linear, attention or mlp.")
     preset: str = setting("auto", "A memory preset by name; auto chooses.")
     devices: int = setting(1, "How many devices.")
+    nodes: int = setting(1, "Machines with as many devices each.")
+    node_rank: int = setting(0, "Which machine an accelerate config is for, from 0.")
+    main_address: str = setting("", "Address of machine 0, for an accelerate config.")
     device_memory: str = setting("", "What each device has, for example 16GiB; this machine's when not given.")
 
     def __post_init__(self) -> None:
-        numbers = ("batch_size", "sequence_length", "rank", "devices")
+        numbers = ("batch_size", "sequence_length", "rank", "devices", "nodes")
         problems = [f"{name} is {getattr(self, name)}, wanted 1 or more" for name in numbers if getattr(self, name) < 1]
         if self.target_modules not in ("all-linear", "attention", "mlp"):
             problems.append(f"target_modules is {self.target_modules!r}, wanted one of all-linear, attention, mlp")

@@ -1,5 +1,6 @@
 """The entry point `adapterhub-lite`: registers the verbs and turns errors into one sentence and an exit code."""
 
+import os
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -88,7 +89,9 @@ def main() -> None:
     try:
         build_app()()
     except AdapterHubError as error:
-        typer.echo(f"Error: {error}", err=True)
+        # Of several processes that find the same mistake, one says it.
+        if os.environ.get("RANK", "0") == "0":
+            typer.echo(f"Error: {error}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         typer.echo("Interrupted. Run the same command again to go on.", err=True)

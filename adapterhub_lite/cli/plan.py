@@ -13,6 +13,7 @@ from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.recipe import PlanRequest
 
 if TYPE_CHECKING:
+    from adapterhub_lite.memory import MemoryPlan
     from adapterhub_lite.training.lengths import RowLengths
 
 UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -28,6 +29,9 @@ def plan(
     ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Also run the step on fake tensors; takes a minute.")] = False,
     picture: Annotated[Path | None, typer.Option(help="Also draw the stacked bars into this PNG.")] = None,
+    write_accelerate_config: Annotated[
+        Path | None, typer.Option(help="Also write what the plan means for `accelerate launch` into this YAML file.")
+    ] = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -44,7 +48,7 @@ def plan(
         batch_size=request.batch_size,
         sequence_length=lengths.of_step(request.batch_size) if lengths else request.sequence_length,
         device_memory=parse_bytes(request.device_memory) if request.device_memory else None,
-        world_size=request.devices,
+        world_size=request.devices * request.nodes,
         rank=request.rank,
         target_modules=request.target_modules,
         preset=request.preset,
@@ -53,19 +57,10 @@ def plan(
     run_dry = dry_run(base, found.preset, found.predicted.workload) if exact else None
     if picture is not None:
         draw_plan(found, picture)
+    if write_accelerate_config is not None:
+        _write_config(write_accelerate_config, found, request)
     if as_json:
-        return print_json(
-            {
-                "preset": found.preset.name,
-                "predicted": {"total": found.predicted.total, **found.predicted.components},
-                "exact_total": run_dry,
-                "batch_size": found.batch_size,
-                "accumulation": found.accumulation,
-                "sequence_length": found.predicted.workload.sequence_length,
-                "reasons": list(found.reasons),
-                "rejected": [asdict(rejection) for rejection in found.rejected],
-            }
-        )
+        return print_json({**_as_json(found), "exact_total": run_dry})
     if lengths:
         say(lengths.described())
     say(found.described())
@@ -73,6 +68,33 @@ def plan(
         say(f"run on fake tensors: {run_dry / 2**30:.2f} GiB")
     head, *rows = plan_table(found)
     print_table(f"Memory of a run on {base}", head, rows)
+
+
+def _as_json(found: "MemoryPlan") -> dict[str, Any]:
+    return {
+        "preset": found.preset.name,
+        "predicted": {"total": found.predicted.total, **found.predicted.components},
+        "batch_size": found.batch_size,
+        "accumulation": found.accumulation,
+        "sequence_length": found.predicted.workload.sequence_length,
+        "reasons": list(found.reasons),
+        "rejected": [asdict(rejection) for rejection in found.rejected],
+    }
+
+
+def _write_config(path: Path, found: "MemoryPlan", request: PlanRequest) -> None:
+    from adapterhub_lite.memory.accelerate_config import accelerate_config, write_config
+
+    settings = accelerate_config(
+        found.preset,
+        devices=request.devices,
+        device=found.predicted.workload.device,
+        nodes=request.nodes,
+        node_rank=request.node_rank,
+        main_address=request.main_address,
+        accumulation=found.accumulation,
+    )
+    write_config(path, settings)
 
 
 def _lengths(base: str, data: str, request: PlanRequest) -> "RowLengths":

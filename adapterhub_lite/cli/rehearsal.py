@@ -18,6 +18,7 @@ def rehearse(
     base: str,
     home: str | None,
     as_json: bool,
+    devices: int,
 ) -> None:
     """Say which rows would be learned by which settings, and what the planner thinks of it."""
     from adapterhub_lite.memory import plan_memory
@@ -28,6 +29,7 @@ def rehearse(
         base,
         batch_size=recipe.batch_size,
         sequence_length=lengths.of_step(recipe.batch_size) if lengths else recipe.max_length,
+        world_size=devices,
         rank=recipe.rank,
         target_modules=recipe.target_modules,
         preset=recipe.memory_preset,
@@ -39,7 +41,7 @@ def rehearse(
         say(plan.described())
     would(
         f"train {name} for {recipe.steps} steps of {recipe.batch_size} x {recipe.accumulation} from {rows} rows of "
-        f"{data_id} on {base}, with the preset {plan.preset.name}",
+        f"{data_id} on {base}, with the preset {plan.preset.name}, on {devices} device{'s' if devices > 1 else ''}",
         as_json,
         rows=rows,
         preset=plan.preset.name,

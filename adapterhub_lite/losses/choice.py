@@ -98,6 +98,8 @@ def head_mismatch(model: Any, head: Head) -> str | None:
     trunk = inner.base_model
     if trunk is inner:
         return f"{type(inner).__name__} has no trunk apart from its head"
+    if any(is_zero3(parameter) for parameter in inner.parameters()):
+        return "an unknown head cannot be compared with the model's logits once ZeRO-3 has split the weights"
     device = inner.get_input_embeddings().weight.device
     ids = torch.arange(1, 9, device=device)[None] % min(100, rows_shape(head.weight)[0])
     training = inner.training

@@ -1,5 +1,7 @@
 """The output head of a causal language model, read at call time. Knows torch and duck typing; never imports peft."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterhub_lite.errors import ConfigurationError
-from adapterhub_lite.losses.rows import is_quantised, is_zero3
+from adapterhub_lite.losses.rows import is_quantised, is_sharded, is_zero3, open_rows, rows_shape
 
 KNOWN_FAMILIES = frozenset(
     (
@@ -91,7 +93,26 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (n, V) of hidden states (n, D) by the module itself: whatever it is, it is asked."""
-        logits = self.module(hidden)
+        return self._finished(self.module(hidden))
+
+    @contextmanager
+    def opened(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Yield `logits`. A weight that is split over processes is gathered once, however often each of them asks."""
+        if not (is_zero3(self.weight) or is_sharded(self.weight)):
+            yield self.logits
+            return
+        with open_rows(self.weight) as read:
+            rows = read(slice(0, rows_shape(self.weight)[0]))
+
+            def logits(hidden: Tensor) -> Tensor:
+                widened, extra = self.widened(hidden)
+                return self._finished(
+                    nn.functional.linear(widened, rows if extra is None else torch.cat([rows, extra], 1), self.bias)
+                )
+
+            yield logits
+
+    def _finished(self, logits: Tensor) -> Tensor:
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         if self.softcap is not None:

@@ -50,7 +50,7 @@ def open_rows(weight: Tensor) -> Iterator[RowReader]:
     Every process of the group must enter, because gathering is collective.
     """
     if is_zero3(weight):
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         # A tied head may be in use by the embedding at this moment: gathering it again would free it too early.
         held = weight.numel() > 0

@@ -13,8 +13,8 @@ from adapterhub_lite.serving.packing import RowSlice
 class Scheduler:
     """Jobs in rows and jobs in the queue.
 
-    Prompts are read in pieces: at most `busy_chunk` tokens a step while others write, so that nobody waits for a
-    long prompt, and `idle_chunk` when nobody does.
+    Prompts are read in pieces: at most `busy_chunk` tokens a step, so that those who write do not wait for a long
+    prompt, and `idle_chunk` while more requests wait for their first token than for their next.
     """
 
     def __init__(self, rows: int, max_queue: int, *, busy_chunk: int = 64, idle_chunk: int = 256) -> None:
@@ -70,7 +70,8 @@ class Scheduler:
         """Return what each row computes in the next step, in order of row."""
         running = self.running
         reading = [job for job in running if job.known - job.computed > 1 or not job.output]
-        budget = self._busy_chunk if len(reading) < len(running) else self._idle_chunk
+        # Larger pieces cost less a token: while most are still reading, that is what brings everybody on soonest.
+        budget = self._busy_chunk if len(running) - len(reading) >= len(reading) else self._idle_chunk
         counts = {job.row: 1 for job in running if job not in reading}
         counts |= _shares(reading, budget)
         return [

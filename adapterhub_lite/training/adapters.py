@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from peft.utils import get_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -128,8 +129,15 @@ def _require_trainable(model: PeftModel) -> None:
         )
 
 
-def write_adapter(model: PeftModel, folder: Path, also: Callable[[Path], object] = lambda _: None) -> Path:
+def write_adapter(
+    model: PeftModel,
+    folder: Path,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    also: Callable[[Path], object] = lambda _: None,
+) -> Path:
     """Write the adapter as a plain PEFT folder that appears whole, by one rename; `also` may add files to it.
+
+    `state_dict` holds its tensors where they are not whole in `model`.
 
     Raises:
         ConfigurationError: `folder` is there already and is not empty.
@@ -141,7 +149,7 @@ def write_adapter(model: PeftModel, folder: Path, also: Callable[[Path], object]
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
         try:
-            save_peft(model, aside)
+            save_peft(model, aside, state_dict)
             also(aside)
             aside.chmod(0o755)
             if folder.is_dir():
@@ -183,3 +191,14 @@ def save_kept(model: Any, folder: Path, state_dict: dict[str, torch.Tensor] | No
     else:
         with no_progress_bars():
             model.save_pretrained(str(folder), state_dict=state_dict)
+
+
+def loraplus_optimizer(trainer: Any) -> torch.optim.Optimizer:
+    """The optimizer that a run's arguments name, with a higher learning rate for B (LoRA+, arXiv:2402.12354)."""
+    args = trainer.args
+    kind, settings = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+    settings = {**settings, "loraplus_weight_decay": args.weight_decay}
+    made: torch.optim.Optimizer = create_loraplus_optimizer(
+        trainer.model, kind, loraplus_lr_ratio=args.loraplus_lr_ratio, **settings
+    )
+    return made

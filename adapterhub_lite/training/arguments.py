@@ -1,5 +1,6 @@
 """What a run may be told, once: every `TrainingArguments` field, and the fields of an adapter's run."""
 
+import os
 import re
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Literal
@@ -33,6 +34,9 @@ class AdapterTrainingArguments(TrainingArguments):
     disable_tqdm: bool | None = field(default=True, metadata={"help": "The rich progress bar stands in for tqdm."})
     dataloader_pin_memory: bool = field(
         default_factory=torch.cuda.is_available, metadata={"help": "Pin batches for a faster copy to a GPU."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Look for parameters without gradients in each step; the proof has done it."}
     )
     rank: int = field(default=8, metadata={"help": "The rank of each LoRA pair."})
     alpha: int | None = field(
@@ -105,6 +109,12 @@ class AdapterTrainingArguments(TrainingArguments):
             problems.append(f"lora_dropout must be in [0, 1), not {self.lora_dropout}")
         if problems:
             raise ConfigurationError("The training arguments cannot be used: " + "; ".join(problems) + ".")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+            # Without it each process would take itself for the only one.
+            self.use_cpu = True
+        if self.deepspeed and "RANK" not in os.environ:
+            # DeepSpeed expects a launcher; a process without one is a world of its own.
+            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         try:
             super().__post_init__()
         except ValueError as error:

@@ -19,6 +19,7 @@ from adapterhub_lite.training.lean_modules import install_lean_modules, remove_l
 from adapterhub_lite.training.memory_choice import MemoryChoice
 from adapterhub_lite.training.mutated_init import changes_the_base
 from adapterhub_lite.training.packing import PackingChoice, choose_packing
+from adapterhub_lite.training.sharded import join_processes, splits_weights
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ def assemble(
         ConfigurationError: model, tokenizer and arguments do not fit together.
         UnknownNameError: there is no such loss implementation.
     """
+    join_processes(args)
     model = load_for(opened, choice.preset, choice.attention.partition(":")[0])
     hidden_states = HiddenStates(model)
     if choice.preset.trains == "lora":
@@ -73,8 +75,10 @@ def assemble(
         prefer=args.loss_backend,
     )
     packing = choose_packing(model, args)
-    fast = install_fast_lora(model) if args.fast_lora else 0
-    lean = install_lean_modules(model) if args.fast_lora else 0
+    # They read weights outside the modules' own forward, where an engine that splits weights leaves them empty.
+    lean_ways = args.fast_lora and not splits_weights(args)
+    fast = install_fast_lora(model) if lean_ways else 0
+    lean = install_lean_modules(model) if lean_ways else 0
     return Assembly(model, opened.base, opened.tokenizer, hidden_states, packing, loss, fast, lean, choice, initial)
 
 

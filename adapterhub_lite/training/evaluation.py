@@ -27,8 +27,10 @@ class EvaluationSums:
         valid = goals != IGNORED
         states, wanted = hidden[valid], goals[valid]
         batch = torch.zeros(4, dtype=torch.float64)
-        for start in range(0, len(wanted), TILE_TOKENS):
-            batch += _tile(head, states[start : start + TILE_TOKENS], wanted[start : start + TILE_TOKENS])
+        with head.opened() as logits:
+            for start in range(0, len(wanted), TILE_TOKENS):
+                part = slice(start, start + TILE_TOKENS)
+                batch += _tile(logits(states[part]).float(), wanted[part])
         self.sums += batch
         return batch[1]
 
@@ -53,11 +55,7 @@ def without_repeats(accelerator: Any, batch: dict[str, Any]) -> dict[str, Any]:
     return learn_only_first(batch, min(rows, max(0, remainder - accelerator.process_index * rows)))
 
 
-def _tile(head: Head, states: Tensor, wanted: Tensor) -> Tensor:
-    # The module itself, so that a LoRA on the head counts, and a sharded weight is gathered.
-    logits = head.module(states).float() * head.logit_scale
-    if head.softcap is not None:
-        logits = torch.tanh(logits / head.softcap) * head.softcap
+def _tile(logits: Tensor, wanted: Tensor) -> Tensor:
     log_probabilities = logits.log_softmax(-1)
     loss = -log_probabilities.gather(1, wanted[:, None]).sum()
     correct = (logits.argmax(-1) == wanted).sum()

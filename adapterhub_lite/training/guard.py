@@ -78,8 +78,12 @@ class RunGuard(TrainerCallback):
             check_rows(trainer.train_dataset, trainer.processing_class, _vocabulary(trainer.model))
             trainable = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
             self.gradients = GradientProof(trainable)
+            if trainer.is_deepspeed_enabled:
+                self.gradients.listen(trainer.model)
             prove_loss(trainer)
-        if trainer.args.preflight and state.global_step == 0 and _has_rows(trainer.train_dataset):
+        # DeepSpeed steps inside backward: what it did could not be put back.
+        fly = trainer.args.preflight and not trainer.is_deepspeed_enabled
+        if fly and state.global_step == 0 and _has_rows(trainer.train_dataset):
             self._fly()
 
     def _fly(self) -> None:
@@ -105,7 +109,7 @@ class RunGuard(TrainerCallback):
     ) -> None:
         """Prove the gradients of the first two steps."""
         if self.gradients and self.steps_seen < PROVEN_STEPS:
-            named = [(name, p.grad) for name, p in self.trainer.model.named_parameters() if p.requires_grad]
+            named = self.gradients.of(self.trainer.model)
             if self.trainer.accelerator.scaler is not None and _overflowed(named):
                 # fp16's loss scale finds its size by overflowing; such a step is skipped, and proves nothing.
                 return

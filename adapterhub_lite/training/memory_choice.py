@@ -29,6 +29,7 @@ from adapterhub_lite.memory import (
     refusal,
 )
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
+from adapterhub_lite.training.sharded import engine_of
 
 # What libraries add to a process between the choice and the second step.
 GROWTH_BYTES = {"cpu": 160 * 2**20}
@@ -87,6 +88,9 @@ class MemoryChoice:
             for name, value in self.preset.training_arguments().items()
             if name not in args.set_by_hand and not (name in CHECKPOINTING and CHECKPOINTING & args.set_by_hand)
         }
+        if engine_of(args) is not None:
+            # `accelerate launch` has set the engine up already.
+            fields = {name: value for name, value in fields.items() if name not in ("deepspeed", "fsdp", "fsdp_config")}
         if args.device.type == "cpu" and str(fields.get("optim", "")).startswith("paged_"):
             # There is no device to page out of.
             fields["optim"] = fields["optim"].removeprefix("paged_")
@@ -138,6 +142,13 @@ def choose_memory(
             return _unforeseen(preset, machine, asked, str(error))
         return _choice(preset, raw, machine, reasons, (False, args.per_device_train_batch_size, 1), overhead, home)
     candidates = tuple(_by_hand(preset, args) for preset in _suited(args, loaded))
+    engine = engine_of(args)
+    if engine is not None:
+        # What was set up for many processes may be asked to run in one, as a run that is resumed there.
+        preset = replace(MEMORY_PRESETS[engine], dtype=candidates[0].dtype)
+        reasons = (f"{engine} was set up by hand",)
+        how = False, args.per_device_train_batch_size, 1
+        return _choice(preset, estimate(facts, preset, asked), machine, reasons, how, overhead, home)
     try:
         facts.step(candidates[0], asked)
     except ConfigurationError as error:

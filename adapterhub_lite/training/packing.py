@@ -8,6 +8,7 @@ from torch import Tensor
 
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
 from adapterhub_lite.training.segments import SEGMENTED, Segments
+from adapterhub_lite.training.sharded import splits_weights
 
 # Any fourth dimension tells transformers that the mask is made already; segments take its place.
 NO_MASK_SHAPE = (1, 1, 1, 1)
@@ -30,6 +31,7 @@ def choose_packing(model: Any, args: AdapterTrainingArguments) -> PackingChoice:
     reasons = {
         "padding_free=False": not args.padding_free,
         "torch_compile traces batches of one shape": args.torch_compile,
+        "the engine splits the weights before it can be tried": splits_weights(args),
         "NEFTune scales its noise by the padded length": args.neftune_noise_alpha is not None,
         f"{type(inner).__name__} does not pass segments to its attention": not inner._supports_attention_backend,
         f"its attention is {inner.config._attn_implementation}, not sdpa": _attention(inner) not in ("sdpa", SEGMENTED),

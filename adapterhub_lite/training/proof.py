@@ -5,6 +5,7 @@ every trainable tensor gets a gradient. Knows the trainer's parts, not the train
 """
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -84,6 +85,27 @@ class GradientProof:
 
     def __init__(self, names: Iterable[str]) -> None:
         self.unmoved = {_pair(name) for name in names}
+        self._heard: dict[str, Tensor] | None = None
+        self._hooks: list[Any] = []
+
+    def listen(self, model: nn.Module) -> None:
+        """Catch the gradients as they are made, for engines that take them away before the step can be looked at."""
+        self._heard = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                self._hooks.append(parameter.register_hook(partial(self._hear, name)))
+
+    def _hear(self, name: str, gradient: Tensor) -> None:
+        assert self._heard is not None
+        self._heard[name] = self._heard[name] + gradient if name in self._heard else gradient.detach().clone()
+
+    def of(self, model: nn.Module) -> list[tuple[str, Tensor | None]]:
+        """The gradients of this step, by parameter: those that were heard, or those that lie in `model`."""
+        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        if self._heard is None:
+            return [(name, parameter.grad) for name, parameter in trained]
+        heard, self._heard = self._heard, {}
+        return [(name, heard.get(name)) for name, _ in trained]
 
     def check(self, gradients: Iterable[tuple[str, Tensor | None]], last: bool) -> None:
         """Take the gradients of one step; with `last`, every LoRA pair must have had one that is not zero.
@@ -110,6 +132,9 @@ class GradientProof:
                 f"{len(wild)} trainable tensors got a gradient that is not finite ({_some(wild)}). "
                 "Use bf16 or fp32 instead of fp16, or lower the learning rate."
             )
+        if last:
+            for hook in self._hooks:
+                hook.remove()
         if last and self.unmoved:
             raise ProofFailedError(
                 f"{len(self.unmoved)} trainable pairs got only zero gradients in two steps ({_some(self.unmoved)}): "

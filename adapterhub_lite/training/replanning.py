@@ -1,8 +1,10 @@
 """What to try when memory runs out in a run: fewer rows at a time first, then activations made again."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
+from transformers.trainer_utils import get_last_checkpoint
 
 from adapterhub_lite.errors import OutOfMemoryError
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
@@ -58,3 +60,16 @@ def what_would_fit(args: AdapterTrainingArguments, choice: MemoryChoice) -> str:
         return f"{said} Set activation_checkpointing=True, or on_out_of_memory='replan'."
     packed = "a smaller base" if choice.preset.quantization else "memory_preset='qlora-nf4-gc'"
     return f"{said} Activations are made again already: take {packed}, or shorter rows."
+
+
+def checkpoint_to_go_on_from(trainer: Any) -> str | None:
+    """The last checkpoint of a run that memory ran out in; where there is none, what is whole is saved as one now."""
+    trainer.model.zero_grad(set_to_none=True)
+    if trainer.state.global_step == 0:
+        trainer.optimizer = trainer.lr_scheduler = None
+        return None
+    folder = str(trainer.args.output_dir)
+    if get_last_checkpoint(folder) is None:
+        # The step that failed changed no weight: forward and backward come before the optimizer.
+        trainer._save_checkpoint(trainer.model, None)
+    return get_last_checkpoint(folder)

@@ -11,29 +11,26 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
 from adapterhub_lite.bases import ResolvedBase
-from adapterhub_lite.canary import write_canary
 from adapterhub_lite.errors import ConfigurationError, NonFiniteLossError, OutOfMemoryError
 from adapterhub_lite.record import TrainingRecord
-from adapterhub_lite.training import checkpoints
-from adapterhub_lite.training.adapters import kept_tensors, open_base, save_kept, write_adapter
+from adapterhub_lite.training import checkpoints, saving, sharded
+from adapterhub_lite.training.adapters import loraplus_optimizer, open_base, save_kept
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
-from adapterhub_lite.training.assembly import assemble, plain
+from adapterhub_lite.training.assembly import assemble
 from adapterhub_lite.training.collation import PackedCollator, PaddedCollator, unpack
 from adapterhub_lite.training.evaluation import EvaluationSums, without_repeats
 from adapterhub_lite.training.guard import RunGuard, describe_failure
 from adapterhub_lite.training.measurement import PeakMemory
 from adapterhub_lite.training.memory_choice import choose_memory
 from adapterhub_lite.training.memory_report import MemoryReport
-from adapterhub_lite.training.mutated_init import write_plain
 from adapterhub_lite.training.progress import MetricsCallback, ProgressCallback, RunMeter
-from adapterhub_lite.training.recording import facts_of, make_record, write_record
-from adapterhub_lite.training.replanning import is_out_of_memory, with_less
+from adapterhub_lite.training.recording import facts_of, make_record
+from adapterhub_lite.training.replanning import checkpoint_to_go_on_from, is_out_of_memory, with_less
 from adapterhub_lite.training.step_loss import StepLoss
 from adapterhub_lite.training.tokenization import prepare_rows, row_lengths
 
@@ -74,9 +71,10 @@ class AdapterTrainer(Trainer):
         opened = open_base(model, base, processing_class)
         prepare = partial(prepare_rows, tokenizer=opened.tokenizer, max_length=args.max_length, overlong=args.overlong)
         rows = prepare(train_dataset)
-        choice = choose_memory(
-            opened.source, args, row_lengths(rows), adapter_given=peft_config is not None, overhead=before
-        )
+        with sharded.built_whole(args):
+            choice = choose_memory(
+                opened.source, args, row_lengths(rows), adapter_given=peft_config is not None, overhead=before
+            )
         args = choice.applied(args)
         self.assembly = assembly = assemble(opened, args, peft_config, choice)
         self.meter = RunMeter(PeakMemory(args.device))
@@ -133,7 +131,7 @@ class AdapterTrainer(Trainer):
                             raise
                         self._yield_memory(error)
                     # Outside the handler, whose traceback still holds the tensors of the step.
-                    resume_from_checkpoint = self._continue_from()
+                    resume_from_checkpoint = checkpoint_to_go_on_from(self)
         finally:
             if self.progress:
                 self.progress.close()
@@ -144,25 +142,11 @@ class AdapterTrainer(Trainer):
         self.memory_report.choice = self.memory_choice
         self.memory_report.say(self.memory_choice.reasons[-1])
 
-    def _continue_from(self) -> str | None:
-        """The checkpoint to go on from after memory ran out; where there is none, what is whole is saved as one now."""
-        self.model.zero_grad(set_to_none=True)
-        if self.state.global_step == 0:
-            self.optimizer = self.lr_scheduler = None
-            return None
-        if get_last_checkpoint(str(self.args.output_dir)) is None:
-            # The step that failed changed no weight: forward and backward come before the optimizer.
-            self._save_checkpoint(self.model, None)
-        return get_last_checkpoint(str(self.args.output_dir))
-
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make the optimizer as the `Trainer` does, or with LoRA+ learning rates when they are asked for."""
-        ratio = self.args.loraplus_lr_ratio
-        if ratio is None or self.optimizer is not None:
+        if self.args.loraplus_lr_ratio is None or self.optimizer is not None:
             return super().create_optimizer(model)
-        kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        settings = {**settings, "loraplus_weight_decay": self.args.weight_decay}
-        self.optimizer = create_loraplus_optimizer(self.model, kind, loraplus_lr_ratio=ratio, **settings)
+        self.optimizer = loraplus_optimizer(self)
         return self.optimizer
 
     def compute_loss(
@@ -240,9 +224,10 @@ class AdapterTrainer(Trainer):
         if self.state.best_model_checkpoint == str(staged / name):
             self.state.best_model_checkpoint = str(run / name)
         self.accelerator.wait_for_everyone()
+        kept = self._kept_tensors()
         if self.args.should_save:
             self.state.save_to_json(str(staged / name / "trainer_state.json"))
-            checkpoints.seal(staged / name, self._kept_tensors())
+            checkpoints.seal(staged / name, kept)
             checkpoints.publish(staged / name, run / name)
             checkpoints.sweep(run)
             best = self.state.best_model_checkpoint
@@ -265,7 +250,30 @@ class AdapterTrainer(Trainer):
             checkpoints.check_loaded(wanted, self._kept_tensors(), folder)
 
     def _kept_tensors(self) -> dict[str, Tensor]:
-        return kept_tensors(self.accelerator.unwrap_model(self.model))
+        return sharded.whole_tensors(self.accelerator.unwrap_model(self.model))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_deepspeed_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        # DeepSpeed's own checkpoint can only be read by as many processes as wrote it.
+        sharded.save_state(self, Path(output_dir))
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        if resume_from_checkpoint is None or not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        folder = Path(resume_from_checkpoint)
+        checkpoints.verify(folder)
+        sharded.load_state(self, folder)
+        return prepared
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write PEFT's two files; where an engine splits the model, only the adapter's tensors are gathered."""
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            return super().save_model(output_dir, _internal_call)
+        self._save(output_dir, self._kept_tensors())
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:
@@ -276,24 +284,13 @@ class AdapterTrainer(Trainer):
     def save_adapter(self, folder: str | Path) -> Path:
         """Write the adapter to `folder`: PEFT's two files, the training record and the canary; whole or not at all.
 
+        Every process calls it, the first one writes.
+
         Raises:
             ConfigurationError: `folder` is there already and is not empty, or the run trained no adapter.
             ResourceError: it cannot be written.
         """
-        if self.memory_choice.preset.trains != "lora":
-            raise ConfigurationError(
-                f"memory_preset={self.memory_choice.preset.name!r} trains the base itself, so there is no adapter to "
-                "save. Keep the base with save_model(folder)."
-            )
-
-        def witness(aside: Path) -> None:
-            if self.assembly.initial is not None:
-                write_plain(aside, self.assembly.initial)
-            write_record(self.record(), aside)
-            write_canary(adapted, self.processing_class, aside)
-
-        with plain(self.assembly) as adapted:
-            return write_adapter(adapted, Path(folder), also=witness)
+        return saving.save_adapter(self, Path(folder))
 
     def record(self) -> TrainingRecord:
         """Return the record of the run so far."""

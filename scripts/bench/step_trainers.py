@@ -42,6 +42,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         rows = chats(count, job["seed"], job["lengths"])
     limit = job.get("length", 512)
     table = tokenize_rows(load_rows(rows), tokenizer, max_length=limit, overlong="truncate").table
+    if job["lengths"] == "filled":
+        table = _ended(table, tokenizer.eos_token_id)
     held_out = chats(job["evaluate"], 10_000 + job["seed"], "mixed") if "evaluate" in job else None
     evaluation = held_out and tokenize_rows(load_rows(held_out), tokenizer, max_length=512).table
     settings: dict[str, Any] = {
@@ -75,6 +77,14 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     if evaluation is not None:
         result["eval_loss"] = trainer.evaluate()["eval_loss"]
     return result
+
+
+def _ended(table: Any, end: int | None) -> Any:
+    """Rows that were cut to their length, with the end token as the last to be learned."""
+    from datasets import Dataset
+
+    columns = {name: [[*row[:-1], end] for row in table[name]] for name in ("input_ids", "labels")}
+    return Dataset.from_dict({**columns, "length": table["length"]})
 
 
 def _filled(length: int, index: int) -> list[dict[str, str]]:

@@ -173,7 +173,13 @@ def terminal(home: Path, tiny_base: Path, tmp_path: Path) -> Any:
     source = Path(real) / "bases" / "smollm2-135m" if real else tiny_base
     shutil.copytree(source, home / "bases" / "smollm2-135m")
     scripts = str(Path(sys.executable).parent)
-    environment = {**os.environ, "PATH": f"{scripts}:{os.environ['PATH']}", "NO_COLOR": "1", "HF_HUB_DISABLE_XET": "1"}
+    environment = {
+        **os.environ,
+        "PATH": f"{scripts}:{os.environ['PATH']}",
+        "NO_COLOR": "1",
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_DISABLE_XET": "1",
+    }
     environment.pop("HF_ENDPOINT", None)
     opened = Terminal(tmp_path, environment)
     yield opened

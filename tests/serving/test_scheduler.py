@@ -33,13 +33,20 @@ def sizes(made: Scheduler) -> dict[int, int]:
 
 
 def test_writers_get_one_token_and_readers_share_the_rest() -> None:
-    made = scheduler(job(5, written=2), job(1000), job(10), job(20))
-    assert sizes(made) == {0: 1, 1: 64 - 10 - 20, 2: 10, 3: 20}
+    writers = [job(5, written=2) for _ in range(3)]
+    made = scheduler(*writers, job(1000), job(10), job(20), rows=6)
+    assert sizes(made) == {0: 1, 1: 1, 2: 1, 3: 64 - 10 - 20, 4: 10, 5: 20}
 
 
 def test_the_oldest_prompt_always_gets_on() -> None:
+    writers = [job(5, written=2) for _ in range(3)]
+    made = scheduler(*writers, job(1000, admitted=1), job(500, admitted=2), job(60, admitted=3), rows=6)
+    assert sizes(made) == {0: 1, 1: 1, 2: 1, 3: 16, 5: 48}
+
+
+def test_while_most_are_still_reading_the_pieces_are_larger() -> None:
     made = scheduler(job(5, written=2), job(1000, admitted=1), job(500, admitted=2), job(60, admitted=3))
-    assert sizes(made) == {0: 1, 1: 16, 3: 48}
+    assert sizes(made) == {0: 1, 1: 64, 2: 132, 3: 60}
 
 
 def test_alone_a_prompt_is_read_in_larger_pieces() -> None:

@@ -1,0 +1,106 @@
+"""One run on several devices or machines: a process each, started by torch's own agent. Knows processes, not training.
+
+A process that is started here, by `torchrun` or by `accelerate launch` finds WORLD_SIZE and RANK in its environment.
+"""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from adapterhub_lite.errors import ConfigurationError, TrainingError
+
+USER_MISTAKE = 2
+"""Exit code of a process that has said already what was wrong."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How many processes, and where they meet. `rendezvous` is HOST:PORT of one node, wanted for several nodes.
+
+    Raises:
+        ConfigurationError: fewer than one device or node, or several nodes without a place to meet.
+    """
+
+    devices: int = 1
+    nodes: int = 1
+    rendezvous: str = ""
+    patience_seconds: int = 300
+
+    def __post_init__(self) -> None:
+        if self.devices < 1 or self.nodes < 1:
+            raise ConfigurationError(f"{self.devices} devices on {self.nodes} nodes: wanted one or more of each.")
+        host, _, port = self.rendezvous.rpartition(":")
+        if self.nodes > 1 and not (host and port.isdigit()):
+            raise ConfigurationError(
+                f"{self.nodes} nodes must agree where to meet: give --rendezvous HOST:PORT of one of them to each, "
+                f"not {self.rendezvous!r}."
+            )
+
+    @property
+    def processes(self) -> int:
+        """Processes on all nodes."""
+        return self.devices * self.nodes
+
+
+def launched() -> bool:
+    """Whether this process is one of several that were started together."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and speaks."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def launch(wanted: Launch, arguments: Sequence[str]) -> None:
+    """Run `python ARGUMENTS` in as many processes as `wanted` and wait for all of them.
+
+    Raises:
+        ConfigurationError: this machine has fewer GPUs, or a process found a mistake and has said so.
+        TrainingError: a process was killed or failed, or the nodes did not find each other; the others were stopped.
+    """
+    import torch
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < wanted.devices:
+        raise ConfigurationError(f"{wanted.devices} devices were asked for; this machine has {gpus}.")
+    # Its own account of a failure is a page long; ours is a sentence.
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // wanted.devices)))
+    config = LaunchConfig(
+        min_nodes=wanted.nodes,
+        max_nodes=wanted.nodes,
+        nproc_per_node=wanted.devices,
+        run_id="adapterhub-lite",
+        rdzv_backend="c10d",
+        rdzv_endpoint=wanted.rendezvous or "localhost:0",
+        rdzv_configs={"join_timeout": wanted.patience_seconds, "timeout": wanted.patience_seconds},
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(config, sys.executable)(*arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise _failure(rank, failure.exitcode, wanted) from None
+    except (RendezvousError, TimeoutError, ConnectionError) as error:
+        raise TrainingError(
+            f"{wanted.nodes} nodes did not meet at {wanted.rendezvous} within {wanted.patience_seconds} s ({error}). "
+            "Start the same command on every node, and check that the port can be reached from all of them."
+        ) from None
+
+
+def _failure(rank: int, code: int, wanted: Launch) -> ConfigurationError | TrainingError:
+    which = f"Process {rank} of {wanted.processes}"
+    if code == USER_MISTAKE:
+        return ConfigurationError(f"{which} could not begin, for the reason above.")
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    return TrainingError(
+        f"{which} {how}, and the others were stopped. The last checkpoint is whole: the same command goes on from it."
+    )

@@ -1,0 +1,45 @@
+"""From a finished run to an adapter folder, with the record of its making and the witness of what it answers."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from adapterhub_lite.canary import write_canary
+from adapterhub_lite.errors import ConfigurationError
+from adapterhub_lite.training.adapters import write_adapter
+from adapterhub_lite.training.assembly import plain
+from adapterhub_lite.training.mutated_init import write_plain
+from adapterhub_lite.training.recording import write_record
+from adapterhub_lite.training.sharded import splits_weights, whole_tensors
+
+
+def save_adapter(trainer: Any, folder: Path) -> Path:
+    """Write the adapter of an `AdapterTrainer` to `folder`. Every process calls it, the first one writes.
+
+    Raises:
+        ConfigurationError: `folder` is there already and is not empty, or the run trained no adapter.
+        ResourceError: it cannot be written.
+    """
+    preset = trainer.memory_choice.preset
+    if preset.trains != "lora":
+        raise ConfigurationError(
+            f"memory_preset={preset.name!r} trains the base itself, so there is no adapter to save. Keep the base with "
+            "save_model(folder)."
+        )
+    tensors = whole_tensors(trainer.accelerator.unwrap_model(trainer.model))
+
+    def witness(aside: Path) -> None:
+        if trainer.assembly.initial is not None:
+            write_plain(aside, trainer.assembly.initial)
+        write_record(trainer.record(), aside)
+        write_canary(adapted, trainer.processing_class, aside)
+
+    with plain(trainer.assembly) as adapted:
+        if trainer.args.should_save:
+            write_adapter(adapted, folder, tensors, also=witness)
+        elif splits_weights(trainer.args):
+            # The witness runs the model, which is whole only with all processes.
+            with tempfile.TemporaryDirectory() as aside:
+                write_canary(adapted, trainer.processing_class, Path(aside))
+    trainer.accelerator.wait_for_everyone()
+    return folder
