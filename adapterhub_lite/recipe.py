@@ -9,6 +9,14 @@ from typing import Literal
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.setting import setting
 
+# Where a run may report to, and the packages of which one is needed for it.
+REPORTERS = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
+}
+
 
 @dataclass(frozen=True)
 class TrainingRecipe:
@@ -34,6 +42,7 @@ class TrainingRecipe:
     use_rslora: bool = setting(False, "Scale by alpha / sqrt(rank) (rsLoRA).")
     use_dora: bool = setting(False, "Learn each weight's magnitude apart (DoRA).")
     loraplus_lr_ratio: float = setting(0.0, "Learning rate of B over that of A (LoRA+); 0 means one rate.")
+    report_to: str = setting("none", "Also report to tensorboard, trackio, wandb or mlflow; several with commas.")
     init_lora: str = setting("default", "How A and B begin: default, gaussian, orthogonal, pissa or pissa_niter_N.")
 
     def __post_init__(self) -> None:
@@ -47,6 +56,9 @@ class TrainingRecipe:
             problems.append(f"loraplus_lr_ratio is {self.loraplus_lr_ratio}, wanted 0 or more")
         if self.alpha < 0:
             problems.append(f"alpha is {self.alpha}, wanted 0 or more")
+        unknown = set(self.report_to.split(",")) - {*REPORTERS, "none"}
+        if unknown:
+            problems.append(f"report_to has {', '.join(sorted(unknown))!r}, wanted {', '.join(REPORTERS)} or none")
         for name, allowed in (
             ("target_modules", ("all-linear", "attention", "mlp")),
             ("overlong", ("refuse", "truncate", "drop")),

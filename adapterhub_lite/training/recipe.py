@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import ConfigurationError
-from adapterhub_lite.recipe import TrainingRecipe
+from adapterhub_lite.recipe import REPORTERS, TrainingRecipe
 from adapterhub_lite.record import TrainingRecord, read_record
 from adapterhub_lite.tasks import get_task
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
@@ -101,13 +102,27 @@ def _arguments(recipe: TrainingRecipe, run: Path, show_progress: bool) -> Adapte
         overlong=recipe.overlong,
         seed=recipe.seed,
         save_steps=recipe.save_steps,
+        report_to=_reporters(recipe.report_to),
         show_progress=show_progress,
     )
 
 
+def _reporters(wanted: str) -> list[str]:
+    names = [name for name in wanted.split(",") if name != "none"]
+    for name in names:
+        if not any(find_spec(package) for package in REPORTERS[name]):
+            raise ConfigurationError(
+                f"report_to={name} needs a package that is not installed: pip install {REPORTERS[name][-1]}."
+            )
+    return names
+
+
 def _run_key(base: ResolvedBase, rows: Any, recipe: TrainingRecipe) -> str:
     """Twelve hex digits that name a run: the same base, rows and settings give the same run, anything else another."""
-    digest = hashlib.sha256(json.dumps([base.fingerprint, asdict(recipe)], sort_keys=True).encode())
+    settings = asdict(recipe)
+    # Who is told of a run does not change what it does.
+    del settings["report_to"]
+    digest = hashlib.sha256(json.dumps([base.fingerprint, settings], sort_keys=True).encode())
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True).encode())
     return digest.hexdigest()[:12]
