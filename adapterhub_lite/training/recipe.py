@@ -103,6 +103,8 @@ def _arguments(recipe: TrainingRecipe, run: Path, show_progress: bool) -> Adapte
         seed=recipe.seed,
         save_steps=recipe.save_steps,
         report_to=_reporters(recipe.report_to),
+        # A run publishes nothing that was not asked for: the default makes a Space of the run's figures at its end.
+        trackio_static_space_id=False,
         show_progress=show_progress,
     )
 
