@@ -92,7 +92,7 @@ def prepared(home: Path, tiny_base: Path, make_adapter: Any, tmp_path: Path, mon
     return tmp_path
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("page", with_python(), ids=lambda page: page.stem)
 def test_the_python_of_a_page_runs(page: Path, prepared: Path) -> None:
     names: dict[str, Any] = {"__name__": "page"}
@@ -186,7 +186,7 @@ def terminal(home: Path, tiny_base: Path, tmp_path: Path) -> Any:
     opened.close()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_tutorial_runs_as_it_is_written(terminal: Terminal) -> None:
     """From one's own rows to a task that is served and shared, with the commands of the page and nothing else."""
     shown = [terminal.type(code) for code in blocks(ROOT / "docs" / "tutorial.md", "bash")]
@@ -202,7 +202,7 @@ def test_the_tutorial_runs_as_it_is_written(terminal: Terminal) -> None:
 NOT_HERE = ("bash scripts/", "adapterhub-lite serve", "adapterhub-lite demo")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_commands_of_the_readme_run(terminal: Terminal) -> None:
     """Line by line, with fewer steps: two adapters first, as `merge` and `diff` want them."""
     lines = [line for code in blocks(ROOT / "README.md", "bash") for line in code.splitlines()]
