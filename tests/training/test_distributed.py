@@ -23,9 +23,9 @@ for folder, settings in jobs.items():
     if "stage" in settings:
         from adapterhub_lite.memory.presets import deepspeed_config
         settings["deepspeed"] = deepspeed_config(settings.pop("stage"))
-    args = AdapterTrainingArguments(output_dir=folder, show_progress=False, use_cpu=True, rank=4, learning_rate=5e-3,
-                                    lr_scheduler_type="constant", warmup_steps=0, base_dtype="float32",
-                                    max_grad_norm=0.5, **settings)
+    settings = {"use_cpu": True, "base_dtype": "float32", **settings}
+    args = AdapterTrainingArguments(output_dir=folder, show_progress=False, rank=4, learning_rate=5e-3,
+                                    lr_scheduler_type="constant", warmup_steps=0, max_grad_norm=0.5, **settings)
     trainer = AdapterTrainer(base, args, rows, eval_dataset=rows[:5])
     trainer.train(resume_from_checkpoint=resume)
     found = trainer.evaluate()
@@ -140,3 +140,13 @@ def test_fsdp_on_a_cpu_is_refused_rather_than_left_out(tiny_base: Path, tmp_path
     done = launch(2, tiny_base, tmp_path, {"two": job(4, fsdp="full_shard")})
     assert done.returncode != 0
     assert "Accelerate does not split a model with FSDP on a CPU" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="FSDP splits a model over GPUs: two are needed")
+@pytest.mark.parametrize("preset", ["fsdp", "fsdp-qlora"])
+def test_fsdp_on_gpus_learns_and_resumes(preset: str, tiny_base: Path, tmp_path: Path) -> None:
+    wanted = {"memory_preset": preset, "use_cpu": False, "base_dtype": None}
+    middle = str(tmp_path / "two" / "checkpoint-2")
+    found = run(2, tiny_base, tmp_path, {"two": job(4, **wanted), "resumed": job(4, resume=middle, **wanted)})
+    torch.testing.assert_close(found["resumed"]["adapter"], found["two"]["adapter"], rtol=1e-2, atol=1e-3)
