@@ -48,7 +48,8 @@ def test_an_answer_grows_stops_and_is_asked_again(serve: Any, page: Any, hand: A
     answer = page.locator("#transcript .bot.message").first
     expect(answer).to_contain_text("sql@prod is answering", timeout=PATIENCE)
     expect(answer.locator(".md.chatbot").first).not_to_have_text("", timeout=PATIENCE)
-    page.locator("#stop").click()
+    # At once: a click by hand first waits for the button to stand still, and the answer may end meanwhile.
+    page.locator("#stop").dispatch_event("click")
     expect(page.locator(RECEIPTS).first).to_contain_text("stopped", timeout=PATIENCE)
     length.fill("8")
     length.press("Enter")

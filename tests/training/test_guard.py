@@ -36,9 +36,9 @@ def test_an_output_folder_that_is_not_empty_is_refused_and_left_alone(make_train
 
 def test_what_a_run_killed_before_its_first_checkpoint_left_is_no_hindrance(make_trainer: Any, tmp_path: Path) -> None:
     (tmp_path / "run" / ".writing" / "checkpoint-2").mkdir(parents=True)
-    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n')
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 98765.5}\n')
     make_trainer().train()
-    assert "9.0" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "98765.5" not in (tmp_path / "run" / "metrics.jsonl").read_text()
     assert not (tmp_path / "run" / ".writing").exists()
 
 
