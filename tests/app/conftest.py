@@ -14,6 +14,7 @@ from adapterhub_lite.serving import InferenceEngine
 from app.access import Access
 from app.backend import Backend
 from app.launch import RunningApp, launch
+from tests.step_gate import StepGate
 
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'> ![x](http://127.0.0.1:9/x.png)"
 # Without these Chromium looks for its maker's servers at every start.
@@ -59,6 +60,15 @@ def world(tiny_base: Path, make_adapter: Any, tmp_path_factory: pytest.TempPathF
     registry.set_alias("sql", "prod", version=1)
     with InferenceEngine.from_base(tiny_base, registry=registry) as engine:
         yield World(home, registry, engine, base)
+
+
+@pytest.fixture
+def gate(world: World) -> Iterator[StepGate]:
+    """The engine takes 20 steps, then waits for leave: answers of more tokens than that have begun and not ended."""
+    gate = StepGate(world.engine)
+    gate.allow(20)
+    yield gate
+    gate.remove()
 
 
 @pytest.fixture

@@ -79,13 +79,14 @@ def test_an_empty_question_asks_for_one(world: Any) -> None:
     assert len(turns) == 1 and turns[0].notice is not None and "no question" in turns[0].notice
 
 
-def test_stop_ends_ones_own_answer_and_nobody_elses(world: Any) -> None:
+def test_stop_ends_ones_own_answer_and_nobody_elses(world: Any, gate: Any) -> None:
     backend = world.backend()
     mine = ask(backend, "me", "sql", "hello", [], AnswerSettings(max_new_tokens=300))
     other = ask(backend, "you", "sql", "hello", [], AnswerSettings(max_new_tokens=30))
     for growing in (mine, other):
         next(growing), next(growing)
     assert backend.live.stop("me") == 1
+    gate.allow(300)
     assert last(mine)[-1].notice == STOPPED
     assert last(other)[-1].receipt is not None
     assert backend.live.stop("me") == 0
@@ -99,7 +100,7 @@ def test_stop_before_the_first_word_is_not_lost(world: Any) -> None:
     assert answers[-1].notice == STOPPED
 
 
-def test_closing_a_page_cancels_its_answer(world: Any) -> None:
+def test_closing_a_page_cancels_its_answer(world: Any, gate: Any) -> None:
     backend = world.backend()
     growing = ask(backend, "gone", "sql", "hello", [], AnswerSettings(max_new_tokens=300))
     next(growing), next(growing)

@@ -41,12 +41,13 @@ def test_no_more_than_the_columns_there_are(world: Any) -> None:
     assert len(answers) == MOST_ADAPTERS + 1
 
 
-def test_stop_ends_the_comparison_and_leaves_the_chat(world: Any) -> None:
+def test_stop_ends_the_comparison_and_leaves_the_chat(world: Any, gate: Any) -> None:
     backend = world.backend()
     growing = compare(backend, "me", "hello", ["sql"], AnswerSettings(max_new_tokens=300))
     next(growing)
     assert backend.live.stop("me") == 0
     backend.live.stop_all("me")
+    gate.allow(300)
     assert [answer.notice for answer in list(growing)[-1]] == [STOPPED, STOPPED]
     assert backend.live.stop(live_key("me")) == 0
 
@@ -61,7 +62,7 @@ def test_a_diff_holds_both_texts_and_nothing_else(reference: str, other: str) ->
     assert "".join(text for text, kind in pieces if kind != "removed") == other
 
 
-def test_leaving_the_page_cancels_the_comparison(world: Any) -> None:
+def test_leaving_the_page_cancels_the_comparison(world: Any, gate: Any) -> None:
     backend = world.backend()
     growing = compare(backend, "gone", "hello", ["sql"], AnswerSettings(max_new_tokens=400))
     next(growing)

@@ -1,12 +1,11 @@
 """Cancelled, late, refused, broken in the middle: the row is free at once and the others never notice."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from adapterhub_lite.errors import (
     EngineClosedError,
@@ -17,29 +16,7 @@ from adapterhub_lite.errors import (
 )
 from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
-
-
-class StepGate:
-    """Lets the engine's real steps through one by one, so that a test knows where in an answer it is."""
-
-    def __init__(self, engine: InferenceEngine) -> None:
-        self._forward = engine._trunk.forward
-        self._allowed = threading.Semaphore(0)
-        self.begun = threading.Semaphore(0)
-        self.sizes: list[int] = []
-        self.fault: Callable[[], None] | None = None
-        engine._trunk.forward = self._step  # type: ignore[method-assign]
-
-    def _step(self, step: Any) -> torch.Tensor:
-        self.begun.release()
-        assert self._allowed.acquire(timeout=30)
-        self.sizes.append(len(step.token_ids))
-        if self.fault is not None:
-            self.fault()
-        return self._forward(step)
-
-    def allow(self, steps: int) -> None:
-        self._allowed.release(steps)
+from tests.step_gate import StepGate
 
 
 @pytest.fixture
