@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adapterhub_lite.losses import linear_cross_entropy, tiles
+from scripts.bench.loss_plot import plot
 from scripts.bench.report import RESULTS, write_result
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -240,30 +241,6 @@ def sweep_tiles(problem: Problem, rounds: int, device: torch.device) -> list[dic
         {"tokens": t, "vocabulary": v, "best": round(min(x), 4), "median": round(median(x), 4)}
         for (t, v), x in seconds.items()
     ]
-
-
-def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Time and peak of each contestant, as multiples of ours, one group a problem."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 4.5))
-    names = list(results[0]["contestants"])
-    for axis, key, title in zip(
-        axes, ("seconds_median", "peak_bytes"), ("time (s, median)", "peak above the inputs (MB)"), strict=True
-    ):
-        for offset, name in enumerate(names):
-            heights = [r["contestants"][name][key] / (1e6 if key == "peak_bytes" else 1) for r in results]
-            axis.bar([i + offset * 0.2 for i in range(len(results))], heights, 0.19, label=name)
-        axis.set_xticks([i + 0.3 for i in range(len(results))])
-        axis.set_xticklabels([r["problem"]["name"] for r in results], rotation=15, fontsize=8)
-        axis.set_title(title)
-        axis.set_yscale("log")
-    axes[0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
