@@ -22,13 +22,9 @@ class WeighedLoss:
     gradients: Gradients
 
 
-def one_pass_reason(problem: Problem) -> str | None:
-    """Why the head's gradient cannot be made in one pass; None when it can."""
-    if problem.options.softcap and problem.options.label_smoothing:
-        return "label smoothing under a soft cap is not linear in the exponentials"
-    if product_dtype(problem.hidden.dtype, problem.hidden.device) == torch.float16:
-        return "hidden states times a token's share would leave the range of fp16"
-    return None
+def in_one_pass(problem: Problem) -> bool:
+    """Whether the head's gradient can be made here: hidden states times a token's share leave the range of fp16."""
+    return problem.options.linear and product_dtype(problem.hidden.dtype, problem.hidden.device) != torch.float16
 
 
 def weighed_loss(

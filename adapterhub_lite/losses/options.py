@@ -27,6 +27,11 @@ class LossOptions:
     z_loss: float = 0.0
     chunk_tokens: int | None = None
 
+    @property
+    def linear(self) -> bool:
+        """Whether a gradient is linear in the exponentials of the logits, so that one pass can make it."""
+        return not (self.softcap and self.label_smoothing)
+
     def __post_init__(self) -> None:
         if self.reduction not in REDUCTIONS:
             raise ConfigurationError(f"reduction must be one of {', '.join(REDUCTIONS)}, not {self.reduction!r}.")

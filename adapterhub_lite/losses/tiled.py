@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from adapterhub_lite.errors import ConfigurationError
-from adapterhub_lite.losses.head_gradient import one_pass_reason, weighed_loss
+from adapterhub_lite.losses.head_gradient import in_one_pass, weighed_loss
 from adapterhub_lite.losses.options import LossOptions, check_shapes, check_targets
 from adapterhub_lite.losses.passes import Problem, Statistics, gradients, statistics
 from adapterhub_lite.losses.reference import mean_divisor, reduce_losses
@@ -106,7 +106,7 @@ def tiled_cross_entropy(
     head = (hidden, frozen, weight if weight.requires_grad else None, bias, extra, kept)
     if options.reduction != "none" and _head_is_trained(weight, bias, extra):
         problem = Problem(hidden, kept, rows_shape(weight)[0], bias, options)
-        if one_pass_reason(problem) is None:
+        if in_one_pass(problem):
             shares = hidden.new_ones(len(index), dtype=wide_dtype(hidden.dtype))
             total = _WeighedSum.apply(
                 *head, shares if token_weights is None else shares * token_weights[index], options
@@ -148,12 +148,12 @@ class _TiledLosses(torch.autograd.Function):
         assert rows is not None
         wanted = ctx.needs_input_grad
         head_trained = wanted[2] or wanted[3] or wanted[4]
-        in_one_pass = wanted[0] and not head_trained and not (options.softcap and options.label_smoothing)
+        one_pass = wanted[0] and not head_trained and options.linear
         problem = Problem(hidden, targets, rows_shape(rows)[0], bias, options)
         with open_rows(rows) as read:
-            known = statistics(problem, _with_extra(read, extra), gradient=training and in_one_pass)
-        ctx.frozen, ctx.options, ctx.one_pass, ctx.dtype = frozen, options, in_one_pass, hidden.dtype
-        if training and in_one_pass:
+            known = statistics(problem, _with_extra(read, extra), gradient=training and one_pass)
+        ctx.frozen, ctx.options, ctx.one_pass, ctx.dtype = frozen, options, one_pass, hidden.dtype
+        if training and one_pass:
             ctx.save_for_backward(known.gradient)
         elif training:
             ctx.save_for_backward(

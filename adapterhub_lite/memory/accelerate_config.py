@@ -23,12 +23,10 @@ def accelerate_config(
     """Accelerate's settings for `preset` on `devices` devices on each of `nodes` machines.
 
     Raises:
-        ConfigurationError: several nodes without the first one's address, or FSDP on a CPU.
+        ConfigurationError: several nodes without the first one's address.
     """
     if nodes > 1 and not main_address:
         raise ConfigurationError(f"{nodes} nodes need the address of the first one: give --main-address.")
-    if preset.strategy == "fsdp" and device == "cpu":
-        raise ConfigurationError("Accelerate does not split a model with FSDP on a CPU: choose ddp or zero2 there.")
     kind = TYPES.get(preset.strategy, "DEEPSPEED")
     if device == "cpu" and kind == "MULTI_GPU":
         kind = "MULTI_CPU"

@@ -101,14 +101,7 @@ def plan_memory(
     asked = Workload(batch_size, sequence_length, rank, targets, machine.world_size, 1, machine.device)
     quantized = facts.model.shape(targets).quantized
     if preset != "auto":
-        wanted = find_preset(preset)
-        why = refusal(wanted, machine, model_quantized=quantized)
-        if why is not None:
-            raise ConfigurationError(f"The memory preset {preset!r} cannot be used here: {why}.")
-        fitting = _largest_batch(facts, wanted, asked, machine)
-        best = fitting or facts.need(wanted, asked)
-        reasons = ("asked for by name", _fit(best, machine))
-        return _plan(wanted, best, asked, machine, reasons, ())
+        return _by_name(preset, facts, asked, machine, refusal(find_preset(preset), machine, model_quantized=quantized))
     rejected = (
         []
         if candidates
@@ -125,12 +118,27 @@ def plan_memory(
             return _plan(candidate, found, asked, machine, reasons, tuple(rejected))
         needed = facts.need(candidate, asked)
         rejected.append(Rejection(candidate.name, needed, why or _does_not_fit(facts, candidate, asked, machine)))
+    raise _nothing_fits(rejected, sequence_length, machine)
+
+
+def _by_name(preset: str, facts: "_Reckoner", asked: Workload, machine: Machine, refused: str | None) -> MemoryPlan:
+    """The plan of a preset asked for by name: taken even where it does not fit, and said so."""
+    if refused is not None:
+        raise ConfigurationError(f"The memory preset {preset!r} cannot be used here: {refused}.")
+    wanted = find_preset(preset)
+    best = _largest_batch(facts, wanted, asked, machine) or facts.need(wanted, asked)
+    return _plan(wanted, best, asked, machine, ("asked for by name", _fit(best, machine)), ())
+
+
+def _nothing_fits(
+    rejected: Sequence[Rejection], sequence_length: int, machine: Machine
+) -> ConfigurationError | OutOfMemoryError:
     tried = [r for r in rejected if r.predicted and r.reason.startswith("needs")]
     if not tried:
         reasons_given = "; ".join(dict.fromkeys(f"{r.preset}: {r.reason}" for r in rejected))
-        raise ConfigurationError(f"No memory preset can be used here: {reasons_given}.")
+        return ConfigurationError(f"No memory preset can be used here: {reasons_given}.")
     smallest = min(tried, key=lambda r: r.predicted.total if r.predicted else 0)
-    raise OutOfMemoryError(
+    return OutOfMemoryError(
         f"No memory preset fits {sequence_length} tokens a row into {machine.memory_bytes / GIB:.1f} GiB: the "
         f"smallest, {smallest.preset}, {smallest.reason}. Use shorter rows, a smaller base, or a larger device."
     )

@@ -46,7 +46,8 @@ def evaluate_exact_match(
 
     `generate` takes chats (each a list of turns that ends with the user's) and returns one answer a chat, in order;
     it gets `batch_rows` chats at a time. `also` is called with (wanted, found)
-    of every row, for metrics of your own. Rows carry `messages`, or `prompt` and `completion`.
+    of every row, for metrics of your own. Rows carry `messages`, or `prompt` and `completion`; a prompt that is a string
+    is asked as a user's turn, though training takes it as raw text (the `eval` verb asks it raw).
 
     Raises:
         DataError: a row does not end with an assistant turn, or `generate` returned another number of answers.

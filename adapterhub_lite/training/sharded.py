@@ -28,13 +28,13 @@ def join_processes(args: Any) -> None:
     Raises:
         ConfigurationError: FSDP is asked for where Accelerate would leave the model whole without a word.
     """
-    fsdp = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    if fsdp and args.device.type == "cpu":
+    engine = engine_of(args)
+    if engine == "fsdp" and args.device.type == "cpu":
         raise ConfigurationError(
             "Accelerate does not split a model with FSDP on a CPU: every process would hold all of it. Use DDP or ZeRO "
             "there, or run on GPUs."
         )
-    if getattr(args, "deepspeed_plugin", None) is not None:
+    if engine is not None and engine.startswith("zero"):
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo" if args.device.type == "cpu" else None, auto_mpi_discovery=False)
@@ -45,7 +45,8 @@ def engine_of(args: Any) -> str | None:
     plugin = getattr(args, "deepspeed_plugin", None)
     if plugin is not None:
         return f"zero{plugin.zero_stage}"
-    return "fsdp" if args.fsdp else None
+    asked_for = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    return "fsdp" if asked_for else None
 
 
 @contextmanager
@@ -66,8 +67,7 @@ def built_whole(args: Any) -> Iterator[None]:
 
 def splits_weights(args: Any) -> bool:
     """Whether the run's engine splits the weights themselves, and not only what the optimizer keeps."""
-    plugin = getattr(args, "deepspeed_plugin", None)
-    return bool(args.fsdp) or (plugin is not None and plugin.zero_stage == 3)
+    return engine_of(args) in ("zero3", "fsdp")
 
 
 @contextmanager
