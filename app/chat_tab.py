@@ -27,27 +27,17 @@ def build_chat_tab(backend: Backend, task: gr.Dropdown) -> None:
             examples = gr.Dataset(
                 components=[gr.Textbox(visible=False)], samples=[], label="Examples", elem_id="examples", visible=False
             )
-            with gr.Accordion("Settings", open=False):
-                length = gr.Slider(8, 512, value=128, step=8, label="Longest answer, tokens")
-                temperature = gr.Slider(0, 1.5, value=0, step=0.1, label="Temperature (0 always picks the likeliest)")
-                remember = gr.Checkbox(value=True, label="Send the task's own earlier turns along")
+            settings = _settings()
         with gr.Column(scale=3, min_width=320):
             chatbot = gr.Chatbot(
                 elem_id="transcript", show_label=False, height="min(62vh, 620px)", render_markdown=False,
                 allow_tags=False, latex_delimiters=[], buttons=[], placeholder="Pick a task and ask.",
             )  # fmt: skip
-            with gr.Row(elem_id="ask"):
-                question = gr.Textbox(
-                    show_label=False, label="Your message", placeholder="Write a message, Enter sends it", lines=1,
-                    max_lines=6, scale=8, container=False, autofocus=True, elem_id="question",
-                )  # fmt: skip
-                send = gr.Button("Send", variant="primary", scale=1, min_width=80, elem_id="send")
-                stop = gr.Button("Stop", variant="stop", scale=1, min_width=80, elem_id="stop", visible=False)
+            question, send, stop = _question_row()
             with gr.Row(elem_classes="natural"):
                 again = gr.Button("Retry", size="sm", elem_id="retry")
                 clear = gr.Button("New conversation", size="sm", elem_id="clear")
 
-    settings: list[Any] = [length, temperature, remember]
     outputs = [chatbot, turns, question, send, stop]
 
     def on_ask(
@@ -83,6 +73,28 @@ def build_chat_tab(backend: Backend, task: gr.Dropdown) -> None:
     clear.click(lambda: ([], [], ""), None, [chatbot, turns, question], queue=False)
     task.change(on_task, task, [about, examples], queue=False, show_progress="hidden")
     examples.click(lambda row: row[0], examples, question, queue=False, show_progress="hidden")
+
+
+def _settings() -> list[Any]:
+    """Longest answer, temperature, and whether earlier turns are sent along."""
+    with gr.Accordion("Settings", open=False):
+        return [
+            gr.Slider(8, 512, value=128, step=8, label="Longest answer, tokens"),
+            gr.Slider(0, 1.5, value=0, step=0.1, label="Temperature (0 always picks the likeliest)"),
+            gr.Checkbox(value=True, label="Send the task's own earlier turns along"),
+        ]
+
+
+def _question_row() -> tuple[gr.Textbox, gr.Button, gr.Button]:
+    """The message, with its Send and its Stop, of which one is shown."""
+    with gr.Row(elem_id="ask"):
+        question = gr.Textbox(
+            show_label=False, label="Your message", placeholder="Write a message, Enter sends it", lines=1,
+            max_lines=6, scale=8, container=False, autofocus=True, elem_id="question",
+        )  # fmt: skip
+        send = gr.Button("Send", variant="primary", scale=1, min_width=80, elem_id="send")
+        stop = gr.Button("Stop", variant="stop", scale=1, min_width=80, elem_id="stop", visible=False)
+    return question, send, stop
 
 
 def _updates(held: Any, answering: Callable[[list[Turn]], Iterator[list[Turn]]]) -> Iterator[tuple[Any, ...]]:

@@ -39,17 +39,13 @@ def merge(
 
     registry = AdapterRegistry(home)
     if dry_run:
-        shares, known = (
-            _numbers(weights) or [1.0] * len(references),
-            [registry.resolve(one).reference for one in references],
-        )
+        known = [registry.resolve(one).reference for one in references]
+        shares = _numbers(weights) or [1.0] * len(known)
         if len(shares) != len(known):
             raise ConfigurationError(f"{len(known)} adapters and {len(shares)} weights: give one for each.")
-        into = (
-            f"into the base, as {into_base}" if into_base else f"by {_method(method)} into the next version of {name}"
-        )
         parts = " + ".join(f"{share:g} x {one}" for share, one in zip(shares, known, strict=True))
-        return would(f"merge {parts} {into}", as_json, references=known, weights=shares)
+        way = f"into the base, as {into_base}" if into_base else f"by {_method(method)} into a new version of {name}"
+        return would(f"merge {parts} {way}", as_json, references=known, weights=shares)
     resolved = resolve_base(base, home=home) if base else None
     if into_base is not None:
         if len(references) != 1:

@@ -102,7 +102,9 @@ class ClusterEngine:
     machine of the cluster must see under the same path.
     """
 
-    def __init__(self, base: str | Path, settings: ClusterSettings, *, home: str | Path | None = None, **options: Any):
+    def __init__(
+        self, base: str | Path, settings: ClusterSettings, *, home: str | Path | None = None, **options: Any
+    ) -> None:
         resolved = resolve_base(base, home=home)
         self.base_fingerprint = resolved.fingerprint
         self.tokenizer = load_tokenizer(resolved.folder)
