@@ -13,6 +13,7 @@ from typing import Any
 
 NAME = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}/[A-Za-z0-9][\w.\-]{0,95}", re.ASCII)
 REF = re.compile(r"[A-Za-z0-9][\w.\-/]{0,99}", re.ASCII)
+SHA256 = re.compile(r"[0-9a-f]{64}")
 FIRST_FILE = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 
 
@@ -81,7 +82,9 @@ class HubStore:
         self.incoming.mkdir(parents=True)
 
     def blob(self, sha256: str) -> Path:
-        """Where the content with this sha256 lies, or would lie."""
+        """Where the content with this sha256 lies, or would lie; 400 for anything that is none, such as a path."""
+        if not SHA256.fullmatch(sha256):
+            raise HubRefusal(400, f"{sha256!r:.80} is not a sha256.")
         return self.root / "blobs" / sha256[:2] / sha256[2:]
 
     def admit(self, upload: Path, sha256: str) -> None:

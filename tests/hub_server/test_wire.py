@@ -154,6 +154,19 @@ def test_no_path_leaves_its_repository(hub_server: HubServer, api: HfApi, path: 
     assert httpx.get(f"{hub_server.url}/{REPO}/resolve/main/%2E%2E%2Fescape.txt").status_code == 404
 
 
+@pytest.mark.parametrize("oid", ["xx/etc/hostname", "xx/../../../../etc/hostname", "0" * 63, "A" * 64, ""])
+def test_no_file_of_the_machine_is_taken_for_an_upload(hub_server: HubServer, api: HfApi, oid: str) -> None:
+    """A commit names what was uploaded by its sha256; a path in its place must not become that file's contents."""
+    import httpx
+
+    api.create_repo(REPO)
+    value = {"path": "a.safetensors", "algo": "sha256", "size": 1, "oid": oid}
+    lines = [{"key": "header", "value": {"summary": "s"}}, {"key": "lfsFile", "value": value}]
+    content = "\n".join(map(json.dumps, lines))
+    assert httpx.post(f"{hub_server.url}/api/models/{REPO}/commit/main", content=content).status_code == 400
+    assert api.list_repo_files(REPO) == [".gitattributes"]
+
+
 def test_an_upload_with_other_bytes_than_announced_is_refused(hub_server: HubServer, api: HfApi) -> None:
     import httpx
 
