@@ -52,6 +52,12 @@ class Canary:
     top_logits: "torch.Tensor"
     dtype: str
 
+    def check_vocabulary(self, tokens: int) -> None:
+        """Raise IntegrityError unless a model with a vocabulary of so many tokens can be asked and compared."""
+        largest = max(int(self.top_ids.max()), *(max(ids) for ids in self.prompts))
+        if largest >= tokens:
+            raise IntegrityError(f"The canary names token {largest}; the model's vocabulary has {tokens}.")
+
 
 def write_canary(model: Any, tokenizer: Any, folder: str | Path, prompts: Sequence[str] = DEFAULT_PROBES) -> Path:
     """Record the top logits of `model` after each of `prompts` as `folder`/canary.safetensors; returns its path.
@@ -95,13 +101,20 @@ def replay_canary(model: Any, folder_or_path: str | Path) -> CanaryResult:
     Raises:
         IntegrityError: the file is no canary, or its tokens are outside the model's vocabulary.
     """
+    canary = read_canary(folder_or_path)
+    weight = model.get_input_embeddings().weight
+    # Split over processes by ZeRO-3, a weight is empty outside its module, and says its shape elsewhere.
+    canary.check_vocabulary(getattr(weight, "ds_shape", weight.shape)[0])
+    return compare_logits(canary, _ask(model, canary.prompts), _dtype_name(model))
+
+
+def compare_logits(canary: Canary, logits: "torch.Tensor", dtype: str) -> CanaryResult:
+    """How far `logits` (probes, vocabulary), of a model in `dtype` ("bfloat16", ...), are from the recorded ones."""
     import torch
 
-    canary = read_canary(folder_or_path)
-    logits = _ask(model, canary.prompts, vocabulary_above=int(canary.top_ids.max()))
     asked = logits.gather(1, canary.top_ids)
     worst = float((asked - canary.top_logits).abs().max()) if torch.isfinite(asked).all() else float("inf")
-    fraction = max(TOLERANCES.get(name, max(TOLERANCES.values())) for name in (canary.dtype, _dtype_name(model)))
+    fraction = max(TOLERANCES.get(name, max(TOLERANCES.values())) for name in (canary.dtype, dtype))
     tolerance = fraction * max(1.0, float(canary.top_logits.abs().max()))
     return CanaryResult(max_abs_difference=worst, tolerance=tolerance, passed=worst <= tolerance)
 
@@ -143,17 +156,11 @@ def read_canary(folder_or_path: str | Path) -> Canary:
     return Canary(prompts, found["top_ids"], found["top_logits"], metadata.get("dtype", ""))
 
 
-def _ask(model: Any, prompts: Sequence[Sequence[int]], vocabulary_above: int = 0) -> "torch.Tensor":
+def _ask(model: Any, prompts: Sequence[Sequence[int]]) -> "torch.Tensor":
     """Logits in fp32 on the CPU after each prompt, (probes, vocabulary); each asked alone: no padding counts."""
     import torch
 
-    weight = model.get_input_embeddings().weight
-    # Split over processes by ZeRO-3, a weight is empty outside its module, and says its shape elsewhere.
-    vocabulary = getattr(weight, "ds_shape", weight.shape)[0]
-    largest = max(vocabulary_above, *(max(ids) for ids in prompts))
-    if largest >= vocabulary:
-        raise IntegrityError(f"The canary names token {largest}; the model's vocabulary has {vocabulary}.")
-    device = weight.device
+    device = model.get_input_embeddings().weight.device
     was_training = model.training
     model.eval()
     try:

@@ -53,6 +53,7 @@ def merge_adapters(
     Raises:
         MergeError: it would be silently wrong (DoRA, LoRA biases, weights that cancel, rank over the limit).
         BaseMismatchError: the parents are for different bases.
+        IntegrityError: the weights of a parent are damaged here.
         UsageError: settings that make no sense.
     """
     registry = registry or AdapterRegistry()
@@ -128,7 +129,7 @@ def _build(
     from adapterhub_lite.merging.methods import METHODS, Part, Settings
     from adapterhub_lite.merging.receipts import relative_error
 
-    loaded = [read_factors(registry.file(m, WEIGHTS_FILE), m.lora) for m in parents]
+    loaded = [read_factors(registry.file(m, WEIGHTS_FILE, verify=True), m.lora) for m in parents]
     widest = _rank_limit(loaded)
     settings = Settings(min(rank or widest, MAX_RANK), density, seed)
     merged: dict[str, Factors] = {}

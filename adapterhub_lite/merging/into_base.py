@@ -63,6 +63,7 @@ def merge_into_base(
     Raises:
         MergeError: it would be silently wrong: merged already, tied or quantised weights, DoRA, LoRA biases.
         BaseMismatchError: `base` is not the one it was made for.
+        IntegrityError: the adapter's weights are damaged here.
         UsageError: `out` is not empty, no such dtype, or the base is not on this machine.
     """
     registry = registry or AdapterRegistry()
@@ -106,7 +107,7 @@ def _write_model(
     from adapterhub_lite.merging.deltas import read_factors
 
     config = read_lora_config(registry.file(manifest, CONFIG_FILE).read_bytes())
-    factors = read_factors(registry.file(manifest, WEIGHTS_FILE), manifest.lora)
+    factors = read_factors(registry.file(manifest, WEIGHTS_FILE, verify=True), manifest.lora)
     changes = _by_tensor(manifest, factors, base)
     for pattern in COMPANIONS:
         for path in base.folder.glob(pattern):

@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from adapterhub_lite.errors import SchemaVersionError, UnknownNameError
+from adapterhub_lite.registry.durable import fsync_folder, make_folder
 from adapterhub_lite.registry.locks import store_lock
 
 DATABASE_FILE = "registry.db"
@@ -111,7 +112,7 @@ class Database:
         return connection
 
     def _open_or_create(self) -> sqlite3.Connection:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         connection = self._connect("rwc")
         if connection.execute("PRAGMA user_version").fetchone()[0] == 0:
             connection.execute("PRAGMA journal_mode=WAL")
@@ -122,6 +123,7 @@ class Database:
                     connection.execute(statement)
                 connection.execute(f"PRAGMA user_version={DATABASE_VERSION}")
             connection.execute("COMMIT")
+            fsync_folder(self.path.parent)
         self._check_version(connection)
         for statement in LIST_INDEXES:
             connection.execute(statement)

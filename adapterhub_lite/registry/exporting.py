@@ -26,7 +26,7 @@ def export_folder(registry: "AdapterRegistry", manifest: AdapterManifest, folder
 
     Raises:
         UsageError: `folder` is there already and not empty.
-        IntegrityError: a file of the version is missing here.
+        IntegrityError: a file of the version is missing or damaged here.
     """
     return _write(folder, adapter_files(registry, manifest))
 
@@ -38,6 +38,7 @@ def export_vllm(registry: "AdapterRegistry", manifests: Sequence[AdapterManifest
     model `<name>` finds the adapter in the folder of that name. One version of a name at a time, for that reason.
 
     Raises:
+        IntegrityError: a file of a version is missing or damaged here.
         UsageError: two versions of one name, or a folder of that name is there already.
         ConfigurationError: an adapter that vLLM cannot serve.
     """
@@ -51,7 +52,7 @@ def export_vllm(registry: "AdapterRegistry", manifests: Sequence[AdapterManifest
                 "Merge it with itself (`adapterhub-lite merge`) to even out its ranks."
             )
     only = (CONFIG_FILE, WEIGHTS_FILE)
-    return [_write(folder / m.name, {name: registry.file(m, name) for name in only}) for m in manifests]
+    return [_write(folder / m.name, {name: registry.file(m, name, verify=True) for name in only}) for m in manifests]
 
 
 def export_gguf(
@@ -69,6 +70,7 @@ def export_gguf(
 
     Raises:
         ConfigurationError: there is no converter, or it failed; the text has its last line.
+        IntegrityError: a file of the version is missing or damaged here.
         UsageError: `out` is there already, or the base is not on this machine.
     """
     named = os.environ.get("LLAMA_CPP_CONVERTER") or shutil.which(CONVERTER)
@@ -87,7 +89,8 @@ def export_gguf(
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        plain = _write(Path(scratch) / "adapter", {n: registry.file(manifest, n) for n in (CONFIG_FILE, WEIGHTS_FILE)})
+        files = {name: registry.file(manifest, name, verify=True) for name in (CONFIG_FILE, WEIGHTS_FILE)}
+        plain = _write(Path(scratch) / "adapter", files)
         made = Path(scratch) / "adapter.gguf"
         command = [sys.executable, str(script), "--base", str(base.folder), "--outfile", str(made), str(plain)]
         done = subprocess.run(command, capture_output=True, text=True)

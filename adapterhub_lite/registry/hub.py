@@ -77,17 +77,18 @@ def push_adapter(
         PublishConflictError: the version number holds another adapter there, or others kept publishing in between.
         HubPermissionError: missing rights, each case with its own sentence.
         HubUnreachableError: no answer after bounded tries; trying again later finishes what was begun.
+        IntegrityError: a file of the version is missing or damaged here; nothing was sent.
     """
     manifest, tell = registry.resolve(reference), progress or (lambda _: None)
+    # The card is for people: it also says what was measured after the manifest was written.
+    known = manifest.model_copy(update={"evaluation": registry.show(manifest.reference).evaluation})
+    content: dict[str, Path | bytes] = {**adapter_files(registry, manifest), **card_files(known, repo_id)}
     repo = HubRepo(repo_id, endpoint=endpoint, token=token)
     if not repo.exists():
         tell(f"creating {repo_id}")
         repo.create(private)
     elif private and not repo.is_private():
         raise HubPermissionError(f"{repo_id} exists and is public, but private was asked for. Make it private first.")
-    # The card is for people: it also says what was measured after the manifest was written.
-    known = manifest.model_copy(update={"evaluation": registry.show(manifest.reference).evaluation})
-    content: dict[str, Path | bytes] = {**adapter_files(registry, manifest), **card_files(known, repo_id)}
     publish = _Publish(manifest, content, uuid.uuid4().hex)
     commit, tag, sent = _commit_once(repo, publish, tell)
     tell(f"tagging {tag}")

@@ -32,7 +32,6 @@ from adapterhub_lite.registry.manifest import (
     AdapterManifest,
     read_manifest,
 )
-from adapterhub_lite.registry.objects import file_record
 from adapterhub_lite.registry.reference import is_alias
 from adapterhub_lite.registry.survey import ALLOWED_SIZES
 from adapterhub_lite.registry.transfer import import_adapter
@@ -192,10 +191,11 @@ def _already_here(registry: "AdapterRegistry", name: str, manifest: AdapterManif
     """The version as it is here, with every byte of it compared; None where something is missing or damaged."""
     try:
         here = registry.resolve(f"{name}:{manifest.version}")
-        intact = all(file_record(registry.file(here, file)) == record for file, record in here.files.items())
+        for file in here.files:
+            registry.file(here, file, verify=True)
     except (UnknownNameError, IntegrityError):
         return None
-    return here if here.digest == manifest.digest and intact else None
+    return here if here.digest == manifest.digest else None
 
 
 def _check_promise(manifest: AdapterManifest, sizes: dict[str, int]) -> None:

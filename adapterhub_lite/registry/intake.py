@@ -13,9 +13,10 @@ from adapterhub_lite.bases import EMBEDDED_BASES, ResolvedBase
 from adapterhub_lite.errors import RegistryError
 from adapterhub_lite.record import BaseRecord
 from adapterhub_lite.registry.aliases import record_act
+from adapterhub_lite.registry.durable import write_durably
 from adapterhub_lite.registry.lora_config import LoraConfigFile
 from adapterhub_lite.registry.manifest import AdapterManifest, FileRecord, canonical_json
-from adapterhub_lite.registry.objects import ObjectStore, stage_file, write_durably
+from adapterhub_lite.registry.objects import ObjectStore, stage_file
 from adapterhub_lite.registry.rows import insert_version
 from adapterhub_lite.registry.survey import ALLOWED_SIZES, survey_folder
 from adapterhub_lite.registry.validation import Inspection, inspect_adapter

@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from adapterhub_lite.record import StrictModel
+from adapterhub_lite.registry.durable import fsync_folder
 from adapterhub_lite.registry.manifest import EvaluationRecord
 
 JOURNAL_FILE = "journal.jsonl"
@@ -39,7 +40,9 @@ def append_entry(home: Path, entry: JournalEntry) -> None:
     """Write one line and wait until it is on disk. The caller holds the database's write lock."""
     line = json.dumps(entry.model_dump(mode="json", exclude_none=True), sort_keys=True).encode() + b"\n"
     with (home / JOURNAL_FILE).open("ab+") as file:
-        if file.tell():
+        if not file.tell():
+            fsync_folder(home)
+        else:
             file.seek(-1, os.SEEK_END)
             # A crash may have cut the last line; it must not swallow this one.
             line = line if file.read(1) == b"\n" else b"\n" + line

@@ -11,9 +11,10 @@ from pydantic import ValidationError
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import DataError, IntegrityError, SchemaVersionError, UnknownNameError, UsageError
 from adapterhub_lite.record import BaseRecord, StrictModel
+from adapterhub_lite.registry.durable import write_durably
 from adapterhub_lite.registry.intake import find_base
 from adapterhub_lite.registry.manifest import AdapterManifest, Digest, FileRecord, HexDigest
-from adapterhub_lite.registry.objects import file_record, write_durably
+from adapterhub_lite.registry.objects import file_record
 from adapterhub_lite.registry.transfer import import_adapter
 
 if TYPE_CHECKING:

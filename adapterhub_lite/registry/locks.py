@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import IO
 
 from adapterhub_lite.errors import RegistryError
+from adapterhub_lite.registry.durable import make_folder
 
 LOCK_SECONDS = 60.0
 
@@ -26,7 +27,7 @@ def store_lock(home: Path, *, exclusive: bool) -> Iterator[None]:
     Raises:
         RegistryError: it was not free within a minute.
     """
-    home.mkdir(parents=True, exist_ok=True)
+    make_folder(home)
     with (home / "store.lock").open("a") as file:
         kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
         deadline = time.monotonic() + LOCK_SECONDS

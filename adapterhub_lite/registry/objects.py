@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from adapterhub_lite.registry.durable import fsync_folder, make_folder
 from adapterhub_lite.registry.locks import store_lock
 from adapterhub_lite.registry.manifest import FileRecord
 
@@ -50,11 +51,10 @@ class ObjectStore:
         if target.exists() and file_record(target) == record:
             path.unlink()
             return record
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         path.chmod(0o444)
         path.rename(target)
         fsync_folder(target.parent)
-        fsync_folder(self.root)
         return record
 
     def __iter__(self) -> Iterator[tuple[str, Path]]:
@@ -79,28 +79,3 @@ def file_record(path: Path) -> FileRecord:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return FileRecord(sha256=digest, size=path.stat().st_size)
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Put `content` at `path` in one step: written aside, fsynced, renamed, the folder fsynced."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(aside).replace(path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
-    fsync_folder(path.parent)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from adapterhub_lite.errors import AdapterHubError
 from adapterhub_lite.registry.database import DATABASE_FILE, Database
+from adapterhub_lite.registry.durable import fsync_folder
 from adapterhub_lite.registry.evaluations import insert_evaluation
 from adapterhub_lite.registry.journal import JournalEntry, read_journal
 from adapterhub_lite.registry.locks import store_lock
 from adapterhub_lite.registry.manifest import AdapterManifest, read_manifest
-from adapterhub_lite.registry.objects import fsync_folder
 from adapterhub_lite.registry.rows import delete_version, insert_version
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from pydantic import Field, ValidationError
 
 from adapterhub_lite.errors import AdapterRejectedError, IntegrityError, UnknownNameError, UsageError
 from adapterhub_lite.record import StrictModel
+from adapterhub_lite.registry.durable import write_durably
 from adapterhub_lite.registry.intake import manifest_path
 from adapterhub_lite.registry.manifest import SIGNATURE_FILE, AdapterManifest, HexDigest
-from adapterhub_lite.registry.objects import write_durably
 from adapterhub_lite.registry.reference import is_name
 from adapterhub_lite.registry.survey import ALLOWED_SIZES
 

@@ -25,7 +25,7 @@ from adapterhub_lite.registry.listing import AdapterDetails, AdapterSummary, des
 from adapterhub_lite.registry.locks import Lease, store_lock
 from adapterhub_lite.registry.machine import machine_errors
 from adapterhub_lite.registry.manifest import AdapterManifest, EvaluationRecord, MergeRecipe, ParentRecord
-from adapterhub_lite.registry.objects import ObjectStore
+from adapterhub_lite.registry.objects import ObjectStore, file_record
 from adapterhub_lite.registry.rebuilding import RebuildReport, rebuild_database
 from adapterhub_lite.registry.reference import AdapterReference
 from adapterhub_lite.registry.rows import find_manifest, parse_stored
@@ -121,20 +121,24 @@ class AdapterRegistry:
             record_evaluations(connection, self.home, manifest, measured)
         return manifest
 
-    def file(self, manifest: AdapterManifest, filename: str) -> Path:
+    def file(self, manifest: AdapterManifest, filename: str, *, verify: bool = False) -> Path:
         """The immutable local file `filename` of a version; read it, never write to it.
+
+        With `verify` every byte is compared, as whatever hands a version on has to: a disk may rot.
 
         Raises:
             UnknownNameError: the version has no such file.
-            IntegrityError: it is not there, or has another size.
+            IntegrityError: it is not there, or has another size (with `verify`: other bytes).
         """
         record = manifest.files.get(filename)
         if record is None:
             raise UnknownNameError.among(f"file of {manifest.reference}", filename, sorted(manifest.files))
         path = self.objects.path(record.sha256)
-        if not path.is_file() or path.stat().st_size != record.size:
+        sound = path.is_file() and path.stat().st_size == record.size
+        if not sound or (verify and file_record(path) != record):
             raise IntegrityError(
-                f"{filename} of {manifest.reference} is missing or damaged in {self.home}. Pull it again."
+                f"{filename} of {manifest.reference} is missing or damaged in {self.home}. Pull it again, or add it "
+                "again from where it came."
             )
         return path
 

@@ -35,11 +35,14 @@ CARRIED_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, CANARY_FILE})
 
 
 def adapter_files(registry: "AdapterRegistry", manifest: AdapterManifest) -> dict[str, Path]:
-    """What is published of a version: file name -> immutable local file.
+    """What is published of a version: file name -> immutable local file, each compared with the manifest.
 
     `adapterhub.json` is among them, `adapterhub.sig.json` when the version is signed; the card is not.
+
+    Raises:
+        IntegrityError: a file is missing or damaged here; published, it could never be taken back.
     """
-    published = {name: registry.file(manifest, name) for name in manifest.files}
+    published = {name: registry.file(manifest, name, verify=True) for name in manifest.files}
     own = manifest_path(registry.home, manifest.name, manifest.version)
     published[MANIFEST_FILE] = own
     if own.with_suffix(".sig").exists():

@@ -20,6 +20,7 @@ from adapterhub_lite.serving.hub_source import HubSource
 from adapterhub_lite.serving.job import ChunkStream, GenerationHandle, Job
 from adapterhub_lite.serving.loop import EngineLoop
 from adapterhub_lite.serving.pool import AdapterPool, Tier
+from adapterhub_lite.serving.probing import Verify, check_canary
 from adapterhub_lite.serving.request import EngineStatus, GenerationRequest, GenerationResult
 from adapterhub_lite.serving.residency import ResidentAdapter
 from adapterhub_lite.serving.sampling import Sampler
@@ -159,13 +160,17 @@ class InferenceEngine:
             raise
         return GenerationHandle(job, self._loop.wake)
 
-    def load(self, reference: str | Path, *, pin: bool = False) -> ResidentAdapter:
+    def load(self, reference: str | Path, *, pin: bool = False, verify: Verify = "files") -> ResidentAdapter:
         """Bring an adapter into memory ahead of its first request; `pin` keeps it there.
 
+        `verify="canary"` first asks this engine the probes recorded with the adapter, beside whatever runs.
+
         Raises:
-            UnknownNameError, AdapterRejectedError, BaseMismatchError: it cannot be served here.
+            UnknownNameError, AdapterRejectedError, BaseMismatchError: it cannot be served here, or answers otherwise.
             QueueFullError: every slot is in use or pinned.
         """
+        if verify == "canary":
+            check_canary(self._pool, self._loop, self._trunk, self.tokenizer, reference)
         return self._pool.load(reference, pin=pin)
 
     def prefetch(self, reference: str | Path) -> "Future[ResidentAdapter]":
@@ -289,9 +294,7 @@ def _quantization(kind: str | None) -> Any:
         return BitsAndBytesConfig(load_in_8bit=True)
     if kind == "nf4":
         return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
-        )
+        )  # fmt: skip
     raise ConfigurationError(f"quantization is {kind!r}, wanted None, 'int8' or 'nf4'.")

@@ -65,7 +65,7 @@ class AdapterPool:
             return Route()
         started = time.perf_counter()
         blend = parse_blend(adapter)
-        wanted = [self._wanted(self._locate(self.rollouts.choose(piece.reference))) for piece in blend]
+        wanted = [self._wanted(self.locate(self.rollouts.choose(piece.reference))) for piece in blend]
         try:
             entries, _ = self.residency.acquire(wanted, timeout=min(timeout or SLOT_WAIT_SECONDS, SLOT_WAIT_SECONDS))
         except QueueFullError as error:
@@ -89,7 +89,7 @@ class AdapterPool:
 
     def load(self, reference: str | Path, *, pin: bool = False) -> ResidentAdapter:
         """Bring an adapter into a slot; `pin` keeps it there."""
-        (entry,), _ = self.residency.acquire([self._wanted(self._locate(reference))], timeout=SLOT_WAIT_SECONDS)
+        (entry,), _ = self.residency.acquire([self._wanted(self.locate(reference))], timeout=SLOT_WAIT_SECONDS)
         if pin:
             self.residency.pin(entry.digest, True)
         return self.residency.release(entry)
@@ -100,22 +100,21 @@ class AdapterPool:
 
     def unload(self, reference: str | Path, *, timeout: float | None = None) -> bool:
         """Take an adapter out of its slot and of host memory once nobody uses it; False when it was in no slot."""
-        digest = self._locate(reference).digest
+        digest = self.locate(reference).digest
         self._host.drop(digest)
         return self.residency.unload(digest, timeout=timeout)
 
     def tier(self, reference: str | Path) -> Tier:
         """Say how near an adapter is."""
-        digest = self._locate(reference).digest
+        digest = self.locate(reference).digest
         return "resident" if digest in self.residency else "host" if digest in self._host else "disk"
 
-    def close(self) -> None:
-        """Stop prefetching, and let the store have what was held."""
-        self._prefetcher.shutdown(wait=False, cancel_futures=True)
-        for hold in list(self._holds):
-            hold.__exit__(None, None, None)
+    def locate(self, reference: str | Path) -> AdapterFiles:
+        """Return the files that a reference names now.
 
-    def _locate(self, reference: str | Path) -> AdapterFiles:
+        Raises:
+            BaseMismatchError: they were made for another base.
+        """
         files = self.source.locate(reference)
         if files.base_fingerprint not in (None, self._base_fingerprint):
             raise BaseMismatchError(
@@ -123,6 +122,12 @@ class AdapterPool:
                 f"{self._base_fingerprint[:12]}. Serve it on its own base, or train it for this one."
             )
         return files
+
+    def close(self) -> None:
+        """Stop prefetching, and let the store have what was held."""
+        self._prefetcher.shutdown(wait=False, cancel_futures=True)
+        for hold in list(self._holds):
+            hold.__exit__(None, None, None)
 
     def _wanted(self, files: AdapterFiles) -> Wanted:
         def load() -> AdapterWeights:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from adapterhub_lite.canary import CANARY_FILE
 from adapterhub_lite.errors import AdapterRejectedError, UnknownNameError
 
 CONFIG_FILE = "adapter_config.json"
@@ -24,8 +25,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 class AdapterFiles:
     """An adapter on disk. `digest` names its bytes; `scaling_of` gives the scale of a module path.
 
-    `base_fingerprint` is None where nobody recorded it. `hold` keeps the store from removing the file until what it
-    gives is left or forgotten.
+    `base_fingerprint` is None where nobody recorded it, `canary` where it carries none. `hold` keeps the store from
+    removing the files until what it gives is left or forgotten.
     """
 
     name: str
@@ -34,6 +35,7 @@ class AdapterFiles:
     scaling_of: Callable[[str], float]
     base_fingerprint: str | None = None
     hold: Callable[[], AbstractContextManager[Any]] = nullcontext
+    canary: Path | None = None
 
 
 class AdapterSource(Protocol):
@@ -80,7 +82,14 @@ class FolderSource:
         if problems:
             raise AdapterRejectedError(shown, problems)
         digest = hashlib.sha256(config_bytes + weights_digest.encode()).hexdigest()
-        return AdapterFiles(folder.name, f"sha256:{digest}", weights, lambda module: config_scaling(config, module))
+        canary = folder / CANARY_FILE
+        return AdapterFiles(
+            folder.name,
+            f"sha256:{digest}",
+            weights,
+            lambda module: config_scaling(config, module),
+            canary=canary if canary.is_file() else None,
+        )
 
     def _digest(self, path: Path) -> str:
         """Return the sha256 of a file, read again only when its size or time of change is another."""
@@ -118,6 +127,7 @@ class RegistrySource:
             manifest.lora.scaling_of,
             manifest.base.fingerprint,
             lambda: self._registry.hold(manifest),
+            self._registry.file(manifest, CANARY_FILE) if CANARY_FILE in manifest.files else None,
         )
 
 

@@ -35,7 +35,7 @@ def parcel(adapter: Path, base: ResolvedBase, tmp_path: Path) -> Path:
     return elsewhere.export("pulled", tmp_path / "parcel")
 
 
-@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
 def test_sigkill_at_random_instants(
     kills: int, home: Path, parcel: Path, adapters_folder: Path, base: ResolvedBase
 ) -> None:
@@ -45,6 +45,33 @@ def test_sigkill_at_random_instants(
     found = json.loads(done.stdout)
     assert found["wrong"] == []
     assert found["acts"] > 0 and sum(found["interrupted"].values()) > kills // 3, found
+
+
+def test_what_was_acknowledged_outlives_a_power_cut(
+    tmp_path: Path, adapter: Path, base: ResolvedBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file's bytes, and every name on the way to it, were fsynced: SIGKILL alone would not tell."""
+    synced: dict[int, set[str]] = {}
+    fsync = os.fsync
+
+    def recorded(descriptor: int) -> None:
+        fsync(descriptor)
+        inode = os.fstat(descriptor).st_ino
+        synced[inode] = set(os.listdir(descriptor)) if Path(f"/proc/self/fd/{descriptor}").is_dir() else set()
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    registry = AdapterRegistry(tmp_path / "some" / "home")
+    registry.add(adapter, "sql", base=base)
+    registry.set_alias("sql", "prod", version=1)
+    places = [registry.home / place for place in ("objects", "manifests", "journal.jsonl", "registry.db")]
+    files = [path for place in places for path in (place, *place.rglob("*")) if path.is_file()]
+    assert len(files) == 5, "two objects, a manifest, the journal, the database"
+    for path in files:
+        # SQLite waits for its own file, out of our sight.
+        assert path.name == "registry.db" or path.stat().st_ino in synced, path
+        while path != tmp_path:
+            assert path.name in synced.get(path.parent.stat().st_ino, ()), f"the name of {path} may be lost"
+            path = path.parent
 
 
 CROWD = """

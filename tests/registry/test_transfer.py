@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import HfApi
 
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import (
@@ -15,7 +16,10 @@ from adapterhub_lite.errors import (
     RegistryError,
     SchemaVersionError,
 )
+from adapterhub_lite.hub_server import HubServer
+from adapterhub_lite.merging import merge_adapters, merge_into_base
 from adapterhub_lite.registry import AdapterManifest, AdapterRegistry
+from adapterhub_lite.registry.exporting import export_vllm
 from adapterhub_lite.registry.transfer import adapter_files, import_adapter
 
 
@@ -78,6 +82,30 @@ def test_one_flipped_byte_is_found(there: AdapterRegistry, parcel: tuple[Adapter
         content[-3] ^= 1
         (folder / name).write_bytes(content)
     assert there.list() == []
+
+
+def test_what_is_damaged_here_is_neither_published_nor_exported_nor_merged(
+    registry: AdapterRegistry, adapter: Path, base: ResolvedBase, hub_server: HubServer, tmp_path: Path
+) -> None:
+    """A published version never changes, so a rotten one could never be mended."""
+    manifest = registry.add(adapter, "sql", base=base)
+    path = registry.file(manifest, "adapter_model.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(content)
+    out = tmp_path / "out"
+    for attempt in (
+        lambda: registry.push("sql", "org/sql", endpoint=hub_server.url),
+        lambda: registry.export("sql", out),
+        lambda: export_vllm(registry, [manifest], out),
+        lambda: merge_adapters(["sql"], registry=registry, base=base),
+        lambda: merge_into_base("sql", out, registry=registry, base=base),
+    ):
+        with pytest.raises(IntegrityError, match="missing or damaged"):
+            attempt()
+    assert not out.exists() and registry.list() == [manifest]
+    assert not list(HfApi(endpoint=hub_server.url, token=False).list_models())
 
 
 def _edit(folder: Path, **changes: Any) -> None:
