@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from adapterhub_lite.errors import SchemaVersionError, UnknownNameError
+from adapterhub_lite.errors import RegistryError, SchemaVersionError, UnknownNameError
 from adapterhub_lite.registry.durable import fsync_folder, make_folder
 from adapterhub_lite.registry.locks import store_lock
 
@@ -47,7 +47,10 @@ LIST_INDEXES = (
 
 
 class Database:
-    """`registry.db` under a home folder; a connection for each thread and process. An absent one reads as empty."""
+    """`registry.db` under a home folder; a connection for each thread and process.
+
+    An absent one reads as empty, unless there are manifests: then it is lost, and RegistryError says how it is rebuilt.
+    """
 
     def __init__(self, home: Path) -> None:
         self.path = home / DATABASE_FILE
@@ -90,31 +93,38 @@ class Database:
             return held
         if held is not None:
             self.close()
-        if create:
-            connection = self._open_or_create()
-        elif self.path.exists():
-            connection = self._open_existing()
-        else:
+        found = self._open_or_create() if create else self._open_existing()
+        if found is None:
+            # Not kept: another process may fill the file at any moment.
             empty = sqlite3.connect(":memory:", isolation_level=None)
             empty.executescript(SCHEMA)
             return empty
+        connection = found
         self._local.connection, self._local.writable = connection, create
         self._local.opened = (os.getpid(), _inode(self.path))
         return connection
 
-    def _open_existing(self) -> sqlite3.Connection:
+    def _open_existing(self) -> sqlite3.Connection | None:
+        """A connection, or None where nobody has written a database yet."""
+        if not self.path.exists():
+            self._check_lost()
+            return None
         # Read-only where the folder is: WAL wants to write beside the database even to read it.
         writable = os.access(self.path, os.W_OK) and os.access(self.path.parent, os.W_OK)
         log = self.path.with_name(f"{self.path.name}-wal")
         mode = "ro" if log.exists() else "ro&immutable=1"
         connection = self._connect("rw" if writable else mode)
-        self._check_version(connection)
+        if self._check_version(connection) == 0:
+            self._check_lost()
+            connection.close()
+            return None
         return connection
 
     def _open_or_create(self) -> sqlite3.Connection:
         make_folder(self.path.parent)
         connection = self._connect("rwc")
-        if connection.execute("PRAGMA user_version").fetchone()[0] == 0:
+        if self._check_version(connection) == 0:
+            self._check_lost()
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("BEGIN IMMEDIATE")
             # Another process may have been first.
@@ -124,7 +134,6 @@ class Database:
                 connection.execute(f"PRAGMA user_version={DATABASE_VERSION}")
             connection.execute("COMMIT")
             fsync_folder(self.path.parent)
-        self._check_version(connection)
         for statement in LIST_INDEXES:
             connection.execute(statement)
         return connection
@@ -135,13 +144,23 @@ class Database:
         connection.execute("PRAGMA synchronous=FULL")
         return connection
 
-    def _check_version(self, connection: sqlite3.Connection) -> None:
-        found = connection.execute("PRAGMA user_version").fetchone()[0]
+    def _check_version(self, connection: sqlite3.Connection) -> int:
+        """The schema version; 0 where there is no schema yet."""
+        found = int(connection.execute("PRAGMA user_version").fetchone()[0])
         if found > DATABASE_VERSION:
             connection.close()
             raise SchemaVersionError(
                 f"{self.path} has schema version {found}, this version of adapterhub-lite reads up to "
                 f"{DATABASE_VERSION}. Upgrade adapterhub-lite, or set ADAPTERHUB_HOME to another folder."
+            )
+        return found
+
+    def _check_lost(self) -> None:
+        """Manifests without a database: numbers would start again at 1, over versions that are there."""
+        if next(self.path.parent.glob("manifests/*/*.json"), None) is not None:
+            raise RegistryError(
+                f"{self.path} is gone or empty, but there are manifests of versions beside it. "
+                "Run `adapterhub-lite doctor --rebuild`."
             )
 
 

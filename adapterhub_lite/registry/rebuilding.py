@@ -2,12 +2,13 @@
 
 import contextlib
 import os
+import shutil
 import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterhub_lite.errors import AdapterHubError
+from adapterhub_lite.errors import AdapterHubError, RegistryError, SchemaVersionError
 from adapterhub_lite.registry.database import DATABASE_FILE, Database
 from adapterhub_lite.registry.durable import fsync_folder
 from adapterhub_lite.registry.evaluations import insert_evaluation
@@ -38,8 +39,12 @@ def rebuild_database(registry: "AdapterRegistry") -> RebuildReport:
     """
     home = registry.home
     # What a newer version of this project wrote is not ours to replace; anything else may be damaged.
-    with contextlib.suppress(sqlite3.Error):
+    try:
         registry.database.read()
+    except SchemaVersionError:
+        raise
+    except (sqlite3.Error, RegistryError):
+        pass
     with store_lock(home, exclusive=True):
         aside = home / f".rebuild-{os.getpid()}"
         aside.mkdir()
@@ -52,7 +57,7 @@ def rebuild_database(registry: "AdapterRegistry") -> RebuildReport:
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             fresh.close()
             registry.database.close()
-            old = _move_away(home)
+            old = _keep_old(home)
             (aside / DATABASE_FILE).replace(home / DATABASE_FILE)
             fsync_folder(home)
         finally:
@@ -148,12 +153,21 @@ def _count(connection: sqlite3.Connection, table: str) -> int:
     return int(connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0])  # noqa: S608
 
 
-def _move_away(home: Path) -> Path | None:
+def _keep_old(home: Path) -> Path | None:
+    """Put the old database aside under a second name; the first one stays until the new one takes it in one step."""
+    database, old = home / DATABASE_FILE, home / f"old-{DATABASE_FILE}"
+    if not database.exists():
+        return None
+    # What is in the log goes into the file, where it can be read at all.
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(database)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     for name in (f"{DATABASE_FILE}-wal", f"{DATABASE_FILE}-shm"):
         # A log belongs to its database: beside another one it would damage it.
         if (home / name).exists():
             (home / name).replace(home / f"old-{name}")
-    if not (home / DATABASE_FILE).exists():
-        return None
-    (home / DATABASE_FILE).replace(home / f"old-{DATABASE_FILE}")
-    return home / f"old-{DATABASE_FILE}"
+    old.unlink(missing_ok=True)
+    try:
+        old.hardlink_to(database)
+    except OSError:  # a disk without links
+        shutil.copyfile(database, old)
+    return old

@@ -65,9 +65,62 @@ def test_a_lost_or_garbled_database_is_rebuilt(lived_in: AdapterRegistry) -> Non
     assert lived_in.rebuild().old_database is not None
     assert _dump(lived_in) == before
     path.unlink()
-    assert lived_in.list() == []
     lived_in.rebuild()
     assert _dump(lived_in) == before
+
+
+@pytest.mark.parametrize("left", [None, b""])
+def test_a_lost_database_is_not_taken_for_an_empty_one(
+    left: bytes | None, lived_in: AdapterRegistry, adapter: Path, base: ResolvedBase
+) -> None:
+    """Otherwise numbers would begin again at 1, and the next manifest be written over an old one."""
+    before, manifests = _dump(lived_in), {path: path.read_bytes() for path in lived_in.home.glob("manifests/*/*")}
+    lived_in.close()
+    for path in lived_in.home.glob("registry.db*"):
+        path.unlink()
+    if left is not None:
+        (lived_in.home / "registry.db").write_bytes(left)
+    for attempt in (
+        lambda: lived_in.list(),
+        lambda: lived_in.resolve("sql"),
+        lambda: lived_in.add(adapter, "sql", base=base),
+        lived_in.gc,
+    ):
+        with pytest.raises(RegistryError, match="doctor --rebuild"):
+            attempt()
+    assert {path: path.read_bytes() for path in lived_in.home.glob("manifests/*/*")} == manifests
+    lived_in.rebuild()
+    assert _dump(lived_in) == before
+
+
+def test_a_database_that_nobody_has_begun_to_write_is_empty(registry: AdapterRegistry) -> None:
+    """As a first `add` leaves it that was killed at its very beginning."""
+    registry.home.mkdir(parents=True, exist_ok=True)
+    (registry.home / "registry.db").touch()
+    assert registry.list() == []
+    assert registry.examine().healthy
+
+
+def test_a_rebuild_that_dies_midway_leaves_a_database(
+    lived_in: AdapterRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old one stays, whole, until the new one takes its name in one step."""
+    before, replace = _dump(lived_in), Path.replace
+    other = AdapterRegistry(lived_in.home)
+    assert other.list(), "a second reader has the old one open"
+
+    def die(self: Path, target: Path) -> Path:
+        if target == lived_in.home / "registry.db":
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        lived_in.rebuild()
+    monkeypatch.undo()
+    fresh = AdapterRegistry(lived_in.home)
+    assert _dump(fresh) == before
+    assert fresh.examine().healthy
 
 
 def test_another_open_registry_sees_the_new_database(lived_in: AdapterRegistry) -> None:
