@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from adapterhub_lite.errors import RegistryError, UsageError
 from adapterhub_lite.registry.aliases import record_act
 from adapterhub_lite.registry.intake import manifest_path
-from adapterhub_lite.registry.locks import leased_digests, store_lock
+from adapterhub_lite.registry.locks import PULLS, leased_digests, pull_lock, store_lock
 from adapterhub_lite.registry.manifest import AdapterManifest
 from adapterhub_lite.registry.reference import AdapterReference
 from adapterhub_lite.registry.rows import delete_version, parse_stored
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class GcPlan:
     """What a collection frees. `kept` says of each version why it stays; `freed_bytes` counts shared objects once.
 
-    `leftovers` are files that a crash left: unlisted manifests, half-written files, staging folders.
+    `leftovers` are what a crash left: unlisted manifests, half-written files, staging folders, broken-off pulls.
     """
 
     versions: tuple[str, ...]
@@ -81,7 +81,7 @@ def collect(registry: "AdapterRegistry", keep_newest: int, announced: GcPlan | N
             with contextlib.suppress(OSError):
                 registry.objects.path(sha256).parent.rmdir()
         for path in plan.leftovers:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            _sweep(path)
     return plan
 
 
@@ -167,7 +167,28 @@ def _forget(registry: "AdapterRegistry", connection: sqlite3.Connection, manifes
 def _leftovers(home: Path, listed: set[Path]) -> list[Path]:
     found = [path for path in (home / "manifests").glob("*/*") if path.with_suffix(".json") not in listed]
     found += (home / "staging").glob("*")
+    found += [folder for folder in (home / PULLS).glob("*/") if _nobody_pulls(folder)]
     return sorted({*found, *home.glob(".rebuild-*")})
+
+
+def _nobody_pulls(folder: Path, *, sweep: bool = False) -> bool:
+    """Whether no pull into `folder` is going on; with `sweep` it is removed while none can begin."""
+    from filelock import FileLock
+
+    with contextlib.suppress(OSError), FileLock(pull_lock(folder)).acquire(timeout=0):
+        if sweep:
+            shutil.rmtree(folder)
+        return True
+    return False
+
+
+def _sweep(path: Path) -> None:
+    if path.parent.name == PULLS:
+        _nobody_pulls(path, sweep=True)
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _delete_manifest(path: Path) -> None:

@@ -55,15 +55,20 @@ def examine_registry(registry: "AdapterRegistry") -> DoctorReport:
             found = _version_problems(registry, name, version, digest, content, signature)
             problems += [f"{name}:{version}: {problem}" for problem in found]
         problems += _table_problems(connection, registry.home)
-        plan = plan_collection(registry, keep_newest=len(rows))
+        notes = [] if problems else _leftovers(registry, len(rows))
     except sqlite3.DatabaseError as error:
         return DoctorReport(0, len(objects), (*problems, f"database: {error}; rebuild it"), ())
     finally:
         if connection.in_transaction:
             connection.execute("COMMIT")
-    notes = [f"{len(plan.objects)} objects that nothing refers to"] if plan.objects else []
-    notes += [f"left over: {path.relative_to(registry.home)}" for path in plan.leftovers]
     return DoctorReport(len(rows), len(objects), tuple(problems), tuple(notes))
+
+
+def _leftovers(registry: "AdapterRegistry", versions: int) -> list[str]:
+    """What a collection would sweep without taking any version; asked only where everything can be read."""
+    plan = plan_collection(registry, keep_newest=versions)
+    found = [f"{len(plan.objects)} objects that nothing refers to"] if plan.objects else []
+    return found + [f"left over: {path.relative_to(registry.home)}" for path in plan.leftovers]
 
 
 def _version_problems(

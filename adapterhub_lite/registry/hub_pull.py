@@ -22,8 +22,10 @@ from adapterhub_lite.errors import (
     UnknownNameError,
     UsageError,
 )
+from adapterhub_lite.registry.durable import make_folder, write_durably
 from adapterhub_lite.registry.hub_aliases import aliases_at
 from adapterhub_lite.registry.hub_client import HubRepo
+from adapterhub_lite.registry.locks import PULLS, pull_lock
 from adapterhub_lite.registry.manifest import (
     CONFIG_FILE,
     MANIFEST_FILE,
@@ -98,29 +100,37 @@ def pull_adapter(
         IntegrityError: bytes are not those of the manifest, twice in a row.
         AdapterRejectedError, BaseMismatchError, RegistryError: from taking it in.
         HubPermissionError, HubUnreachableError, UnknownNameError: from the hub.
+        ResourceError: the disk is full, or the home cannot be written to.
     """
     plain = (revision or "").removeprefix("@")
     if revision is not None and not (REVISION.fullmatch(plain) and (plain == revision or is_alias(plain))):
         raise UsageError(f"Wanted a revision like v3, @prod, a branch or a 40-hex commit; got {revision!r:.80}.")
     repo = HubRepo(repo_id, endpoint=endpoint, token=token)
-    wish, tell = _Wish(repo, revision, name, registry.home / "hub", base, verify), progress or (lambda _: None)
+    wish, tell = _Wish(repo, revision, name, registry.home / PULLS, base, verify), progress or (lambda _: None)
     if offline:
         return _checked(registry, wish, _remembered(registry, wish))
-    tag, sha = _pin(repo, revision)
-    tell(f"{repo_id} is at {sha}")
-    wish.folder.mkdir(parents=True, exist_ok=True)
-    folder = wish.folder / hashlib.sha256(f"{repo.endpoint} {repo_id} {sha}".encode()).hexdigest()[:32]
-    with FileLock(f"{folder}.lock"):
+    with registry.guard(f"pull {repo_id}"):
+        receipt = _pull(registry, wish, adopt, tell)
+        if plain != revision and revision is not None:
+            registry.set_alias(receipt.manifest.name, plain, version=receipt.manifest.version)
+        _remember(wish, receipt)
+    return receipt
+
+
+def _pull(registry: "AdapterRegistry", wish: _Wish, adopt: bool, tell: Progress) -> PullReceipt:
+    repo = wish.repo
+    tag, sha = _pin(repo, wish.revision)
+    tell(f"{repo.id} is at {sha}")
+    make_folder(wish.folder)
+    folder = wish.folder / hashlib.sha256(f"{repo.endpoint} {repo.id} {sha}".encode()).hexdigest()[:32]
+    with FileLock(pull_lock(folder)):
         if MANIFEST_FILE in repo.files(sha):
             receipt = _pull_verified(registry, wish, sha, tag, folder, tell)
         elif adopt:
             receipt = _adopt(registry, wish, sha, folder, tell)
         else:
-            raise AdapterRejectedError(repo_id, [f"it has no {MANIFEST_FILE}; adopt=True measures and records it here"])
+            raise AdapterRejectedError(repo.id, [f"it has no {MANIFEST_FILE}; adopt=True measures and records it here"])
         shutil.rmtree(folder, ignore_errors=True)
-    if revision is not None and revision.startswith("@"):
-        registry.set_alias(receipt.manifest.name, plain, version=receipt.manifest.version)
-    _remember(wish, receipt)
     return receipt
 
 
@@ -159,7 +169,7 @@ def _take_in(
     manifest = read_manifest(wish.repo.download(sha, MANIFEST_FILE, folder).read_bytes())
     if tag not in (None, f"v{manifest.version}"):
         raise IntegrityError(f"{wish.repo.id} says {tag}, its manifest says v{manifest.version}. Do not trust it.")
-    here = _already_here(registry, wish.name or manifest.name, manifest)
+    here = _intact(registry, f"{wish.name or manifest.name}:{manifest.version}", manifest.digest)
     if here is not None:
         return _checked(registry, wish, PullReceipt(here, sha, "store"))
     listed = wish.repo.files(sha)
@@ -187,15 +197,15 @@ def _checked(registry: "AdapterRegistry", wish: _Wish, receipt: PullReceipt) -> 
     return receipt
 
 
-def _already_here(registry: "AdapterRegistry", name: str, manifest: AdapterManifest) -> AdapterManifest | None:
+def _intact(registry: "AdapterRegistry", reference: str, digest: str) -> AdapterManifest | None:
     """The version as it is here, with every byte of it compared; None where something is missing or damaged."""
     try:
-        here = registry.resolve(f"{name}:{manifest.version}")
+        here = registry.resolve(reference)
         for file in here.files:
             registry.file(here, file, verify=True)
     except (UnknownNameError, IntegrityError):
         return None
-    return here if here.digest == manifest.digest else None
+    return here if here.digest == digest else None
 
 
 def _check_promise(manifest: AdapterManifest, sizes: dict[str, int]) -> None:
@@ -241,29 +251,25 @@ def _adopt(registry: "AdapterRegistry", wish: _Wish, sha: str, folder: Path, tel
 
 
 def _remember(wish: _Wish, receipt: PullReceipt) -> None:
-    fresh = wish.memo.with_suffix(f".{receipt.commit}.tmp")
-    fresh.write_text(json.dumps({"commit": receipt.commit, "reference": receipt.manifest.reference,
-                                 "digest": receipt.manifest.digest}))  # fmt: skip
-    fresh.replace(wish.memo)
+    manifest = receipt.manifest
+    said = {"commit": receipt.commit, "reference": manifest.reference, "digest": manifest.digest}
+    write_durably(wish.memo, json.dumps(said).encode())
 
 
 def _remembered(registry: "AdapterRegistry", wish: _Wish) -> PullReceipt:
     found = _memo(registry, wish)
     if found is None:
         raise HubUnreachableError(
-            f"{wish.repo.id} at {wish.revision or 'its newest version'} was not pulled here, or what was pulled is gone. "
+            f"{wish.repo.id} at {wish.revision or 'its newest version'} was not pulled here, or what was pulled is gone or damaged. "
             "Pull it once online."
         )
     return found
 
 
 def _memo(registry: "AdapterRegistry", wish: _Wish) -> PullReceipt | None:
-    """What an earlier pull of the same wish came to, where that is still here."""
+    """What an earlier pull of the same wish came to, where that is still here, byte for byte."""
     if not wish.memo.exists():
         return None
     memo = json.loads(wish.memo.read_text())
-    try:
-        manifest = registry.resolve(memo["reference"])
-    except UnknownNameError:
-        return None
-    return PullReceipt(manifest, memo["commit"], "offline") if manifest.digest == memo["digest"] else None
+    manifest = _intact(registry, memo["reference"], memo["digest"])
+    return PullReceipt(manifest, memo["commit"], "offline") if manifest else None

@@ -16,6 +16,8 @@ from adapterhub_lite.errors import RegistryError
 from adapterhub_lite.registry.durable import make_folder
 
 LOCK_SECONDS = 60.0
+# Where pulls lay down what they fetch, a folder each, until it is whole.
+PULLS = "hub"
 
 
 @contextmanager
@@ -36,6 +38,11 @@ def store_lock(home: Path, *, exclusive: bool) -> Iterator[None]:
                 raise RegistryError(f"Other processes kept {home} busy for {LOCK_SECONDS:g} s. Try again.")
             time.sleep(0.005)
         yield
+
+
+def pull_lock(folder: Path) -> str:
+    """The file whose lock a pull into `folder` holds."""
+    return f"{folder}.lock"
 
 
 class Lease:

@@ -3,7 +3,9 @@
 import sqlite3
 from functools import lru_cache
 
-from adapterhub_lite.errors import UnknownNameError
+from pydantic import ValidationError
+
+from adapterhub_lite.errors import RegistryError, UnknownNameError
 from adapterhub_lite.registry.database import no_such_name
 from adapterhub_lite.registry.manifest import AdapterManifest
 from adapterhub_lite.registry.reference import AdapterReference
@@ -67,8 +69,15 @@ def find_manifest(connection: sqlite3.Connection, reference: AdapterReference) -
 
 @lru_cache(maxsize=4096)
 def parse_stored(content: bytes) -> AdapterManifest:
-    """Parse a manifest of our own database. Manifests are immutable, so each is parsed once."""
-    return AdapterManifest.model_validate_json(content)
+    """Parse a manifest of our own database. Manifests are immutable, so each is parsed once.
+
+    Raises:
+        RegistryError: it is damaged.
+    """
+    try:
+        return AdapterManifest.model_validate_json(content)
+    except ValidationError as error:
+        raise RegistryError("A manifest in the database is damaged. Run `adapterhub-lite doctor --rebuild`.") from error
 
 
 def _unknown(connection: sqlite3.Connection, reference: AdapterReference) -> UnknownNameError:

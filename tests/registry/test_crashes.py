@@ -14,6 +14,7 @@ import pytest
 
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import ResourceError
+from adapterhub_lite.hub_server import HubServer
 from adapterhub_lite.registry import AdapterRegistry
 
 HERE = Path(__file__).parent
@@ -257,3 +258,15 @@ def test_a_read_only_home_can_be_read_and_says_so(
         with pytest.raises(ResourceError, match="cannot be written to"):
             attempt()
     assert read_only.aliases("sql") == {"prod": 1}
+
+
+def test_a_pull_into_a_read_only_home_says_so(
+    read_only: AdapterRegistry, other_adapter: Path, base: ResolvedBase, hub_server: HubServer, tmp_path: Path
+) -> None:
+    elsewhere = AdapterRegistry(tmp_path / "elsewhere")
+    elsewhere.add(other_adapter, "event", base=base)
+    elsewhere.push("event", "org/event", endpoint=hub_server.url)
+    with pytest.raises(ResourceError, match=r"Could not pull org/event: .* cannot be written to"):
+        read_only.pull("org/event", endpoint=hub_server.url)
+    # What is there can be published from there.
+    assert read_only.push("sql", "org/sql", endpoint=hub_server.url).uploaded

@@ -156,6 +156,10 @@ DAMAGE: dict[str, tuple[Callable[[AdapterRegistry], object], str]] = {
         lambda r: _execute(r, "UPDATE versions SET signature = replace(signature, 'a', 'b') WHERE version = 4"),
         "not a signature",
     ),
+    "manifest in the database": (
+        lambda r: _execute(r, "UPDATE versions SET manifest = x'7b7d' WHERE version = 4"),
+        "sql:4: adapterhub.json is not a manifest",
+    ),
     "digest": (
         lambda r: _execute(r, f"UPDATE versions SET digest = 'sha256:{'0' * 64}' WHERE version = 4"),
         "disagree on what it is",

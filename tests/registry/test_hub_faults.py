@@ -204,6 +204,7 @@ def test_files_that_arrived_are_not_fetched_again_after_an_interruption(
 
     with pytest.raises(KeyboardInterrupt):
         elsewhere.pull(REPO, endpoint=hub_server.url, progress=interrupt)
+    assert [path.parent for path in elsewhere.plan_gc().leftovers] == [elsewhere.home / "hub"], "gc would sweep it"
     # An exchange is logged when it has ended, which may be after the client went on.
     deadline = time.monotonic() + 30
     while not any(one.path.endswith("/adapter_config.json") and one.method == "GET" for one in hub_server.faults.log):
@@ -215,3 +216,22 @@ def test_files_that_arrived_are_not_fetched_again_after_an_interruption(
         one.path.rpartition("/")[2] for one in hub_server.faults.log if "/resolve/" in one.path and one.method == "GET"
     ]
     assert fetched == ["adapter_model.safetensors"]
+
+
+def test_what_a_pull_left_that_was_broken_off_is_swept_and_a_running_one_is_left_alone(
+    elsewhere: AdapterRegistry, published: str, hub_server: HubServer
+) -> None:
+    swept = []
+
+    def interrupt(step: str) -> None:
+        if "safetensors" in step:
+            elsewhere.gc()
+            swept.append(not list((elsewhere.home / "hub").glob("*/adapterhub.json")))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        elsewhere.pull(REPO, endpoint=hub_server.url, progress=interrupt)
+    assert swept == [False], "while it runs"
+    elsewhere.gc()
+    assert not list((elsewhere.home / "hub").glob("*/"))
+    assert elsewhere.examine().notes == ()

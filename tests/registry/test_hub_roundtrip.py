@@ -163,6 +163,13 @@ def test_offline_is_asked_for_and_said(
         offline = elsewhere.pull(REPO, revision="v1", endpoint=hub.url, offline=True)
         assert hub.faults.log == []
     assert (offline.manifest, offline.commit, offline.source) == (online.manifest, online.commit, "offline")
+    path = elsewhere.file(online.manifest, "adapter_model.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(content)
+    with pytest.raises(HubUnreachableError, match="or what was pulled is gone"):
+        elsewhere.pull(REPO, revision="v1", endpoint=hub.url, offline=True)
 
 
 def test_a_pull_replays_the_canary_where_that_is_asked_for(
