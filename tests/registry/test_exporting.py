@@ -1,6 +1,7 @@
 """Layouts for other programs: vLLM's resolver folder, and GGUF through llama.cpp's own converter."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import ConfigurationError, UsageError
+from adapterhub_lite.merging.deltas import read_factors
 from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.registry.exporting import export_gguf, export_vllm
 
@@ -69,3 +71,22 @@ def test_gguf_goes_through_the_converter(
     assert export_gguf(registry, manifest, out, base=base).read_bytes().startswith(b"GGUF")
     with pytest.raises(UsageError, match="already"):
         export_gguf(registry, manifest, out, base=base)
+
+
+@pytest.mark.skipif("LLAMA_CPP_CONVERTER" not in os.environ, reason="LLAMA_CPP_CONVERTER names no converter")
+def test_the_real_converter_keeps_every_delta(
+    registry: AdapterRegistry, make_adapter: Any, base: ResolvedBase, tmp_path: Path
+) -> None:
+    import torch
+    from gguf import GGUFReader
+
+    manifest = registry.add(make_adapter(seed=1, targets=("v_proj", "down_proj"), alpha=12), "sql", base=base)
+    made = GGUFReader(export_gguf(registry, manifest, tmp_path / "sql.gguf", base=base))
+    found = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in made.tensors}
+    scaling = made.fields["adapter.lora.alpha"].contents() / manifest.lora.rank
+    wanted = read_factors(registry.file(manifest, "adapter_model.safetensors"), manifest.lora)
+    assert len(found) == 2 * len(wanted) == 8
+    for layer in range(2):
+        for here, there in (("self_attn.v_proj", "attn_v"), ("mlp.down_proj", "ffn_down")):
+            a, b = (found[f"blk.{layer}.{there}.weight.lora_{part}"] for part in "ab")
+            torch.testing.assert_close(scaling * b @ a, wanted[f"model.layers.{layer}.{here}"].delta())
