@@ -42,8 +42,16 @@ def export(
         named = ", ".join(registry.resolve(reference).reference for reference in references)
         return would(f"write {named} to {target} in the layout {layout}", as_json, target=str(target))
     if layout == "vllm":
-        written = export_vllm(registry, [registry.resolve(reference) for reference in references], target)
-        use = f"vLLM serves them with VLLM_LORA_RESOLVER_CACHE_DIR={target}"
+        manifests = [registry.resolve(reference) for reference in references]
+        written = export_vllm(registry, manifests, target)
+        # vLLM takes powers of two from 8 on.
+        widest = max(8, *(1 << (m.lora.rank - 1).bit_length() for m in manifests))
+        bases = sorted({m.base.id for m in manifests})
+        use = (
+            "vLLM serves them with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 VLLM_PLUGINS=lora_filesystem_resolver "
+            f"VLLM_LORA_RESOLVER_CACHE_DIR={target} vllm serve {' or '.join(bases)} --enable-lora "
+            f"--max-lora-rank {widest}"
+        )
     elif layout == "gguf":
         with waiting(f"converting {references[0]}"):
             resolved = resolve_base(base, home=home) if base else None

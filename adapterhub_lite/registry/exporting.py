@@ -35,7 +35,8 @@ def export_vllm(registry: "AdapterRegistry", manifests: Sequence[AdapterManifest
     """Write versions as `folder`/<name>/ with adapter_config.json and adapter_model.safetensors alone.
 
     This is what vLLM's filesystem LoRA resolver reads with VLLM_LORA_RESOLVER_CACHE_DIR=`folder`: a request for the
-    model `<name>` finds the adapter in the folder of that name. One version of a name at a time, for that reason.
+    model `<name>` finds the adapter in the folder of that name, if vLLM serves its base under the very id that stands
+    in its configuration. One version of a name at a time, for that reason.
 
     Raises:
         IntegrityError: a file of a version is missing or damaged here.
