@@ -10,7 +10,7 @@ from adapterhub_lite.errors import (
     UnknownNameError,
     UsageError,
 )
-from adapterhub_lite.registry.hub_client import WRITE_TRIES, HubRepo, rest
+from adapterhub_lite.registry.hub_client import TRIES, WRITE_TRIES, HubRepo, rest
 from adapterhub_lite.registry.hub_errors import ConflictError
 from adapterhub_lite.registry.manifest import ALIASES_FILE
 from adapterhub_lite.registry.reference import is_alias
@@ -52,10 +52,12 @@ def push_alias(
     Raises:
         AliasConflictError: it points elsewhere than `expect`.
         UnknownNameError: the version is not published.
+        PublishConflictError, HubUnreachableError: others kept publishing, or no answer, after bounded tries.
     """
     if not is_alias(alias):
         raise UsageError(f"Wanted an alias of letters, digits, '.', '_', '-', not all digits; got {alias!r:.80}.")
-    repo = HubRepo(repo_id, endpoint=endpoint, token=token)
+    repo, lost = HubRepo(repo_id, endpoint=endpoint, token=token), 0
+    last: ConflictError | None = None
     for attempt in range(WRITE_TRIES):
         head = repo.head()
         found = aliases_at(repo, head)
@@ -69,6 +71,14 @@ def push_alias(
         text = json.dumps(wanted, indent=1, sort_keys=True).encode()
         try:
             repo.commit(head, f"alias {alias} -> {version}", "", {ALIASES_FILE: text}, [])
-        except (ConflictError, HubUnreachableError) as error:
+        except HubUnreachableError as error:
+            lost += 1
+            if lost == TRIES:
+                raise
             rest(attempt, error)
-    raise PublishConflictError(f"Others kept publishing to {repo_id} while {alias!r} was moved; try again later.")
+        except ConflictError as error:
+            last = error
+            rest(attempt, error)
+    raise PublishConflictError(
+        f"Others kept publishing to {repo_id} while {alias!r} was moved; try again later."
+    ) from last

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from adapterhub_lite.bases import ResolvedBase, resolve_base
-from adapterhub_lite.errors import PublishConflictError
+from adapterhub_lite.errors import HubUnreachableError, PublishConflictError
 from adapterhub_lite.hub_server import HubServer
 from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.registry.hub import PushReceipt, push_alias, remote_aliases
@@ -120,6 +120,40 @@ def test_aliases_set_at_the_same_time_are_all_kept(eight: AdapterRegistry, hub_s
     with ThreadPoolExecutor(len(names)) as pool:
         list(pool.map(lambda name: push_alias(REPO, name, 1, endpoint=hub_server.url), names))
     assert remote_aliases(REPO, endpoint=hub_server.url) == dict.fromkeys(names, 1)
+
+
+def test_who_never_gets_a_turn_gives_up_and_says_why(
+    eight: AdapterRegistry, hub_server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a token that may only open pull requests, which is answered 412 for ever (datasets#7777)."""
+    monkeypatch.setattr("adapterhub_lite.registry.hub.WRITE_TRIES", 3)
+    repo = HubRepo(REPO, endpoint=hub_server.url)
+    steps = []
+
+    def cut_in(step: str) -> None:
+        steps.append(step)
+        if step.startswith("publishing"):
+            repo.commit(repo.head(), "somebody else's", "", {"notes.txt": str(len(steps)).encode()}, [])
+
+    with pytest.raises(PublishConflictError, match=r"Others kept publishing .* sql:1"):
+        eight.push("sql:1", REPO, endpoint=hub_server.url, progress=cut_in)
+    assert sum(step.startswith("publishing") for step in steps) == 3
+    assert repo.tags() == {}
+
+
+def test_an_alias_on_a_hub_that_stays_away_is_given_up_on(
+    eight: AdapterRegistry, hub_server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eight.push("sql:1", REPO, endpoint=hub_server.url)
+    monkeypatch.setattr("adapterhub_lite.registry.hub_aliases.TRIES", 2)
+    fault = hub_server.faults.add("503", "/commit/", times=99)
+    with pytest.raises(HubUnreachableError, match="503"):
+        push_alias(REPO, "prod", 1, endpoint=hub_server.url)
+    assert fault.times == 97
+    hub_server.faults.clear()
+    hub_server.faults.add("lost_response", "/commit/")
+    assert push_alias(REPO, "prod", 1, endpoint=hub_server.url) == {"prod": 1}
+    assert len(HubRepo(REPO, endpoint=hub_server.url).log(HubRepo(REPO, endpoint=hub_server.url).head())) == 3
 
 
 @pytest.mark.slow
