@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -186,8 +186,3 @@ def _set_dtype(path: Path, dtype: str | None) -> str:
     config["dtype"] = written
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return str(written)
-
-
-def receipt_of(merged: MergedModel) -> dict[str, Any]:
-    """The receipt as JSON-ready values, as it lies in the merged folder."""
-    return {key: value for key, value in asdict(merged).items() if key != "folder"}

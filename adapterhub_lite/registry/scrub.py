@@ -23,8 +23,3 @@ def scrub(value: Json) -> Json:
     if isinstance(value, list | tuple):
         return [scrub(item) for item in value]  # type: ignore[return-value]
     return value
-
-
-def has_local_path(text: str) -> bool:
-    """Whether `text` names a place on somebody's machine."""
-    return LOCAL_PATH.search(text) is not None

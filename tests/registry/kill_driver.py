@@ -23,6 +23,8 @@ from adapterhub_lite.registry.transfer import import_adapter
 
 # How many acts a child lives through on the average, twice over: the instants fall into all kinds of them.
 ACTS_A_LIFE = 4
+# A child dies in an act about as often as the act takes long; the quick one is done more often, to be hit as well.
+ACTS = ["add", *["alias"] * 6, "pull", "gc", "remove"]
 
 
 def variant(chance: random.Random, adapters: list[Path], scratch: Path) -> Path:
@@ -47,7 +49,7 @@ def work(
         os.write(report, (" ".join(map(str, words)) + "\n").encode())
 
     while True:
-        act = chance.choice(["add", "alias", "pull", "gc", "remove"])
+        act = chance.choice(ACTS)
         versions = [line.version for line in registry.summaries("sql")]
         if act == "add" or not versions:
             tell("begin", "add")
