@@ -15,6 +15,8 @@ from fastapi import Request
 from adapterhub_lite.hub_server.store import Commit, Entry, HubRefusal, HubStore, Repo
 from adapterhub_lite.hub_server.xet import XetStore
 
+MAX_DEPTH = 32
+
 
 @dataclass(frozen=True)
 class Account:
@@ -26,12 +28,23 @@ class Account:
 
 
 def front_matter(text: str) -> dict[str, Any]:
-    """The metadata block of a card, {} without one; raises YAMLError when it is no mapping."""
+    """The metadata block of a card, {} without one; raises YAMLError when it is no mapping, or one that would grow."""
     match = re.match(r"^---\r?\n(.*?)\r?\n---(\r?\n|$)", text, re.DOTALL)
-    found = yaml.safe_load(match.group(1)) if match else {}
+    block, depth = match[1] if match else "{}", 0
+    for event in yaml.parse(block, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        # A few aliases of aliases are gigabytes once they are written out as JSON.
+        if isinstance(event, yaml.AliasEvent) or depth > MAX_DEPTH:
+            raise yaml.YAMLError("the metadata block has aliases or is nested too deep")
+    found = yaml.safe_load(block)
     if not isinstance(found, dict):
         raise yaml.YAMLError("the metadata block is not a mapping")
     return found
+
+
+def texts(value: Any) -> list[str]:
+    """The texts in what a card has under a key: one, or a list of them."""
+    return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
 
 
 class Hub:
@@ -106,15 +119,15 @@ class Hub:
             card = front_matter(self.store.blob(readme.sha256).read_text()) if readme else {}
         except (yaml.YAMLError, UnicodeDecodeError):
             card = {}
-        bases = card.get("base_model") or []
-        bases = [bases] if isinstance(bases, str) else bases
-        kinds = ["", *([f"{card['base_model_relation']}:"] if "base_model_relation" in card else [])]
-        tags = [*(card.get("tags") or []), *(f"base_model:{kind}{base}" for kind in kinds for base in bases)]
-        tags += [card["library_name"]] if "library_name" in card else []
+        if "tags" in card:
+            card["tags"] = texts(card["tags"])  # the client iterates over them
+        kinds = ["", *(f"{relation}:" for relation in texts(card.get("base_model_relation")))]
+        tags = [f"base_model:{kind}{base}" for kind in kinds for base in texts(card.get("base_model"))]
+        tags = [*card.get("tags", ()), *tags, *texts(card.get("library_name"))]
         files = [{"rfilename": path, "blobId": file.oid} | described(file) for path, file in commit.files.items()]
         return {"id": repo.id, "sha": commit.sha, "private": repo.private, "gated": repo.gated or False, "tags": tags,
                 "createdAt": repo.created, "lastModified": commit.date, "siblings": files,
-                "cardData": json.loads(json.dumps(card, default=str))}  # fmt: skip
+                "cardData": json.loads(json.dumps(card, default=str, skipkeys=True))}  # fmt: skip
 
 
 def described(file: Entry) -> dict[str, Any]:

@@ -101,7 +101,7 @@ class Wire:
         """Check the metadata of a card, as far as this hub can."""
         try:
             bases = front_matter(body["content"]).get("base_model") or []
-            bases = [bases] if isinstance(bases, str) else bases
+            bases = bases if isinstance(bases, list) else [bases]
             errors = [f'"base_model" {base!r} is not a model id' for base in bases if not MODEL_ID.fullmatch(str(base))]
         except yaml.YAMLError as error:
             errors = [str(error)]

@@ -1,8 +1,10 @@
 """The unmodified client against the hub: everything that goes up comes down, byte for byte."""
 
+import base64
 import hashlib
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -138,6 +140,34 @@ def test_a_card_that_the_real_hub_refuses_is_refused(api: HfApi, card: str) -> N
     api.create_repo(REPO)
     with pytest.raises(ValueError, match="Invalid metadata"):
         api.upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id=REPO)
+
+
+# Small enough to be survived where it goes off: eight to the fifth texts.
+BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 8)}]\n" for before, name in pairwise("abcde")
+)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [BOMB, "a: " + "[" * 5000, "tags: 5\nbase_model: 7", "base_model: [1, {a: b}]\n2020-01-01: x", "- a", "\x01"],
+)
+def test_a_strange_card_hurts_no_other_repository(hub_server: HubServer, api: HfApi, block: str) -> None:
+    """Committed past the client, which would have had it validated."""
+    import httpx
+
+    for repo in (REPO, "org/other"):
+        api.create_repo(repo)
+    content = base64.b64encode(f"---\n{block}\n---\n".encode()).decode()
+    lines = [
+        {"key": "header", "value": {"summary": "s"}},
+        {"key": "file", "value": {"content": content, "encoding": "base64", "path": "README.md"}},
+    ]
+    body = "\n".join(map(json.dumps, lines))
+    assert httpx.post(f"{hub_server.url}/api/models/{REPO}/commit/main", content=body).status_code == 200
+    assert [model.id for model in api.list_models()] == [REPO, "org/other"]
+    assert api.list_repo_files(REPO) == [".gitattributes", "README.md"]
+    assert len(httpx.get(f"{hub_server.url}/api/models/{REPO}").content) < 2000
 
 
 @pytest.mark.parametrize("path", ["../../escape.txt", "a/../../escape.txt"])
