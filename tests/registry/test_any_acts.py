@@ -12,11 +12,13 @@ from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import RegistryError, UsageError
 from adapterhub_lite.registry import AdapterRegistry
 
-VERSIONS, ALIASES = st.integers(1, 5), st.sampled_from(["prod", "beta"])
+# Few of each, so that acts meet.
+VERSIONS, ALIASES = st.integers(1, 4), st.sampled_from(["prod", "prod", "prod", "beta"])
 ACT = st.one_of(
     st.tuples(st.just("add")),
-    st.tuples(st.just("set"), ALIASES, VERSIONS),
-    st.tuples(st.sampled_from(["back", "drop"]), ALIASES),
+    *[st.tuples(st.just("set"), ALIASES, VERSIONS)] * 3,
+    *[st.tuples(st.just("back"), ALIASES)] * 3,
+    st.tuples(st.just("drop"), ALIASES),
     st.tuples(st.sampled_from(["pin", "unpin", "remove"]), VERSIONS),
     st.tuples(st.just("gc")),
     st.tuples(st.just("rebuild")),
@@ -105,10 +107,10 @@ def do(registry: AdapterRegistry, adapter: Path, base: ResolvedBase, act: str, *
 
 
 @settings(deadline=None, max_examples=15, suppress_health_check=list(HealthCheck))
-@given(acts=st.lists(ACT, min_size=3, max_size=25))
+@given(acts=st.lists(ACT, min_size=20, max_size=30))
 def test_any_acts(acts: list[Any], adapter: Path, base: ResolvedBase, tmp_path_factory: pytest.TempPathFactory) -> None:
     registry, model = AdapterRegistry(tmp_path_factory.mktemp("home")), Model()
-    for act in [("add",), ("add",), *acts]:
+    for act in [*[("add",)] * 4, *acts, ("rebuild",), ("add",)]:
         assert do(registry, adapter, base, *act) == model.do(*act), act
         assert {manifest.version for manifest in registry.list("sql")} == model.present
         assert registry.aliases("sql") == model.aliases
