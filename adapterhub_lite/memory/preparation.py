@@ -2,7 +2,6 @@
 
 import ctypes
 import sys
-from importlib.util import find_spec
 from typing import Any
 
 from adapterhub_lite.memory.presets import Machine, MemoryPreset
@@ -57,14 +56,21 @@ def give_back_freed_memory(preset: MemoryPreset) -> None:
     libc.malloc_trim(0)
 
 
-def best_attention(preset: MemoryPreset, machine: Machine) -> tuple[str, str]:
-    """(attn_implementation for `from_pretrained`, the reason): flash where it is installed and legal, else SDPA."""
-    if machine.device != "cuda":
-        return "sdpa", f"flash attention needs a GPU, and the run is on {machine.device}"
-    if preset.dtype == "float32":
-        return "sdpa", "flash attention needs fp16 or bf16"
-    if machine.capability is not None and machine.capability < (8, 0):
-        return "sdpa", "flash attention needs compute capability 8.0 or newer"
-    if "flash_attn" not in machine.packages and find_spec("flash_attn") is None:
-        return "sdpa", "flash_attn is not installed"
-    return "flash_attention_2", "flash_attn is installed and the GPU can run it"
+def best_attention(preset: MemoryPreset, machine: Machine, supported: frozenset[str]) -> tuple[str, str]:
+    """(attn_implementation for `from_pretrained`, the reason): flash where it is installed and legal, SDPA, else eager.
+
+    `supported` are those that the model can take, as `ModelShape.attentions` has them.
+    """
+    if "flash_attention_2" not in supported:
+        reason = "the model has no flash attention"
+    elif machine.device != "cuda":
+        reason = f"flash attention needs a GPU, and the run is on {machine.device}"
+    elif preset.dtype == "float32":
+        reason = "flash attention needs fp16 or bf16"
+    elif machine.capability is not None and machine.capability < (8, 0):
+        reason = "flash attention needs compute capability 8.0 or newer"
+    elif "flash_attn" not in machine.packages:
+        reason = "flash_attn is not installed"
+    else:
+        return "flash_attention_2", "flash_attn is installed and the GPU can run it"
+    return ("sdpa", reason) if "sdpa" in supported else ("eager", f"{reason}, and the model has no SDPA")
