@@ -48,14 +48,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def make_base(shape: str, folder: Path) -> Path:
-    """The embedded base, or random weights of `shape` in bf16 with a tokenizer of two words; returns its folder."""
+def make_base(shape: dict[str, Any] | None, folder: Path) -> Path:
+    """Random weights of `shape` in bf16 with a tokenizer of two words, or the embedded base; returns its folder."""
     from tokenizers import Tokenizer, models
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    if shape == EMBEDDED:
+    if shape is None:
         return resolve_base(EMBEDDED).folder
-    settings = dict(SHAPES[shape])
+    settings = dict(shape)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     words = Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
@@ -64,7 +64,7 @@ def make_base(shape: str, folder: Path) -> Path:
     return folder
 
 
-def measure(folder: str, preset: str, length: int, output: str) -> None:
+def measure(folder: str, preset: str, length: int, rows_a_step: int, rank: int, output: str) -> None:
     """The child: train two steps under a preset, and print what the trainer predicted before beside what it measured."""
     from datasets import Dataset
 
@@ -73,7 +73,8 @@ def measure(folder: str, preset: str, length: int, output: str) -> None:
     arguments = AdapterTrainingArguments(
         output_dir=output,
         memory_preset=preset,
-        per_device_train_batch_size=ROWS,
+        per_device_train_batch_size=rows_a_step,
+        rank=rank,
         max_steps=2,
         max_length=length,
         show_progress=False,
@@ -82,7 +83,7 @@ def measure(folder: str, preset: str, length: int, output: str) -> None:
     )
     # Without an end token the trainer refuses the rows.
     end = load_tokenizer(folder).eos_token_id
-    ids = [[*torch.randint(10, 1000, (length - 1,)).tolist(), end] for _ in range(2 * ROWS)]
+    ids = [[*torch.randint(10, 1000, (length - 1,)).tolist(), end] for _ in range(2 * rows_a_step)]
     rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
     trainer = AdapterTrainer(folder, arguments, rows)
     trainer.train()
@@ -92,7 +93,9 @@ def measure(folder: str, preset: str, length: int, output: str) -> None:
     print(json.dumps({"predicted": predicted.total, "components": predicted.components, "measured": peak}))
 
 
-def run_child(scratch: Path, base: Path, preset: str, length: int) -> dict[str, Any]:
+def run_child(
+    scratch: Path, base: Path, preset: str, length: int, *, rows: int = ROWS, rank: int = 8
+) -> dict[str, Any]:
     """Measure one combination in a process and a home of its own.
 
     Raises:
@@ -100,7 +103,7 @@ def run_child(scratch: Path, base: Path, preset: str, length: int) -> dict[str, 
     """
     output = scratch / f"{preset}-{length}"
     command = [sys.executable, "-W", "ignore", "-m", "scripts.bench.memory_accuracy", "--child"]
-    command += [str(base), preset, str(length), str(output / "run")]
+    command += [str(base), preset, str(length), str(rows), str(rank), str(output / "run")]
     environment = {**os.environ, "ADAPTERHUB_HOME": str(output)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     shutil.rmtree(output, ignore_errors=True)
@@ -119,11 +122,11 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="*", type=int, default=list(LENGTHS), help="tokens a row")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no run after so long")
     parser.add_argument("--again", action="store_true", help="measure also what was measured before")
-    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=6, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        base, preset, length, output = arguments.child
-        measure(base, preset, int(length), output)
+        base, preset, length, rows, rank, output = arguments.child
+        measure(base, preset, int(length), int(rows), int(rank), output)
         return
     from adapterhub_lite.memory import MEMORY_PRESETS, Machine, refusal
 
@@ -137,7 +140,7 @@ def main() -> None:
     if not arguments.again:
         wanted = [(preset, length) for preset, length in wanted if f"{arguments.shape}:{preset}:{length}" not in found]
     with tempfile.TemporaryDirectory() as scratch:
-        base = make_base(arguments.shape, Path(scratch) / "base") if wanted else Path()
+        base = make_base(SHAPES.get(arguments.shape), Path(scratch) / "base") if wanted else Path()
         for preset, length in wanted:
             if time.monotonic() > end:
                 print("stopped for the time; call again to go on")
