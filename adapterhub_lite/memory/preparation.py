@@ -1,6 +1,7 @@
 """A loaded base made ready for a preset: frozen, checkpointed, never blown up to fp32. Knows transformers, not PEFT."""
 
 import ctypes
+import logging
 import sys
 from typing import Any
 
@@ -19,6 +20,7 @@ def prepare_for_training(model: Any, preset: MemoryPreset) -> Any:
         model.requires_grad_(False)
     if preset.quantization is not None:
         _let_go_of_the_file(model)
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_news)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes would repack 4-bit weights for a CPU at the first evaluation, rounding their scales to bf16:
@@ -31,6 +33,11 @@ def prepare_for_training(model: Any, preset: MemoryPreset) -> Any:
         # The first layer's input is an embedding without gradient: checkpointing would skip the whole backward pass.
         model.enable_input_require_grads()
     return model
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """LLM.int8 says for each layer of each evaluation that it casts what it is given: hundreds of lines a step."""
+    return "inputs will be cast" not in str(record.msg)
 
 
 def _let_go_of_the_file(model: Any) -> None:
