@@ -52,13 +52,15 @@ class LoraShape(nn.Module):
         """Map (..., in) to (..., out)."""
         down, up = self.down.to(states.dtype), self.up.to(states.dtype)
         if self.packed:
-            result = cast(Tensor, KeepsInputs.apply(self._unpack, states, self.weight))
+            result = cast(Tensor, KeepsInputs.apply(self._unpacked, states, self.weight))
         else:
             result = F.linear(states, self.weight, self.bias)
         return result.add_(F.linear(F.linear(states, down), up))
 
-    def _unpack(self, states: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(states, weight.clone(), self.bias)
+    def _unpacked(self, states: Tensor, weight: Tensor) -> Tensor:
+        # With a bias it is a view, which autograd would not let anyone add to.
+        made = states.new_empty(*states.shape[:-1], len(weight))
+        return made.copy_(F.linear(states, weight.clone(), self.bias))
 
 
 def put_lora(model: nn.Module, rank: int, target_modules: Any, *, packed: bool) -> None:

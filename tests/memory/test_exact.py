@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.memory import Rejection, Workload, draw_plan, dry_run, estimate_memory, plan_memory, plan_table
@@ -16,6 +17,18 @@ def test_the_estimate_is_near_the_dry_run(small_config: Any, name: str) -> None:
     overhead = OVERHEAD_BYTES["cpu"]
     exact = dry_run(small_config, name, Workload(8, 128)) - overhead
     reckoned = estimate_memory(small_config, name, batch_size=8, sequence_length=128).total - overhead
+    assert reckoned == pytest.approx(exact, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["lora-bf16", "qlora-nf4-gc", "lora-int8", "full"])
+def test_so_it_is_for_a_model_with_biases_on_a_gpu(name: str) -> None:
+    config = AutoConfig.for_model(
+        "qwen2", vocab_size=4096, hidden_size=256, intermediate_size=1024, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    overhead = OVERHEAD_BYTES["cuda"]
+    exact = dry_run(config, name, Workload(4, 700, device="cuda")) - overhead
+    reckoned = estimate_memory(config, name, batch_size=4, sequence_length=700, device="cuda").total - overhead
     assert reckoned == pytest.approx(exact, rel=0.1)
 
 
