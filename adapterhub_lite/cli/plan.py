@@ -39,7 +39,7 @@ def plan(
 
     Example: `adapterhub-lite plan smollm2-135m --sequence-length 2048 --device-memory 16GiB`
     """
-    from adapterhub_lite.memory import draw_plan, dry_run, plan_memory, plan_table
+    from adapterhub_lite.memory import BAR_LEGEND, draw_plan, dry_run, plan_memory, plan_table
 
     request = PlanRequest(**given)
     lengths = _lengths(base, data, request) if data else None
@@ -68,6 +68,7 @@ def plan(
         say(f"run on fake tensors: {run_dry / 2**30:.2f} GiB")
     head, *rows = plan_table(found)
     print_table(f"Memory of a run on {base}", head, rows)
+    say(BAR_LEGEND)
 
 
 def _as_json(found: "MemoryPlan") -> dict[str, Any]:

@@ -6,19 +6,21 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import ConfigurationError, UnknownNameError
 from adapterhub_lite.home import adapterhub_home
 from adapterhub_lite.memory.presets import MemoryPreset, find_preset
-from adapterhub_lite.memory.tracing import ModelShape, StepBytes, model_shape, trace_step
+from adapterhub_lite.memory.tracing import ModelShape, StepBytes, TracedStep, model_shape, trace_step
 
 GIB = 2**30
 # Python, torch, transformers and the rest, resident on a CPU; the CUDA context and its libraries on a GPU.
 OVERHEAD_BYTES = {"cpu": 700 * 2**20, "cuda": 600 * 2**20}
 # Of the loss's tiles: products in the base's dtype and sums in fp32 of 2 ** 21 (CPU) or 2 ** 25 (GPU) logits.
 TILE_LOGITS = {"cpu": 2**21, "cuda": 2**25}
-# Rows up to this length have their score matrices made on a CPU; longer ones take torch's kernel, which makes none.
-SHORT_TOKENS = 512
+# Of the loss with a trained head: exponentials that are kept.
+PANEL_LOGITS = {"cpu": 2**26, "cuda": 2**27}
 NF4_CONSTANTS = 1 / 64 + 4 / (64 * 256)
 COMPONENTS = (
     "weights", "quantization", "adapter", "gradients", "optimizer", "activations", "loss", "temporary", "overhead",
@@ -96,7 +98,7 @@ class ModelFacts:
     def __init__(self, config: Any) -> None:
         self.config = config
         self._shapes: dict[Any, ModelShape] = {}
-        self._steps: dict[Any, StepBytes] = {}
+        self._steps: dict[TracedStep, StepBytes] = {}
 
     def shape(self, target_modules: Any) -> ModelShape:
         """Parameters and sizes."""
@@ -106,19 +108,29 @@ class ModelFacts:
 
     def step(self, preset: MemoryPreset, workload: Workload) -> StepBytes:
         """Activations of one row, scaled to the batch: they grow with rows exactly, with tokens not always."""
-        rank = 0 if preset.trains == "head" else workload.rank
-        key = (workload.sequence_length, rank, workload.target_modules, preset.torch_dtype.itemsize)
-        if key not in self._steps:
-            self._steps[key] = trace_step(
-                self.config,
-                batch_size=1,
-                sequence_length=workload.sequence_length,
-                dtype=preset.torch_dtype,
-                rank=rank,
-                target_modules=workload.target_modules,
-            )
-        one, rows = self._steps[key], workload.batch_size
-        return StepBytes(one.fixed * rows, one.per_layer * rows, one.temporary * rows, one.layer_input * rows)
+        traced = traced_step(preset, workload)
+        if traced not in self._steps:
+            self._steps[traced] = trace_step(self.config, traced)
+        return self._steps[traced].of_rows(workload.batch_size)
+
+
+def traced_step(preset: MemoryPreset, workload: Workload) -> TracedStep:
+    """One row of `workload` under `preset`, as it is traced."""
+    trains_lora, whole = preset.trains == "lora", preset.strategy not in ("zero3", "fsdp")
+    return TracedStep(
+        sequence_length=workload.sequence_length,
+        # Another dtype of the same size keeps as many bytes.
+        dtype=torch.bfloat16 if preset.torch_dtype.itemsize == 2 else preset.torch_dtype,
+        trains=preset.trains,
+        rank=workload.rank if trains_lora else 0,
+        target_modules=workload.target_modules if trains_lora else "all-linear",
+        # What a layer is unpacked into does not grow with rows, and is reckoned apart.
+        packed=False,
+        lean=whole,
+        # LLM.int8 looks for outliers in all rows at once, so that they are not alone when they lie end to end.
+        end_to_end=whole and preset.quantization != "int8",
+        device=workload.device,
+    )
 
 
 _KNOWN: dict[str, ModelFacts] = {}
@@ -142,44 +154,58 @@ def facts_of(base: Any) -> ModelFacts:
 
 def estimate(facts: ModelFacts, preset: MemoryPreset, workload: Workload) -> MemoryEstimate:
     """`estimate_memory` for facts that are shared between many questions."""
-    shape, step = facts.shape(workload.target_modules), facts.step(preset, workload)
+    shape = facts.shape(workload.target_modules)
     weights, constants = _weight_bytes(shape, preset)
-    lora = workload.rank * shape.lora_inputs_outputs if preset.trains == "lora" else 0
-    trained = {"lora": lora, "head": shape.head_parameters, "all": shape.parameters}[preset.trains]
-    size = 4 if preset.trained_dtype == "float32" else 2
-    gradients = trained * size
-    optimizer = 2 * trained * (1 if "8bit" in preset.optimizer else size)
-    saved = step.saved(shape.layers, checkpointing=preset.gradient_checkpointing)
-    loss = _loss_bytes(shape, preset, workload)
-    temporary = step.working(checkpointing=preset.gradient_checkpointing) + _unpacking_bytes(shape, preset)
-    temporary += score_bytes(shape, workload)
+    trained = _trained(shape, preset, workload)
+    gradients = trained * preset.trained_bytes
+    adapter = gradients if preset.trains == "lora" else 0
+    optimizer = 2 * trained * (1 if "8bit" in preset.optimizer else preset.trained_bytes)
     split, ranks = preset.strategy, workload.world_size
     if split in ("zero1", "zero2", "zero3", "fsdp"):
-        optimizer //= ranks
+        optimizer = 0 if preset.offload else optimizer // ranks
     if split in ("zero2", "zero3", "fsdp"):
         gradients //= ranks
+    gathered = 0
     if split in ("zero3", "fsdp"):
-        gathered = weights // max(1, shape.layers) + shape.head_parameters * 2
-        temporary += 0 if ranks == 1 and not preset.offload else gathered
+        # One layer and the head are whole at a time.
+        gathered = 0 if ranks == 1 and not preset.offload else weights // shape.layers + shape.head_parameters * 2
         weights, constants = (0, 0) if preset.offload else (weights // ranks, constants // ranks)
-        optimizer = 0 if preset.offload else optimizer
-    if split == "ddp":
-        temporary += gradients
-    # The loss and the layers' temporaries are not there together, nor are activations and the last gradients.
-    if loss >= temporary:
-        temporary = 0
-    else:
-        loss = 0
+    # DDP's buckets are a second copy.
+    buckets = gradients if split == "ddp" else 0
+    moments = _moments(facts, preset, workload, gradients)
+    worst = max(moments, key=lambda moment: sum(moment.values()))
+    components = {
+        **dict.fromkeys(COMPONENTS, 0), "weights": weights, "quantization": constants, "adapter": adapter,
+        "optimizer": optimizer, "overhead": OVERHEAD_BYTES.get(workload.device, 0), **worst,
+    }  # fmt: skip
+    components["temporary"] += gathered + buckets
+    return MemoryEstimate(preset.name, workload, components)
+
+
+def _moments(facts: ModelFacts, preset: MemoryPreset, workload: Workload, gradients: int) -> tuple[dict[str, int], ...]:
+    """The components that come and go, at each moment of a step that may be its worst; `gradients` are one rank's."""
+    shape, step = facts.shape(workload.target_modules), facts.step(preset, workload)
+    checkpointing = preset.gradient_checkpointing
+    saved, working = step.saved(shape.layers, checkpointing=checkpointing), step.working(checkpointing=checkpointing)
+    working += _unpacking_bytes(shape, preset)
     held = gradients if workload.accumulation > 1 else 0
-    if saved + loss + temporary + held >= gradients:
-        gradients = held
-    else:
-        saved = loss = temporary = 0
-    values = (
-        weights, constants, lora * size, gradients, optimizer, saved, loss, temporary,
-        OVERHEAD_BYTES.get(workload.device, 0),
-    )  # fmt: skip
-    return MemoryEstimate(preset.name, workload, dict(zip(COMPONENTS, values, strict=True)))
+    loss, head = loss_bytes(shape, preset, workload), _head_gradient_bytes(shape, preset)
+    # A tied head's gradient as the embedding comes on top of that as the head.
+    embedding = head if shape.tied else 0
+    # On a CPU the pre-flight keeps a copy of what is trained, until its step is undone.
+    copied = _trained(shape, preset, workload) * preset.trained_bytes if workload.device == "cpu" else 0
+    return (
+        {"activations": saved, "loss": loss, "gradients": held},
+        {"activations": saved, "temporary": working, "gradients": max(held, head)},
+        {"temporary": working + embedding, "gradients": gradients},
+        {"temporary": copied, "gradients": gradients},
+    )
+
+
+def _trained(shape: ModelShape, preset: MemoryPreset, workload: Workload) -> int:
+    """How many parameters are trained."""
+    lora = workload.rank * shape.lora_inputs_outputs
+    return {"lora": lora, "head": shape.head_parameters, "all": shape.parameters}[preset.trains]
 
 
 def _weight_bytes(shape: ModelShape, preset: MemoryPreset) -> tuple[int, int]:
@@ -193,19 +219,21 @@ def _weight_bytes(shape: ModelShape, preset: MemoryPreset) -> tuple[int, int]:
     return linear // 2 + shape.other_parameters * size, int(linear * NF4_CONSTANTS)
 
 
-def _loss_bytes(shape: ModelShape, preset: MemoryPreset, workload: Workload) -> int:
-    tokens = workload.batch_size * workload.sequence_length
+def loss_bytes(shape: ModelShape, preset: MemoryPreset, workload: Workload) -> int:
+    """What the loss has at its worst: tiles of logits, the states' gradient in fp32, and what a trained head adds."""
+    tokens, size = workload.batch_size * workload.sequence_length, preset.torch_dtype.itemsize
     logits = min(tokens * shape.vocabulary, TILE_LOGITS.get(workload.device, 2**25))
-    states = tokens * shape.hidden
-    size = preset.torch_dtype.itemsize
-    own_gradient = shape.head_parameters * size if preset.trains != "lora" else 0
-    return logits * (4 + size % 4) + states * (4 + 3 * size) + own_gradient
+    needed = logits * (4 + size % 4) + tokens * shape.hidden * (4 + 3 * size)
+    if preset.trains != "lora":
+        # The head's gradient in fp32, and exponentials over the whole vocabulary for some tokens at a time.
+        panel = min(tokens * shape.vocabulary, PANEL_LOGITS.get(workload.device, 2**27))
+        needed += shape.head_parameters * 4 + panel * size
+    return needed
 
 
-def score_bytes(shape: ModelShape, workload: Workload) -> int:
-    """Three score matrices in fp32: how short rows laid end to end are attended to on a CPU."""
-    short = workload.device == "cpu" and shape.full_attention and workload.sequence_length <= SHORT_TOKENS
-    return 3 * 4 * shape.heads * workload.batch_size * workload.sequence_length**2 if short else 0
+def _head_gradient_bytes(shape: ModelShape, preset: MemoryPreset) -> int:
+    """The head's gradient is there from the start of the backward pass on."""
+    return shape.head_parameters * preset.trained_bytes if preset.trains != "lora" else 0
 
 
 def _unpacking_bytes(shape: ModelShape, preset: MemoryPreset) -> int:

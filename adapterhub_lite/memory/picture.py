@@ -5,18 +5,41 @@ from pathlib import Path
 from adapterhub_lite.memory.estimate import COMPONENTS, GIB, MemoryEstimate
 from adapterhub_lite.memory.plan import MemoryPlan
 
+BAR_WIDTH = 40
+BAR_PARTS = {
+    "w": ("weights", "quantization"),
+    "t": ("adapter", "gradients", "optimizer"),
+    "a": ("activations",),
+    "l": ("loss", "temporary"),
+    "o": ("overhead",),
+}
+BAR_LEGEND = (
+    "w weights, t what is trained (adapter, gradients, optimizer), a activations, l loss and temporary, o overhead"
+)
+
 
 def plan_table(plan: MemoryPlan) -> list[tuple[str, ...]]:
-    """Rows of text, the header first: preset, GiB in all, GiB by component, verdict. The choice comes first."""
-    header = ("preset", "GiB", *COMPONENTS, "verdict")
-    rows = [_row(plan.predicted, "chosen: " + plan.reasons[0])]
-    rows += [_row(r.predicted, r.reason) for r in plan.rejected if r.predicted is not None]
-    return [header, *rows]
+    """Rows of text, the header first: preset, rows at a time, GiB, and a bar against the device's memory.
+
+    The choice comes first. A bar's letters are those of `BAR_LEGEND`; `|` is where the device's memory ends.
+    """
+    shown = [plan.predicted, *(r.predicted for r in plan.rejected if r.predicted is not None)]
+    device = plan.machine.memory_bytes
+    scale = BAR_WIDTH / max(device, min(2 * device, max(estimate.total for estimate in shown)))
+    header = ("preset", "rows", "GiB", f"against {device / GIB:.1f} GiB")
+    return [header, *(_row(estimate, scale, device) for estimate in shown)]
 
 
-def _row(estimate: MemoryEstimate, verdict: str) -> tuple[str, ...]:
-    parts = (f"{estimate.components[name] / GIB:.2f}" for name in COMPONENTS)
-    return (estimate.preset, f"{estimate.total / GIB:.2f}", *parts, verdict)
+def _row(estimate: MemoryEstimate, scale: float, device: int) -> tuple[str, ...]:
+    bar, before = "", 0
+    for letter, names in BAR_PARTS.items():
+        before += sum(estimate.components[name] for name in names)
+        bar = bar.ljust(round(before * scale), letter)
+    if len(bar) > BAR_WIDTH:
+        bar = bar[: BAR_WIDTH - 1] + ">"
+    end = min(BAR_WIDTH - 1, round(device * scale))
+    bar = f"{bar.ljust(end)}|" if len(bar) <= end else f"{bar[:end]}|{bar[end + 1 :]}"
+    return (estimate.preset, str(estimate.workload.batch_size), f"{estimate.total / GIB:.2f}", bar)
 
 
 def draw_plan(plan: MemoryPlan, path: str | Path) -> Path:

@@ -1,8 +1,4 @@
-"""Which preset a run gets, and why none of the others. Knows estimates and machines, never data.
-
-The rule of thumb: what fits on one device as it is, stays so; then activations are made again; over several devices
-first whole copies, then split optimizer and gradients (ZeRO-2), then split weights (ZeRO-3, FSDP); at last 4 bits.
-"""
+"""Which preset a run gets, and why none of the others. Knows estimates and machines, never data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +9,12 @@ from adapterhub_lite.errors import ConfigurationError, OutOfMemoryError
 from adapterhub_lite.memory.calibration import calibrated
 from adapterhub_lite.memory.estimate import GIB, MemoryEstimate, ModelFacts, Workload, estimate, facts_of
 from adapterhub_lite.memory.presets import MEMORY_PRESETS, Machine, MemoryPreset, find_preset, refusal
+
+RULE_OF_THUMB = (
+    "one device: a LoRA as it is, then activations made again, then 4 bits; several: a whole copy on each (DDP), then "
+    "ZeRO-2, then split weights (FSDP, ZeRO-3), then 4 bits, then the host's memory"
+)
+"""What `LADDER` says, for people."""
 
 # Best first; a preset that is not here has to be asked for by name.
 LADDER = (
@@ -56,6 +58,8 @@ class MemoryPlan:
     def described(self) -> str:
         """The plan as a few lines of text."""
         lines = [f"{self.preset.name}: {self.preset.summary}", *self.reasons, f"needs {self.predicted.described()}"]
+        if self.rejected:
+            lines.append(f"by rule of thumb, {RULE_OF_THUMB}")
         return "\n".join([*lines, *(f"not {r.preset}: {r.reason}" for r in self.rejected)])
 
 
@@ -68,6 +72,13 @@ class _Reckoner:
 
     def need(self, preset: MemoryPreset, workload: Workload) -> MemoryEstimate:
         return calibrated(estimate(self.model, preset, workload), home=self.home)
+
+    def shown(self, preset: MemoryPreset, workload: Workload) -> MemoryEstimate | None:
+        """The same beside a choice; None where it cannot be foreseen, which is no reason to fail."""
+        try:
+            return self.need(preset, workload)
+        except ConfigurationError:
+            return None
 
 
 def plan_memory(
@@ -102,23 +113,39 @@ def plan_memory(
     quantized = facts.model.shape(targets).quantized
     if preset != "auto":
         return _by_name(preset, facts, asked, machine, refusal(find_preset(preset), machine, model_quantized=quantized))
-    rejected = (
-        []
-        if candidates
-        else [
-            Rejection(name, None if name == "lora-fp32" else facts.need(MEMORY_PRESETS[name], asked), reason)
-            for name, reason in BY_NAME_ONLY.items()
-        ]
-    )
+    rejected = [] if candidates else _by_name_only(facts, asked, machine, quantized)
+    found = None
     for candidate in candidates or [MEMORY_PRESETS[name] for name in LADDER]:
         why = refusal(candidate, machine, model_quantized=quantized)
-        found = None if why else _largest_batch(facts, candidate, asked, machine)
         if found is not None:
-            reasons = (_why(candidate, machine), _fit(found, machine))
-            return _plan(candidate, found, asked, machine, reasons, tuple(rejected))
-        needed = facts.need(candidate, asked)
-        rejected.append(Rejection(candidate.name, needed, why or _does_not_fit(facts, candidate, asked, machine)))
-    raise _nothing_fits(rejected, sequence_length, machine)
+            # The rest of the ladder is shown beside the choice.
+            needed = None if why else facts.shown(candidate, asked)
+            figure = "" if needed is None else f", and this needs {needed.total / GIB:.1f} GiB"
+            rejected.append(Rejection(candidate.name, needed, why or f"{found[0].name} fits already{figure}"))
+            continue
+        best = None if why else _largest_batch(facts, candidate, asked, machine)
+        if best is None:
+            needed = None if why else facts.need(candidate, asked)
+            rejected.append(Rejection(candidate.name, needed, why or _does_not_fit(facts, candidate, asked, machine)))
+            continue
+        found = candidate, best
+        if candidates:
+            break
+    if found is None:
+        raise _nothing_fits(rejected, sequence_length, machine)
+    reasons = (_why(found[0], machine), _fit(found[1], machine))
+    return _plan(*found, asked, machine, reasons, tuple(rejected))
+
+
+def _by_name_only(facts: "_Reckoner", asked: Workload, machine: Machine, quantized: bool) -> list[Rejection]:
+    """The presets that have to be asked for by name, each with what it would need where it can run at all."""
+    rejected = []
+    for name, reason in BY_NAME_ONLY.items():
+        why = refusal(MEMORY_PRESETS[name], machine, model_quantized=quantized)
+        needed = None if why else facts.shown(MEMORY_PRESETS[name], asked)
+        figure = "" if needed is None else f"; it needs {needed.total / GIB:.1f} GiB"
+        rejected.append(Rejection(name, needed, why or f"only by name: {reason}{figure}"))
+    return rejected
 
 
 def _by_name(preset: str, facts: "_Reckoner", asked: Workload, machine: Machine, refused: str | None) -> MemoryPlan:

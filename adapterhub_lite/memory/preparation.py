@@ -1,8 +1,8 @@
 """A loaded base made ready for a preset: frozen, checkpointed, never blown up to fp32. Knows transformers, not PEFT."""
 
 import ctypes
+import logging
 import sys
-from importlib.util import find_spec
 from typing import Any
 
 from adapterhub_lite.memory.presets import Machine, MemoryPreset
@@ -20,6 +20,7 @@ def prepare_for_training(model: Any, preset: MemoryPreset) -> Any:
         model.requires_grad_(False)
     if preset.quantization is not None:
         _let_go_of_the_file(model)
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_news)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes would repack 4-bit weights for a CPU at the first evaluation, rounding their scales to bf16:
@@ -32,6 +33,11 @@ def prepare_for_training(model: Any, preset: MemoryPreset) -> Any:
         # The first layer's input is an embedding without gradient: checkpointing would skip the whole backward pass.
         model.enable_input_require_grads()
     return model
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """LLM.int8 says for each layer of each evaluation that it casts what it is given: hundreds of lines a step."""
+    return "inputs will be cast" not in str(record.msg)
 
 
 def _let_go_of_the_file(model: Any) -> None:
@@ -57,14 +63,21 @@ def give_back_freed_memory(preset: MemoryPreset) -> None:
     libc.malloc_trim(0)
 
 
-def best_attention(preset: MemoryPreset, machine: Machine) -> tuple[str, str]:
-    """(attn_implementation for `from_pretrained`, the reason): flash where it is installed and legal, else SDPA."""
-    if machine.device != "cuda":
-        return "sdpa", f"flash attention needs a GPU, and the run is on {machine.device}"
-    if preset.dtype == "float32":
-        return "sdpa", "flash attention needs fp16 or bf16"
-    if machine.capability is not None and machine.capability < (8, 0):
-        return "sdpa", "flash attention needs compute capability 8.0 or newer"
-    if "flash_attn" not in machine.packages and find_spec("flash_attn") is None:
-        return "sdpa", "flash_attn is not installed"
-    return "flash_attention_2", "flash_attn is installed and the GPU can run it"
+def best_attention(preset: MemoryPreset, machine: Machine, supported: frozenset[str]) -> tuple[str, str]:
+    """(attn_implementation for `from_pretrained`, the reason): flash where it is installed and legal, SDPA, else eager.
+
+    `supported` are those that the model can take, as `ModelShape.attentions` has them.
+    """
+    if "flash_attention_2" not in supported:
+        reason = "the model has no flash attention"
+    elif machine.device != "cuda":
+        reason = f"flash attention needs a GPU, and the run is on {machine.device}"
+    elif preset.dtype == "float32":
+        reason = "flash attention needs fp16 or bf16"
+    elif machine.capability is not None and machine.capability < (8, 0):
+        reason = "flash attention needs compute capability 8.0 or newer"
+    elif "flash_attn" not in machine.packages:
+        reason = "flash_attn is not installed"
+    else:
+        return "flash_attention_2", "flash_attn is installed and the GPU can run it"
+    return ("sdpa", reason) if "sdpa" in supported else ("eager", f"{reason}, and the model has no SDPA")

@@ -38,6 +38,11 @@ class MemoryPreset:
         return dtype
 
     @property
+    def trained_bytes(self) -> int:
+        """Bytes of each trained parameter, of its gradient, and of each of its moments where they are not quantised."""
+        return 4 if self.trained_dtype == "float32" else 2
+
+    @property
     def use_reentrant(self) -> bool:
         """Which checkpointing: ZeRO-3 needs the reentrant one with PEFT, everything else the other."""
         return self.strategy == "zero3"

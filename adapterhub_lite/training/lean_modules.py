@@ -68,6 +68,7 @@ class _Gated(nn.Module):
 def install_lean_modules(model: nn.Module) -> int:
     """Let every RMSNorm and gated MLP of `model` that gives the same bits keep less; returns how many do."""
     count = 0
+    packed = _packed_dtype(model)
     for module in list(model.modules()):
         front = _front_for(module)
         if front is None:
@@ -75,7 +76,7 @@ def install_lean_modules(model: nn.Module) -> int:
         original = type(module)
         # The module keeps its state and its name's ending; only `forward` comes from the front.
         module.__class__ = type(f"Lean{original.__name__}", (front, original), {})
-        if _same_bits(module, original):
+        if _same_bits(module, original, _states_dtype(module, packed)):
             count += 1
         else:
             module.__class__ = original
@@ -101,17 +102,28 @@ def _front_for(module: nn.Module) -> type[nn.Module] | None:
     return None
 
 
+def _packed_dtype(model: nn.Module) -> torch.dtype:
+    """What quantised weights, which are stored in bytes, are computed in: the dtype of the weights beside them."""
+    kinds = {p.dtype for name, p in model.named_parameters() if p.is_floating_point() and "lora_" not in name}
+    return min(kinds, key=lambda dtype: dtype.itemsize, default=torch.float32)
+
+
+def _states_dtype(module: Any, packed: torch.dtype) -> torch.dtype:
+    """The dtype of the states that `module` is given."""
+    weight: Tensor = getattr(module, "gate_proj", module).weight
+    return weight.dtype if weight.is_floating_point() else packed
+
+
 @torch.no_grad()
-def _same_bits(module: Any, original: type[nn.Module]) -> bool:
+def _same_bits(module: Any, original: type[nn.Module], dtype: torch.dtype) -> bool:
     parameter = next(module.parameters())
     gated = isinstance(module, _Gated)
     width = module.gate_proj.in_features if gated else parameter.shape[0]
-    probe = torch.linspace(-3, 3, PROBE_ROWS * width, device=parameter.device).view(PROBE_ROWS, width)
-    probe = probe.to(module.gate_proj.weight.dtype if gated else parameter.dtype)
+    probe = torch.linspace(-3, 3, PROBE_ROWS * width, device=parameter.device).view(PROBE_ROWS, width).to(dtype)
     try:
         # Not through the front's own forward, which steps aside for a weight that is trained.
         found = module(probe) if gated else LeanNorm.apply(probe, module.weight, module.variance_epsilon)
         return torch.equal(found, original.forward(module, probe))
     except RuntimeError:
-        # Quantised weights and the like: a probe in their storage's dtype does not fit.
+        # It wants something else than one tensor of states.
         return False

@@ -4,7 +4,7 @@ What was set by hand wins over the preset; what contradicts it is refused in one
 state of a model that is in memory already; the plan itself is the memory room's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -134,13 +134,15 @@ def choose_memory(
         # What is there already is counted as weights below, and is no longer free.
         machine = replace(machine, memory_bytes=machine.memory_bytes + base.get_memory_footprint())
     asked = workload(args, lengths, machine)
+    attention = _attention_of(facts, machine, base if loaded else None)
     if args.memory_preset != "auto":
         preset, reasons = _named(facts, args, machine, loaded, adapter_given)
         try:
             raw = estimate(facts, preset, asked)
         except ConfigurationError as error:
-            return _unforeseen(preset, machine, asked, str(error))
-        return _choice(preset, raw, machine, reasons, (False, args.per_device_train_batch_size, 1), overhead, home)
+            return _unforeseen(preset, attention(preset), asked, str(error))
+        how = False, args.per_device_train_batch_size, 1
+        return _choice(preset, raw, attention(preset), reasons, how, overhead, home)
     candidates = tuple(_by_hand(preset, args) for preset in _suited(args, loaded))
     engine = engine_of(args)
     if engine is not None:
@@ -148,19 +150,19 @@ def choose_memory(
         preset = replace(MEMORY_PRESETS[engine], dtype=candidates[0].dtype)
         reasons = (f"{engine} was set up by hand",)
         how = False, args.per_device_train_batch_size, 1
-        return _choice(preset, estimate(facts, preset, asked), machine, reasons, how, overhead, home)
+        return _choice(preset, estimate(facts, preset, asked), attention(preset), reasons, how, overhead, home)
     try:
         facts.step(candidates[0], asked)
     except ConfigurationError as error:
         # A model that cannot be foreseen can still be trained.
-        return _unforeseen(candidates[0], machine, asked, str(error))
+        return _unforeseen(candidates[0], attention(candidates[0]), asked, str(error))
     plan = plan_memory(
         facts, batch_size=asked.batch_size, sequence_length=asked.sequence_length, rank=asked.rank,
         target_modules=asked.target_modules, machine=machine, home=home, candidates=candidates,
     )  # fmt: skip
     raw = estimate(facts, plan.preset, plan.predicted.workload)
     how = True, plan.batch_size, plan.accumulation
-    return _choice(plan.preset, raw, machine, plan.reasons, how, overhead, home)
+    return _choice(plan.preset, raw, attention(plan.preset), plan.reasons, how, overhead, home)
 
 
 def workload(args: AdapterTrainingArguments, lengths: Sequence[int], machine: Machine) -> Workload:
@@ -256,21 +258,34 @@ def _contradictions(preset: MemoryPreset, args: AdapterTrainingArguments, adapte
     return [reason for broken, reason in rules if broken]
 
 
-def _unforeseen(preset: MemoryPreset, machine: Machine, asked: Workload, reason: str) -> MemoryChoice:
-    attention = ": ".join(best_attention(preset, machine))
+def _attention_of(facts: ModelFacts, machine: Machine, model: Any) -> Callable[[MemoryPreset], str]:
+    """A function (preset) -> "name: reason" of the attention implementation; `model` in memory has its own."""
+    if model is not None:
+        own = f"{model.config._attn_implementation}: that of the model given"
+        return lambda preset: own
+    try:
+        supported = facts.shape("all-linear").attentions
+    except ConfigurationError:
+        # A model without linear layers as we know them; every model of transformers can take these, or says so.
+        supported = frozenset({"sdpa"})
+    return lambda preset: ": ".join(best_attention(preset, machine, supported))
+
+
+def _unforeseen(preset: MemoryPreset, attention: str, asked: Workload, reason: str) -> MemoryChoice:
     return MemoryChoice(preset, None, None, attention, (f"not foreseen: {reason}",), False, asked.batch_size)
 
 
 def _choice(
     preset: MemoryPreset,
     raw: MemoryEstimate,
-    machine: Machine,
+    attention: str,
     reasons: tuple[str, ...],
     how: tuple[bool, int, int],
     overhead: int | None,
     home: str | Path | None,
 ) -> MemoryChoice:
     if overhead is not None:
-        raw = replace(raw, components={**raw.components, "overhead": overhead + GROWTH_BYTES.get(machine.device, 0)})
-    attention = ": ".join(best_attention(preset, machine))
+        raw = replace(
+            raw, components={**raw.components, "overhead": overhead + GROWTH_BYTES.get(raw.workload.device, 0)}
+        )
     return MemoryChoice(preset, calibrated(raw, home=home), raw, attention, reasons, *how)

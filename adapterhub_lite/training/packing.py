@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapterhub_lite.memory.tracing import has_special_attention
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
 from adapterhub_lite.training.segments import SEGMENTED, Segments
 from adapterhub_lite.training.sharded import splits_weights
@@ -35,7 +36,7 @@ def choose_packing(model: Any, args: AdapterTrainingArguments) -> PackingChoice:
         "NEFTune scales its noise by the padded length": args.neftune_noise_alpha is not None,
         f"{type(inner).__name__} does not pass segments to its attention": not inner._supports_attention_backend,
         f"its attention is {inner.config._attn_implementation}, not sdpa": _attention(inner) not in ("sdpa", SEGMENTED),
-        "it has other than full attention": _has_special_attention(inner.config.get_text_config()),
+        "it has other than full attention": has_special_attention(inner.config.get_text_config()),
     }
     for reason, applies in reasons.items():
         if applies:
@@ -57,13 +58,6 @@ def segment_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def _attention(inner: Any) -> str:
     return str(inner.config._attn_implementation)
-
-
-def _has_special_attention(config: Any) -> bool:
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    softcap = getattr(config, "attn_logit_softcapping", None)
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    return kinds != {"full_attention"} or softcap is not None or window is not None
 
 
 @torch.no_grad()

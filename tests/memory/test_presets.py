@@ -1,5 +1,6 @@
 """The presets are what their names say, and the matrix of what is legal names one reason each time."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -81,22 +82,63 @@ def test_what_is_legal_is_not_refused(machine: Any) -> None:
         assert refusal(find_preset(name), machine(8, device="cpu", capability=None)) is None
 
 
+# Of each preset: c a CPU, o a GPU without bf16, g a newer one; 1 or 2 processes; Q a base that is quantised already.
+MATRIX = {
+    "full": "c1 g1",
+    "head-only": "c1 g1 c1Q g1Q",
+    "lora-fp32": "c1 o1 g1 c1Q o1Q g1Q",
+    "lora-fp16": "o1 g1 o1Q g1Q",
+    "lora-bf16": "c1 g1 c1Q g1Q",
+    "lora-bf16-gc": "c1 g1 c1Q g1Q",
+    "lora-int8": "c1 g1",
+    "qlora-nf4": "c1 g1",
+    "qlora-nf4-gc": "c1 g1",
+    "qlora-nf4-paged": "c1 g1",
+    "ddp": "c2 g2 c2Q g2Q",
+    "zero1": "c2 g2 c2Q g2Q",
+    "zero2": "c2 g2 c2Q g2Q",
+    "zero3": "c2 g2 c2Q g2Q",
+    "zero3-offload": "g1 g2 g1Q g2Q",
+    "fsdp": "g2 g2Q",
+    "fsdp-qlora": "g2",
+}
+
+
+def test_the_whole_matrix(machine: Any) -> None:
+    """Preset x device x processes x kind of model: what is legal, and one clause for everything else."""
+    machines = {
+        "c": {"device": "cpu", "capability": None},
+        "o": {"capability": (7, 5)},
+        "g": {"capability": (8, 0)},
+    }
+    for name, legal in MATRIX.items():
+        for kind, processes, quantized in itertools.product(machines, (1, 2), (False, True)):
+            here = machine(40, world_size=processes, **machines[kind])
+            reason = refusal(find_preset(name), here, model_quantized=quantized)
+            cell = f"{kind}{processes}{'Q' * quantized}"
+            assert (reason is None) == (cell in legal.split()), f"{name} {cell}: {reason}"
+            assert reason is None or (reason and "." not in reason.replace("8.0", ""))
+    assert MATRIX.keys() == MEMORY_PRESETS.keys()
+
+
 def test_a_quantised_base_is_not_quantised_again(machine: Any) -> None:
     assert "already" in str(refusal(find_preset("qlora-nf4"), machine(40), model_quantized=True))
     assert "whole" in str(refusal(find_preset("full"), machine(40), model_quantized=True))
 
 
 def test_attention_says_which_and_why(machine: Any) -> None:
-    bf16 = find_preset("lora-bf16")
-    assert best_attention(bf16, machine(40))[0] == "flash_attention_2"
+    bf16, both = find_preset("lora-bf16"), frozenset({"sdpa", "flash_attention_2"})
+    assert best_attention(bf16, machine(40), both)[0] == "flash_attention_2"
     for changed, reason in (
         ({"device": "cpu"}, "GPU"),
         ({"capability": (7, 5)}, "capability"),
         ({"packages": frozenset()}, "not installed"),
     ):
-        name, why = best_attention(bf16, machine(40, **changed))
+        name, why = best_attention(bf16, machine(40, **changed), both)
         assert name == "sdpa" and reason in why
-    assert best_attention(find_preset("lora-fp32"), machine(40))[0] == "sdpa"
+    assert best_attention(find_preset("lora-fp32"), machine(40), both)[0] == "sdpa"
+    assert best_attention(bf16, machine(40), frozenset({"sdpa"})) == ("sdpa", "the model has no flash attention")
+    assert best_attention(bf16, machine(40, device="cpu"), frozenset({"flash_attention_2"}))[0] == "eager"
 
 
 def test_the_present_machine_can_be_described() -> None:

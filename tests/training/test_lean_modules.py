@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from adapterhub_lite.bases import load_base_model
+from adapterhub_lite.memory import find_preset, prepare_for_training
 from adapterhub_lite.training.lean_modules import LeanGate, LeanNorm, install_lean_modules, remove_lean_modules
 
 
@@ -57,6 +59,13 @@ def test_the_gradients_are_those_of_the_plain_formula() -> None:
     torch.testing.assert_close(found, wanted)
     gate, up = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(LeanGate.apply, (gate, up))
+
+
+@pytest.mark.parametrize("name", ["qlora-nf4", "lora-int8"])
+def test_blocks_over_packed_weights_are_lean_too(tiny_base: Path, name: str) -> None:
+    preset = find_preset(name)
+    model = load_base_model(tiny_base, dtype=preset.torch_dtype, quantization_config=preset.quantization_config())
+    assert install_lean_modules(prepare_for_training(model, preset)) == 7
 
 
 def test_a_norm_that_is_trained_keeps_its_own_forward(model: Any) -> None:

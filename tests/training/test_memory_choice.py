@@ -99,6 +99,23 @@ def test_a_contradiction_is_one_sentence(make_trainer: Any, given: dict[str, Any
     assert words in text and text.count(".") == 1 and "\n" not in text
 
 
+def test_a_model_without_sdpa_is_trained_with_eager_attention(
+    make_trainer: Any, tmp_path: Path, byte_tokenizer: Any
+) -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Gemma2Config(vocab_size=272, num_key_value_heads=2, head_dim=8, pad_token_id=0, **sizes)
+    base = tmp_path / "gemma2"
+    Gemma2ForCausalLM(config).save_pretrained(base)
+    byte_tokenizer.save_pretrained(base)
+    trainer = make_trainer(model=base, memory_preset="auto")
+    assert trainer.memory_choice.attention.startswith("eager: ")
+    assert trainer.model.config._attn_implementation == "eager"
+    trainer.train()
+    assert trainer.record().memory.predicted_bytes
+
+
 def test_no_such_preset_names_the_nearest(make_trainer: Any) -> None:
     with pytest.raises(UnknownNameError, match="Did you mean 'lora-bf16'"):
         make_trainer(memory_preset="lora-bf61")
@@ -110,6 +127,7 @@ def test_a_model_in_memory_keeps_its_dtype_and_refuses_another(
     keywords = {"processing_class": byte_tokenizer}
     trainer = make_trainer(model=load_base_model(tiny_base), memory_preset="auto", keywords=keywords)
     assert trainer.memory_choice.preset.name == "lora-fp32"
+    assert trainer.memory_choice.attention == "sdpa: that of the model given"
     half = load_base_model(tiny_base, dtype=torch.bfloat16)
     assert (
         make_trainer("half", model=half, memory_preset="auto", keywords=keywords).memory_choice.preset.name
