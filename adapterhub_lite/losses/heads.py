@@ -113,8 +113,8 @@ class Head:
 
     @contextmanager
     def opened(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Yield `logits`, without gradients. A head that is split over processes is gathered once, however often each
-        of them asks."""
+        """Yield `logits`, for evaluation. A head that is split over processes is gathered once, and none of its modules
+        is run, however often each process asks: ZeRO-3 counts the modules, and wants as many of all processes."""
         if self._no_linear_map() or not any(is_zero3(x) or is_sharded(x) for x in self._parameters()):
             yield self.logits
             return
@@ -143,12 +143,16 @@ class Head:
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states (n, D + r) and more columns of the head (V, r), so that LoRA pairs are one linear map.
 
-        `matrices` are those of the pairs, where they were gathered before."""
+        `matrices` are those of the pairs, where they were gathered before: then nothing is dropped out."""
         pairs = self.low_rank()
         if not pairs:
             return hidden, None
+        inputs = [hidden if matrices else pair.dropped(hidden) for pair in pairs]
         matrices = matrices or [pair.matrices() for pair in pairs]
-        downs = [pair.down(hidden, a).to(hidden.dtype) for pair, (a, _) in zip(pairs, matrices, strict=True)]
+        downs = [
+            (nn.functional.linear(states.to(a.dtype), a) * pair.scaling).to(hidden.dtype)
+            for states, pair, (a, _) in zip(inputs, pairs, matrices, strict=True)
+        ]
         return torch.cat([hidden, *downs], 1), torch.cat([b for _, b in matrices], 1)
 
 
@@ -175,10 +179,10 @@ class LowRankPair:
         """A and B, gathered where they are split over processes: then all of them must call."""
         return whole(self.down_weight), whole(self.up_weight)
 
-    def down(self, hidden: Tensor, matrix: Tensor) -> Tensor:
-        """scaling * A(dropout(hidden)), (n, r), in the dtype of A (r, D)."""
-        states: Tensor = self.dropout(hidden.to(matrix.dtype))
-        return nn.functional.linear(states, matrix) * self.scaling
+    def dropped(self, hidden: Tensor) -> Tensor:
+        """Hidden states (n, D) as A gets them: in its dtype, after the dropout."""
+        states: Tensor = self.dropout(hidden.to(self.down_weight.dtype))
+        return states
 
 
 def head_of(model: Any) -> Head:
