@@ -1,6 +1,6 @@
 """Losses: tensors in, loss out. Knows torch only, nothing of data, adapters or training."""
 
-from adapterhub_lite.losses.causal import causal_lm_loss
+from adapterhub_lite.losses.causal import causal_lm_loss, lm_loss_of_logits
 from adapterhub_lite.losses.choice import LossChoice, choose_loss, head_mismatch
 from adapterhub_lite.losses.heads import Head, head_of
 from adapterhub_lite.losses.options import LossOptions
@@ -17,4 +17,5 @@ __all__ = [
     "head_mismatch",
     "head_of",
     "linear_cross_entropy",
+    "lm_loss_of_logits",
 ]

@@ -4,8 +4,10 @@ from typing import Any
 
 from torch import Tensor
 
-from adapterhub_lite.losses.choice import LossChoice, run_kernel
+from adapterhub_lite.errors import ConfigurationError
+from adapterhub_lite.losses.choice import LossChoice
 from adapterhub_lite.losses.heads import Head
+from adapterhub_lite.losses.kernels import run_kernel
 from adapterhub_lite.losses.options import LossOptions
 from adapterhub_lite.losses.reference import losses_of_logits, reduce_losses
 from adapterhub_lite.losses.tiled import tiled_cross_entropy
@@ -30,15 +32,20 @@ def causal_lm_loss(
     of `LossOptions`; soft cap and scale are the head's own.
 
     Returns a scalar on the head's device, or (batch * kept seq,) for `reduction="none"`.
+
+    Raises:
+        ConfigurationError: the choice is "model", which needs the model's logits: see `lm_loss_of_logits`.
     """
     wanted = LossOptions(reduction=reduction, softcap=head.softcap, logit_scale=head.logit_scale, **options)
     if shift:
         hidden, labels = hidden[:, :-1], labels[:, 1:]
         token_weights = None if token_weights is None else token_weights[:, 1:]
-    device = head.weight.device
+    device = head.device or hidden.device
     states = hidden.reshape(-1, hidden.shape[-1]).to(device)
     targets = labels.reshape(-1).to(device)
     weights = None if token_weights is None else token_weights.reshape(-1).to(device)
+    if choice is not None and choice.name == "model":
+        raise ConfigurationError("The loss 'model' is one of the model's own logits, which hidden states do not give.")
     name = choice.name if choice is not None else "full" if head.unreadable() else "tiled"
     if name == "full":
         return _full(head, states, targets, wanted, weights)
@@ -60,6 +67,26 @@ def causal_lm_loss(
         )
         return loss if reduction != "none" else loss.new_zeros(valid.shape).index_put((index,), loss)
     return tiled_cross_entropy(states, head.weight, targets, wanted, bias=head.bias, token_weights=weights)
+
+
+def lm_loss_of_logits(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    shift: bool = True,
+    reduction: str = "sum",
+    token_weights: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """`causal_lm_loss` of logits (batch, seq, V) as the model returns them: what is left where its head is not known."""
+    wanted = LossOptions(reduction=reduction, **options)
+    if shift:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+        token_weights = None if token_weights is None else token_weights[:, 1:]
+    targets = labels.reshape(-1).to(logits.device)
+    weights = None if token_weights is None else token_weights.reshape(-1).to(logits.device)
+    losses = losses_of_logits(logits.flatten(0, 1), targets, wanted)
+    return reduce_losses(losses, targets != wanted.ignore_index, reduction, weights)
 
 
 def _full(head: Head, states: Tensor, targets: Tensor, options: LossOptions, weights: Tensor | None) -> Tensor:

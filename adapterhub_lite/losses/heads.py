@@ -3,13 +3,13 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from adapterhub_lite.errors import ConfigurationError
-from adapterhub_lite.losses.rows import is_quantised, is_sharded, is_zero3, open_rows, rows_shape
+from adapterhub_lite.losses.rows import held_whole, is_quantised, is_sharded, is_zero3, open_rows, rows_shape, whole
 
 KNOWN_FAMILIES = frozenset(
     (
@@ -47,6 +47,12 @@ class Head:
         return weight
 
     @property
+    def device(self) -> torch.device | None:
+        """Where the head is, whatever its weight is called; None while it is offloaded: it goes where its input is."""
+        found = next((x.device for x in (*self.module.parameters(), *self.module.buffers())), None)
+        return None if found is None or found.type == "meta" else found
+
+    @property
     def bias(self) -> Tensor | None:
         """The (V,) bias, or None."""
         bias = getattr(self.plain, "bias", None)
@@ -55,8 +61,12 @@ class Head:
     @property
     def trained(self) -> bool:
         """Whether the head gets a gradient: its weight, its bias or a LoRA pair on it."""
-        found = [self.weight, self.bias, *(pair.up for pair in self.low_rank())]
-        return any(x is not None and x.requires_grad for x in found)
+        return any(parameter.requires_grad for parameter in self._parameters())
+
+    def _parameters(self) -> list[Tensor]:
+        """Weight, bias and the matrices of the LoRA pairs."""
+        pairs = [x for pair in self.low_rank() for x in (pair.down_weight, pair.up_weight)]
+        return [x for x in (getattr(self.plain, "weight", None), self.bias, *pairs) if isinstance(x, Tensor)]
 
     def low_rank(self) -> tuple["LowRankPair", ...]:
         """The active LoRA pairs on the head, unmerged, in the order the layer adds them."""
@@ -71,6 +81,16 @@ class Head:
 
     def unreadable(self) -> str | None:
         """Why the tiles cannot compute these logits from weight, bias and LoRA pairs; None when they can."""
+        refusal = self._no_linear_map()
+        if refusal is not None:
+            return refusal
+        if self.weight.device.type == "meta":
+            return "the head's weight is offloaded outside its module"
+        if any(is_zero3(parameter) and parameter.requires_grad for parameter in self._parameters()):
+            return "a trained head under ZeRO-3 can only be read inside its module"
+        return None
+
+    def _no_linear_map(self) -> str | None:
         plain = self.plain
         layer: Any = self.module
         if _is_lora(layer) and self.low_rank():
@@ -83,12 +103,8 @@ class Head:
         weight = getattr(plain, "weight", None)
         if not isinstance(weight, Tensor):
             return f"{type(plain).__name__} has no weight"
-        if weight.device.type == "meta":
-            return "the head's weight is offloaded outside its module"
         if type(plain).forward is not nn.Linear.forward and not is_quantised(weight):
             return f"{type(plain).__name__} does not compute a plain linear map"
-        if is_zero3(weight) and weight.requires_grad:
-            return "a trained head under ZeRO-3 can only be read inside its module"
         return None
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -97,17 +113,20 @@ class Head:
 
     @contextmanager
     def opened(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Yield `logits`. A weight that is split over processes is gathered once, however often each of them asks."""
-        if not (is_zero3(self.weight) or is_sharded(self.weight)):
+        """Yield `logits`, for evaluation. A head that is split over processes is gathered once, and none of its modules
+        is run, however often each process asks: ZeRO-3 counts the modules, and wants as many of all processes."""
+        if self._no_linear_map() or not any(is_zero3(x) or is_sharded(x) for x in self._parameters()):
             yield self.logits
             return
-        with open_rows(self.weight) as read:
-            rows = read(slice(0, rows_shape(self.weight)[0]))
+        with torch.no_grad(), held_whole(self._parameters()), open_rows(self.weight) as read:
+            rows, bias = read(slice(0, rows_shape(self.weight)[0])), self.bias
+            bias = None if bias is None else whole(bias)
+            pairs = [pair.matrices() for pair in self.low_rank()]
 
             def logits(hidden: Tensor) -> Tensor:
-                widened, extra = self.widened(hidden)
+                widened, extra = self.widened(hidden, pairs)
                 return self._finished(
-                    nn.functional.linear(widened, rows if extra is None else torch.cat([rows, extra], 1), self.bias)
+                    nn.functional.linear(widened, rows if extra is None else torch.cat([rows, extra], 1), bias)
                 )
 
             yield logits
@@ -119,18 +138,27 @@ class Head:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
 
-    def widened(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Hidden states (n, D + r) and more columns of the head (V, r), so that LoRA pairs are one linear map."""
+    def widened(
+        self, hidden: Tensor, matrices: list[tuple[Tensor, Tensor]] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hidden states (n, D + r) and more columns of the head (V, r), so that LoRA pairs are one linear map.
+
+        `matrices` are those of the pairs, where they were gathered before: then nothing is dropped out."""
         pairs = self.low_rank()
         if not pairs:
             return hidden, None
-        downs = [pair.down(hidden).to(hidden.dtype) for pair in pairs]
-        return torch.cat([hidden, *downs], 1), torch.cat([pair.up for pair in pairs], 1)
+        inputs = [hidden if matrices else pair.dropped(hidden) for pair in pairs]
+        matrices = matrices or [pair.matrices() for pair in pairs]
+        downs = [
+            (nn.functional.linear(states.to(a.dtype), a) * pair.scaling).to(hidden.dtype)
+            for states, pair, (a, _) in zip(inputs, pairs, matrices, strict=True)
+        ]
+        return torch.cat([hidden, *downs], 1), torch.cat([b for _, b in matrices], 1)
 
 
 @dataclass(frozen=True)
 class LowRankPair:
-    """One LoRA on the head: up @ down, of rank r."""
+    """One LoRA on the head: B @ A, of rank r."""
 
     down_module: nn.Module
     up_module: nn.Module
@@ -138,18 +166,23 @@ class LowRankPair:
     scaling: float
 
     @property
-    def up(self) -> Tensor:
-        """B, (V, r)."""
-        weight = self.up_module.weight
-        assert isinstance(weight, Tensor)
-        return weight
+    def down_weight(self) -> Tensor:
+        """A, (r, D), as it is held."""
+        return cast(Tensor, self.down_module.weight)
 
-    def down(self, hidden: Tensor) -> Tensor:
-        """scaling * A(dropout(hidden)), (n, r), in the dtype of A."""
-        dtype = self.down_module.weight.dtype
-        assert isinstance(dtype, torch.dtype)
-        states: Tensor = self.down_module(self.dropout(hidden.to(dtype)))
-        return states * self.scaling
+    @property
+    def up_weight(self) -> Tensor:
+        """B, (V, r), as it is held."""
+        return cast(Tensor, self.up_module.weight)
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """A and B, gathered where they are split over processes: then all of them must call."""
+        return whole(self.down_weight), whole(self.up_weight)
+
+    def dropped(self, hidden: Tensor) -> Tensor:
+        """Hidden states (n, D) as A gets them: in its dtype, after the dropout."""
+        states: Tensor = self.dropout(hidden.to(self.down_weight.dtype))
+        return states
 
 
 def head_of(model: Any) -> Head:

@@ -50,11 +50,7 @@ def open_rows(weight: Tensor) -> Iterator[RowReader]:
     Every process of the group must enter, because gathering is collective.
     """
     if is_zero3(weight):
-        from deepspeed.runtime.zero import GatheredParameters
-
-        # A tied head may be in use by the embedding at this moment: gathering it again would free it too early.
-        held = weight.numel() > 0
-        with GatheredParameters([weight], enabled=not held):
+        with held_whole([weight]):
             yield _plain(weight.detach())
     elif is_sharded(weight):
         yield _plain(weight.detach().full_tensor())  # type: ignore[attr-defined]
@@ -66,12 +62,32 @@ def open_rows(weight: Tensor) -> Iterator[RowReader]:
         yield _plain(weight.detach())
 
 
-def gathered_to_train(weight: Any) -> Tensor:
-    """The whole of a DTensor parameter; its gradient goes back averaged over the processes, as FSDP2 does."""
-    from torch.distributed.tensor import Partial
+@contextmanager
+def held_whole(parameters: list[Tensor]) -> Iterator[None]:
+    """While inside, parameters that ZeRO-3 holds in parts are whole. Every process of the group must enter."""
+    parts = [parameter for parameter in parameters if is_zero3(parameter) and not parameter.numel()]
+    if not parts:
+        yield
+        return
+    from deepspeed.runtime.zero import GatheredParameters
 
-    whole: Tensor = weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
-    return whole
+    # Those that are whole already are left out: gathering them again would free them too early.
+    with GatheredParameters(parts):
+        yield
+
+
+def whole(parameter: Any) -> Tensor:
+    """All of a small parameter, as a bias or a LoRA matrix. A DTensor is gathered, and its gradient goes back averaged
+    over the processes, as FSDP2 does it; what ZeRO-3 holds in parts is copied, and gets no gradient."""
+    found: Tensor = parameter
+    if is_zero3(parameter):
+        with held_whole([parameter]):
+            found = parameter.detach().clone()
+    elif is_sharded(parameter):
+        from torch.distributed.tensor import Partial
+
+        found = parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
+    return found
 
 
 def _plain(weight: Tensor) -> RowReader:

@@ -21,12 +21,12 @@ from adapterhub_lite.losses.passes import Problem, Statistics, gradients, statis
 from adapterhub_lite.losses.reference import mean_divisor, reduce_losses
 from adapterhub_lite.losses.rows import (
     RowReader,
-    gathered_to_train,
     is_quantised,
     is_sharded,
     is_zero3,
     open_rows,
     rows_shape,
+    whole,
 )
 from adapterhub_lite.losses.tiles import spans, wide_dtype
 
@@ -86,15 +86,17 @@ def tiled_cross_entropy(
     `hidden` is then (N, D + r). This is how a LoRA on the head is trained: z = [h, s * A h] @ [W, B].T exactly, so
     that B gets its gradient here and A through the hidden states.
     """
+    trained = [x for x in (weight, bias) if x is not None and x.requires_grad]
+    if any(is_zero3(x) for x in trained):
+        raise ConfigurationError(
+            "A trained head under ZeRO-3 cannot be read outside its module: use the full loss, ZeRO-2, or freeze it."
+        )
+    bias = None if bias is None else whole(bias)
     check_shapes(hidden, rows_shape(weight), targets, bias, token_weights, extra)
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     if weight.requires_grad and is_sharded(weight):
-        weight = gathered_to_train(weight)
-    elif weight.requires_grad and is_zero3(weight):
-        raise ConfigurationError(
-            "A trained head under ZeRO-3 cannot be read outside its module: use the full loss, ZeRO-2, or freeze it."
-        )
+        weight = whole(weight)
     valid = targets != options.ignore_index
     index = valid.nonzero().squeeze(1)
     everything = len(index) == len(targets)

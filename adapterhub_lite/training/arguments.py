@@ -74,7 +74,9 @@ class AdapterTrainingArguments(TrainingArguments):
     loss_chunk_tokens: int | None = field(
         default=None, metadata={"help": "Tokens a tile of the loss; None lets the loss choose."}
     )
-    loss_backend: str = field(default="auto", metadata={"help": "Which loss implementation: auto, or one by name."})
+    loss_backend: str = field(
+        default="auto", metadata={"help": "Which loss: auto, tiled, full, model, cut_cross_entropy or liger."}
+    )
     padding_free: bool = field(
         default=True, metadata={"help": "Lay the rows of a batch end to end, without padding, where the model can."}
     )

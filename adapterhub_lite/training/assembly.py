@@ -19,7 +19,7 @@ from adapterhub_lite.training.lean_modules import install_lean_modules, remove_l
 from adapterhub_lite.training.memory_choice import MemoryChoice
 from adapterhub_lite.training.mutated_init import changes_the_base
 from adapterhub_lite.training.packing import PackingChoice, choose_packing
-from adapterhub_lite.training.sharded import join_processes, splits_weights
+from adapterhub_lite.training.sharded import engine_of, join_processes, splits_weights
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ def assemble(
         tokens=args.per_device_train_batch_size * args.max_length,
         options=LossOptions(label_smoothing=args.label_smoothing_factor, chunk_tokens=args.loss_chunk_tokens),
         prefer=args.loss_backend,
+        partitioned=engine_of(args) == "zero3",
     )
     packing = choose_packing(model, args)
     # They read weights outside the modules' own forward, where an engine that splits weights leaves them empty.

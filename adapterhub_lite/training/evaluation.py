@@ -3,6 +3,7 @@
 What is gathered from several processes are four numbers, never logits.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,15 +23,17 @@ class EvaluationSums:
 
     sums: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
 
-    def add(self, head: Head, hidden: Tensor, goals: Tensor) -> Tensor:
-        """Take in hidden states (tokens, D) with their goals (tokens,), -100 ignored; returns the sum of the loss."""
+    def add(self, head: Head | None, hidden: Tensor, goals: Tensor) -> Tensor:
+        """Take in hidden states (tokens, D) with their goals (tokens,), -100 ignored; returns the sum of the loss.
+
+        Without a head, `hidden` are finished logits (tokens, V)."""
         valid = goals != IGNORED
         states, wanted = hidden[valid], goals[valid]
         batch = torch.zeros(4, dtype=torch.float64)
-        with head.opened() as logits:
+        with nullcontext(lambda logits: logits) if head is None else head.opened() as logits_of:
             for start in range(0, len(wanted), TILE_TOKENS):
                 part = slice(start, start + TILE_TOKENS)
-                batch += _tile(logits(states[part]).float(), wanted[part])
+                batch += _tile(logits_of(states[part]).float(), wanted[part])
         self.sums += batch
         return batch[1]
 

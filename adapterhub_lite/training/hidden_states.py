@@ -36,9 +36,11 @@ class HiddenStates:
     def _listen(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._seen = output[0]
 
-    def of(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
-        """Run `model`, however it is wrapped, on `inputs`; return (hidden states, the model's own output)."""
-        output = model(**self._short, **inputs)
+    def of(self, model: nn.Module, inputs: dict[str, Any], *, logits: bool = False) -> tuple[Tensor, Any]:
+        """Run `model`, however it is wrapped, on `inputs`; return (hidden states, the model's own output).
+
+        The output's logits are empty, where the model can leave them out and they are not asked for."""
+        output = model(**({} if logits else self._short), **inputs)
         seen, self._seen = self._seen, None
         assert seen is not None
         return seen, output

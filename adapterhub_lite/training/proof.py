@@ -76,7 +76,7 @@ def check_loss(model: nn.Module, batch: Mapping[str, Tensor], loss: Any, precisi
     if not abs(ours - reference) <= allowed:
         raise ProofFailedError(
             f"The loss of {valid} tokens is {ours:.5f}, but the model's own logits give {reference:.5f}. The head has "
-            "something that the logits-free loss does not know. Train with loss_backend='full', and report this model."
+            "something that the logits-free loss does not know. Train with loss_backend='model', and report this model."
         )
 
 

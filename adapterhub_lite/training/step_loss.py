@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adapterhub_lite.losses import causal_lm_loss, head_of
+from adapterhub_lite.losses import causal_lm_loss, head_of, lm_loss_of_logits
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
 from adapterhub_lite.training.assembly import Assembly
 from adapterhub_lite.training.evaluation import EvaluationSums
@@ -36,21 +36,27 @@ class StepLoss:
         rest = {name: value for name, value in inputs.items() if name != "labels"}
         if self.assembly.packing.packs and "position_ids" in rest and "attention_mask" not in rest:
             rest = segment_inputs(rest)
-        hidden, outputs = self.assembly.hidden_states.of(model, rest)
+        # A model whose logits are more than its head gives is asked for them: the states are those logits then.
+        own = self.assembly.loss.name == "model"
+        hidden, outputs = self.assembly.hidden_states.of(model, rest, logits=own)
+        states = outputs.logits if own else hidden
         # The labels move, not the states: the states' slice would be a copy.
         goals = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         valid = (goals != IGNORED).sum()
-        head = head_of(self.assembly.model)
+        head = None if own else head_of(self.assembly.model)
         if sums is not None:
-            return sums.add(head, hidden.flatten(0, 1), goals.flatten()), valid, outputs
-        total = causal_lm_loss(
-            head,
-            hidden,
-            goals,
-            shift=False,
-            reduction="sum",
-            choice=self.assembly.loss,
-            label_smoothing=self.args.label_smoothing_factor if smoothing is None else smoothing,
-            chunk_tokens=self.args.loss_chunk_tokens,
-        )
+            return sums.add(head, states.flatten(0, 1), goals.flatten()), valid, outputs
+        smoothing = self.args.label_smoothing_factor if smoothing is None else smoothing
+        if head is None:
+            total = lm_loss_of_logits(states, goals, shift=False, label_smoothing=smoothing)
+        else:
+            total = causal_lm_loss(
+                head,
+                states,
+                goals,
+                shift=False,
+                choice=self.assembly.loss,
+                label_smoothing=smoothing,
+                chunk_tokens=self.args.loss_chunk_tokens,
+            )
         return total, valid, outputs

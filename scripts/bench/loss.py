@@ -2,7 +2,7 @@
 
 Every measured value is the median of rounds in which all contestants take turns. Peak is the growth of resident memory
 above the inputs, their gradients included, in a child process each that does nothing else (CUDA: the allocator's).
-A run replaces the problems it measured in results/loss.json and leaves the others; each keeps its own date and load.
+A run replaces the problems it measured in results/loss.json and leaves the others; each keeps its own date, load and processor.
 
     python -m scripts.bench.loss                 # all problems, about 10 minutes on 2 cores
     python -m scripts.bench.loss --only frozen-half-masked lengths --rounds 7
@@ -11,7 +11,6 @@ A run replaces the problems it measured in results/loss.json and leaves the othe
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -28,7 +27,7 @@ from torch.nn import functional as F
 
 from adapterhub_lite.losses import linear_cross_entropy, tiles
 from scripts.bench.loss_plot import plot
-from scripts.bench.report import RESULTS, write_result
+from scripts.bench.report import RESULTS, describe_machine, write_result
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -256,9 +255,8 @@ def main() -> None:
         print_peak(name, job, torch.device(kind))
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    problems = [
-        p for p in (GPU_PROBLEMS if device.type == "cuda" else PROBLEMS) if p.name in (arguments.only or p.name)
-    ]
+    known = GPU_PROBLEMS if device.type == "cuda" else PROBLEMS
+    problems = [p for p in known if p.name in (arguments.only or p.name)]
     if arguments.tiles:
         swept = {p.name: sweep_tiles(p, arguments.rounds, device) for p in problems}
         print(write_result("loss_tiles", {"tiles": swept}))
@@ -282,7 +280,8 @@ def _earlier() -> dict[str, Any]:
 
 
 def _circumstances() -> dict[str, Any]:
-    return {"measured": datetime.now(UTC).isoformat(timespec="seconds"), "load_average": round(os.getloadavg()[0], 2)}
+    machine = {k: v for k, v in describe_machine().items() if k in ("load_average", "processor", "gpu", "threads")}
+    return {"measured": datetime.now(UTC).isoformat(timespec="seconds"), **machine}
 
 
 def print_result(result: dict[str, Any]) -> None:

@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from adapterhub_lite.losses import causal_lm_loss, choose_loss, head_mismatch, head_of
+from adapterhub_lite.errors import ConfigurationError
+from adapterhub_lite.losses import causal_lm_loss, choose_loss, head_mismatch, head_of, lm_loss_of_logits
 from adapterhub_lite.losses.heads import KNOWN_FAMILIES
 
 SMALL = {
@@ -94,4 +96,37 @@ def test_an_unknown_family_that_scales_its_logits_is_found_out(monkeypatch: pyte
     head = head_of(model)
     model.config.logits_scaling = 8.0
     choice = choose_loss(model, tokens=10**6, head=head)
-    assert choice.name == "full" and "differ from the model's own" in choice.reason
+    assert choice.name == "model" and "differ from the model's own" in choice.reason
+    for name in ("full", "tiled"):
+        with pytest.raises(ConfigurationError, match="differ from the model's own"):
+            choose_loss(model, tokens=16, prefer=name, head=head)
+    hidden, ids = torch.randn(1, 4, 32), torch.arange(4)[None]
+    with pytest.raises(ConfigurationError, match="own logits"):
+        causal_lm_loss(head, hidden, ids, choice=choice)
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "dora"])
+def test_an_unknown_family_is_compared_whatever_its_head_is(wrapped: bool) -> None:
+    """What tiles cannot read is still called for its logits, and these may lack what the model does to them."""
+    model = tiny_model("granite")
+    if wrapped:
+        lora = LoraConfig(r=2, target_modules=["lm_head"], use_dora=True, task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora)
+    inner = model.get_base_model() if wrapped else model
+    inner.config.model_type, scale = "newcomer", inner.config.logits_scaling
+    assert choose_loss(model, tokens=10**6).name == ("full" if wrapped else "tiled")
+    inner.config.logits_scaling = 1.0
+    head = head_of(model)
+    inner.config.logits_scaling = scale
+    assert choose_loss(model, tokens=10**6, head=head).name == "model"
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_the_loss_of_a_models_own_logits(shift: bool) -> None:
+    model = tiny_model("granite")
+    ids = torch.randint(3, 99, (2, 12))
+    labels = ids.masked_fill(torch.rand(2, 12) < 0.4, -100)
+    options = {"shift": shift, "reduction": "mean", "label_smoothing": 0.1, "token_weights": torch.rand(2, 12)}
+    hidden = model.base_model(input_ids=ids).last_hidden_state
+    truth = causal_lm_loss(head_of(model), hidden, labels, **options)
+    torch.testing.assert_close(lm_loss_of_logits(model(input_ids=ids).logits, labels, **options), truth)

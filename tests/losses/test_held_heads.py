@@ -77,6 +77,17 @@ def test_an_offloaded_head_says_so() -> None:
     assert "offloaded" in str(head.unreadable())
 
 
+def test_an_offloaded_head_is_called_where_its_input_is() -> None:
+    from accelerate import cpu_offload
+
+    plain = nn.Linear(8, 9)
+    hidden, labels = torch.randn(2, 5, 8), torch.randint(9, (2, 5))
+    truth = causal_lm_loss(Head(plain), hidden, labels)
+    cpu_offload(plain, execution_device=torch.device("cpu"))
+    assert plain.weight.device.type == "meta"
+    torch.testing.assert_close(causal_lm_loss(Head(plain), hidden, labels), truth)
+
+
 def test_a_sharded_weight_is_gathered_and_trained(tmp_path: Path) -> None:
     """FSDP2 leaves a DTensor where its module is not running: two processes, gloo."""
     script = """
@@ -106,6 +117,49 @@ def test_a_sharded_weight_is_gathered_and_trained(tmp_path: Path) -> None:
     run_two(tmp_path, script)
 
 
+def test_a_sharded_lora_and_bias_on_the_head_are_gathered_and_trained(tmp_path: Path) -> None:
+    script = """
+        import torch, torch.distributed as dist
+        from peft import LoraConfig, inject_adapter_in_model
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor import DTensor
+        from adapterhub_lite.losses import Head, causal_lm_loss
+        mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+
+        def build():
+            torch.manual_seed(0)
+            model = torch.nn.Sequential(torch.nn.Linear(8, 30))
+            inject_adapter_in_model(LoraConfig(r=4, target_modules=["0"], init_lora_weights=False), model)
+            model[0].base_layer.bias.requires_grad_()
+            return model
+
+        plain, parts = build(), build()
+        fully_shard(parts[0], mesh=mesh)
+        torch.manual_seed(dist.get_rank())
+        hidden, labels = torch.randn(2, 9, 8), torch.randint(30, (2, 9))
+        # As many tiles as there are valid tokens: each process asks as often as it has to.
+        labels[: 1 + dist.get_rank()] = -100
+        states, ours = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+        head = Head(parts[0])
+        assert isinstance(head.low_rank()[0].up_weight, DTensor) and isinstance(head.bias, DTensor)
+        truth = causal_lm_loss(Head(plain[0]), states, labels)
+        loss = causal_lm_loss(head, ours, labels)
+        truth.backward()
+        loss.backward()
+        torch.testing.assert_close(loss, truth)
+        torch.testing.assert_close(ours.grad, states.grad)
+        for name, parameter in plain.named_parameters():
+            if parameter.requires_grad:
+                dist.all_reduce(parameter.grad)
+                found = parts.get_parameter(name).grad
+                torch.testing.assert_close(found.full_tensor(), parameter.grad / 2, msg=lambda text: name + text)
+        with torch.no_grad(), head.opened() as logits_of:
+            for row in hidden[0, : 3 + 2 * dist.get_rank()]:
+                torch.testing.assert_close(logits_of(row[None]), plain(row[None]))
+    """
+    run_two(tmp_path, script)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="deepspeed is not installed: pip install adapterhub-lite[deepspeed]"
@@ -119,16 +173,18 @@ def test_zero3_parts_are_gathered(tmp_path: Path) -> None:
         weight = torch.randn(30, 8)
         settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
         with deepspeed.zero.Init(config_dict_or_path=settings):
-            layer = torch.nn.Linear(8, 30, bias=False)
-        with deepspeed.zero.GatheredParameters([layer.weight], modifier_rank=0):
+            layer = torch.nn.Linear(8, 30)
+        with deepspeed.zero.GatheredParameters([layer.weight, layer.bias], modifier_rank=0):
             layer.weight.data.copy_(weight)
+            layer.bias.data.copy_(weight[:, 0])
         layer.requires_grad_(False)
         assert layer.weight.numel() == 0
         hidden, targets = torch.randn(2, 6, 8), torch.randint(30, (2, 6))
         for extra in ({}, {"label_smoothing": 0.1}):
             states, ours = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-            plain = torch.nn.Linear(8, 30, bias=False)
+            plain = torch.nn.Linear(8, 30)
             plain.weight.data.copy_(weight)
+            plain.bias.data.copy_(weight[:, 0])
             plain.requires_grad_(False)
             truth = causal_lm_loss(Head(plain, softcap=3.0), states, targets, **extra)
             loss = causal_lm_loss(Head(layer, softcap=3.0), ours, targets, **extra)
@@ -136,6 +192,10 @@ def test_zero3_parts_are_gathered(tmp_path: Path) -> None:
             loss.backward()
             torch.testing.assert_close(loss, truth)
             torch.testing.assert_close(ours.grad, states.grad)
+            assert layer.weight.numel() == 0
+            with torch.no_grad(), Head(layer).opened() as logits_of:
+                for row in hidden[0, : 3 + dist.get_rank()]:
+                    torch.testing.assert_close(logits_of(row[None]), plain(row[None]))
             assert layer.weight.numel() == 0
     """
     run_two(tmp_path, script)

@@ -84,9 +84,9 @@ def test_two_adapters_and_a_switch_are_seen_at_call_time(tiny_base: Path) -> Non
     model = wrap(tiny_base, name="one", target_modules=["lm_head"])
     model.add_adapter("two", LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
     head = head_of(model)
-    assert [pair.up.shape[1] for pair in head.low_rank()] == [4]
+    assert [pair.up_weight.shape[1] for pair in head.low_rank()] == [4]
     model.set_adapter("two")
-    assert [pair.up.shape[1] for pair in head.low_rank()] == [2]
+    assert [pair.up_weight.shape[1] for pair in head.low_rank()] == [2]
     assert_trained_alike(model, "lm_head.lora_B.two")
     model.base_model.set_adapter(["one", "two"])
     assert_trained_alike(model, "lm_head.lora_B.one", "lm_head.lora_B.two")

@@ -150,3 +150,16 @@ def test_fsdp_on_gpus_learns_and_resumes(preset: str, tiny_base: Path, tmp_path:
     middle = str(tmp_path / "two" / "checkpoint-2")
     found = run(2, tiny_base, tmp_path, {"two": job(4, **wanted), "resumed": job(4, resume=middle, **wanted)})
     torch.testing.assert_close(found["resumed"]["adapter"], found["two"]["adapter"], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_zero3_trains_a_lora_on_the_head(tiny_base: Path, tmp_path: Path) -> None:
+    """Its matrices are in parts outside their modules, so the head itself is asked, and the record says so."""
+    head = {"target_modules": ["q_proj", "lm_head"]}
+    one = run(1, tiny_base, tmp_path, {"one": job(8, **head)})["one"]
+    found = run(2, tiny_base, tmp_path, {"two": job(4, stage=3, **head)})["two"]
+    assert any("lm_head" in name for name in one["adapter"])
+    assert_same(found, one)
+    record = json.loads((tmp_path / "two" / "adapter" / "training_record.json").read_text())
+    assert "ZeRO-3" in record["loss_backend"]["reason"]

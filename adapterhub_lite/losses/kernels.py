@@ -1,0 +1,111 @@
+"""The Triton kernels of others: when one may be used, and the call. Knows torch; imports them only when asked.
+
+A kernel is believed once it has agreed with our tiles on this GPU, with this head: some round more than their dtype
+has to, leave out small gradients, or change what an argument means from version to version.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapterhub_lite.losses.heads import Head
+from adapterhub_lite.losses.options import LossOptions
+from adapterhub_lite.losses.reference import reduce_losses
+from adapterhub_lite.losses.rows import is_quantised, is_sharded, is_zero3
+from adapterhub_lite.losses.tiled import tiled_cross_entropy
+
+KERNELS = {
+    "cut_cross_entropy": ("cut_cross_entropy", "linear_cross_entropy"),
+    "liger": ("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss"),
+}
+"""Name of a rung -> where its kernel is."""
+
+TRIAL_TOKENS = 64
+
+
+def refuse_kernel(name: str, head: Head, device: torch.device, options: LossOptions) -> str | None:
+    """Why the kernel cannot compute this loss; None when it can, which a trial has then shown."""
+    if device.type != "cuda":
+        return f"its kernels need a GPU, and the head is on {device.type}"
+    if name == "cut_cross_entropy" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "its kernels need compute capability 8.0 or newer"
+    if head.low_rank():
+        return "it would leave the LoRA on the head untrained"
+    if is_quantised(head.weight) or is_sharded(head.weight) or is_zero3(head.weight):
+        return "it reads only a plain weight"
+    asked = {
+        "a bias": head.bias is not None,
+        "label smoothing": options.label_smoothing,
+        "z-loss": options.z_loss,
+        "a logit scale": head.logit_scale != 1.0,
+    }
+    unsupported = [name for name, wanted in asked.items() if wanted]
+    if unsupported:
+        return f"not used together with {', '.join(unsupported)}"
+    if head.weight.dtype == torch.float16:
+        return "its gradients are made before a gradient scaler's factor is known"
+    try:
+        _kernel(name)
+    except (ImportError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return _disagreement(name, head)
+
+
+def run_kernel(
+    name: str, hidden: Tensor, head: Head, targets: Tensor, options: LossOptions, token_weights: Tensor | None
+) -> Tensor:
+    """The losses of a Triton rung, reduced as `options` say. hidden (N, D), targets (N,).
+
+    Raises:
+        ImportError: the package is gone since the choice was made.
+    """
+    kernel, asked = _kernel(name), {"ignore_index": options.ignore_index, "softcap": head.softcap}
+    # Liger makes its gradients in forward, and must make them again where each loss has a weight of its own.
+    at_once = name == "liger" and options.reduction == "sum" and token_weights is None
+    reduction = "sum" if at_once else "none"
+    if name == "liger":
+        losses = kernel(reduction=reduction, **asked)(head.weight, hidden, targets)
+    else:
+        losses = kernel(hidden, head.weight, targets, reduction=reduction, **asked)
+    losses = losses.float()
+    return (
+        losses if at_once else reduce_losses(losses, targets != options.ignore_index, options.reduction, token_weights)
+    )
+
+
+def _kernel(name: str) -> Callable[..., Any]:
+    package, attribute = KERNELS[name]
+    found: Callable[..., Any] = getattr(import_module(package), attribute)
+    return found
+
+
+def _disagreement(name: str, head: Head) -> str | None:
+    """Loss and gradients of a few random tokens by the kernel and by our tiles; a sentence when they differ."""
+    weight = head.weight
+    draw = torch.Generator(weight.device).manual_seed(0)
+    states = torch.randn((TRIAL_TOKENS, weight.shape[1]), generator=draw, device=weight.device).to(weight.dtype)
+    targets = torch.randint(len(weight), (TRIAL_TOKENS,), generator=draw, device=weight.device)
+    options = LossOptions(reduction="sum", softcap=head.softcap)
+    targets[::5] = options.ignore_index
+
+    def tried(loss_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        leaf = states.clone().requires_grad_()
+        with torch.enable_grad():
+            loss = loss_of(leaf)
+            leaves = [leaf, weight] if weight.requires_grad else [leaf]
+            return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    try:
+        theirs = tried(lambda leaf: run_kernel(name, leaf, head, targets, options, None))
+    except Exception as error:  # a kernel that does not compile or run here: whatever it says is the reason
+        return f"{type(error).__name__} in a trial: {error}"
+    ours = tried(lambda leaf: tiled_cross_entropy(leaf, weight, targets, options))
+    limit = 2 * torch.finfo(weight.dtype).eps if weight.dtype != torch.float32 else 1e-5
+    for what, their, our in zip(("loss", "gradient", "gradient of the head"), theirs, ours, strict=False):
+        apart = float((their.float() - our.float()).norm() / our.float().norm())
+        if not apart <= limit:
+            return f"in a trial its {what} is {apart:.2g} away from that of the tiles, relatively"
+    return None
