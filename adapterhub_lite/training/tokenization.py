@@ -150,7 +150,8 @@ def _pieces(
             raise DataError(
                 f"{where}: the chat template lays out turn {index + 1} differently once more turns follow, and has no "
                 "{% generation %} markers, so the assistant's tokens cannot be told apart. "
-                "Give the tokenizer a training template with markers, or rows with prompt and completion."
+                "Give the tokenizer a training template with markers (trl.get_training_chat_template has those of many "
+                "families), or rows with prompt and completion."
             )
         yield whole[done : len(header)], False
         yield whole[len(header) : len(through)], True

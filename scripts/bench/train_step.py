@@ -139,13 +139,13 @@ def draw(parts: dict[str, Any]) -> None:
     figure.savefig(RESULTS / f"{NAME}.png", dpi=110)
 
 
-def quality(seed: int, steps: int, trainers: Sequence[str]) -> dict[str, Any]:
+def quality(seed: int, steps: int, rows: int, trainers: Sequence[str]) -> dict[str, Any]:
     """Held-out loss after `steps` steps of `trainers`: same rows, order, beginning and settings, one plain evaluation."""
-    job = {"lengths": "mixed", "steps": steps, "rows": 4, "seed": seed, "evaluate": 64}
+    job = {"lengths": "mixed", "steps": steps, "rows": rows, "seed": seed, "evaluate": 64}
     found = {name: measure(trainer=name, **job) for name in trainers}
     keys = ("eval_loss_before", "eval_loss", "first_loss", "last_loss")
     return {
-        f"quality_seed_{seed}": {"steps": steps, "rows": 4, "held_out_rows": 64}
+        f"quality_seed_{seed}": {"steps": steps, "rows": rows, "held_out_rows": 64}
         | {name: {key: one[key] for key in keys} for name, one in found.items()}
     }
 
@@ -170,6 +170,7 @@ def main() -> None:
     parser.add_argument("value", nargs="?", default="0", help="mixed or equal for speed, the seed for quality")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, help="steps a run: 6 for speed and 100 for quality when not given")
+    parser.add_argument("--rows", type=int, default=4, help="for quality: chats a step")
     parser.add_argument("--trainer", choices=("ours", "hf"), help="for quality: this one alone")
     parser.add_argument("--longest", type=int, default=2048, help="tokens a row at which scaling ends")
     given = parser.parse_args()
@@ -181,7 +182,11 @@ def main() -> None:
     elif given.part == "scaling":
         merge(scaling(given.longest))
     else:
-        merge(quality(int(given.value), given.steps or 100, [given.trainer] if given.trainer else ["ours", "hf"]))
+        merge(
+            quality(
+                int(given.value), given.steps or 100, given.rows, [given.trainer] if given.trainer else ["ours", "hf"]
+            )
+        )
 
 
 if __name__ == "__main__":
