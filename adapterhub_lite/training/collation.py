@@ -21,12 +21,13 @@ def sequences_of(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Tensor, Te
     for row in rows:
         ids = torch.as_tensor(row["input_ids"], dtype=torch.long)
         labels = torch.as_tensor(row.get("labels", ids), dtype=torch.long)
-        positions = row.get("position_ids")
-        starts = [0] if positions is None else (torch.as_tensor(positions) == 0).nonzero()[:, 0].tolist()
+        again = (torch.as_tensor(row.get("position_ids", [])) == 0).nonzero()[:, 0].tolist()
+        starts = sorted({0, *again})
         mask = torch.as_tensor(row.get("attention_mask", torch.ones_like(ids))).bool()
         for start, end in itertools.pairwise([*starts, len(ids)]):
             real = mask[start:end]
-            yield ids[start:end][real], labels[start:end][real]
+            if real.any():
+                yield ids[start:end][real], labels[start:end][real]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from datasets import Dataset
+from pyarrow import compute
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
@@ -67,9 +68,8 @@ class _Flat(NamedTuple):
 
 
 def _flat(column: Any) -> _Flat:
-    lists = column.combine_chunks()
-    ends = lists.value_lengths().to_numpy(zero_copy_only=False).cumsum()
-    return _Flat(lists.flatten().to_numpy(zero_copy_only=False), np.concatenate([[0], ends[:-1]]), ends)
+    ends = compute.list_value_length(column).to_numpy().cumsum()
+    return _Flat(compute.list_flatten(column).to_numpy(), np.concatenate([[0], ends[:-1]]), ends)
 
 
 def _same_lengths(ids: Any, labels: Any, before: int) -> None:

@@ -17,7 +17,8 @@ from typing import Any, Literal
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from adapterhub_lite.errors import DataError
+from adapterhub_lite.errors import ConfigurationError, DataError
+from adapterhub_lite.training.launch import launched
 from adapterhub_lite.training.rows import SOURCE_COLUMN, load_rows
 
 logger = logging.getLogger(__name__)
@@ -216,6 +217,19 @@ def _with_positions(table: Dataset) -> Dataset:
 
 
 def prepare_sets(rows: Any, tokenizer: PreTrainedTokenizerBase, *, max_length: int, overlong: Overlong) -> Any:
-    """`prepare_rows` of one evaluation set, or of each in a dict by name: the tables alone."""
-    prepare = partial(prepare_rows, tokenizer=tokenizer, max_length=max_length, overlong=overlong)
-    return {name: prepare(one).table for name, one in rows.items()} if isinstance(rows, dict) else prepare(rows).table
+    """`prepare_rows` of one evaluation set, or of each in a dict by name: the tables alone.
+
+    Raises:
+        ConfigurationError: a packed table, and several processes.
+        DataError: a row is not what was wanted.
+    """
+    if isinstance(rows, dict):
+        prepare = partial(prepare_sets, tokenizer=tokenizer, max_length=max_length, overlong=overlong)
+        return {name: prepare(one) for name, one in rows.items()}
+    table = prepare_rows(rows, tokenizer, max_length=max_length, overlong=overlong).table
+    if launched() and "position_ids" in (getattr(table, "column_names", None) or ()):
+        raise ConfigurationError(
+            "Processes that share an evaluation tell repeated rows by their number, and a packed row holds several "
+            "sequences. Give the evaluation rows unpacked."
+        )
+    return table

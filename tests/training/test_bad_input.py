@@ -7,9 +7,10 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 
-from adapterhub_lite.errors import DataError, ProofFailedError
+from adapterhub_lite.errors import ConfigurationError, DataError, ProofFailedError
 from adapterhub_lite.training.collation import PackedCollator, PaddedCollator
 from adapterhub_lite.training.proof import check_rows
+from adapterhub_lite.training.tokenization import prepare_sets
 
 
 def table(*rows: tuple[list[int], list[int]]) -> Dataset:
@@ -87,7 +88,17 @@ def test_padding_of_somebody_elses_making_is_left_out(collator: Any) -> None:
         {"input_ids": [0, 0, 5, 6, 7], "attention_mask": [0, 0, 1, 1, 1], "labels": [-100, -100, -100, 6, 7]},
         {"input_ids": [8, 9, 0, 0, 0], "attention_mask": [1, 1, 0, 0, 0], "labels": [-100, 9, 4, 4, 4]},
     ]
+    padded[0]["position_ids"] = [1, 1, 0, 1, 2]
     assert {k: v.tolist() for k, v in collator(padded).items()} == {k: v.tolist() for k, v in collator(plain).items()}
+
+
+def test_packed_evaluation_rows_are_for_one_process(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = Dataset.from_list([{"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4], "seq_lengths": [2, 2]}])
+    limits: Any = {"max_length": 64, "overlong": "refuse"}
+    assert prepare_sets({"near": packed}, None, **limits)["near"]["position_ids"] == [[0, 1, 0, 1]]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigurationError, match="Give the evaluation rows unpacked"):
+        prepare_sets(packed, None, **limits)
 
 
 def gradients(trainer: Any) -> dict[str, torch.Tensor]:

@@ -101,7 +101,7 @@ def test_a_training_template_of_trl_shows_them(byte_tokenizer: Any, family: str)
             learned(other, TWO_TURNS)
     other.chat_template = trl.get_training_chat_template(other) or other.chat_template
     found = learned(other, TWO_TURNS)
-    assert found.index("ho") < found.index("no") and "hi" not in found and "and?" not in found
+    assert found.index("ho") < found.index("no") and "and?" not in found and "user" not in found
 
 
 def test_the_fingerprint_sees_ids_and_labels(byte_tokenizer: Any) -> None:
