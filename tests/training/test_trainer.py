@@ -193,7 +193,9 @@ def test_the_trainers_own_keywords_still_work(make_trainer: Any, rows: Any) -> N
 
 # Of torch itself: it makes instances of the autograd functions that it traces, and still has scripted ones.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.soak, pytest.mark.timeout(1800)])]
+)
 def test_a_compiled_run_has_the_losses_of_one_that_is_not(make_trainer: Any, backend: str) -> None:
     plain = make_trainer("plain", padding_free=False, learning_rate=2e-2)
     plain.train()
