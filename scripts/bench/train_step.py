@@ -156,7 +156,9 @@ def merge(part: dict[str, Any]) -> None:
     parts = json.loads(path.read_bytes())["parts"] if path.exists() else {}
     for name, value in part.items():
         value |= {"measured": datetime.now(UTC).isoformat(timespec="seconds"), "load_average": os.getloadavg()[0]}
-        parts[name] = {**parts.get(name, {}), **value} if name.startswith("quality") else value
+        before = parts.get(name, {})
+        same = name.startswith("quality") and all(before.get(key) == value[key] for key in ("steps", "rows"))
+        parts[name] = {**before, **value} if same else value
         if {"ours", "hf"} <= set(parts[name]):
             parts[name]["ours_over_hf"] = parts[name]["ours"]["eval_loss"] / parts[name]["hf"]["eval_loss"]
     print(write_result(NAME, {"base": BASE, "rank": 8, "target_modules": "all-linear", "parts": parts}))
