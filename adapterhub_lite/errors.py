@@ -19,7 +19,8 @@ AdapterHubError                   what any caller may catch; its text is one sen
 ├── TrainingError                 a run stopped because going on would be wrong
 │   ├── ProofFailedError          the first-step proof found a broken run
 │   ├── NonFiniteLossError        the loss became NaN or infinite
-│   └── OutOfMemoryError          the device is too small; the text says what would fit
+│   ├── OutOfMemoryError          the device is too small; the text says what would fit
+│   └── RunStoppedError           asked to stop: what was done is in a checkpoint, the same call goes on from it
 ├── MergeError                    a merge that would be silently wrong is refused
 ├── ServingError                  a request or a load could not be served
 │   ├── QueueFullError            the bounded queue is full: try later (429)
@@ -123,6 +124,10 @@ class NonFiniteLossError(TrainingError):
 
 class OutOfMemoryError(TrainingError):
     """The device is too small for the run; the text says what would have fit."""
+
+
+class RunStoppedError(TrainingError):
+    """A run was asked to stop before its end. What was done is in a checkpoint; the same call goes on from it."""
 
 
 class MergeError(AdapterHubError):

@@ -29,11 +29,16 @@ class BaseRecord(StrictModel):
 
 
 class DataRecord(StrictModel):
-    """The data a run saw. `fingerprint` is a sha256 over the tokenised rows."""
+    """The data a run saw. `fingerprint` is a sha256 over the tokenised rows; `rows` are those kept.
+
+    `truncated` of them were cut to the limit of tokens, and `dropped` more were left out for it.
+    """
 
     id: str
     rows: int
     fingerprint: str
+    truncated: int = 0
+    dropped: int = 0
 
 
 class MemoryRecord(StrictModel):

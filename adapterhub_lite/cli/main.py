@@ -1,6 +1,7 @@
 """The entry point `adapterhub-lite`: registers the verbs and turns errors into one sentence and an exit code."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -25,7 +26,7 @@ from adapterhub_lite.cli.serve import serve
 from adapterhub_lite.cli.sharing import pull, push
 from adapterhub_lite.cli.signing import keygen, sign, trust, verify
 from adapterhub_lite.cli.train import train
-from adapterhub_lite.errors import AdapterHubError
+from adapterhub_lite.errors import AdapterHubError, RunStoppedError
 from adapterhub_lite.quiet import quiet_libraries
 
 VERBS: dict[str, Callable[..., None]] = {
@@ -92,7 +93,7 @@ def main() -> None:
         # Of several processes that find the same mistake, one says it.
         if os.environ.get("RANK", "0") == "0":
             typer.echo(f"Error: {error}", err=True)
-        sys.exit(2)
+        sys.exit(128 + signal.SIGTERM if isinstance(error, RunStoppedError) else 2)
     except KeyboardInterrupt:
         typer.echo("Interrupted. Run the same command again to go on.", err=True)
         sys.exit(130)

@@ -38,13 +38,19 @@ def open_base(model: Any, base: ResolvedBase | None, tokenizer: PreTrainedTokeni
     """Find the base of a run; `model` is a name, a folder, or a model in memory already.
 
     Raises:
-        ConfigurationError: there is no tokenizer.
+        ConfigurationError: there is no model, or no tokenizer.
         UnknownNameError: there is no such base.
     """
+    if model is None:
+        raise ConfigurationError(
+            "The trainer wants a base: its name, its folder, a model in memory or a PeftModel. model_init is not taken: "
+            "what is prepared once for the loss would not fit the models that it makes. Make a trainer for each trial."
+        )
     if isinstance(model, str | Path):
         base, model = base or resolve_base(model), None
-    elif base is None and isinstance(model, PreTrainedModel):
-        origin = Path(model.config._name_or_path or "/nowhere")
+    elif base is None and isinstance(model, PreTrainedModel | PeftModel):
+        inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        origin = Path(inner.config._name_or_path or "/nowhere")
         if (origin / "config.json").is_file():
             base = resolve_base(origin)
     tokenizer = tokenizer or (load_tokenizer(base.folder) if base else None)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedTokenizerBase
 
 from adapterhub_lite.training.exact_match import Turns, evaluate_exact_match
 
@@ -40,11 +40,12 @@ def generate_answers(
     return [str(text) for text in tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True)]
 
 
-class GeneratedMetrics(TrainerCallback):
-    """After each evaluation, lets the model answer `rows` and logs the share of exact answers, a batch at a time.
+class GeneratedMetrics:
+    """Metrics on the text that the model in training writes: the share of exact answers, and those of your own.
 
-    `judges` are further metrics by name: each takes (wanted, found) and returns a number; the mean is logged. Pass an
-    instance among the trainer's `callbacks`.
+    `rows` are asked a batch at a time, and each answer is judged as it comes: never a stack of logits. `judges` are
+    further metrics by name: each takes (wanted, found) and returns a number; the mean is kept. Pass an instance as the
+    trainer's `generated_metrics`; it is asked in each evaluation, also in each of several sets.
     """
 
     def __init__(
@@ -58,29 +59,17 @@ class GeneratedMetrics(TrainerCallback):
         self.judges = dict(judges or {})
         self.max_new_tokens = max_new_tokens
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        model: Any = None,
-        processing_class: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        """Answer, compare, and add the results to `metrics` and to the log."""
+    def measure(self, model: Any, tokenizer: PreTrainedTokenizerBase, prefix: str) -> dict[str, float]:
+        """Let `model` answer; returns `<prefix>_exact_match` (0 to 1) and the mean of each judge."""
         sums = dict.fromkeys(self.judges, 0.0)
 
         def generate(chats: list[Turns]) -> list[str]:
-            return generate_answers(model, processing_class, chats, self.max_new_tokens)
+            return generate_answers(model, tokenizer, chats, self.max_new_tokens)
 
         def judge(wanted: str, found: str) -> None:
             for name, one in self.judges.items():
                 sums[name] += one(wanted, found)
 
         match = evaluate_exact_match(generate, self.rows, also=judge)
-        found = {"eval_exact_match": match.share}
-        found |= {f"eval_{name}": total / match.total for name, total in sums.items()}
-        state.log_history.append({**found, "step": state.global_step})
-        if metrics is not None:
-            metrics.update(found)
+        means = {f"{prefix}_{name}": total / match.total for name, total in sums.items()}
+        return {f"{prefix}_exact_match": match.share, **means}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -20,7 +21,7 @@ from adapterhub_lite.training import checkpoints
 from adapterhub_lite.training.collation import PaddedCollator
 from adapterhub_lite.training.preflight import fly, longest_rows, nothing_happened
 from adapterhub_lite.training.progress import METRICS_FILE, PLOT_FILE
-from adapterhub_lite.training.proof import SLICE_TOKENS, GradientProof, check_loss, check_rows
+from adapterhub_lite.training.proof import SLICE_TOKENS, GradientProof, check_batch, check_loss, check_rows
 from adapterhub_lite.training.tokenization import IGNORED
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class RunGuard(TrainerCallback):
     @contextmanager
     def listening(self) -> Iterator[None]:
         """While inside, SIGTERM asks the run to save and stop after the step it is in."""
+        self.stop_asked = False
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -86,9 +88,16 @@ class RunGuard(TrainerCallback):
         if fly and state.global_step == 0 and _has_rows(trainer.train_dataset):
             self._fly()
 
+    def check_batch(self, batch: dict[str, Any]) -> None:
+        """Check a batch of a stream before it is learned; tables were checked before the run."""
+        trainer = self.trainer
+        if trainer.args.proof and not isinstance(trainer.train_dataset, Dataset) and "labels" in batch:
+            must_teach = self.steps_seen < PROVEN_STEPS
+            check_batch(batch, _vocabulary(trainer.model), trainer.state.global_step + 1, must_teach)
+
     def _fly(self) -> None:
         trainer = self.trainer
-        rows = longest_rows(trainer.train_dataset, trainer.args.per_device_train_batch_size)
+        rows = longest_rows(trainer.train_dataset, trainer._train_batch_size)
         optimizer: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
         trainable = [p for p in trainer.model.parameters() if p.requires_grad]
 
@@ -119,6 +128,7 @@ class RunGuard(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Asked to stop: save first."""
         if self._any_process_was_asked():
+            self.stop_asked = True
             control.should_save = control.should_training_stop = True
 
     def _any_process_was_asked(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from adapterhub_lite.training.measurement import PeakMemory
 
@@ -19,16 +20,33 @@ PLOT_FILE = "loss.png"
 
 @dataclass
 class RunMeter:
-    """Counts what a run has done so far: real tokens (padding left out), seconds, peak bytes."""
+    """Counts what a run has done so far: real tokens (padding left out), seconds, peak bytes.
+
+    A resumed run counts on from its checkpoint.
+    """
 
     memory: PeakMemory
     tokens: int = 0
     started: float = field(default_factory=time.perf_counter)
+    peak_before: int = 0
+
+    def begin(self, tokens: int = 0, seconds: float = 0.0, peak_bytes: int = 0) -> None:
+        """Start at 0, or at what a checkpoint remembers."""
+        self.tokens, self.started, self.peak_before = tokens, time.perf_counter() - seconds, peak_bytes
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint remembers, for `begin`."""
+        return {"tokens": self.tokens, "seconds": self.seconds, "peak_bytes": self.peak_bytes}
 
     def count(self, inputs: Mapping[str, Any]) -> None:
         """Count the real tokens of a batch."""
         mask = inputs.get("attention_mask")
         self.tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+
+    @property
+    def peak_bytes(self) -> int:
+        """The highest peak of the run, the processes before this one included."""
+        return max(self.peak_before, self.memory.peak_bytes())
 
     @property
     def seconds(self) -> float:
@@ -41,11 +59,24 @@ class RunMeter:
         return self.tokens / max(self.seconds, 1e-9)
 
 
-class MetricsCallback(TrainerCallback):
-    """Appends every logged line to `metrics.jsonl` and draws `loss.png` at the end."""
+class MetricsCallback(TrainerCallback, ExportableState):
+    """Appends every logged line to `metrics.jsonl`, and lets checkpoints remember what the meter counted."""
 
     def __init__(self, meter: RunMeter) -> None:
         self.meter = meter
+
+    def state(self) -> dict[str, Any]:
+        """What `trainer_state.json` keeps of this callback."""
+        return {"args": {}, "attributes": self.meter.state()}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count from 0, or on from the checkpoint that the run goes on from."""
+        # transformers declares a list, and keeps a dict by the callbacks' names.
+        kept: Any = state.stateful_callbacks or {}
+        remembered = kept.get(type(self).__name__, {}).get("attributes", {})
+        self.meter.begin(**(remembered if state.global_step else {}))
 
     def on_log(
         self,
@@ -60,16 +91,9 @@ class MetricsCallback(TrainerCallback):
             return
         line = {"step": state.global_step, **(logs or {}), "tokens": self.meter.tokens}
         line["tokens_per_second"] = round(self.meter.tokens_per_second, 1)
-        line["peak_bytes"] = self.meter.memory.peak_bytes()
+        line["peak_bytes"] = self.meter.peak_bytes
         with (Path(args.output_dir) / METRICS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, default=float) + "\n")
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Draw the losses that the state remembers."""
-        if state.is_world_process_zero and args.output_dir:
-            draw_losses(state.log_history, Path(args.output_dir) / PLOT_FILE)
 
 
 def draw_losses(history: list[dict[str, Any]], path: Path) -> None:
@@ -135,7 +159,7 @@ class ProgressCallback(TrainerCallback):
     ) -> None:
         """Show the newest loss, speed and memory."""
         if self.bar and logs and "loss" in logs:
-            peak = self.meter.memory.peak_bytes() / (1 << 20)
+            peak = self.meter.peak_bytes / (1 << 20)
             figures = f"loss {logs['loss']:.4f}  {self.meter.tokens_per_second:,.0f} tokens/s  {peak:,.0f} MiB"
             self.bar.update(self.task, figures=figures)
 

@@ -6,10 +6,12 @@ every trainable tensor gets a gradient. Knows the trainer's parts, not the train
 
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from datasets import Dataset
+from pyarrow import compute
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
@@ -17,41 +19,97 @@ from transformers import PreTrainedTokenizerBase
 from adapterhub_lite.errors import DataError, ProofFailedError
 from adapterhub_lite.training.tokenization import IGNORED
 
-CHECKED_ROWS = 64
+ROWS_AT_A_TIME = 1000
 SLICE_TOKENS = 96
 # Relative to the loss: what rounding in the base's dtype may make of two ways to compute the same thing.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
 def check_rows(table: Any, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
-    """Check labels of a tokenised table: some in every row, all in the vocabulary, the end token among them.
+    """Check every row of a tokenised table: as many labels as tokens, in the vocabulary, some of them to be learned.
 
     Raises:
-        DataError: a label is outside the vocabulary.
+        DataError: tokens and labels differ in number, or one of them is outside the vocabulary.
         ProofFailedError: a row teaches nothing, or no row teaches the end of an answer.
     """
     if not isinstance(table, Dataset) or "labels" not in table.column_names:
         return
-    learned_end = False
-    for index, labels in enumerate(table.select(range(min(CHECKED_ROWS, len(table))))["labels"]):
-        valid = [label for label in labels[1:] if label != IGNORED]
-        if not valid:
+    learned_end, before = False, 0
+    for part in table.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=ROWS_AT_A_TIME):
+        ids, labels = (_flat(part[name]) for name in ("input_ids", "labels"))
+        _same_lengths(ids.ends, labels.ends, before)
+        goals = labels.values.copy()
+        # The first token of a row is predicted by nothing.
+        goals[labels.starts[labels.starts < labels.ends]] = IGNORED
+        _in_vocabulary("token", ids, True, vocabulary, before)
+        _in_vocabulary("label", labels, goals != IGNORED, vocabulary, before)
+        counts = np.concatenate([[0], (goals != IGNORED).cumsum()])
+        empty = (counts[labels.ends] == counts[labels.starts]).nonzero()[0]
+        if len(empty):
             raise ProofFailedError(
-                f"Row {index} has no label to learn from: all of them are {IGNORED}. Check how the labels were made: a "
-                "chat template without an assistant marker gives an empty mask."
+                f"Row {before + empty[0]} has no label to learn from: all of them are {IGNORED}. Check how the labels "
+                "were made: a chat template without an assistant marker gives an empty mask."
             )
-        if min(valid) < 0 or max(valid) >= vocabulary:
-            worst = max(valid) if max(valid) >= vocabulary else min(valid)
-            raise DataError(
-                f"Row {index} has the label {worst}; wanted {IGNORED} or 0 to {vocabulary - 1}. "
-                "Tokenise with the tokenizer of this base."
-            )
-        learned_end = learned_end or tokenizer.eos_token_id in valid
+        learned_end = learned_end or tokenizer.eos_token_id in goals
+        before += len(labels.ends)
     if not learned_end:
         raise ProofFailedError(
             f"No row teaches the end token {tokenizer.eos_token!r}, so the model would never stop. Let the chat "
             "template end each assistant turn with it, or set tokenizer.eos_token to the token that does."
         )
+
+
+class _Flat(NamedTuple):
+    """Lists of numbers laid end to end: `values` (total,), and where each list starts and ends."""
+
+    values: Any
+    starts: Any
+    ends: Any
+
+
+def _flat(column: Any) -> _Flat:
+    ends = compute.list_value_length(column).to_numpy().cumsum()
+    return _Flat(compute.list_flatten(column).to_numpy(), np.concatenate([[0], ends[:-1]]), ends)
+
+
+def _same_lengths(ids: Any, labels: Any, before: int) -> None:
+    wrong = (ids != labels).nonzero()[0]
+    if len(wrong):
+        raise DataError(f"Row {before + wrong[0]} has another number of labels than of tokens. Give one label a token.")
+
+
+def _in_vocabulary(kind: str, flat: _Flat, counted: Any, vocabulary: int, before: int) -> None:
+    wrong = (counted & ((flat.values < 0) | (flat.values >= vocabulary))).nonzero()[0]
+    if len(wrong):
+        row = before + np.searchsorted(flat.ends, wrong[0], side="right")
+        raise DataError(_outside(f"Row {row}", kind, flat.values[wrong[0]], vocabulary))
+
+
+def _outside(where: str, kind: str, value: Any, vocabulary: int) -> str:
+    wanted = f"{IGNORED} or 0" if kind == "label" else "0"
+    return (
+        f"{where} has the {kind} {value}; wanted {wanted} to {vocabulary - 1}. "
+        "Tokenise with the tokenizer of this base."
+    )
+
+
+def check_batch(batch: Mapping[str, Tensor], vocabulary: int, step: int, must_teach: bool) -> None:
+    """Check one batch of a stream, whose rows could not be checked before the run.
+
+    Raises:
+        DataError: a label is outside the vocabulary.
+        ProofFailedError: the batch teaches nothing although it `must_teach`.
+    """
+    goals = batch["labels"][..., 1:]
+    goals = goals[goals != IGNORED]
+    if must_teach and not len(goals):
+        raise ProofFailedError(
+            f"The batch of step {step} has no label to learn from: all of them are {IGNORED}. Check how the stream "
+            "makes its labels."
+        )
+    wrong = goals[(goals < 0) | (goals >= vocabulary)]
+    if len(wrong):
+        raise DataError(_outside(f"The batch of step {step}", "label", int(wrong[0]), vocabulary))
 
 
 def check_loss(model: nn.Module, batch: Mapping[str, Tensor], loss: Any, precision: torch.dtype | None = None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from transformers.trainer_utils import get_last_checkpoint
 
 from adapterhub_lite.bases import ResolvedBase
-from adapterhub_lite.errors import ConfigurationError
+from adapterhub_lite.errors import ConfigurationError, RunStoppedError
 from adapterhub_lite.recipe import REPORTERS, TrainingRecipe
 from adapterhub_lite.record import TrainingRecord, read_record
 from adapterhub_lite.tasks import get_task
@@ -63,6 +63,7 @@ def train_adapter(
 
     Raises:
         DataError: a row cannot be used.
+        RunStoppedError: SIGTERM came before the last step.
         TrainingError: the run stopped because going on would be wrong.
     """
     rows = load_rows(rows)
@@ -76,6 +77,11 @@ def train_adapter(
         trainer.data_name = data_id
     last = get_last_checkpoint(str(run)) if run.is_dir() else None
     trainer.train(resume_from_checkpoint=last)
+    done, wanted = trainer.state.global_step, trainer.state.max_steps
+    if trainer.guard.stop_asked and done < wanted:
+        raise RunStoppedError(
+            f"The run was asked to stop: {done} of {wanted} steps are done and saved. The same call goes on from there."
+        )
     adapter = trainer.save_adapter(run / "adapter")
     record = read_record(adapter)
     assert record is not None, "save_adapter writes the record"

@@ -81,6 +81,8 @@ class RunFacts:
     args: AdapterTrainingArguments
     table: Any
     data_name: str
+    truncated: int
+    dropped: int
     tokenizer: PreTrainedTokenizerBase
     ways: dict[str, str]
     preset: str
@@ -101,11 +103,13 @@ def facts_of(trainer: "AdapterTrainer") -> RunFacts:
         args=trainer.args,
         table=trainer.train_dataset,
         data_name=trainer.data_name,
+        truncated=trainer.rows.truncated,
+        dropped=trainer.rows.dropped,
         tokenizer=trainer.processing_class,
         ways={**trainer.assembly.record(), **choice.record()},
         preset=choice.preset.name,
         predicted_bytes=None if choice.predicted is None else choice.predicted.total,
-        peak_bytes=trainer.meter.memory.peak_bytes(),
+        peak_bytes=trainer.meter.peak_bytes,
         steps=trainer.state.global_step,
         losses=tuple((int(line["step"]), float(line["loss"])) for line in lines),
         seconds=trainer.meter.seconds,
@@ -123,6 +127,8 @@ def make_record(facts: RunFacts) -> TrainingRecord:
             id=facts.data_name,
             rows=len(table) if countable else 0,
             fingerprint=rows_fingerprint(table) if countable else "not countable",
+            truncated=facts.truncated,
+            dropped=facts.dropped,
         ),
         template_digest=template_digest(facts.tokenizer),
         seeds={"seed": args.seed, "data_seed": args.seed if args.data_seed is None else args.data_seed},

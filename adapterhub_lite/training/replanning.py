@@ -10,7 +10,7 @@ from adapterhub_lite.errors import OutOfMemoryError
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
 from adapterhub_lite.training.memory_choice import MemoryChoice
 
-PHRASES = ("can't allocate memory", "out of memory", "Cannot allocate memory")
+PHRASES = ("can't allocate memory", "out of memory", "Cannot allocate memory", "No executable batch size found")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -47,7 +47,9 @@ def with_less(args: AdapterTrainingArguments, choice: MemoryChoice, error: BaseE
 
 def what_would_fit(args: AdapterTrainingArguments, choice: MemoryChoice) -> str:
     """The sentence for a run that memory ran out in, when nothing is tried any more."""
-    rows, times = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    # The search for a batch size ends with a single row.
+    rows = 1 if args.auto_find_batch_size else args.per_device_train_batch_size
+    times = args.gradient_accumulation_steps
     said = f"Memory ran out on {args.device} with {rows} rows of up to {args.max_length} tokens at a time."
     if rows > 1:
         fewer = max(part for part in range(1, rows // 2 + 1) if rows % part == 0)

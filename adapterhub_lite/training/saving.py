@@ -1,16 +1,42 @@
-"""From a finished run to an adapter folder, with the record of its making and the witness of what it answers."""
+"""What a run leaves: checkpoints, and at its end the adapter folder with its record and the witness of its answers."""
 
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer_utils import rotate_checkpoints
+
 from adapterhub_lite.canary import write_canary
 from adapterhub_lite.errors import ConfigurationError
+from adapterhub_lite.training import checkpoints
 from adapterhub_lite.training.adapters import write_adapter
 from adapterhub_lite.training.assembly import plain
 from adapterhub_lite.training.mutated_init import write_plain
 from adapterhub_lite.training.recording import write_record
 from adapterhub_lite.training.sharded import splits_weights, whole_tensors
+
+
+def publish_checkpoint(trainer: Any, staged: Path, target: Path) -> None:
+    """Seal the checkpoint of an `AdapterTrainer` that lies in `staged`, move it to `target`, and let old ones go.
+
+    Every process calls it, the first one writes.
+
+    Raises:
+        IntegrityError: a tensor does not read back as it is in memory.
+    """
+    state, args = trainer.state, trainer.args
+    if state.best_model_checkpoint == str(staged):
+        state.best_model_checkpoint = str(target)
+    trainer.accelerator.wait_for_everyone()
+    kept = whole_tensors(trainer.accelerator.unwrap_model(trainer.model))
+    if args.should_save:
+        state.save_to_json(str(staged / "trainer_state.json"))
+        checkpoints.seal(staged, kept)
+        checkpoints.publish(staged, target)
+        checkpoints.sweep(target.parent)
+        best, limit = state.best_model_checkpoint, args.save_total_limit
+        rotate_checkpoints(str(target.parent), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
+    trainer.accelerator.wait_for_everyone()
 
 
 def save_adapter(trainer: Any, folder: Path) -> Path:

@@ -6,18 +6,22 @@ tokens that the model will have to produce after the prompt that inference gives
 """
 
 import hashlib
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from adapterhub_lite.errors import DataError
+from adapterhub_lite.errors import ConfigurationError, DataError
+from adapterhub_lite.training.launch import launched
 from adapterhub_lite.training.rows import SOURCE_COLUMN, load_rows
 
+logger = logging.getLogger(__name__)
 IGNORED = -100
 Overlong = Literal["refuse", "truncate", "drop"]
 Turns = list[dict[str, str]]
@@ -27,9 +31,9 @@ Turns = list[dict[str, str]]
 class TokenizedRows:
     """A table with `input_ids`, `labels` and `length` a row, and what was done to rows beyond the limit."""
 
-    table: Dataset
-    truncated: int
-    dropped: int
+    table: Any
+    truncated: int = 0
+    dropped: int = 0
 
     @property
     def fingerprint(self) -> str:
@@ -147,7 +151,8 @@ def _pieces(
             raise DataError(
                 f"{where}: the chat template lays out turn {index + 1} differently once more turns follow, and has no "
                 "{% generation %} markers, so the assistant's tokens cannot be told apart. "
-                "Give the tokenizer a training template with markers, or rows with prompt and completion."
+                "Give the tokenizer a training template with markers (trl.get_training_chat_template has those of many "
+                "families), or rows with prompt and completion."
             )
         yield whole[done : len(header)], False
         yield whole[len(header) : len(through)], True
@@ -175,22 +180,56 @@ def row_lengths(table: Any) -> list[int]:
     return list(table["length"]) if "length" in names else [len(ids) for ids in table["input_ids"]]
 
 
-def prepare_rows(rows: Any, tokenizer: PreTrainedTokenizerBase, *, max_length: int, overlong: Overlong) -> Any:
-    """Tokenise what are still rows, in a dict each by itself; tables that have `input_ids`, streams and None stay.
+def prepare_rows(
+    rows: Any, tokenizer: PreTrainedTokenizerBase, *, max_length: int, overlong: Overlong
+) -> TokenizedRows:
+    """Tokenise what are still rows, and warn of how many were cut or left out; tables that have `input_ids` stay.
+
+    Streams and None stay as they are, too.
 
     Raises:
         DataError: a row is not what was wanted.
     """
-    if isinstance(rows, dict):
-        return {
-            name: prepare_rows(one, tokenizer, max_length=max_length, overlong=overlong) for name, one in rows.items()
-        }
     if isinstance(rows, Dataset):
         if "input_ids" in rows.column_names:
-            return rows
+            return TokenizedRows(_with_positions(rows))
         table = rows if SOURCE_COLUMN in rows.column_names else load_rows(rows)
     elif isinstance(rows, str | Path | list):
         table = load_rows(rows)
     else:
-        return rows
-    return tokenize_rows(table, tokenizer, max_length=max_length, overlong=overlong).table
+        return TokenizedRows(rows)
+    found = tokenize_rows(table, tokenizer, max_length=max_length, overlong=overlong)
+    for count, done in ((found.truncated, "truncated"), (found.dropped, "dropped")):
+        if count:
+            logger.warning(f"{count} of {len(table)} rows are longer than max_length={max_length} and were {done}.")
+    return found
+
+
+def _with_positions(table: Dataset) -> Dataset:
+    """What TRL's `pack_dataset` wrote as `seq_lengths`, in the words that models know: positions that begin again."""
+    if "seq_lengths" not in table.column_names or "position_ids" in table.column_names:
+        return table
+
+    def positions(row: dict[str, Any]) -> dict[str, list[int]]:
+        return {"position_ids": [place for length in row["seq_lengths"] for place in range(length)]}
+
+    return table.map(positions, remove_columns=["seq_lengths"], keep_in_memory=True)
+
+
+def prepare_sets(rows: Any, tokenizer: PreTrainedTokenizerBase, *, max_length: int, overlong: Overlong) -> Any:
+    """`prepare_rows` of one evaluation set, or of each in a dict by name: the tables alone.
+
+    Raises:
+        ConfigurationError: a packed table, and several processes.
+        DataError: a row is not what was wanted.
+    """
+    if isinstance(rows, dict):
+        prepare = partial(prepare_sets, tokenizer=tokenizer, max_length=max_length, overlong=overlong)
+        return {name: prepare(one) for name, one in rows.items()}
+    table = prepare_rows(rows, tokenizer, max_length=max_length, overlong=overlong).table
+    if launched() and "position_ids" in (getattr(table, "column_names", None) or ()):
+        raise ConfigurationError(
+            "Processes that share an evaluation tell repeated rows by their number, and a packed row holds several "
+            "sequences. Give the evaluation rows unpacked."
+        )
+    return table

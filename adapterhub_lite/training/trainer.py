@@ -5,7 +5,6 @@ work.
 """
 
 import logging
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import ConfigurationError, NonFiniteLossError, OutOfMemoryError
@@ -24,15 +23,16 @@ from adapterhub_lite.training.arguments import AdapterTrainingArguments
 from adapterhub_lite.training.assembly import assemble
 from adapterhub_lite.training.collation import PackedCollator, PaddedCollator, unpack
 from adapterhub_lite.training.evaluation import EvaluationSums, without_repeats
+from adapterhub_lite.training.generation import GeneratedMetrics
 from adapterhub_lite.training.guard import RunGuard, describe_failure
 from adapterhub_lite.training.measurement import PeakMemory
 from adapterhub_lite.training.memory_choice import choose_memory
 from adapterhub_lite.training.memory_report import MemoryReport
-from adapterhub_lite.training.progress import MetricsCallback, ProgressCallback, RunMeter
+from adapterhub_lite.training.progress import PLOT_FILE, MetricsCallback, ProgressCallback, RunMeter, draw_losses
 from adapterhub_lite.training.recording import facts_of, make_record
 from adapterhub_lite.training.replanning import checkpoint_to_go_on_from, is_out_of_memory, with_less
 from adapterhub_lite.training.step_loss import StepLoss
-from adapterhub_lite.training.tokenization import prepare_rows, row_lengths
+from adapterhub_lite.training.tokenization import prepare_rows, prepare_sets, row_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class AdapterTrainer(Trainer):
 
     `model` is a base's name, its folder, a model in memory, or a `PeftModel`; `train_dataset` and `eval_dataset` are
     tokenised data sets, or anything that `load_rows` takes; `base` says where a model in memory came from, for the
-    record. Every other keyword is the `Trainer`'s own.
+    record; `generated_metrics` are asked in each evaluation. Every other keyword is the `Trainer`'s own.
 
     Raises:
         DataError: a row is not what was wanted.
@@ -65,15 +65,21 @@ class AdapterTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         *,
         base: ResolvedBase | None = None,
+        generated_metrics: GeneratedMetrics | None = None,
         **trainer_keywords: Any,
     ) -> None:
         before = PeakMemory.before(args.device, model)
         opened = open_base(model, base, processing_class)
-        prepare = partial(prepare_rows, tokenizer=opened.tokenizer, max_length=args.max_length, overlong=args.overlong)
-        rows = prepare(train_dataset)
+        limits: Any = {"tokenizer": opened.tokenizer, "max_length": args.max_length, "overlong": args.overlong}
+        self.rows = prepare_rows(train_dataset, **limits)
+        self.generated_metrics = generated_metrics
         with sharded.built_whole(args):
             choice = choose_memory(
-                opened.source, args, row_lengths(rows), adapter_given=peft_config is not None, overhead=before
+                opened.source,
+                args,
+                row_lengths(self.rows.table),
+                adapter_given=peft_config is not None,
+                overhead=before,
             )
         args = choice.applied(args)
         self.assembly = assembly = assemble(opened, args, peft_config, choice)
@@ -89,8 +95,8 @@ class AdapterTrainer(Trainer):
         super().__init__(
             assembly.model,
             args,
-            train_dataset=rows,
-            eval_dataset=prepare(eval_dataset),
+            train_dataset=self.rows.table,
+            eval_dataset=prepare_sets(eval_dataset, **limits),
             processing_class=opened.tokenizer,
             **trainer_keywords,
         )
@@ -106,8 +112,9 @@ class AdapterTrainer(Trainer):
             )
         self.pop_callback(PrinterCallback)
         self.guard = RunGuard(self)
-        self.add_callback(self.guard)
+        # The meter begins before the guard's trials, which are part of the run's time.
         self.add_callback(MetricsCallback(self.meter))
+        self.add_callback(self.guard)
         self.progress = ProgressCallback(self.meter) if self.args.show_progress else None
         if self.progress:
             self.add_callback(self.progress)
@@ -135,6 +142,9 @@ class AdapterTrainer(Trainer):
         finally:
             if self.progress:
                 self.progress.close()
+            if self.state.log_history and self.is_world_process_zero():
+                # Also of a run that was stopped: there it says most.
+                draw_losses(self.state.log_history, Path(str(self.args.output_dir)) / PLOT_FILE)
 
     def _yield_memory(self, error: BaseException) -> None:
         self.memory_choice = with_less(self.args, self.memory_choice, error)
@@ -159,6 +169,8 @@ class AdapterTrainer(Trainer):
         """Sum the loss of the valid tokens and divide once, by those of the whole accumulated, gathered batch."""
         if self.compute_loss_func is not None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if model.training:
+            self.guard.check_batch(inputs)
         total, valid, outputs = self.step_loss.sum(model, inputs)
         count = valid if num_items_in_batch is None else num_items_in_batch
         loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
@@ -194,15 +206,18 @@ class AdapterTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate as the `Trainer` does, with means over tokens instead of over batches."""
-        self._evaluated = EvaluationSums()
+        self._evaluated, prefix = EvaluationSums(), kwargs.get("metric_key_prefix", "eval")
         try:
             output = super().evaluation_loop(*args, **kwargs)
             # Every process takes part, also one whose rows were all repeats.
             gathered = self.accelerator.gather(self._evaluated.sums[None].to(self.args.device, torch.float64))
             self._evaluated.sums = gathered.sum(0).cpu()
+            assert output.metrics is not None, "the loop always reports its time"
             if self._evaluated.sums[0] > 0:
-                assert output.metrics is not None, "the loop always reports its time"
-                output.metrics.update(self._evaluated.metrics(kwargs.get("metric_key_prefix", "eval")))
+                output.metrics.update(self._evaluated.metrics(prefix))
+            if self.generated_metrics is not None:
+                model = self.accelerator.unwrap_model(self.model)
+                output.metrics.update(self.generated_metrics.measure(model, self.processing_class, prefix))
             return output
         finally:
             self._evaluated = None
@@ -221,20 +236,7 @@ class AdapterTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             staged, self._staged = self._staged, None
-        if self.state.best_model_checkpoint == str(staged / name):
-            self.state.best_model_checkpoint = str(run / name)
-        self.accelerator.wait_for_everyone()
-        kept = self._kept_tensors()
-        if self.args.should_save:
-            self.state.save_to_json(str(staged / name / "trainer_state.json"))
-            checkpoints.seal(staged / name, kept)
-            checkpoints.publish(staged / name, run / name)
-            checkpoints.sweep(run)
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(
-                str(run), save_total_limit=self.args.save_total_limit, best_model_checkpoint=best, use_mtime=True
-            )
-        self.accelerator.wait_for_everyone()
+        saving.publish_checkpoint(self, staged / name, run / name)
         if self._push_later:
             super()._push_from_checkpoint(str(run / name))
 

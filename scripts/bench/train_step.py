@@ -3,18 +3,23 @@
     python -m scripts.bench.train_step speed mixed  # seconds a step and peak memory, paired, alternating, medians
     python -m scripts.bench.train_step speed equal  # the same with rows of one length, where no padding is saved
     python -m scripts.bench.train_step scaling      # our step from 512 to 8 x 2048 tokens
-    python -m scripts.bench.train_step quality 0    # evaluation loss after 100 steps with seed 0, ours and HF's
+    python -m scripts.bench.train_step quality 0    # held-out loss after 100 steps with seed 0, ours and HF's
+    python -m scripts.bench.train_step quality 0 --trainer hf   # one of them, as a piece of its own
 
-Each trainer runs in a process of its own, so that its peak is its own. Parts are merged into results/train_step.json.
+Each trainer runs in a process of its own, so that its peak is its own. Parts are merged into results/train_step.json,
+each with the date and load of its own run: quality may be taken on a busy machine, seconds may not.
 """
 
 import argparse
 import json
+import os
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from scripts.bench.report import RESULTS, write_result
@@ -93,7 +98,7 @@ def speed(lengths: str, rounds: int, steps: int) -> dict[str, Any]:
 
 def scaling(longest: int) -> dict[str, Any]:
     """Our step with 8 rows of growing length; gradient checkpointing on, so that the longest fits anywhere."""
-    points = []
+    points: list[dict[str, Any]] = []
     for length in (length for length in (64, 128, 256, 512, 1024, 2048) if length <= longest):
         one = measure(trainer="ours", lengths="filled", length=length, steps=2, rows=8, seed=0, checkpointing=True)
         points.append(
@@ -102,7 +107,7 @@ def scaling(longest: int) -> dict[str, Any]:
     rates = [point["step_seconds"] / point["tokens"] * 1e6 for point in points]
     for point, rate in zip(points, rates, strict=True):
         point["microseconds_a_token"] = rate
-    return {"scaling": points}
+    return {"scaling": {"rows": 8, "activation_checkpointing": True, "points": points}}
 
 
 def draw(parts: dict[str, Any]) -> None:
@@ -122,7 +127,7 @@ def draw(parts: dict[str, Any]) -> None:
         panel.set_xticks([index + 0.2 for index in range(len(TRAINERS))], TRAINERS)
         panel.set_ylabel(label)
         panel.legend()
-    points = parts.get("scaling", [])
+    points = parts.get("scaling", {}).get("points", [])
     if points:
         tokens = [point["tokens"] for point in points]
         panels[2].plot(tokens, [point["step_seconds"] for point in points], "o-", label="ours")
@@ -134,20 +139,28 @@ def draw(parts: dict[str, Any]) -> None:
     figure.savefig(RESULTS / f"{NAME}.png", dpi=110)
 
 
-def quality(seed: int, steps: int) -> dict[str, Any]:
-    """Evaluation loss after `steps` steps of ours and of HF's trainer, same rows, order and settings."""
-    job = {"lengths": "mixed", "steps": steps, "rows": 4, "seed": seed, "evaluate": 64}
-    ours, theirs = (measure(trainer=name, **job)["eval_loss"] for name in ("ours", "hf"))
+def quality(seed: int, steps: int, rows: int, trainers: Sequence[str]) -> dict[str, Any]:
+    """Held-out loss after `steps` steps of `trainers`: same rows, order, beginning and settings, one plain evaluation."""
+    job = {"lengths": "mixed", "steps": steps, "rows": rows, "seed": seed, "evaluate": 64}
+    found = {name: measure(trainer=name, **job) for name in trainers}
+    keys = ("eval_loss_before", "eval_loss", "first_loss", "last_loss")
     return {
-        f"quality_seed_{seed}": {"ours": ours, "hf": theirs, "ours_over_hf": ours / theirs, "steps": steps, "rows": 4}
+        f"quality_seed_{seed}": {"steps": steps, "rows": rows, "held_out_rows": 64}
+        | {name: {key: one[key] for key in keys} for name, one in found.items()}
     }
 
 
 def merge(part: dict[str, Any]) -> None:
-    """Write `part` into the result, beside the parts measured before."""
+    """Write `part` into the result, beside the parts measured before and the other trainers of the same part."""
     path = RESULTS / f"{NAME}.json"
-    before = json.loads(path.read_bytes())["parts"] if path.exists() else {}
-    parts = {**before, **part}
+    parts = json.loads(path.read_bytes())["parts"] if path.exists() else {}
+    for name, value in part.items():
+        value |= {"measured": datetime.now(UTC).isoformat(timespec="seconds"), "load_average": os.getloadavg()[0]}
+        before = parts.get(name, {})
+        same = name.startswith("quality") and all(before.get(key) == value[key] for key in ("steps", "rows"))
+        parts[name] = {**before, **value} if same else value
+        if {"ours", "hf"} <= set(parts[name]):
+            parts[name]["ours_over_hf"] = parts[name]["ours"]["eval_loss"] / parts[name]["hf"]["eval_loss"]
     print(write_result(NAME, {"base": BASE, "rank": 8, "target_modules": "all-linear", "parts": parts}))
     draw(parts)
 
@@ -159,6 +172,8 @@ def main() -> None:
     parser.add_argument("value", nargs="?", default="0", help="mixed or equal for speed, the seed for quality")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, help="steps a run: 6 for speed and 100 for quality when not given")
+    parser.add_argument("--rows", type=int, default=4, help="for quality: chats a step")
+    parser.add_argument("--trainer", choices=("ours", "hf"), help="for quality: this one alone")
     parser.add_argument("--longest", type=int, default=2048, help="tokens a row at which scaling ends")
     given = parser.parse_args()
     if given.part == "job":
@@ -169,7 +184,11 @@ def main() -> None:
     elif given.part == "scaling":
         merge(scaling(given.longest))
     else:
-        merge(quality(int(given.value), given.steps or 100))
+        merge(
+            quality(
+                int(given.value), given.steps or 100, given.rows, [given.trainer] if given.trainer else ["ours", "hf"]
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -1,17 +1,25 @@
 """The same tokens give the same gradient, however they are cut into batches, with or without padding."""
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from adapterhub_lite.training.collation import PackedCollator, PaddedCollator
 
 
 def gradient(trainer: Any, rows: list[dict[str, Any]], size: int, collator: Any) -> dict[str, torch.Tensor]:
     """The gradient of one optimizer step over `rows`, as `training_step` makes it in batches of `size`."""
+    return gradient_of(trainer, [rows[start : start + size] for start in range(0, len(rows), size)], collator)
+
+
+def gradient_of(trainer: Any, parts: list[list[dict[str, Any]]], collator: Any) -> dict[str, torch.Tensor]:
+    """The gradient of one optimizer step over batches that hold `parts`."""
     trainer.model.zero_grad()
-    batches = [collator(rows[start : start + size]) for start in range(0, len(rows), size)]
+    batches = [collator(part) for part in parts]
     batches, count = trainer.get_batch_samples(iter(batches), len(batches), torch.device("cpu"))
     trainer.current_gradient_accumulation_steps = len(batches)
     for batch in batches:
@@ -39,6 +47,26 @@ def test_one_by_eight_two_by_four_and_eight_by_one_are_one_gradient(trainer: Any
     wanted = gradient(trainer, rows, 8, PaddedCollator(0))
     for size in (1, 2, 4, 8):
         torch.testing.assert_close(gradient(trainer, rows, size, collator), wanted, rtol=1e-4, atol=1e-6)
+
+
+@st.composite
+def rows_and_cuts(draw: Any) -> tuple[list[dict[str, Any]], list[int]]:
+    """Up to six rows of 2 to 9 tokens, some learned and some not, and where to cut them into batches."""
+    rows = []
+    for _ in range(draw(st.integers(1, 6))):
+        ids = draw(st.lists(st.integers(0, 255), min_size=2, max_size=9))
+        learned = draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
+        rows.append({"input_ids": ids, "labels": [one if yes else -100 for one, yes in zip(ids, learned, strict=True)]})
+    return rows, sorted(draw(st.sets(st.integers(1, len(rows)))) | {0, len(rows)})
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows_and_cuts())
+def test_any_cut_of_any_rows_is_one_gradient(trainer: Any, drawn: tuple[list[dict[str, Any]], list[int]]) -> None:
+    rows, cuts = drawn
+    wanted = gradient(trainer, rows, len(rows), PaddedCollator(0))
+    parts = [rows[start:end] for start, end in itertools.pairwise(cuts)]
+    torch.testing.assert_close(gradient_of(trainer, parts, PackedCollator()), wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_it_is_the_gradient_of_the_mean_over_tokens(trainer: Any) -> None:

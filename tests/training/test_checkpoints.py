@@ -88,6 +88,16 @@ def test_a_damaged_checkpoint_is_not_resumed_from(make_trainer: Any, tmp_path: P
         make_trainer(**{**SAVING, "max_steps": 8}).train(resume_from_checkpoint=True)
 
 
+def test_what_was_written_as_something_else_is_noticed_at_once(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(3), "b": torch.ones(3)}, tmp_path / "adapter_model.safetensors")
+    checkpoints.seal(tmp_path, {"a": torch.ones(3), "b": torch.ones(3)})
+    assert checkpoints.verify(tmp_path) is not None
+    with pytest.raises(IntegrityError, match=r"read back, differs from what was saved in 1 of 2 parts \(b\)"):
+        checkpoints.seal(tmp_path, {"a": torch.ones(3), "b": torch.ones(3) * 2})
+    with pytest.raises(IntegrityError, match=r"in 1 of 3 parts \(c\)"):
+        checkpoints.seal(tmp_path, {"a": torch.ones(3), "b": torch.ones(3), "c": torch.ones(3)})
+
+
 def test_what_loads_as_something_else_is_noticed(tmp_path: Path) -> None:
     tensors = {"a": torch.ones(3)}
     with pytest.raises(IntegrityError, match="as loaded from"):

@@ -1,5 +1,9 @@
 """Memory that runs out in a run: refused with what would fit, or, when allowed, gone on with less from where it was."""
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +101,49 @@ def test_the_checkpoint_made_for_it_is_whole(make_trainer: Any, tmp_path: Path) 
     too_small(trainer, 2, from_step=2)
     trainer.train()
     assert (tmp_path / "run" / "checkpoint-2" / "hashes.json").exists()
+
+
+def test_auto_find_batch_size_finds_the_rows_that_fit(make_trainer: Any) -> None:
+    trainer = make_trainer(**{**SMALL, "preflight": True}, auto_find_batch_size=True)
+    too_small(trainer, 2)
+    trainer.train()
+    assert trainer.state.train_batch_size <= 2 and trainer.state.global_step == 6
+    assert len(losses(trainer)) == 6
+    hopeless = make_trainer("hopeless", **SMALL, auto_find_batch_size=True)
+    too_small(hopeless, 0)
+    with pytest.raises(OutOfMemoryError, match=r"with 1 rows of up to .* Set activation_checkpointing=True"):
+        hopeless.train()
+
+
+NARROW = """
+import resource, sys
+from adapterhub_lite.errors import OutOfMemoryError
+from adapterhub_lite.training import AdapterTrainer, AdapterTrainingArguments
+base, folder = sys.argv[1:]
+rows = [{"text": "x" * (20 + 4 * i)} for i in range(100)]
+args = AdapterTrainingArguments(output_dir=folder, max_steps=100, per_device_train_batch_size=64, rank=4, use_cpu=True,
+                                show_progress=False, memory_preset="lora-fp32", learning_rate=1e-4)
+trainer = AdapterTrainer(base, args, rows)
+trainer.model.train()(**trainer.data_collator([trainer.train_dataset[0]])).loss.backward()
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (40 << 20), resource.RLIM_INFINITY))
+try:
+    trainer.train()
+except OutOfMemoryError as error:
+    print(trainer.state.global_step, error)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_may_not_have_more_memory_is_told_what_fits(tiny_base: Path, tmp_path: Path) -> None:
+    """The longest batch needs more than the 40 MiB that the process may still ask the system for."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", NARROW, str(tiny_base), str(tmp_path / "run")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = done.stdout.splitlines()[-1]
+    assert said.startswith("0 The longest batch of this run (64 rows of up to 417 tokens) does not fit on cpu"), said
+    assert re.search(r"(1|2|4|8|16|32) rows would: set per_device_train_batch_size=\1 and", said), said

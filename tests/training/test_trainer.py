@@ -11,7 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.record import read_record
+from adapterhub_lite.training import AdapterTrainer, AdapterTrainingArguments
+from adapterhub_lite.training.collation import PaddedCollator
 
 
 def test_training_lowers_the_loss_and_leaves_metrics_and_a_plot(make_trainer: Any, tmp_path: Path) -> None:
@@ -168,3 +171,59 @@ def test_a_loss_function_of_the_users_own_is_asked(make_trainer: Any) -> None:
 
     make_trainer(max_steps=1, padding_free=False, keywords={"compute_loss_func": loss}).train()
     assert asked[-1][-1] == 272
+
+
+def test_the_trainers_own_keywords_still_work(make_trainer: Any, rows: Any) -> None:
+    chosen = make_trainer(keywords={"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.5})})
+    chosen.train()
+    assert type(chosen.optimizer.optimizer) is torch.optim.SGD
+    model = make_trainer("other").model
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.25)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    given = make_trainer("given", model=model, keywords={"optimizers": (optimizer, schedule)})
+    given.train()
+    assert [line["learning_rate"] for line in given.state.log_history[:4]] == [0.25] * 4
+    seen: list[int] = []
+    collated = make_trainer(
+        "own", keywords={"data_collator": lambda batch: seen.append(len(batch)) or PaddedCollator(0)(batch)}
+    )
+    collated.train()
+    assert 4 in seen and collated.state.global_step == 4
+
+
+# Of torch itself: it makes instances of the autograd functions that it traces, and still has scripted ones.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.soak, pytest.mark.timeout(1800)])]
+)
+def test_a_compiled_run_has_the_losses_of_one_that_is_not(make_trainer: Any, backend: str) -> None:
+    plain = make_trainer("plain", padding_free=False, learning_rate=2e-2)
+    plain.train()
+    compiled = make_trainer("compiled", learning_rate=2e-2, torch_compile=True, torch_compile_backend=backend)
+    compiled.train()
+    assert "torch_compile" in compiled.packing.reason
+    for one, other in zip(compiled.state.log_history[:4], plain.state.log_history[:4], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
+    assert compiled.evaluate(compiled.train_dataset)["eval_loss"] == pytest.approx(
+        plain.evaluate(plain.train_dataset)["eval_loss"], rel=1e-2
+    )
+
+
+def test_a_norm_that_is_limited_is_limited(make_trainer: Any) -> None:
+    def moved(limit: float) -> torch.Tensor:
+        trainer = make_trainer(
+            f"run-{limit}", optim="sgd", learning_rate=1.0, max_grad_norm=limit, max_steps=1, warmup_steps=0
+        )
+        before = [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
+        trainer.train()
+        after = [p.detach() for p in trainer.model.parameters() if p.requires_grad]
+        return torch.stack([(x - y).norm() for x, y in zip(before, after, strict=True)]).norm()
+
+    free = float(moved(1e9))
+    assert free > 0.2 and float(moved(0.1)) == pytest.approx(0.1, rel=1e-3)
+
+
+def test_without_a_base_there_is_a_sentence(make_trainer: Any, tiny_base: Path, tmp_path: Path) -> None:
+    args = AdapterTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(ConfigurationError, match="model_init"):
+        AdapterTrainer(None, args, [], model_init=lambda: None)
