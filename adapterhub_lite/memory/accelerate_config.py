@@ -18,7 +18,6 @@ def accelerate_config(
     node_rank: int = 0,
     main_address: str = "",
     main_port: int = 29500,
-    accumulation: int = 1,
 ) -> dict[str, Any]:
     """Accelerate's settings for `preset` on `devices` devices on each of `nodes` machines.
 
@@ -48,7 +47,8 @@ def accelerate_config(
         where = "cpu" if preset.offload else "none"
         settings["deepspeed_config"] = {
             "zero_stage": int(preset.strategy[-1]),
-            "gradient_accumulation_steps": accumulation,
+            # The run's own, whatever it is; DeepSpeed would hold it to a number.
+            "gradient_accumulation_steps": "auto",
             "offload_optimizer_device": where,
             "offload_param_device": where,
             "zero3_init_flag": preset.strategy == "zero3",
