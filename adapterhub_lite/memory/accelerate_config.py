@@ -22,8 +22,10 @@ def accelerate_config(
     """Accelerate's settings for `preset` on `devices` devices on each of `nodes` machines.
 
     Raises:
-        ConfigurationError: several nodes without the first one's address.
+        ConfigurationError: several nodes without the first one's address, or a node that is not one of them.
     """
+    if not 0 <= node_rank < nodes:
+        raise ConfigurationError(f"Node {node_rank} is none of {nodes}: --node-rank counts from 0 to {nodes - 1}.")
     if nodes > 1 and not main_address:
         raise ConfigurationError(f"{nodes} nodes need the address of the first one: give --main-address.")
     kind = TYPES.get(preset.strategy, "DEEPSPEED")

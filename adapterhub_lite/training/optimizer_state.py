@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.trainer import SCHEDULER_NAME
 
 from adapterhub_lite.errors import ConfigurationError, IntegrityError
@@ -199,8 +200,8 @@ class _ZeroStates:
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     for module in model.modules():
-        if callable(getattr(module, "reshard", None)):
-            # After a forward pass some of FSDP2's parameters are whole still; the optimizer knows the parts.
+        if isinstance(module, FSDPModule):
+            # After a forward pass some of its parameters are whole still; the optimizer knows the parts.
             module.reshard()
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
