@@ -5,6 +5,8 @@ import os
 import shutil
 import warnings
 
+CPP_LEVEL, SILENT = "TORCH_CPP_LOG_LEVEL", "FATAL"
+
 
 def quiet_libraries() -> None:
     """Hide notices of other libraries that a user can do nothing about; errors and our own words stay."""
@@ -15,3 +17,11 @@ def quiet_libraries() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # peft 0.21 reads a property that transformers 5.23 has renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def quiet_rendezvous() -> None:
+    """Hide the pages of C++ frames that torch writes while nodes look for each other. Before torch is imported.
+
+    Not for the processes of the run itself, whose failures are worth a page: `launch` takes it away for them.
+    """
+    os.environ.setdefault(CPP_LEVEL, SILENT)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adapterhub_lite.errors import ConfigurationError, TrainingError
+from adapterhub_lite.quiet import CPP_LEVEL, SILENT
 
 USER_MISTAKE = 2
 """Exit code of a process that has said already what was wrong."""
@@ -74,6 +75,8 @@ def launch(wanted: Launch, arguments: Sequence[str]) -> None:
         raise ConfigurationError(f"{wanted.devices} devices were asked for; this machine has {gpus}.")
     # Its own account of a failure is a page long; ours is a sentence.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    if os.environ.get(CPP_LEVEL) == SILENT:
+        del os.environ[CPP_LEVEL]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // wanted.devices)))
     config = LaunchConfig(
         min_nodes=wanted.nodes,
@@ -82,7 +85,7 @@ def launch(wanted: Launch, arguments: Sequence[str]) -> None:
         run_id="adapterhub-lite",
         rdzv_backend="c10d",
         rdzv_endpoint=wanted.rendezvous or "localhost:0",
-        rdzv_configs={"join_timeout": wanted.patience_seconds, "timeout": wanted.patience_seconds},
+        rdzv_configs=dict.fromkeys(("join_timeout", "timeout", "read_timeout"), wanted.patience_seconds),
         max_restarts=0,
         monitor_interval=0.1,
     )

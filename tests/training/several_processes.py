@@ -33,7 +33,7 @@ def note_what_is_written(event: str, details: tuple[Any, ...]) -> None:
 
 
 def run(base: str, folder: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """One run from its first step, or from its checkpoint `resume`, to its adapter; `fault` breaks its loss."""
+    """One run from its first step, or from its checkpoint `resume`, to its adapter; `broken` takes its gradients away."""
     from adapterhub_lite.errors import ProofFailedError
     from adapterhub_lite.training import AdapterTrainer, AdapterTrainingArguments
 
@@ -44,7 +44,7 @@ def run(base: str, folder: str, settings: dict[str, Any]) -> dict[str, Any]:
     forget_engines()
     WRITTEN.clear()
     resume, broken = settings.pop("resume", None), settings.pop("broken", False)
-    if str(settings.get("memory_preset", "")).startswith("fsdp") or settings.get("fsdp"):
+    if settings.get("use_cpu", True) and settings.get("memory_preset", "").startswith("fsdp"):
         lift_the_gate_of_fsdp()
     args = AdapterTrainingArguments(
         output_dir=folder, show_progress=False, rank=4, learning_rate=5e-3, warmup_steps=0,

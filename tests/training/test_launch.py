@@ -99,7 +99,7 @@ def whole(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 def test_two_devices_add_one_version(whole: tuple[Path, dict[str, Any]]) -> None:
     home, printed = whole
     assert printed["version"] == 1
-    assert printed["training"]["memory_preset"] == "ddp", "of all that fits, auto takes the first"
+    assert printed["training"]["preset"] == "ddp", "of all that fits, auto takes the first"
     assert len(list(home.glob("runs/times/*"))) == 1
 
 
@@ -166,7 +166,7 @@ def test_accelerate_launch_runs_what_the_plan_wrote(tiny_base: Path, tmp_path: P
     run = command(tmp_path / "home", tiny_base, rows, "--accumulation", "2", "--json")
     out, _ = finish(start(*run, launcher=launcher))
     (printed,) = (json.loads(line) for line in out.splitlines() if line.startswith("{"))
-    assert printed["training"]["memory_preset"] == "zero3" and printed["version"] == 1
+    assert printed["training"]["preset"] == "zero3" and printed["version"] == 1
 
 
 def test_several_nodes_want_a_place_to_meet(tiny_base: Path, tmp_path: Path, rows: Path) -> None:
