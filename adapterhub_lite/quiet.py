@@ -4,8 +4,10 @@ import logging
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-CPP_LEVEL, SILENT = "TORCH_CPP_LOG_LEVEL", "FATAL"
+LEVEL = "TORCH_CPP_LOG_LEVEL"
 
 
 def quiet_libraries() -> None:
@@ -19,9 +21,17 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
-def quiet_rendezvous() -> None:
-    """Hide the pages of C++ frames that torch writes while nodes look for each other. Before torch is imported.
+@contextmanager
+def quiet_rendezvous(nodes: int) -> Iterator[None]:
+    """Torch that is imported inside writes no pages of C++ frames while this node looks for the others.
 
-    Not for the processes of the run itself, whose failures are worth a page: `launch` takes it away for them.
+    Not for the processes of the run itself, whose failures are worth a page.
     """
-    os.environ.setdefault(CPP_LEVEL, SILENT)
+    if nodes < 2 or "RANK" in os.environ or LEVEL in os.environ:
+        yield
+        return
+    os.environ[LEVEL] = "FATAL"
+    try:
+        yield
+    finally:
+        del os.environ[LEVEL]

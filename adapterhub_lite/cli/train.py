@@ -41,9 +41,8 @@ def train(
 
     Example: `adapterhub-lite train sql --data questions.jsonl --steps 60`
     """
-    if nodes > 1:
-        quiet_rendezvous()
-    from adapterhub_lite.training.launch import Launch, is_first, launch, launched
+    with quiet_rendezvous(nodes):
+        from adapterhub_lite.training.launch import Launch, is_first, launch, launched
 
     wanted = Launch(devices, nodes, rendezvous, patience)
     if strategy not in STRATEGIES:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adapterhub_lite.errors import ConfigurationError, TrainingError
-from adapterhub_lite.quiet import CPP_LEVEL, SILENT
 
 USER_MISTAKE = 2
 """Exit code of a process that has said already what was wrong."""
@@ -75,8 +74,6 @@ def launch(wanted: Launch, arguments: Sequence[str]) -> None:
         raise ConfigurationError(f"{wanted.devices} devices were asked for; this machine has {gpus}.")
     # Its own account of a failure is a page long; ours is a sentence.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-    if os.environ.get(CPP_LEVEL) == SILENT:
-        del os.environ[CPP_LEVEL]
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // wanted.devices)))
     config = LaunchConfig(
         min_nodes=wanted.nodes,
