@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from adapterhub_lite.home import adapterhub_home
@@ -36,7 +37,9 @@ def _gpu() -> Finding:
     import torch
 
     if torch.cuda.is_available():
-        return Finding(what="GPU", works=True, detail=torch.cuda.get_device_name())
+        count = torch.cuda.device_count()
+        alone = "" if count > 1 else "; the tests of FSDP, which want two, are skipped"
+        return Finding(what="GPU", works=True, detail=f"{count} x {torch.cuda.get_device_name()}{alone}")
     return Finding(
         what="GPU",
         works=False,
@@ -68,6 +71,13 @@ def _package(name: str, purpose: str, remedy: str) -> Finding:
     return Finding(what=name, works=found, detail=detail, remedy=None if found else remedy)
 
 
+_REMEDIES = {
+    "it splits over processes, and there is one": "start several processes: train --devices, torchrun",
+    "Accelerate leaves FSDP out on a CPU": "a machine with two GPUs; the tests of FSDP through Accelerate are skipped here",
+    "deepspeed is not installed": "pip install 'adapterhub-lite[deepspeed]'",
+}
+
+
 def _presets() -> list[Finding]:
     """One finding for the memory presets that run here, and one for each reason why others do not."""
     from adapterhub_lite.memory import MEMORY_PRESETS, Machine, refusal
@@ -75,15 +85,16 @@ def _presets() -> list[Finding]:
     here = Machine.present()
     reasons: dict[str, list[str]] = {}
     for name, preset in MEMORY_PRESETS.items():
-        reasons.setdefault(refusal(preset, here) or "", []).append(name)
+        # Several processes are a matter of how a run is started; what is missing even then is said first.
+        lasting = None if preset.strategy == "single" else refusal(preset, replace(here, world_size=2))
+        reasons.setdefault(lasting or refusal(preset, here) or "", []).append(name)
     able = Finding(what="memory presets", works=True, detail=", ".join(reasons.pop("", [])))
-    # What splits over processes is a matter of how a run is started.
     unable = [
         Finding(
             what="memory presets",
             works=False,
             detail=f"{', '.join(names)}: {reason}",
-            remedy="start several processes (torchrun)" if "splits over" in reason else "a machine that can",
+            remedy=_REMEDIES.get(reason, "a machine that can"),
         )
         for reason, names in reasons.items()
     ]

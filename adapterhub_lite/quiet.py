@@ -4,6 +4,10 @@ import logging
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LEVEL = "TORCH_CPP_LOG_LEVEL"
 
 
 def quiet_libraries() -> None:
@@ -15,3 +19,19 @@ def quiet_libraries() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # peft 0.21 reads a property that transformers 5.23 has renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+@contextmanager
+def quiet_rendezvous(nodes: int) -> Iterator[None]:
+    """Torch that is imported inside writes no pages of C++ frames while this node looks for the others.
+
+    Not for the processes of the run itself, whose failures are worth a page.
+    """
+    if nodes < 2 or "RANK" in os.environ or LEVEL in os.environ:
+        yield
+        return
+    os.environ[LEVEL] = "FATAL"
+    try:
+        yield
+    finally:
+        del os.environ[LEVEL]

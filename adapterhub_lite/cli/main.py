@@ -94,6 +94,8 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0":
             typer.echo(f"Error: {error}", err=True)
         sys.exit(128 + signal.SIGTERM if isinstance(error, RunStoppedError) else 2)
-    except KeyboardInterrupt:
-        typer.echo("Interrupted. Run the same command again to go on.", err=True)
-        sys.exit(130)
+    except SystemExit as ended:
+        # What typer makes of Ctrl-C.
+        if ended.code == 130:
+            typer.echo("Interrupted. Run the same command again to go on.", err=True)
+        raise

@@ -93,7 +93,6 @@ def _write_config(path: Path, found: "MemoryPlan", request: PlanRequest) -> None
         nodes=request.nodes,
         node_rank=request.node_rank,
         main_address=request.main_address,
-        accumulation=found.accumulation,
     )
     write_config(path, settings)
 

@@ -12,6 +12,7 @@ from adapterhub_lite.cli.output import DryRunOption, HomeOption, JsonOption, pri
 from adapterhub_lite.cli.rehearsal import rehearse
 from adapterhub_lite.errors import ConfigurationError, ReferenceSyntaxError, UnknownNameError
 from adapterhub_lite.home import adapterhub_home
+from adapterhub_lite.quiet import quiet_rendezvous
 from adapterhub_lite.recipe import TrainingRecipe
 
 STRATEGIES = ("auto", "ddp", "zero1", "zero2", "zero3", "fsdp")
@@ -40,7 +41,8 @@ def train(
 
     Example: `adapterhub-lite train sql --data questions.jsonl --steps 60`
     """
-    from adapterhub_lite.training.launch import Launch, is_first, launch, launched
+    with quiet_rendezvous(nodes):
+        from adapterhub_lite.training.launch import Launch, is_first, launch, launched
 
     wanted = Launch(devices, nodes, rendezvous, patience)
     if strategy not in STRATEGIES:
@@ -53,9 +55,7 @@ def train(
     recipe = build_settings(TrainingRecipe, given, config)
     if strategy != "auto":
         if recipe.memory_preset not in ("auto", strategy):
-            raise ConfigurationError(
-                f"--strategy {strategy} and memory_preset {recipe.memory_preset} exclude each other."
-            )
+            raise ConfigurationError(f"--strategy {strategy} contradicts memory_preset {recipe.memory_preset}.")
         recipe = replace(recipe, memory_preset=strategy)
     if not is_name(name):
         raise ReferenceSyntaxError(

@@ -18,13 +18,14 @@ def accelerate_config(
     node_rank: int = 0,
     main_address: str = "",
     main_port: int = 29500,
-    accumulation: int = 1,
 ) -> dict[str, Any]:
     """Accelerate's settings for `preset` on `devices` devices on each of `nodes` machines.
 
     Raises:
-        ConfigurationError: several nodes without the first one's address.
+        ConfigurationError: several nodes without the first one's address, or a node that is not one of them.
     """
+    if not 0 <= node_rank < nodes:
+        raise ConfigurationError(f"Node {node_rank} is none of {nodes}: --node-rank counts from 0 to {nodes - 1}.")
     if nodes > 1 and not main_address:
         raise ConfigurationError(f"{nodes} nodes need the address of the first one: give --main-address.")
     kind = TYPES.get(preset.strategy, "DEEPSPEED")
@@ -48,7 +49,8 @@ def accelerate_config(
         where = "cpu" if preset.offload else "none"
         settings["deepspeed_config"] = {
             "zero_stage": int(preset.strategy[-1]),
-            "gradient_accumulation_steps": accumulation,
+            # The run's own, whatever it is; DeepSpeed would hold it to a number.
+            "gradient_accumulation_steps": "auto",
             "offload_optimizer_device": where,
             "offload_param_device": where,
             "zero3_init_flag": preset.strategy == "zero3",

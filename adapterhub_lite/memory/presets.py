@@ -78,8 +78,8 @@ class MemoryPreset:
         if self.strategy.startswith("zero"):
             fields["deepspeed"] = deepspeed_config(int(self.strategy[-1]), offload=self.offload)
         if self.strategy == "fsdp":
-            fields["fsdp"] = "full_shard auto_wrap"
-            fields["fsdp_config"] = {"fsdp_version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+            fields["fsdp"] = True
+            fields["fsdp_config"] = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
         return fields
 
 

@@ -61,8 +61,10 @@ def launch(wanted: Launch, arguments: Sequence[str]) -> None:
     Raises:
         ConfigurationError: this machine has fewer GPUs, or a process found a mistake and has said so.
         TrainingError: a process was killed or failed, or the nodes did not find each other; the others were stopped.
+        KeyboardInterrupt: as ever, when all processes have stopped.
     """
     import torch
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -80,7 +82,7 @@ def launch(wanted: Launch, arguments: Sequence[str]) -> None:
         run_id="adapterhub-lite",
         rdzv_backend="c10d",
         rdzv_endpoint=wanted.rendezvous or "localhost:0",
-        rdzv_configs={"join_timeout": wanted.patience_seconds, "timeout": wanted.patience_seconds},
+        rdzv_configs=dict.fromkeys(("join_timeout", "timeout", "read_timeout"), wanted.patience_seconds),
         max_restarts=0,
         monitor_interval=0.1,
     )
@@ -89,6 +91,13 @@ def launch(wanted: Launch, arguments: Sequence[str]) -> None:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise _failure(rank, failure.exitcode, wanted) from None
+    except SignalException as error:
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise TrainingError(
+            f"The run was told to stop by {signal.Signals(error.sigval).name}, and its processes were given 30 s to save. "
+            "The same command goes on from the last checkpoint."
+        ) from None
     except (RendezvousError, TimeoutError, ConnectionError) as error:
         raise TrainingError(
             f"{wanted.nodes} nodes did not meet at {wanted.rendezvous} within {wanted.patience_seconds} s ({error}). "

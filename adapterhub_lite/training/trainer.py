@@ -17,7 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import ConfigurationError, NonFiniteLossError, OutOfMemoryError
 from adapterhub_lite.record import TrainingRecord
-from adapterhub_lite.training import checkpoints, saving, sharded
+from adapterhub_lite.training import checkpoints, optimizer_state, saving, sharded
 from adapterhub_lite.training.adapters import loraplus_optimizer, open_base, save_kept
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
 from adapterhub_lite.training.assembly import assemble
@@ -255,23 +255,26 @@ class AdapterTrainer(Trainer):
         return sharded.whole_tensors(self.accelerator.unwrap_model(self.model))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_deepspeed_enabled:
+        if not sharded.splits_states(self):
             return super()._save_optimizer_and_scheduler(output_dir)
-        # DeepSpeed's own checkpoint can only be read by as many processes as wrote it.
-        sharded.save_state(self, Path(output_dir))
+        # An engine's own checkpoint can only be read under the same engine, if not by as many processes.
+        optimizer_state.save_state(self, Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not (Path(checkpoint) / optimizer_state.STATE_FILE).is_file():
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        optimizer_state.load_state(self, Path(checkpoint))
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        if resume_from_checkpoint is None or not self.is_deepspeed_enabled:
+        if resume_from_checkpoint is None or not sharded.splits_states(self):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        folder = Path(resume_from_checkpoint)
-        checkpoints.verify(folder)
-        sharded.load_state(self, folder)
+        optimizer_state.load_checkpoint(self, Path(resume_from_checkpoint))
         return prepared
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write PEFT's two files; where an engine splits the model, only the adapter's tensors are gathered."""
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+        if not sharded.splits_states(self):
             return super().save_model(output_dir, _internal_call)
         self._save(output_dir, self._kept_tensors())
         if self.args.push_to_hub and not _internal_call:

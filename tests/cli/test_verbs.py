@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from adapterhub_lite.cli.main import VERBS, build_app
 from adapterhub_lite.registry import AdapterRegistry
@@ -96,6 +97,9 @@ def test_doctor_says_what_is_missing_and_how_to_get_it(run: Run) -> None:
     report = json.loads(run("doctor", "--json").stdout)
     presets = [row for row in report["machine"] if row["what"] == "memory presets"]
     assert "lora-bf16" in presets[0]["detail"] and any("zero2" in row["detail"] for row in presets[1:])
+    if not torch.cuda.is_available():
+        (fsdp,) = (row for row in presets if "fsdp-qlora" in row["detail"])
+        assert "leaves FSDP out on a CPU" in fsdp["detail"] and "tests of FSDP" in fsdp["remedy"]
     assert report["registry"]["problems"] == []
     findings = {row["what"]: row for row in report["machine"]}
     assert {"GPU", "bitsandbytes", "chromium", "home folder"} <= set(findings)
