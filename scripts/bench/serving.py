@@ -1,6 +1,6 @@
 """How fast many adapters are served from one base, side by side with the other ways to do it on this machine.
 
-    python -m scripts.bench.serving [--part steps throughput many switching first_token memory] [--base smollm2-135m]
+    python -m scripts.bench.serving [--part steps throughput many switching first_token memory cycles requests] [--base smollm2-135m]
 
 Writes results/serving_<part>.json. Every comparison is interleaved in one run; figures are medians unless named.
 """
@@ -22,7 +22,7 @@ from adapterhub_lite.serving import GenerationRequest, InferenceEngine
 from adapterhub_lite.serving.packing import RowSlice, pack
 from scripts.bench.report import write_result
 from scripts.bench.serving_adapters import write_random_adapter
-from scripts.bench.serving_memory import measure_memory
+from scripts.bench.serving_memory import measure_cycles, measure_memory, measure_requests
 from scripts.bench.serving_peers import Peft, transformers_batch, transformers_continuous
 
 Figures = dict[str, Any]
@@ -258,6 +258,8 @@ PARTS: dict[str, Callable[[ResolvedBase, Path], Figures]] = {
     "switching": measure_switching,
     "first_token": measure_first_token,
     "memory": measure_memory,
+    "cycles": measure_cycles,
+    "requests": measure_requests,
 }
 
 

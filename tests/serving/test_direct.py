@@ -8,7 +8,7 @@ import torch
 
 from adapterhub_lite.serving.bank import Bank, Part, Parts, RowBank
 from adapterhub_lite.serving.direct import DirectBank
-from adapterhub_lite.serving.native import compiled, row_products
+from adapterhub_lite.serving.native import compiled, find_compiler, row_products
 from adapterhub_lite.serving.packing import RowSlice, Step, pack
 from adapterhub_lite.serving.weights import AdapterWeights, Family, FamilyWeights
 
@@ -21,7 +21,7 @@ GROUPS = (
 )
 LENGTHS = (1, 1, 6, 3, 1, 2, 9)
 products = row_products()
-needs_compiler = pytest.mark.skipif(products is None, reason="no C compiler on this machine")
+needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C compiler on this machine")
 
 
 def adapter(
