@@ -193,13 +193,15 @@ class Api:
         return {"id": name, "object": "model", "created": 0, "owned_by": "adapterhub-lite", "receipt": receipt}
 
     def ready(self) -> JSONResponse:
-        """GET /ready: 200 while requests are taken, 503 while the server drains."""
-        told = {"status": "draining" if self.draining else "ready", "resident": len(self.desk.engine.resident())}
-        return JSONResponse(told, 503 if self.draining else 200)
+        """GET /ready: 200 while requests are taken; 503 while the server drains, and when the engine has ended."""
+        engine = self.desk.engine.status()
+        said = "draining" if self.draining else "ready" if engine.can_serve else "engine ended"
+        told = {"status": said, "resident": engine.resident, "waiting": engine.waiting, "can_pull": engine.can_pull}
+        return JSONResponse(told, 200 if said == "ready" else 503)
 
     def metrics(self) -> Response:
         """GET /metrics."""
-        self.desk.metrics.slots.set(len(self.desk.engine.resident()))
+        self.desk.metrics.look(self.desk.engine.status())
         return Response(self.desk.metrics.text(), media_type="text/plain; version=0.0.4")
 
 

@@ -24,7 +24,7 @@ from adapterhub_lite.serving.api_errors import ApiRefusal
 from adapterhub_lite.serving.api_metrics import Metrics
 from adapterhub_lite.serving.api_settings import ServerSettings
 from adapterhub_lite.serving.blend import WeightedReference, parse_blend
-from adapterhub_lite.serving.request import GenerationChunk, GenerationRequest, GenerationResult
+from adapterhub_lite.serving.request import EngineStatus, GenerationChunk, GenerationRequest, GenerationResult
 
 T = TypeVar("T")
 MAX_PARTS = 8
@@ -67,6 +67,10 @@ class Engine(Protocol):
 
     def resident(self) -> Sequence[Any]:
         """The adapters in memory."""
+        ...
+
+    def status(self) -> EngineStatus:
+        """Whether it can serve, and its counts."""
         ...
 
     def choose(self, reference: str) -> str | Path:

@@ -58,11 +58,16 @@ def alone(engine: InferenceEngine, model: str, prompt: str, tokens: int = 12) ->
     return engine.generate(GenerationRequest(prompt=prompt, adapter=adapter, max_new_tokens=tokens)).text
 
 
-def test_answers_are_those_of_one_engine(client: openai.OpenAI, shared_engine: InferenceEngine) -> None:
+def test_answers_are_those_of_one_engine(
+    server: ApiServer, client: openai.OpenAI, shared_engine: InferenceEngine
+) -> None:
+    assert httpx.get(f"{server.url}/ready", timeout=60).status_code == 200
     for model in MODELS:
         whole = ask(client, model, "select the").choices[0].text
         pieces = "".join(piece.choices[0].text for piece in ask(client, model, "select the", stream=True))
         assert whole == pieces == alone(shared_engine, model, "select the")
+    metrics = httpx.get(f"{server.url}/metrics", headers={"Authorization": "Bearer user"}, timeout=60).text
+    assert "adapterhub_requests_waiting 0.0" in metrics and "adapterhub_adapter_loads 0.0" not in metrics
     with pytest.raises(openai.NotFoundError):
         ask(client, "nothing", "x")
     with pytest.raises(openai.BadRequestError, match="tokens, this base takes"):
