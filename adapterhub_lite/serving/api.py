@@ -1,7 +1,7 @@
 """The OpenAI-compatible front of an engine: routes only. `model` is the base, a reference or a blend.
 
-Reading order: api_settings, api_models, api_auth, api_errors, api_metrics, api_desk, api_format, api_log, api_admin,
-this file, api_server.
+Reading order: api_settings, api_models, api_auth, api_errors, api_metrics, api_engine, api_desk, api_format, api_log,
+api_admin, this file, api_server.
 """
 
 import uuid
@@ -18,7 +18,8 @@ from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.serving import api_format as form
 from adapterhub_lite.serving.api_admin import admin_routes
 from adapterhub_lite.serving.api_auth import Caller, KeyRing
-from adapterhub_lite.serving.api_desk import Desk, Engine, Pinned, unless_gone
+from adapterhub_lite.serving.api_desk import Desk, Pinned, unless_gone
+from adapterhub_lite.serving.api_engine import Engine
 from adapterhub_lite.serving.api_errors import ApiRefusal, error_event, install_error_handlers
 from adapterhub_lite.serving.api_log import AccessLog, BodyLimit
 from adapterhub_lite.serving.api_models import ChatRequest, CompletionRequest, Sampling
