@@ -17,11 +17,15 @@ MANY = 32
 REQUESTS = 5000
 
 
-def resident_bytes() -> int:
-    """Bytes of this process in memory now."""
+def own_bytes() -> int:
+    """Bytes of this process's own memory now, in memory or swapped out.
+
+    Pages of files are left out: the system takes those, and gives them back, as it is short of memory.
+    """
     gc.collect()
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    kilobytes = {words[0]: int(words[1]) for words in lines if words and words[-1] == "kB"}
+    return 1024 * sum(kilobytes[name] for name in ("RssAnon:", "RssShmem:", "VmSwap:"))
 
 
 def measure_memory(base: ResolvedBase, scratch: Path) -> dict[str, Any]:
@@ -38,11 +42,11 @@ def measure_memory(base: ResolvedBase, scratch: Path) -> dict[str, Any]:
         many = [write_random_adapter(base.folder, scratch / f"m{i}", seed=i, rank=8) for i in range(MANY + 4)]
         for folder in many[MANY:]:
             engine.load(folder)
-        before = resident_bytes()
+        before = own_bytes()
         for folder in many[:MANY]:
             engine.load(folder)
         size = sum((folder / "adapter_model.safetensors").stat().st_size for folder in many[:MANY])
-        figures[f"process_growth_over_{MANY}_files"] = (resident_bytes() - before) / size
+        figures[f"process_growth_over_{MANY}_files"] = (own_bytes() - before) / size
     return figures
 
 
@@ -57,10 +61,10 @@ def measure_cycles(base: ResolvedBase, scratch: Path) -> dict[str, Any]:
                 engine.load(folder)
 
         cycle(50)
-        samples = [resident_bytes()]
+        samples = [own_bytes()]
         for _ in range(10):
             cycle(CYCLES // 10)
-            samples.append(resident_bytes())
+            samples.append(own_bytes())
     return {"cycles": CYCLES, "growth": samples[-1] / samples[0] - 1, "samples_bytes": samples}
 
 
@@ -90,8 +94,8 @@ def measure_requests(base: ResolvedBase, scratch: Path) -> dict[str, Any]:
 
     with InferenceEngine(Trunk(model, rows=16), tokenizer, "small") as engine:
         ask(engine, 500)
-        samples = [resident_bytes()]
+        samples = [own_bytes()]
         for _ in range(10):
             ask(engine, REQUESTS // 10)
-            samples.append(resident_bytes())
+            samples.append(own_bytes())
     return {"requests": REQUESTS, "growth": samples[-1] / samples[0] - 1, "samples_bytes": samples}
