@@ -1,7 +1,7 @@
 """Serving: one frozen base, many adapters, one mixed batch. No user interface, no training, no PEFT.
 
-Reading order: request, blend, source, hub_source, weights, host_tier, residency, rollout, pool; packing, cache, bank,
-hosted, fused, trunk; sampling, text, job, scheduler, loop, engine.
+Reading order: request, blend, source, hub_source, weights, host_tier, residency, rollout, pool; packing, direct_attention, cache,
+bank, direct, hosted, fused, trunk; sampling, text, job, scheduler, loop, engine.
 """
 
 from importlib import import_module

@@ -1,7 +1,7 @@
 """The OpenAI-compatible front of an engine: routes only. `model` is the base, a reference or a blend.
 
-Reading order: api_settings, api_models, api_auth, api_errors, api_metrics, api_desk, api_format, api_log, api_admin,
-this file, api_server.
+Reading order: api_settings, api_models, api_auth, api_errors, api_metrics, api_engine, api_desk, api_format, api_log,
+api_admin, this file, api_server.
 """
 
 import uuid
@@ -18,7 +18,8 @@ from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.serving import api_format as form
 from adapterhub_lite.serving.api_admin import admin_routes
 from adapterhub_lite.serving.api_auth import Caller, KeyRing
-from adapterhub_lite.serving.api_desk import Desk, Engine, Pinned, unless_gone
+from adapterhub_lite.serving.api_desk import Desk, Pinned, unless_gone
+from adapterhub_lite.serving.api_engine import Engine
 from adapterhub_lite.serving.api_errors import ApiRefusal, error_event, install_error_handlers
 from adapterhub_lite.serving.api_log import AccessLog, BodyLimit
 from adapterhub_lite.serving.api_models import ChatRequest, CompletionRequest, Sampling
@@ -193,13 +194,15 @@ class Api:
         return {"id": name, "object": "model", "created": 0, "owned_by": "adapterhub-lite", "receipt": receipt}
 
     def ready(self) -> JSONResponse:
-        """GET /ready: 200 while requests are taken, 503 while the server drains."""
-        told = {"status": "draining" if self.draining else "ready", "resident": len(self.desk.engine.resident())}
-        return JSONResponse(told, 503 if self.draining else 200)
+        """GET /ready: 200 while requests are taken; 503 while the server drains, and when the engine has ended."""
+        engine = self.desk.engine.status()
+        said = "draining" if self.draining else "ready" if engine.can_serve else "engine ended"
+        told = {"status": said, "resident": engine.resident, "waiting": engine.waiting, "can_pull": engine.can_pull}
+        return JSONResponse(told, 200 if said == "ready" else 503)
 
     def metrics(self) -> Response:
         """GET /metrics."""
-        self.desk.metrics.slots.set(len(self.desk.engine.resident()))
+        self.desk.metrics.look(self.desk.engine.status())
         return Response(self.desk.metrics.text(), media_type="text/plain; version=0.0.4")
 
 

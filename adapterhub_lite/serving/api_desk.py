@@ -11,8 +11,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Seque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request
 
@@ -20,6 +19,7 @@ from adapterhub_lite.errors import QueueFullError, RequestCancelledError, Servin
 from adapterhub_lite.registry.manifest import AdapterManifest
 from adapterhub_lite.registry.reference import AdapterReference
 from adapterhub_lite.serving.api_auth import Caller
+from adapterhub_lite.serving.api_engine import Answer, Engine
 from adapterhub_lite.serving.api_errors import ApiRefusal
 from adapterhub_lite.serving.api_metrics import Metrics
 from adapterhub_lite.serving.api_settings import ServerSettings
@@ -29,61 +29,6 @@ from adapterhub_lite.serving.request import GenerationChunk, GenerationRequest, 
 T = TypeVar("T")
 MAX_PARTS = 8
 BASE_NAMES = ("base",)
-
-
-class Answer(Protocol):
-    """A submitted request, such as a `GenerationHandle`."""
-
-    def cancel(self) -> None:
-        """Stop it."""
-        ...
-
-    def __iter__(self) -> Iterator[GenerationChunk]:
-        """Its chunks as they are made."""
-        ...
-
-    def result(self) -> GenerationResult:
-        """Its whole answer."""
-        ...
-
-
-class Engine(Protocol):
-    """What the server needs of an engine; `InferenceEngine` is one."""
-
-    base_fingerprint: str
-    tokenizer: Any
-
-    def submit(self, request: GenerationRequest) -> Answer:
-        """Queue a request."""
-        ...
-
-    def load(self, reference: Any) -> Any:
-        """Bring an adapter into memory."""
-        ...
-
-    def unload(self, reference: Any) -> bool:
-        """Take an adapter out of memory."""
-        ...
-
-    def resident(self) -> Sequence[Any]:
-        """The adapters in memory."""
-        ...
-
-    def choose(self, reference: str) -> str | Path:
-        """The reference or its canary, whichever the next request gets."""
-        ...
-
-    def start_canary(self, reference: str, candidate: str, *, canary: float) -> Any:
-        """Send a share of the requests for one reference to another."""
-        ...
-
-    def stop_canary(self, reference: str) -> bool:
-        """Send them all where they point again."""
-        ...
-
-    def canaries(self) -> dict[str, tuple[str, float]]:
-        """The canaries in force: reference -> (candidate, share)."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from adapterhub_lite.serving.request import GenerationResult
+from adapterhub_lite.serving.request import EngineStatus, GenerationResult
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 FINE_SECONDS = (0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
@@ -38,6 +38,18 @@ class Metrics:
         )  # fmt: skip
         self.in_work = Gauge("adapterhub_requests_in_work", "Requests in work now", registry=registry)
         self.slots = Gauge("adapterhub_adapters_resident", "Adapters in memory now", registry=registry)
+        self.running = Gauge("adapterhub_requests_in_rows", "Requests that are computed now", registry=registry)
+        self.waiting = Gauge("adapterhub_requests_waiting", "Requests that wait for a row now", registry=registry)
+        self.loads = Gauge("adapterhub_adapter_loads", "Loads since the engine's start", registry=registry)
+        self.evictions = Gauge("adapterhub_adapter_evictions", "Evictions since the engine's start", registry=registry)
+
+    def look(self, status: EngineStatus) -> None:
+        """Take over what the engine says of itself."""
+        self.slots.set(status.resident)
+        self.running.set(status.running)
+        self.waiting.set(status.waiting)
+        self.loads.set(status.loads)
+        self.evictions.set(status.evictions)
 
     def answered(self, result: GenerationResult) -> None:
         """Count one finished answer."""

@@ -13,7 +13,7 @@ import uvicorn
 from adapterhub_lite.errors import ResourceError
 from adapterhub_lite.serving.api import create_api
 from adapterhub_lite.serving.api_auth import Caller, KeyRing
-from adapterhub_lite.serving.api_desk import Engine
+from adapterhub_lite.serving.api_engine import Engine
 from adapterhub_lite.serving.api_log import log_to_stderr
 from adapterhub_lite.serving.api_settings import ServerSettings
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from adapterhub_lite.serving.direct_attention import DirectAttention
 from adapterhub_lite.serving.packing import Run, Step
 
 FIRST_CAPACITY = 512
@@ -11,11 +12,16 @@ CLEAN_BLOCK = 256
 class RowCache:
     """For each layer, keys and values (rows, capacity, kv_heads, head_dim), and attention over them.
 
-    The capacity grows by doubling when a longer request is admitted, and falls back when the engine is idle.
+    The capacity grows by doubling when a longer request is admitted, and falls back when the engine is idle. `direct`
+    attends for rows with few queries, PyTorch for the others.
     """
 
-    def __init__(self, layers: int, rows: int, *, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, layers: int, rows: int, *, device: torch.device | str = "cpu", direct: DirectAttention | None = None
+    ) -> None:
         self.rows = rows
+        self._direct = direct
+        self._runs: list[Run] = []
         self.capacity = 0
         self._wanted = FIRST_CAPACITY
         self._device = device
@@ -67,6 +73,7 @@ class RowCache:
         self._step = step
         self._flat = step.token_rows * self.capacity + step.positions
         self._masks = {}
+        self._runs = list(step.runs) if self._direct is None else self._direct.begin(step.runs)
         for run in step.runs:
             for row in range(run.rows.start, run.rows.stop):
                 if self._clean[row] < run.kv_length:
@@ -99,8 +106,10 @@ class RowCache:
         assert step is not None, "begin() was not called"
         keys, values = self._store(layer, key, value)
         out = torch.empty(query.shape[0], query.shape[1], value.shape[2], dtype=query.dtype, device=query.device)
+        if self._direct is not None:
+            self._direct.attend(query, keys, values, out, scaling, window)
         kv_heads = key.shape[1]
-        for number, run in enumerate(step.runs):
+        for number, run in enumerate(self._runs):
             n, length = run.count, run.query_length
             # -> (n, kv, group * q, d): heads that share keys become more queries, and no key is repeated
             q = query[run.tokens].view(n, length, kv_heads, -1, query.shape[2]).permute(0, 2, 3, 1, 4)

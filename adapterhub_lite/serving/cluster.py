@@ -19,7 +19,7 @@ from adapterhub_lite.bases import load_tokenizer, resolve_base
 from adapterhub_lite.errors import RequestCancelledError, ResourceError, ServingError
 from adapterhub_lite.serving.cluster_replica import Refusal, application
 from adapterhub_lite.serving.cluster_settings import ClusterSettings
-from adapterhub_lite.serving.request import GenerationChunk, GenerationRequest, GenerationResult
+from adapterhub_lite.serving.request import EngineStatus, GenerationChunk, GenerationRequest, GenerationResult
 from adapterhub_lite.serving.residency import ResidentAdapter
 from adapterhub_lite.serving.rollout import Rollouts
 
@@ -143,6 +143,30 @@ class ClusterEngine:
     def look(self) -> list[tuple[int, Any, list[ResidentAdapter]]]:
         """(process, status, adapters in memory) of each replica."""
         return self._everywhere("look")
+
+    def status(self) -> EngineStatus:
+        """The replicas as one engine: it can serve while one of them can, and its counts are their sums."""
+        try:
+            told = [status for _, status, _ in self.look()]
+        except (ServingError, RayActorError, TimeoutError):
+            told = []
+
+        def total(name: str) -> int:
+            return sum(getattr(one, name) for one in told)
+
+        return EngineStatus(
+            can_serve=any(one.can_serve for one in told),
+            can_pull=None,
+            hub_trouble=None,
+            running=total("running"),
+            waiting=total("waiting"),
+            steps=total("steps"),
+            tokens=total("tokens"),
+            resident=total("resident"),
+            loads=total("loads"),
+            evictions=total("evictions"),
+            canaries=self.canaries(),
+        )
 
     def choose(self, reference: str) -> str | Path:
         """Return `reference` or the candidate of its canary, whichever the next request gets."""

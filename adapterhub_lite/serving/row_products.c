@@ -4,12 +4,9 @@
  * the weights are in, and y is rounded once, after all adapters of a token. Which rows there are and what they are
  * routed to is laid out once a step (direct.py) and shared by all layers.
  */
-#include <stdint.h>
-#include <string.h>
+#include "lanes.h"
 
 #define TOKENS 4 /* neighbouring tokens of one row share each read of its weights */
-
-enum { FLOAT32, BFLOAT16, FLOAT16 };
 
 typedef struct { /* one family of one adapter: a (layers, rank, in), b (layers, rank, out), scale (layers) */
     const void *a, *b;
@@ -60,61 +57,6 @@ static inline void fetch(Ahead *ahead, int lines)
 {
     for (int i = 0; i < lines; i++, ahead->at += LINE) __builtin_prefetch(ahead->at);
     if (ahead->at >= ahead->stop) next_part(ahead);
-}
-
-static inline float wide(uint16_t bits)
-{
-    uint32_t word = (uint32_t)bits << 16;
-    float value;
-    memcpy(&value, &word, 4);
-    return value;
-}
-
-static inline uint16_t narrow(float value)
-{
-    uint32_t word;
-    memcpy(&word, &value, 4);
-    if ((word & 0x7fffffff) > 0x7f800000) return 0x7fc0; /* not a number stays one */
-    return (uint16_t)((word + 0x7fff + ((word >> 16) & 1)) >> 16);
-}
-
-/* Sixteen numbers at a time, in what the compiler makes of it on this processor. */
-#define LANES 16
-typedef float V __attribute__((vector_size(64)));
-typedef uint32_t W __attribute__((vector_size(64)));
-typedef uint16_t H __attribute__((vector_size(32)));
-typedef _Float16 F __attribute__((vector_size(32)));
-
-static inline V many_f32(const float *p)
-{
-    V v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-
-static inline V many_bf16(const uint16_t *p)
-{
-    H h;
-    memcpy(&h, p, sizeof h);
-    return (V)(__builtin_convertvector(h, W) << 16);
-}
-
-static inline V many_f16(const _Float16 *p)
-{
-    F h;
-    memcpy(&h, p, sizeof h);
-    return __builtin_convertvector(h, V);
-}
-
-static inline float one_f32(float value) { return value; }
-static inline float one_bf16(uint16_t bits) { return wide(bits); }
-static inline float one_f16(_Float16 value) { return (float)value; }
-
-static inline float total(V v)
-{
-    float sum = 0;
-    for (int i = 0; i < LANES; i++) sum += v[i];
-    return sum;
 }
 
 /* u[k][t] = x[t] . a[k] for RANKS rows of a and TOKENS or one token at once, so that each load is used several times. */

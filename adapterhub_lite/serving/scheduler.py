@@ -14,15 +14,21 @@ class Scheduler:
     """Jobs in rows and jobs in the queue.
 
     Prompts are read in pieces: at most `busy_chunk` tokens a step, so that those who write do not wait for a long
-    prompt, and `idle_chunk` while more requests wait for their first token than for their next.
+    prompt, and `idle_chunk` while more requests wait for their first token than for their next. Short prompts that come
+    to many who write are read in a step of their own, which is a fraction of the others': one step in `alone_every` at
+    most, and only while nobody waits for a row, since what they win in time all together lose in throughput.
     """
 
-    def __init__(self, rows: int, max_queue: int, *, busy_chunk: int = 64, idle_chunk: int = 256) -> None:
+    def __init__(
+        self, rows: int, max_queue: int, *, busy_chunk: int = 64, idle_chunk: int = 256, alone_every: int = 4
+    ) -> None:
         self.rows: list[Job | None] = [None] * rows
         self.waiting: deque[Job] = deque()
         self._max_queue = max_queue
         self._busy_chunk = busy_chunk
         self._idle_chunk = idle_chunk
+        self._alone_every = alone_every
+        self._since_alone = alone_every
 
     def add(self, job: Job) -> None:
         """Put a job into the queue.
@@ -70,15 +76,28 @@ class Scheduler:
         """Return what each row computes in the next step, in order of row."""
         running = self.running
         reading = [job for job in running if job.known - job.computed > 1 or not job.output]
-        # Larger pieces cost less a token: while most are still reading, that is what brings everybody on soonest.
-        budget = self._busy_chunk if len(running) - len(reading) >= len(reading) else self._idle_chunk
-        counts = {job.row: 1 for job in running if job not in reading}
-        counts |= _shares(reading, budget)
+        writing = [job for job in running if job not in reading]
+        self._since_alone += 1
+        counts = self._short_ones_alone(reading, writing)
+        if not counts:
+            # Larger pieces cost less a token: while most are still reading, that is what brings everybody on soonest.
+            budget = self._busy_chunk if len(writing) >= len(reading) else self._idle_chunk
+            counts = {job.row: 1 for job in writing} | _shares(reading, budget)
         return [
             RowSlice(job.row, job.computed, job.upcoming(counts[job.row]))
             for job in running
             if counts.get(job.row, 0) > 0
         ]
+
+    def _short_ones_alone(self, reading: list[Job], writing: list[Job]) -> dict[int, int]:
+        """The whole of each short prompt by row, when the next step is to be theirs; else nothing."""
+        if self.waiting or len(reading) >= len(writing) or self._since_alone < self._alone_every:
+            return {}
+        short = {job.row: job.known - job.computed for job in reading if job.known - job.computed <= self._busy_chunk}
+        if not 0 < sum(short.values()) <= self._busy_chunk:
+            return {}
+        self._since_alone = 0
+        return short
 
 
 def _shares(reading: list[Job], budget: int) -> dict[int, int]:

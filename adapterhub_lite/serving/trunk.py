@@ -9,9 +9,10 @@ from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.serving.bank import Bank, RowBank
 from adapterhub_lite.serving.cache import RowCache
 from adapterhub_lite.serving.direct import DirectBank
+from adapterhub_lite.serving.direct_attention import DirectAttention
 from adapterhub_lite.serving.fused import FusedTrunk, can_fuse, fused_groups
 from adapterhub_lite.serving.hosted import HostedTrunk
-from adapterhub_lite.serving.native import row_products
+from adapterhub_lite.serving.native import row_attention, row_products
 from adapterhub_lite.serving.packing import RowSlice, Step, pack
 from adapterhub_lite.serving.weights import Family, find_families
 
@@ -20,7 +21,7 @@ class Trunk:
     """A base model that only ever computes packed steps. Not thread-safe: one thread owns it.
 
     `fused` None chooses the lean pass where it computes the same; False always takes the model's own code. `native`
-    None has the adapters applied by compiled code on a CPU where it can be compiled; False always takes PyTorch's.
+    None has adapters and short attention computed by compiled code on a CPU where there is a compiler; False never.
 
     Raises:
         ConfigurationError: no linear layers, or `native` is True and there is no compiled code for this base.
@@ -39,8 +40,11 @@ class Trunk:
         self.max_length: int = getattr(config, "max_position_embeddings", None) or 1 << 20
         self.fused = can_fuse(model) if fused is None else fused
         groups = fused_groups(self.families) if self.fused else tuple((family,) for family in self.families)
-        self.bank: Bank = _make_bank(model, groups, rows, native)
-        self.cache = RowCache(config.num_hidden_layers, rows, device=self.device)
+        compiled = _may_compile(model, native)
+        self.bank: Bank = _make_bank(model, groups, rows, compiled)
+        kernel = row_attention() if compiled else None
+        direct = None if kernel is None else DirectAttention(kernel)
+        self.cache = RowCache(config.num_hidden_layers, rows, device=self.device, direct=direct)
         self._tensors: dict[str, torch.Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
         self._pass = (
             FusedTrunk(model, self.bank, self.cache)
@@ -79,16 +83,20 @@ class Trunk:
         return digest.hexdigest()
 
 
-def _make_bank(model: PreTrainedModel, groups: tuple[tuple[Family, ...], ...], rows: int, native: bool | None) -> Bank:
-    # float16 is computed in on a GPU only, so the compiled code knows it for weights but not for activations.
+def _may_compile(model: PreTrainedModel, native: bool | None) -> bool:
+    """Whether compiled code computes the rows' own work. float16 is computed in on a GPU only, so it is not for that."""
     fits = model.device.type == "cpu" and model.dtype in (torch.float32, torch.bfloat16)
-    products = row_products() if fits and native is not False else None
-    if products is not None:
-        return DirectBank(groups, rows, products)
-    if native:
+    if native and not (fits and row_products()):
         raise ConfigurationError(
             "There is no compiled code for this base: it needs a CPU, fp32 or bf16 and a compiler."
         )
+    return fits and native is not False
+
+
+def _make_bank(model: PreTrainedModel, groups: tuple[tuple[Family, ...], ...], rows: int, compiled: bool) -> Bank:
+    products = row_products() if compiled else None
+    if products is not None:
+        return DirectBank(groups, rows, products)
     # Products in float32 are faster than in bfloat16 on a CPU, which converts small bf16 matrices at each call.
     dtype = torch.float32 if model.device.type == "cpu" else model.dtype
     return RowBank(groups, rows, dtype=dtype, device=model.device)

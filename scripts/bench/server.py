@@ -26,6 +26,7 @@ from adapterhub_lite.serving.api_server import ApiServer
 from adapterhub_lite.serving.api_settings import ServerSettings
 from scripts.bench.report import RESULTS, write_result
 from scripts.bench.serving_adapters import write_random_adapter
+from scripts.bench.serving_memory import own_bytes
 
 ADAPTERS, TOKENS, ROWS = 4, 24, 16
 PROMPT = "Tell me a long story about the number {} and what it did on a rainy day in the mountains."
@@ -97,19 +98,13 @@ def compare(engine: InferenceEngine, port: int, clients: list[int], rounds: int,
     return rows
 
 
-def resident_bytes() -> int:
-    """Memory of this process, from Linux's own count."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096
-
-
 def steady(port: int, seconds: float, pool: Any) -> dict[str, Any]:
     """Memory of the serving process under 16 clients, sampled after each burst; growth is last tenth over first."""
     samples, requests, end = [], 0, time.monotonic() + seconds
     while time.monotonic() < end:
         pool.apply(load, (_HttpShot(port), 16, 32))
         requests += 32
-        samples.append(resident_bytes())
+        samples.append(own_bytes())
     part = max(1, len(samples) // 10)
     growth = statistics.median(samples[-part:]) / statistics.median(samples[:part]) - 1
     return {"seconds": seconds, "requests": requests, "growth": growth, "samples_bytes": samples}

@@ -1,11 +1,12 @@
 """How fast many adapters are served from one base, side by side with the other ways to do it on this machine.
 
-    python -m scripts.bench.serving [--part steps throughput many switching first_token memory] [--base smollm2-135m]
+    python -m scripts.bench.serving [--part steps throughput many switching first_token memory cycles requests] [--base smollm2-135m]
 
 Writes results/serving_<part>.json. Every comparison is interleaved in one run; figures are medians unless named.
 """
 
 import argparse
+import random
 import statistics
 import tempfile
 import time
@@ -16,11 +17,12 @@ from typing import Any
 import torch
 
 from adapterhub_lite.bases import ResolvedBase, load_base_model, load_tokenizer, resolve_base
+from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
 from adapterhub_lite.serving.packing import RowSlice, pack
 from scripts.bench.report import write_result
 from scripts.bench.serving_adapters import write_random_adapter
-from scripts.bench.serving_memory import measure_memory
+from scripts.bench.serving_memory import measure_cycles, measure_memory, measure_requests
 from scripts.bench.serving_peers import Peft, transformers_batch, transformers_continuous
 
 Figures = dict[str, Any]
@@ -147,33 +149,49 @@ def measure_throughput(base: ResolvedBase, scratch: Path) -> Figures:
 
 
 def measure_many(base: ResolvedBase, scratch: Path) -> Figures:
-    """Tokens a second of 32 requests in 16 rows over 1, 8 and 64 adapters of rank 8, all resident."""
+    """Tokens a second of 32 requests in 16 rows over 1, 8 and 64 adapters of rank 8, all resident; 48 new tokens each."""
+    requests, new = 32, 48
     folders = make_adapters(base, [8] * 64, scratch)
     engine = open_engine(base)
     for folder in folders:
         engine.load(folder)
     sets = {str(n): folders[:n] for n in (1, 8, 64)}
     ways = {
-        name: (lambda chosen=chosen: engine.generate_many(_requests(32, 16, chosen))) for name, chosen in sets.items()
+        name: (lambda chosen=chosen: engine.generate_many(_requests(requests, new, chosen)))
+        for name, chosen in sets.items()
     }
-    seconds = interleave(ways, rounds=3)
+    taken = rounds_of(ways, rounds=5)
+    read = sum(result.usage.prompt_tokens for result in engine.generate_many(_requests(requests, 1, None)))
     engine.close()
-    rates = {name: 32 * 16 / taken for name, taken in seconds.items()}
-    return {"tokens_per_second_by_adapters": rates, "spread": max(rates.values()) / min(rates.values()) - 1}
+    rates = {name: requests * new / statistics.median(values) for name, values in taken.items()}
+    # Round by round, against one adapter: what else the machine does in a round slows all three.
+    slower = {name: statistics.median(a / b for a, b in zip(taken[name], taken["1"], strict=True)) for name in sets}
+    return {
+        "tokens_per_second_by_adapters": rates,
+        "spread": max(slower.values()) / min(slower.values()) - 1,
+        "seconds_of_each_round": taken,
+        "tokens_written_each_time": requests * new,
+        "tokens_read_each_time": read,
+    }
 
 
 def measure_switching(base: ResolvedBase, scratch: Path) -> Figures:
-    """Milliseconds from a reference to a row that is routed for its next step, 2 and 64 residents, compiled and not;
-    and from disk to routed for a 5 MB adapter."""
+    """Milliseconds from an alias to a row that is routed for its next step, 2 and 64 residents, compiled and not; and
+    from disk to routed for a 5 MB adapter."""
     folders = make_adapters(base, [8] * 64, scratch)
+    registry = AdapterRegistry(scratch / "home")
+    for i, folder in enumerate(folders):
+        registry.add(folder, f"task-{i}", base=base)
+        registry.set_alias(f"task-{i}", "prod", version=1)
+    names = [f"task-{i}@prod" for i in range(len(folders))]
     step = pack([RowSlice(0, 0, [5])])
     figures: Figures = {}
-    for name, native in (("", None), ("_without_compiler", False)):
-        with open_engine(base, native=native) as engine, torch.inference_mode():
+    for way, native in (("", None), ("_without_compiler", False)):
+        with open_engine(base, native=native, registry=registry) as engine, torch.inference_mode():
 
-            def switch(folder: Path, engine: InferenceEngine = engine) -> tuple[float, float]:
+            def switch(name: str, engine: InferenceEngine = engine) -> tuple[float, float]:
                 started = time.perf_counter()
-                route = engine._pool.route(folder)
+                route = engine._pool.route(name)
                 looked = 1e3 * (time.perf_counter() - started)
                 engine._trunk.bank.place(0, route.parts)
                 engine._trunk.bank.begin(step)
@@ -183,15 +201,16 @@ def measure_switching(base: ResolvedBase, scratch: Path) -> Figures:
                 return looked, routed
 
             for count in (2, 64):
-                for folder in folders[:count]:
-                    engine.load(folder)
-                looked, routed = zip(*(switch(folders[i % count]) for i in range(320)), strict=True)
-                figures[f"{count}_residents{name}_ms"] = {"look_up": _spread(looked), "routed": _spread(routed)}
+                for name in names[:count]:
+                    engine.load(name)
+                looked, routed = zip(*(switch(names[i % count]) for i in range(1000)), strict=True)
+                figures[f"{count}_residents{way}_ms"] = {"look_up": _spread(looked), "routed": _spread(routed)}
             loads = []
-            for folder in folders[:30]:
-                engine.unload(folder)
-                loads.append(switch(folder)[1])
-            figures[f"disk_to_routed{name}_ms"] = _spread(loads)
+            for _ in range(2):
+                for name in names:
+                    engine.unload(name)
+                    loads.append(switch(name)[1])
+            figures[f"disk_to_routed{way}_ms"] = _spread(loads)
     figures["adapter_bytes"] = (folders[0] / "adapter_model.safetensors").stat().st_size
     peft = Peft(base.folder, folders[:16])
     figures["peft_set_adapter_16_ms"] = _spread([1e3 * peft.switch(i % 16) for i in range(48)])
@@ -204,19 +223,30 @@ def _spread(values: Sequence[float]) -> Figures:
 
 
 def measure_first_token(base: ResolvedBase, scratch: Path) -> Figures:
-    """Seconds to the first token of a short prompt, alone and beside 15 requests that write."""
+    """Seconds to the first token of a short prompt, alone and beside 15 requests that write, asked at random moments."""
     folders = make_adapters(base, [8] * 8, scratch)
     short = GenerationRequest(prompt="Once upon a time", adapter=folders[0], max_new_tokens=1)
+    dice = random.Random(0)
+
+    def ask(engine: InferenceEngine) -> float:
+        # Whoever asks as soon as the last answer is there always meets the beginning of a step.
+        time.sleep(dice.uniform(0.05, 0.35))
+        return engine.generate(short).timings.first_token_seconds
+
     with open_engine(base) as engine:
-        engine.generate(short)
-        alone = [engine.generate(short).timings.first_token_seconds for _ in range(15)]
-        running = [engine.submit(request) for request in _requests(ROWS - 1, 400, folders)]
+        for _ in range(3):
+            ask(engine)
+        alone = [ask(engine) for _ in range(30)]
+        running = [engine.submit(request) for request in _requests(ROWS - 1, 800, folders)]
         streams = [iter(handle) for handle in running]
         for stream in streams:
             next(stream)
-        loaded = [engine.generate(short).timings.first_token_seconds for _ in range(15)]
+        loaded = [ask(engine) for _ in range(30)]
+        still = engine.status().running
         for handle in running:
             handle.cancel()
+    if still != ROWS - 1:
+        raise RuntimeError(f"only {still} requests were still writing at the end, wanted {ROWS - 1}")
     ratio = statistics.median(loaded) / statistics.median(alone)
     return {"alone_seconds": _spread(alone), "beside_15_seconds": _spread(loaded), "ratio": ratio}
 
@@ -228,6 +258,8 @@ PARTS: dict[str, Callable[[ResolvedBase, Path], Figures]] = {
     "switching": measure_switching,
     "first_token": measure_first_token,
     "memory": measure_memory,
+    "cycles": measure_cycles,
+    "requests": measure_requests,
 }
 
 

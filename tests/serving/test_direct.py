@@ -8,7 +8,7 @@ import torch
 
 from adapterhub_lite.serving.bank import Bank, Part, Parts, RowBank
 from adapterhub_lite.serving.direct import DirectBank
-from adapterhub_lite.serving.native import row_products
+from adapterhub_lite.serving.native import compiled, find_compiler, row_products
 from adapterhub_lite.serving.packing import RowSlice, Step, pack
 from adapterhub_lite.serving.weights import AdapterWeights, Family, FamilyWeights
 
@@ -21,7 +21,7 @@ GROUPS = (
 )
 LENGTHS = (1, 1, 6, 3, 1, 2, 9)
 products = row_products()
-needs_compiler = pytest.mark.skipif(products is None, reason="no C compiler on this machine")
+needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C compiler on this machine")
 
 
 def adapter(
@@ -112,7 +112,7 @@ def test_without_a_compiler_there_are_the_plain_products(
         fake.chmod(0o755)
         monkeypatch.setenv("CC", str(fake))
     caplog.set_level(logging.INFO)
-    assert row_products.__wrapped__() is None
+    assert compiled.__wrapped__() is None
     assert "PyTorch" in caplog.text
     monkeypatch.setenv("ADAPTERHUB_NATIVE", "0")
-    assert row_products.__wrapped__() is None
+    assert compiled.__wrapped__() is None

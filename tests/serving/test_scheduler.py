@@ -61,6 +61,26 @@ def test_a_writer_computes_its_last_token_at_the_right_place() -> None:
     assert (part.start, list(part.token_ids)) == (7, [2])
 
 
+def test_a_short_prompt_among_writers_has_a_step_of_its_own_but_not_every_step() -> None:
+    writers = [job(5, written=2) for _ in range(3)]
+    made = scheduler(*writers, job(30), job(1000), rows=8)
+    assert sizes(made) == {3: 30}, "not a token for the long prompt, which goes on in the next step"
+    for _ in range(3):
+        assert sizes(made) == {0: 1, 1: 1, 2: 1, 3: 30, 4: 34}, "the writers go on, whoever comes"
+    assert sizes(made) == {3: 30}
+
+
+@pytest.mark.parametrize(
+    ("writers", "prompts", "waiting"), [(2, [20, 20], 0), (3, [65], 0), (3, [40, 40], 0), (7, [4], 1)]
+)
+def test_a_prompt_shares_its_step_where_that_is_better(writers: int, prompts: list[int], waiting: int) -> None:
+    """With as many readers as writers, when it is long, when together they are, when somebody waits for a row."""
+    jobs = [job(5, written=2) for _ in range(writers)] + [job(count) for count in prompts]
+    made = scheduler(*jobs, *(job(4) for _ in range(waiting)), rows=writers + len(prompts))
+    assert len(made.waiting) == waiting
+    assert {row: size for row, size in sizes(made).items() if row < writers} == dict.fromkeys(range(writers), 1)
+
+
 def test_holes_are_filled_by_new_jobs_first_and_then_from_the_end() -> None:
     jobs = [job(3) for _ in range(4)]
     made = scheduler(*jobs)

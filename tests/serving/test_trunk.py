@@ -10,7 +10,7 @@ import torch
 from adapterhub_lite.bases import load_base_model
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
 from adapterhub_lite.serving.bank import Part
-from adapterhub_lite.serving.native import row_products
+from adapterhub_lite.serving.native import find_compiler
 from adapterhub_lite.serving.packing import RowSlice, pack
 from adapterhub_lite.serving.source import FolderSource
 from adapterhub_lite.serving.trunk import Trunk
@@ -26,7 +26,7 @@ def read(trunk: Trunk, folder: Path) -> AdapterWeights:
 
 @pytest.fixture(params=["fused, compiled", "fused", "hosted, compiled", "hosted"])
 def trunk(request: pytest.FixtureRequest, tiny_base: Path) -> Trunk:
-    if "compiled" in request.param and row_products() is None:
+    if "compiled" in request.param and find_compiler() is None:
         pytest.skip("no C compiler on this machine")
     model = load_base_model(tiny_base, dtype=torch.float32)
     return Trunk(model, rows=len(IDS), fused="fused" in request.param, native="compiled" in request.param)

@@ -11,6 +11,7 @@ import pytest
 
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.registry import AdapterRegistry
+from adapterhub_lite.serving import InferenceEngine
 from adapterhub_lite.serving.api_auth import KeyFile, KeyRing
 from adapterhub_lite.serving.api_server import ApiServer
 from adapterhub_lite.serving.api_settings import ServerSettings
@@ -146,7 +147,30 @@ def test_metrics_count_by_what_answered(serve: Serve) -> None:
     assert 'adapterhub_tokens_total{adapter="sql:1",kind="completion"} 2.0' in text
     assert 'adapterhub_time_to_first_token_seconds_count{adapter="event:1"} 1.0' in text
     assert 'adapterhub_requests_total{adapter="base",route="/v1/completions",status="404"} 1.0' in text
-    assert "adapterhub_requests_in_work 0.0" in text
+    for line in ("requests_in_work 0.0", "requests_in_rows 0.0", "requests_waiting 0.0"):
+        assert f"adapterhub_{line}" in text
+    resident = len(server.api.desk.engine.resident())
+    assert f"adapterhub_adapters_resident {float(resident)}" in text and resident
+
+
+def test_ready_is_said_by_the_engine_too(
+    serve: Serve, make_engine: Callable[..., InferenceEngine], registry: AdapterRegistry
+) -> None:
+    engine = make_engine(registry=registry)
+    server, client = serve(engine=engine)
+    client.completions.create(model="sql@prod", **ASK)
+    got = httpx.get(f"{server.url}/ready")
+    assert (got.status_code, got.json()) == (
+        200,
+        {"status": "ready", "resident": 1, "waiting": 0, "can_pull": None},
+    )
+    engine.close()
+    got = httpx.get(f"{server.url}/ready")
+    assert (got.status_code, got.json()["status"]) == (503, "engine ended")
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    with pytest.raises(openai.InternalServerError) as caught:
+        client.completions.create(model="sql@prod", **ASK)
+    assert caught.value.status_code == 503
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"keys": {"a": "sql"}}', '{"key": {}}'])

@@ -1,0 +1,75 @@
+/* Numbers as the compiled passes read and write them: bfloat16 and float16 widened to float32, sixteen at a time. */
+#include <stdint.h>
+#include <string.h>
+
+enum { FLOAT32, BFLOAT16, FLOAT16 };
+
+static inline float wide(uint16_t bits)
+{
+    uint32_t word = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &word, 4);
+    return value;
+}
+
+static inline uint16_t narrow(float value)
+{
+    uint32_t word;
+    memcpy(&word, &value, 4);
+    if ((word & 0x7fffffff) > 0x7f800000) return 0x7fc0; /* not a number stays one */
+    return (uint16_t)((word + 0x7fff + ((word >> 16) & 1)) >> 16);
+}
+
+/* Sixteen numbers at a time, in what the compiler makes of it on this processor. */
+#define LANES 16
+typedef float V __attribute__((vector_size(64)));
+typedef uint32_t W __attribute__((vector_size(64)));
+typedef uint16_t H __attribute__((vector_size(32)));
+typedef _Float16 F __attribute__((vector_size(32)));
+
+static inline V many_f32(const float *p)
+{
+    V v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+static inline V many_bf16(const uint16_t *p)
+{
+    H h;
+    memcpy(&h, p, sizeof h);
+    return (V)(__builtin_convertvector(h, W) << 16);
+}
+
+static inline V many_f16(const _Float16 *p)
+{
+    F h;
+    memcpy(&h, p, sizeof h);
+    return __builtin_convertvector(h, V);
+}
+
+static inline float one_f32(float value) { return value; }
+static inline float one_bf16(uint16_t bits) { return wide(bits); }
+static inline float one_f16(_Float16 value) { return (float)value; }
+
+#ifdef __has_builtin
+#if __has_builtin(__builtin_shufflevector)
+#define HAS_SHUFFLE
+#endif
+#endif
+
+/* The sum of all lanes, by halves: one after another each addition would wait for the one before. */
+static inline float total(V v)
+{
+#ifdef HAS_SHUFFLE
+    typedef float V8 __attribute__((vector_size(32)));
+    typedef float V4 __attribute__((vector_size(16)));
+    V8 eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+    V4 four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+    return (four[0] + four[1]) + (four[2] + four[3]);
+#else
+    float sum = 0;
+    for (int i = 0; i < LANES; i++) sum += v[i];
+    return sum;
+#endif
+}
