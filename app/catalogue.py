@@ -1,13 +1,19 @@
 """What the Registry tab shows: rows, and everything about one version. Text and numbers out, never HTML."""
 
+import re
+
 from adapterhub_lite.registry import AdapterManifest, AdapterRegistry
 from adapterhub_lite.registry.card import render_card
 from app.escape import literal_markdown, one_line
 from app.task import short_digest
 
-COLUMNS = ("Adapter", "Version", "Aliases", "Task", "Metric", "Base", "Adapter scores", "Rank", "Made")
+COLUMNS = ("Adapter", "Version", "Aliases", "Task", "Metric", "Base score", "Score", "Rank", "Made")
 COLUMN_TYPES = ("str", "number", "str", "str", "str", "number", "number", "number", "str")
+COLUMN_WIDTHS = ("13%", "8%", "10%", "27%", "12%", "8%", "7%", "6%", "9%")
 HISTORY_COLUMNS = ("When", "Alias", "What", "From", "To")
+
+# A line of the card's own; what an adapter says of itself stands there escaped.
+_PICTURE = re.compile(r"^!\[[^\]]*\]\([^)]*\)\n*", re.MULTILINE)
 
 Cell = str | int | float | None
 
@@ -56,9 +62,9 @@ def provenance(manifest: AdapterManifest) -> str:
 
 
 def card_text(manifest: AdapterManifest) -> str:
-    """The version's model card as Markdown, without its metadata block."""
+    """The version's model card as Markdown, without its metadata block and its pictures, which lie on the hub."""
     card = render_card(manifest, f"you/{manifest.name}")
-    return card.split("---\n", 2)[-1].strip()
+    return _PICTURE.sub("", card.split("---\n", 2)[-1]).strip()
 
 
 def alias_moves(registry: AdapterRegistry, name: str) -> list[list[Cell]]:
