@@ -100,6 +100,7 @@ def photograph(browser: Any, url: str, tab: str, into: Path) -> list[Path]:
     written = []
     for width, height in HEIGHTS.items():
         context = browser.new_context(viewport={"width": width, "height": height}, color_scheme="light")
+        context.set_default_timeout(PATIENCE)
         page = context.new_page()
         page.goto(url)
         page.get_by_role("tab", name=tab.capitalize()).click()

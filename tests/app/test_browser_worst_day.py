@@ -54,7 +54,7 @@ def test_eight_answers_grow_side_by_side(serve: Any, browser: Any, hand: Any, ga
 
 @pytest.mark.slow
 def test_the_server_dies_in_the_middle_of_an_answer_and_the_conversation_goes_on(
-    world: Any, tiny_base: Path, page: Any, hand: Any
+    world: Any, tiny_base: Path, page: Any, hand: Any, request: pytest.FixtureRequest
 ) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -63,6 +63,7 @@ def test_the_server_dies_in_the_middle_of_an_answer_and_the_conversation_goes_on
 
     def start() -> "subprocess.Popen[str]":
         server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        request.addfinalizer(lambda: (server.kill(), server.communicate()))
         assert server.stdout is not None
         assert "adapterhub-lite is at" in server.stdout.readline()
         return server
@@ -79,7 +80,7 @@ def test_the_server_dies_in_the_middle_of_an_answer_and_the_conversation_goes_on
     expect(page.locator(ANSWER).first).not_to_have_text("", timeout=PATIENCE)
     first.kill()
     first.wait()
-    second = start()
+    start()
     expect(page.locator(RECEIPTS)).to_contain_text([f"sql · {INTERRUPTED}"], timeout=PATIENCE)
     send(page, "after")
     expect(page.locator(RECEIPTS)).to_contain_text([INTERRUPTED, re.compile("sql · .* tok/s")], timeout=PATIENCE)
@@ -91,9 +92,6 @@ def test_the_server_dies_in_the_middle_of_an_answer_and_the_conversation_goes_on
     page.reload()
     expect(page.locator("#task-about")).to_be_attached(timeout=PATIENCE)
     expect(page.locator(RECEIPTS)).to_have_count(0)
-    second.kill()
-    second.communicate()
-    first.communicate()
 
 
 def test_answers_that_are_markup_stay_text(page: Any, hostile_base: Path, home: Path) -> None:

@@ -9,16 +9,27 @@ from pathlib import Path
 
 import pytest
 
-from scripts.docs_hooks import PLACE, RESULTS, FigureError, fill_figures
+from scripts.docs_hooks import PLACE, RESULTS, WRITTEN, FigureError, fill_figures, write_figures
 from tests.docs.terminal import PAGES, ROOT
 
 
 def test_a_figure_is_what_the_result_says(tmp_path: Path) -> None:
     (tmp_path / "sums.json").write_text(
-        json.dumps({"a b": {"c": 0.256}, "bytes": 21_400_000, "rows": [{"k": "x", "v": 1}, {"k": "y", "v": 2}]})
+        json.dumps(
+            {
+                "a b": {"c": 0.256, "d / e": {"f": 3}},
+                "bytes": 21_400_000,
+                "rows": [{"k": "x", "v": 1}, {"k": "y", "v": 2}],
+            }
+        )
     )
     text = "{{ sums::a b/c::.2f }} {{ sums::a b/c::% }} {{ sums::bytes::MB }} {{ sums::rows/k=y/v }}"
     assert fill_figures(text, tmp_path) == "0.26 26% 21 MB 2"
+    assert fill_figures("{{ sums::a b/d / e/f }}", tmp_path) == "3"
+    written = write_figures(text, tmp_path)
+    assert written.startswith("<!-- sums::a b/c::.2f -->0.26<!-- / --> ")
+    assert write_figures(written, tmp_path) == written and fill_figures(written, tmp_path) == "0.26 26% 21 MB 2"
+    assert fill_figures(written.replace("0.26", "0.99"), tmp_path) == "0.26 26% 21 MB 2"
     for missing in ("{{ sums::a b/d::.2f }}", "{{ sums::rows/k=z/v }}", "{{ none::a }}"):
         with pytest.raises(FigureError):
             fill_figures(missing, tmp_path)
@@ -29,12 +40,20 @@ def test_every_figure_of_a_page_is_there(page: Path) -> None:
     text = page.read_text()
     filled = fill_figures(text)
     assert "{{" not in filled.replace("{{ verbs }}", "")
-    if PLACE.search(text):
-        assert "{{ machine::" in text, "a page with figures says where they come from"
+    if PLACE.search(text) or WRITTEN.search(text):
+        assert " machine::" in text, "a page with figures says where they come from"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_figure_written_into_a_page_is_that_of_the_result(page: Path) -> None:
+    """Red after a bench was run again: `python -m scripts.docs_hooks` writes the new figures."""
+    for found in WRITTEN.finditer(page.read_text()):
+        assert write_figures(found[0]) == found[0]
 
 
 def test_every_result_that_is_cited_says_machine_and_command() -> None:
-    for name in {match[0] for page in PAGES for match in PLACE.findall(page.read_text())} - {"machine"}:
+    cited = {match[0] for page in PAGES for form in (PLACE, WRITTEN) for match in form.findall(page.read_text())}
+    for name in cited - {"machine"}:
         result = json.loads((RESULTS / f"{name}.json").read_text())
         assert result["machine"]["cores"] and result["command"] and result["measured"]
 
