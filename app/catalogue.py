@@ -4,12 +4,13 @@ import re
 
 from adapterhub_lite.registry import AdapterManifest, AdapterRegistry
 from adapterhub_lite.registry.card import render_card
+from adapterhub_lite.registry.listing import AdapterSummary
 from app.escape import literal_markdown, one_line
 from app.task import short_digest
 
 COLUMNS = ("Adapter", "Version", "Aliases", "Task", "Metric", "Base score", "Score", "Rank", "Made")
 COLUMN_TYPES = ("str", "number", "str", "str", "str", "number", "number", "number", "str")
-COLUMN_WIDTHS = ("13%", "8%", "10%", "27%", "12%", "8%", "7%", "6%", "9%")
+COLUMN_WIDTHS = ("12%", "8%", "9%", "26%", "12%", "10%", "7%", "6%", "10%")
 HISTORY_COLUMNS = ("When", "Alias", "What", "From", "To")
 
 # A line of the card's own; what an adapter says of itself stands there escaped.
@@ -21,15 +22,23 @@ Cell = str | int | float | None
 def catalogue_rows(registry: AdapterRegistry, search: str = "") -> list[list[Cell]]:
     """Every version whose name, task, tags, aliases, digest or base hold every word searched for, newest first."""
     words = search.lower().split()
-    aliases: dict[str, dict[str, int]] = {}
+    ranks = {manifest.digest: manifest.lora.rank for manifest in registry.list()}
     rows = []
-    for manifest in sorted(registry.list(), key=lambda one: (one.created, one.version), reverse=True):
-        known = aliases.setdefault(manifest.name, registry.aliases(manifest.name))
-        own = ", ".join(alias for alias, version in known.items() if version == manifest.version)
-        held = [manifest.name, own, manifest.task or "", manifest.digest, manifest.base.id, *manifest.tags]
-        if all(word in " ".join(held).lower() for word in words):
-            rows.append(_cells(manifest, own))
+    for one in sorted(registry.summaries(), key=lambda one: (one.created, one.version), reverse=True):
+        held = " ".join([one.name, *one.aliases, one.task or "", one.digest, one.base_id, *one.tags]).lower()
+        if all(word in held for word in words):
+            rows.append(_cells(one, ranks.get(one.digest)))
     return rows
+
+
+def measured_manifest(registry: AdapterRegistry, reference: str) -> AdapterManifest:
+    """The manifest a reference stands for, with what was measured of it later.
+
+    Raises:
+        UnknownNameError: there is no such version.
+    """
+    found = registry.show(reference)
+    return found.manifest.model_copy(update={"evaluation": found.evaluation})
 
 
 def version_choices(registry: AdapterRegistry) -> list[str]:
@@ -82,18 +91,18 @@ def _version(version: int | None) -> str:
     return "none" if version is None else f"v{version}"
 
 
-def _cells(manifest: AdapterManifest, aliases: str) -> list[Cell]:
-    best = manifest.evaluation[0] if manifest.evaluation else None
+def _cells(one: AdapterSummary, rank: int | None) -> list[Cell]:
+    metric, (value, base) = next(iter(one.metrics.items()), ("", (None, None)))
     return [
-        manifest.name,
-        manifest.version,
-        aliases,
-        one_line(manifest.task or "", 60),
-        one_line(best.metric, 30) if best else "",
-        _rounded(best.base_value if best else None),
-        _rounded(best.adapter_value if best else None),
-        manifest.lora.rank,
-        manifest.created[:10],
+        one.name,
+        one.version,
+        ", ".join(one.aliases),
+        one_line(one.task or "", 60),
+        one_line(metric, 30),
+        _rounded(base),
+        _rounded(value),
+        rank,
+        one.created[:10],
     ]
 
 

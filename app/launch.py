@@ -22,6 +22,7 @@ from app.theme import STYLE_SHEET, build_theme
 
 DEFAULT_PORT = 7860
 PORTS_TRIED = 100
+LAST_PORT = 65_535
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -107,6 +108,8 @@ def free_port(host: str, port: int | None) -> int:
     Raises:
         ResourceError: it is, or all of them are, in use.
     """
+    if port is not None and not 0 <= port <= LAST_PORT:
+        raise ResourceError(f"There is no port {port}: wanted 0 (any free one) to {LAST_PORT}.")
     candidates = range(DEFAULT_PORT, DEFAULT_PORT + PORTS_TRIED) if port is None else (port,)
     for candidate in candidates:
         with socket.socket() as probe:

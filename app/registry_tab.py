@@ -15,6 +15,7 @@ from app.catalogue import (
     card_text,
     catalogue_rows,
     loss_curve,
+    measured_manifest,
     provenance,
     version_choices,
 )
@@ -84,7 +85,7 @@ def _details(backend: Backend, reference: str | None) -> list[Any]:
     if not reference:
         return [gr.Row(visible=False), "", "", gr.HTML(visible=False), []]
     try:
-        manifest = backend.registry.resolve(reference)
+        manifest = measured_manifest(backend.registry, reference)
         origin, card = provenance(manifest), card_text(manifest)
         moves, curve = alias_moves(backend.registry, manifest.name), loss_curve(manifest)
     except Exception as error:  # the page's edge

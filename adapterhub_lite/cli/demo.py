@@ -10,7 +10,9 @@ from adapterhub_lite.cli.output import HomeOption
 
 def demo(
     base: Annotated[str, typer.Option(help="Base model: an embedded name, a folder or a Hub id.")] = "smollm2-135m",
-    port: Annotated[int | None, typer.Option(help="Port on 127.0.0.1; 7860 or the next free one if not given.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 7860 or the next free one if not given.")
+    ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; another than this machine's own needs --users.")
     ] = "127.0.0.1",
