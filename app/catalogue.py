@@ -10,7 +10,8 @@ from app.task import short_digest
 
 COLUMNS = ("Adapter", "Version", "Aliases", "Task", "Metric", "Base score", "Score", "Rank", "Made")
 COLUMN_TYPES = ("str", "number", "str", "str", "str", "number", "number", "number", "str")
-COLUMN_WIDTHS = ("12%", "8%", "9%", "26%", "12%", "10%", "7%", "6%", "10%")
+# In pixels, so that a phone scrolls the table instead of cutting every cell to a letter.
+COLUMN_WIDTHS = ("140px", "85px", "105px", "310px", "130px", "110px", "75px", "70px", "120px")
 HISTORY_COLUMNS = ("When", "Alias", "What", "From", "To")
 
 # A line of the card's own; what an adapter says of itself stands there escaped.

@@ -49,9 +49,9 @@ def ask(page: Any, task: str, text: str, answers: int) -> None:
 
 
 def chat(page: Any) -> None:
-    """The same question to the base and to `sql`, then another to `event`."""
+    """The same question to the base and to `sql@prod`, then another to `event`."""
     ask(page, "base", SQL, 1)
-    ask(page, "sql", SQL, 2)
+    ask(page, "sql@prod", SQL, 2)
     ask(page, "event", EVENT, 3)
 
 
@@ -66,7 +66,7 @@ def compare(page: Any) -> None:
 
 def blend(page: Any) -> None:
     """Both adapters at once, and what to do with them."""
-    pick(page, "#blend-adapter-1", "sql")
+    pick(page, "#blend-adapter-1", "sql@prod")
     pick(page, "#blend-adapter-2", "event")
     page.locator("#blend-prompt textarea").fill(EVENT)
     page.locator("#blend-run").click()

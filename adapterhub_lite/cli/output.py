@@ -34,8 +34,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
         title=escape(title), title_justify="left", header_style="bold", min_width=min(len(title), console.width)
     )
     for number, column in enumerate(columns):
-        # The first says which row it is: where the terminal is narrow, the others wrap.
-        table.add_column(column, no_wrap=number == 0)
+        # The first says which row it is: where the terminal is narrow, the others wrap. Nothing is cut, as a command to
+        # be copied may stand there.
+        table.add_column(column, no_wrap=number == 0, overflow="fold")
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))
     console.print(table)

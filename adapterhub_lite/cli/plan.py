@@ -39,7 +39,7 @@ def plan(
 
     Example: `adapterhub-lite plan smollm2-135m --sequence-length 2048 --device-memory 16GiB`
     """
-    from adapterhub_lite.memory import draw_plan, dry_run, plan_memory, plan_table
+    from adapterhub_lite.memory import draw_plan, dry_run, plan_memory
 
     request = PlanRequest(**given)
     lengths = _lengths(base, data, request) if data else None
@@ -66,8 +66,10 @@ def plan(
     say(found.described())
     if run_dry is not None:
         say(f"run on fake tensors: {run_dry / 2**30:.2f} GiB")
-    head, *rows = plan_table(found)
-    print_table(f"Memory of a run on {base}", head, rows)
+    # A column for each component would not fit 80 characters.
+    estimates = [found.predicted, *(one.predicted for one in found.rejected if one.predicted is not None)]
+    rows = [(one.preset, f"{one.total / 2**30:.2f}", one.described().partition(": ")[2]) for one in estimates]
+    print_table(f"Memory of a run on {base}", ("preset", "GiB", "of which"), rows)
 
 
 def _as_json(found: "MemoryPlan") -> dict[str, Any]:
