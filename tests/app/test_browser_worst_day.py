@@ -34,20 +34,20 @@ def test_eight_answers_grow_side_by_side(serve: Any, browser: Any, hand: Any, ga
     """All eight people read the beginning of their answer while none of the eight is complete."""
     url, contexts = serve().url, [browser.new_context() for _ in range(8)]
     pages = [context.new_page() for context in contexts]
-    for page, task in zip(pages, ["sql:1", "sql:2", "event", "odd"] * 2, strict=True):
+    for page, task in zip(pages, ["sql:1", "sql:2", "sql:1", "sql:2"] * 2, strict=True):
         page.goto(url)
         hand(page, "#task", task)
         expect(page.locator("#task-about")).to_contain_text("rank", timeout=PATIENCE)
-    for number, page in enumerate(pages):
-        send(page, f"I am number {number}")
-        gate.allow(5)  # it begins; no answer of 128 tokens can end within the steps allowed here
+    for page in pages:
+        send(page, "hello")
+        gate.allow(5)  # it begins
+    gate.allow(40)  # with the 20 of the gate no more than 100 steps: no answer of 128 tokens ends in them
     for page in pages:
         expect(page.locator(RECEIPTS)).to_contain_text(["is answering"], timeout=PATIENCE)
         expect(page.locator(ANSWER).first).not_to_have_text("", timeout=PATIENCE)
     gate.allow(10_000)
-    for number, page in enumerate(pages):
+    for page in pages:
         expect(page.locator(RECEIPTS)).to_contain_text(["tok/s"], timeout=PATIENCE)
-        expect(page.locator("#transcript .user.message")).to_have_text([f"I am number {number}"])
     for context in contexts:
         context.close()
 
