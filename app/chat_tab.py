@@ -84,11 +84,6 @@ def build_chat_tab(backend: Backend, task: gr.Dropdown, opened: Any) -> None:
     def on_stop(request: gr.Request) -> None:
         backend.live.stop(str(request.session_hash))
 
-    def on_task(picked: str) -> tuple[Any, Any]:
-        samples = [[example] for example in task_examples(picked, backend.registry)]
-        about_it = literal_markdown(describe_task(picked, backend.registry))
-        return about_it, gr.Dataset(samples=samples, visible=bool(samples))
-
     asked = gr.on(
         [question.submit, send.click],
         on_ask,
@@ -105,8 +100,15 @@ def build_chat_tab(backend: Backend, task: gr.Dropdown, opened: Any) -> None:
     stop.click(on_stop, queue=False)
     clear.click(lambda: ([], [], ""), None, [chatbot, turns, question], queue=False)
     clear.click(None, js=_FORGET)
-    task.change(on_task, task, [about, examples], queue=False, show_progress="hidden")
+    task.change(lambda picked: _told(backend, picked), task, [about, examples], queue=False, show_progress="hidden")
     examples.click(lambda row: row[0], examples, question, queue=False, show_progress="hidden")
+
+
+def _told(backend: Backend, picked: str) -> tuple[str, gr.Dataset]:
+    """The line about a task, and its examples."""
+    samples = [[example] for example in task_examples(picked, backend.registry)]
+    about = literal_markdown(describe_task(picked, backend.registry))
+    return about, gr.Dataset(samples=samples, visible=bool(samples))
 
 
 def _outlive_restarts(chatbot: gr.Chatbot, turns: gr.JSON, task: gr.Dropdown, opened: Any) -> list[Any]:

@@ -83,6 +83,7 @@ def test_an_answer_is_marked_against_the_base_or_the_likest_before_it_or_nothing
     assert nearest([base, "SELECT * FROM shops;", sql], other) == 2
     assert "The same answer as sql" in draw_diff(["base", "sql", "two"], [base, sql, sql])
     assert "<del>6;</del><ins>7;</ins>" in draw_diff(["base", "sql", "two"], [base, sql, other])
+    assert "<script" not in draw_diff(["<script>", "two"], ["a <script>1 b c", "a <script>2 b c"])
 
 
 def test_leaving_the_page_cancels_the_comparison(world: Any, gate: Any) -> None:
