@@ -1,13 +1,21 @@
 """What the Registry tab shows: rows, and everything about one version. Text and numbers out, never HTML."""
 
+import re
+
 from adapterhub_lite.registry import AdapterManifest, AdapterRegistry
 from adapterhub_lite.registry.card import render_card
+from adapterhub_lite.registry.listing import AdapterSummary
 from app.escape import literal_markdown, one_line
 from app.task import short_digest
 
-COLUMNS = ("Adapter", "Version", "Aliases", "Task", "Metric", "Base", "Adapter scores", "Rank", "Made")
+COLUMNS = ("Adapter", "Version", "Aliases", "Task", "Metric", "Base score", "Score", "Rank", "Made")
 COLUMN_TYPES = ("str", "number", "str", "str", "str", "number", "number", "number", "str")
+# In pixels, so that a phone scrolls the table instead of cutting every cell to a letter.
+COLUMN_WIDTHS = ("140px", "85px", "105px", "310px", "130px", "110px", "75px", "70px", "120px")
 HISTORY_COLUMNS = ("When", "Alias", "What", "From", "To")
+
+# A line of the card's own; what an adapter says of itself stands there escaped.
+_PICTURE = re.compile(r"^!\[[^\]]*\]\([^)]*\)\n*", re.MULTILINE)
 
 Cell = str | int | float | None
 
@@ -15,15 +23,23 @@ Cell = str | int | float | None
 def catalogue_rows(registry: AdapterRegistry, search: str = "") -> list[list[Cell]]:
     """Every version whose name, task, tags, aliases, digest or base hold every word searched for, newest first."""
     words = search.lower().split()
-    aliases: dict[str, dict[str, int]] = {}
+    ranks = {manifest.digest: manifest.lora.rank for manifest in registry.list()}
     rows = []
-    for manifest in sorted(registry.list(), key=lambda one: (one.created, one.version), reverse=True):
-        known = aliases.setdefault(manifest.name, registry.aliases(manifest.name))
-        own = ", ".join(alias for alias, version in known.items() if version == manifest.version)
-        held = [manifest.name, own, manifest.task or "", manifest.digest, manifest.base.id, *manifest.tags]
-        if all(word in " ".join(held).lower() for word in words):
-            rows.append(_cells(manifest, own))
+    for one in sorted(registry.summaries(), key=lambda one: (one.created, one.version), reverse=True):
+        held = " ".join([one.name, *one.aliases, one.task or "", one.digest, one.base_id, *one.tags]).lower()
+        if all(word in held for word in words):
+            rows.append(_cells(one, ranks.get(one.digest)))
     return rows
+
+
+def measured_manifest(registry: AdapterRegistry, reference: str) -> AdapterManifest:
+    """The manifest a reference stands for, with what was measured of it later.
+
+    Raises:
+        UnknownNameError: there is no such version.
+    """
+    found = registry.show(reference)
+    return found.manifest.model_copy(update={"evaluation": found.evaluation})
 
 
 def version_choices(registry: AdapterRegistry) -> list[str]:
@@ -56,9 +72,9 @@ def provenance(manifest: AdapterManifest) -> str:
 
 
 def card_text(manifest: AdapterManifest) -> str:
-    """The version's model card as Markdown, without its metadata block."""
+    """The version's model card as Markdown, without its metadata block and its pictures, which lie on the hub."""
     card = render_card(manifest, f"you/{manifest.name}")
-    return card.split("---\n", 2)[-1].strip()
+    return _PICTURE.sub("", card.split("---\n", 2)[-1]).strip()
 
 
 def alias_moves(registry: AdapterRegistry, name: str) -> list[list[Cell]]:
@@ -76,18 +92,18 @@ def _version(version: int | None) -> str:
     return "none" if version is None else f"v{version}"
 
 
-def _cells(manifest: AdapterManifest, aliases: str) -> list[Cell]:
-    best = manifest.evaluation[0] if manifest.evaluation else None
+def _cells(one: AdapterSummary, rank: int | None) -> list[Cell]:
+    metric, (value, base) = next(iter(one.metrics.items()), ("", (None, None)))
     return [
-        manifest.name,
-        manifest.version,
-        aliases,
-        one_line(manifest.task or "", 60),
-        one_line(best.metric, 30) if best else "",
-        _rounded(best.base_value if best else None),
-        _rounded(best.adapter_value if best else None),
-        manifest.lora.rank,
-        manifest.created[:10],
+        one.name,
+        one.version,
+        ", ".join(one.aliases),
+        one_line(one.task or "", 60),
+        one_line(metric, 30),
+        _rounded(base),
+        _rounded(value),
+        rank,
+        one.created[:10],
     ]
 
 

@@ -5,19 +5,48 @@ from typing import Any
 
 import gradio as gr
 
+from adapterhub_lite.errors import AdapterHubError
 from app.answers import AnswerSettings
 from app.backend import Backend
 from app.chat import ask, retry
 from app.escape import literal_markdown
 from app.notice import sentence
 from app.task import describe_task, task_examples
-from app.transcript import Turn, chat_bubbles, read_turns, write_turns
+from app.transcript import (
+    INTERRUPTED,
+    IS_ANSWERING,
+    Turn,
+    chat_bubbles,
+    close_open_turns,
+    read_turns,
+    write_turns,
+)
 
-EXAMPLE_LENGTH = 300
+WELCOME = (
+    "### Ask, then switch\nThe base stays in memory and a task is a small adapter on it: change it in mid-conversation, "
+    "and each answer says who gave it."
+)
+
+# Gradio reloads the page when the server was restarted: the browser's tab keeps what has to outlive that. A page that
+# has just been opened is empty and keeps nothing.
+_KEEP = """(turns, task, owner) => {
+  if (turns?.length) sessionStorage.setItem("conversation", JSON.stringify([turns, task, owner]))
+}"""
+_FORGET = """() => { sessionStorage.removeItem("conversation") }"""
+_BRING_BACK = (
+    """(turns, task, owner) => JSON.parse(sessionStorage.getItem("conversation") ?? "null") ?? [turns, task, owner]"""
+)
+# Runs in the page, because there may be no server: the answer under way ends where it is, and one can ask again.
+_SERVER_WENT_AWAY = f"""bubbles => [
+  bubbles.map(bubble => bubble.metadata?.status !== "pending" ? bubble : {{...bubble, metadata: {{
+    ...bubble.metadata, status: "done", title: bubble.metadata.title.replace("{IS_ANSWERING}", " · {INTERRUPTED}")
+  }}}}),
+  {{__type__: "update", visible: true}}, {{__type__: "update", visible: false}},
+]"""
 
 
-def build_chat_tab(backend: Backend, task: gr.Dropdown) -> None:
-    """Lay out the tab around the task picker and wire it."""
+def build_chat_tab(backend: Backend, task: gr.Dropdown, opened: Any) -> None:
+    """Lay out the tab around the task picker and wire it; `opened` is the event of a page that was opened."""
     # The conversation lives in the page (see transcript.py); this carries it to and fro and shows nothing.
     turns = gr.JSON(value=[], visible=False)
     with gr.Row(equal_height=False, elem_id="chat"):
@@ -31,7 +60,7 @@ def build_chat_tab(backend: Backend, task: gr.Dropdown) -> None:
         with gr.Column(scale=3, min_width=320):
             chatbot = gr.Chatbot(
                 elem_id="transcript", show_label=False, height="min(62vh, 620px)", render_markdown=False,
-                allow_tags=False, latex_delimiters=[], buttons=[], placeholder="Pick a task and ask.",
+                allow_tags=False, latex_delimiters=[], buttons=[], placeholder=WELCOME,
             )  # fmt: skip
             question, send, stop = _question_row()
             with gr.Row(elem_classes="natural"):
@@ -55,12 +84,7 @@ def build_chat_tab(backend: Backend, task: gr.Dropdown) -> None:
     def on_stop(request: gr.Request) -> None:
         backend.live.stop(str(request.session_hash))
 
-    def on_task(picked: str) -> tuple[Any, Any]:
-        samples = [[example] for example in task_examples(picked, backend.registry)]
-        about_it = literal_markdown(describe_task(picked, backend.registry))
-        return about_it, gr.Dataset(samples=samples, visible=bool(samples))
-
-    gr.on(
+    asked = gr.on(
         [question.submit, send.click],
         on_ask,
         [task, question, turns, *settings],
@@ -68,11 +92,44 @@ def build_chat_tab(backend: Backend, task: gr.Dropdown) -> None:
         trigger_mode="once",
         show_progress="hidden",
     )
-    again.click(on_retry, [task, turns, *settings], outputs, trigger_mode="once", show_progress="hidden")
+    retried = again.click(on_retry, [task, turns, *settings], outputs, trigger_mode="once", show_progress="hidden")
+    held = _outlive_restarts(chatbot, turns, task, opened)
+    for answering in (asked, retried):
+        answering.failure(None, chatbot, [chatbot, send, stop], js=_SERVER_WENT_AWAY, show_progress="hidden")
+        answering.then(None, held, None, js=_KEEP, show_progress="hidden")
     stop.click(on_stop, queue=False)
     clear.click(lambda: ([], [], ""), None, [chatbot, turns, question], queue=False)
-    task.change(on_task, task, [about, examples], queue=False, show_progress="hidden")
+    clear.click(None, js=_FORGET)
+    task.change(lambda picked: _told(backend, picked), task, [about, examples], queue=False, show_progress="hidden")
     examples.click(lambda row: row[0], examples, question, queue=False, show_progress="hidden")
+
+
+def _told(backend: Backend, picked: str) -> tuple[str, gr.Dataset]:
+    """The line about a task, and its examples."""
+    samples = [[example] for example in task_examples(picked, backend.registry)]
+    about = literal_markdown(describe_task(picked, backend.registry))
+    return about, gr.Dataset(samples=samples, visible=bool(samples))
+
+
+def _outlive_restarts(chatbot: gr.Chatbot, turns: gr.JSON, task: gr.Dropdown, opened: Any) -> list[Any]:
+    """Keep the conversation in the browser's tab, and show it again to the same person when the page is loaded anew.
+
+    Returns what `_KEEP` takes. A change of the transcript keeps an answer's beginning; its end comes with the turns.
+    """
+    owner = gr.JSON(value=None, visible=False)
+
+    def on_open(held: Any, picked: str, kept_by: Any, request: gr.Request) -> tuple[Any, Any, Any, Any]:
+        try:
+            conversation = close_open_turns(read_turns(held)) if kept_by == request.username else []
+        except AdapterHubError:  # of an older version of the page
+            conversation = []
+        again = gr.Dropdown(value=picked) if conversation else gr.skip()
+        return chat_bubbles(conversation), write_turns(conversation), again, request.username
+
+    held = [turns, task, owner]
+    gr.on([opened], on_open, held, [chatbot, *held], js=_BRING_BACK, queue=False, show_progress="hidden")
+    chatbot.change(None, held, None, js=_KEEP, show_progress="hidden")
+    return held
 
 
 def _settings() -> list[Any]:
@@ -89,7 +146,7 @@ def _question_row() -> tuple[gr.Textbox, gr.Button, gr.Button]:
     """The message, with its Send and its Stop, of which one is shown."""
     with gr.Row(elem_id="ask"):
         question = gr.Textbox(
-            show_label=False, label="Your message", placeholder="Write a message, Enter sends it", lines=1,
+            show_label=False, label="Your message", placeholder="Message; Enter sends", lines=1,
             max_lines=6, scale=8, container=False, autofocus=True, elem_id="question",
         )  # fmt: skip
         send = gr.Button("Send", variant="primary", scale=1, min_width=80, elem_id="send")

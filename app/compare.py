@@ -10,12 +10,15 @@ from contextlib import ExitStack
 from adapterhub_lite.errors import AdapterHubError
 from app.answers import Answer, AnswerSettings, grow_answer
 from app.backend import Backend, PendingAnswer
+from app.escape import shown
 from app.notice import sentence
 from app.task import BASE, Task
 
 MOST_ADAPTERS = 4
 # A word keeps the white space after it, so that unlike texts are not matched by their spaces.
 _WORDS = re.compile(r"\S+\s*|\s+")
+# Below this likeness (0 to 1) a word-by-word diff is confetti.
+_TOO_UNLIKE = 0.3
 
 
 def compare(
@@ -75,3 +78,34 @@ def diff_words(reference: str, other: str) -> list[tuple[str, str | None]]:
         if j2 > j1:
             pieces.append(("".join(after[j1:j2]), "added"))
     return pieces
+
+
+def nearest(earlier: Sequence[str], text: str) -> int | None:
+    """Which of the `earlier` answers `text` is to be marked against: the first where it is like enough, or the likest.
+
+    None where it is like none of them: then there is nothing to mark.
+    """
+    likeness = [_likeness(one, text) for one in earlier]
+    if likeness and likeness[0] >= _TOO_UNLIKE:
+        return 0
+    best = max(range(len(earlier)), key=likeness.__getitem__, default=None)
+    return best if best is not None and likeness[best] >= _TOO_UNLIKE else None
+
+
+def draw_diff(names: Sequence[str], texts: Sequence[str]) -> str:
+    """The last of `texts` against an earlier one, as HTML whose `ins` and `del` are the only markup in it."""
+    place = nearest(texts[:-1], texts[-1])
+    if place is None:
+        return '<p class="diff-title">Like none of the answers before it</p>'
+    if texts[place] == texts[-1]:
+        return f'<p class="diff-title">The same answer as {shown(names[place])}</p>'
+    tags = {"added": "ins", "removed": "del", None: "span"}
+    marked = "".join(
+        f"<{tags[kind]}>{shown(text)}</{tags[kind]}>" for text, kind in diff_words(texts[place], texts[-1])
+    )
+    return f'<p class="diff-title">Against {shown(names[place])}</p><div class="diff-text">{marked}</div>'
+
+
+def _likeness(reference: str, other: str) -> float:
+    before, after = _WORDS.findall(reference), _WORDS.findall(other)
+    return difflib.SequenceMatcher(a=before, b=after, autojunk=False).ratio()

@@ -8,12 +8,13 @@ import gradio as gr
 from adapterhub_lite.errors import AdapterHubError
 from app.answers import Answer, AnswerSettings
 from app.backend import Backend
-from app.compare import MOST_ADAPTERS, compare, diff_words, live_key
+from app.compare import MOST_ADAPTERS, compare, draw_diff, live_key
 from app.escape import literal_markdown
 from app.task import BASE, Task, adapter_choices
 
 COLUMNS = MOST_ADAPTERS + 1
-DIFF_COLOURS = {"added": "#2f9785", "removed": "#b4637a"}
+# Runs in the page, because there may be no server: one can run again.
+_SERVER_WENT_AWAY = '() => [{__type__: "update", visible: true}, {__type__: "update", visible: false}]'
 
 
 def build_compare_tab(backend: Backend) -> gr.Dropdown:
@@ -33,6 +34,11 @@ def build_compare_tab(backend: Backend) -> gr.Dropdown:
             )  # fmt: skip
             length = gr.Slider(8, 256, value=64, step=8, label="Longest answer, tokens")
     notice = gr.Markdown(visible=False, elem_classes="notice", elem_id="compare-notice")
+    gr.Markdown(
+        "The base and every adapter answer in one batch, side by side. What differs is marked, against "
+        "the base or, where that is too unlike, the likest answer before it.",
+        elem_classes="quiet",
+    )
     columns = _answer_columns()
     outputs = [notice, run, stop, *(part for column in columns for part in column)]
 
@@ -42,7 +48,7 @@ def build_compare_tab(backend: Backend) -> gr.Dropdown:
     def on_stop(request: gr.Request) -> None:
         backend.live.stop(live_key(str(request.session_hash)))
 
-    gr.on(
+    running = gr.on(
         [run.click, prompt.submit],
         on_run,
         [prompt, picked, length],
@@ -50,6 +56,7 @@ def build_compare_tab(backend: Backend) -> gr.Dropdown:
         trigger_mode="once",
         show_progress="hidden",
     )
+    running.failure(None, None, [run, stop], js=_SERVER_WENT_AWAY)
     stop.click(on_stop, queue=False)
     return picked
 
@@ -66,10 +73,7 @@ def _answer_columns() -> list[list[Any]]:
                     interactive=False, elem_classes="plain-answer",
                 )  # fmt: skip
                 receipt = gr.Markdown(elem_classes="quiet")
-                difference = gr.HighlightedText(
-                    label="Against the base", color_map=DIFF_COLOURS, show_legend=False, visible=False,
-                    combine_adjacent=False, elem_classes="difference", show_inline_category=False,
-                )  # fmt: skip
+                difference = gr.HTML(visible=False, padding=False, elem_classes="difference")
                 columns.append([column, heading, answer, receipt, difference])
     return columns
 
@@ -107,16 +111,16 @@ def _columns(names: Sequence[str], answers: Sequence[Answer], *, fresh: bool, do
         line = answer.receipt.line("") if answer.receipt else ""
         words = literal_markdown(" · ".join(part for part in (line, answer.notice) if part) or "…")
         updates += [gr.Column(visible=True) if fresh else gr.skip(), heading, answer.text, words]
-        updates.append(_difference(answers, place, fresh=fresh, done=done))
+        updates.append(_difference(names, answers, place, fresh=fresh, done=done))
     return updates
 
 
-def _difference(answers: Sequence[Answer], place: int, *, fresh: bool, done: bool) -> Any:
+def _difference(names: Sequence[str], answers: Sequence[Answer], place: int, *, fresh: bool, done: bool) -> Any:
     if fresh or place == 0:
-        return gr.HighlightedText(value=[], visible=False) if fresh else gr.skip()
+        return gr.HTML("", visible=False) if fresh else gr.skip()
     if not done:
         return gr.skip()
-    return gr.HighlightedText(value=diff_words(answers[0].text, answers[place].text), visible=True)
+    return gr.HTML(draw_diff(names[: place + 1], [answer.text for answer in answers[: place + 1]]), visible=True)
 
 
 def _name(text: str) -> str:

@@ -17,11 +17,17 @@ from app.compare_tab import build_compare_tab
 from app.escape import literal_markdown
 from app.plan_tab import build_plan_tab
 from app.registry_tab import build_registry_tab
-from app.task import BASE, adapter_choices, task_choices
+from app.task import BASE, adapter_choices, short_digest, task_choices
 
 TITLE = "adapterhub-lite"
-# Only the page's own state changes: the server never learns which appearance somebody likes.
-_TOGGLE_APPEARANCE = "() => { document.body.classList.toggle('dark') }"
+# The browser keeps which appearance somebody likes; the server never learns of it.
+_TOGGLE_APPEARANCE = """() => {
+  localStorage.setItem("appearance", document.body.classList.toggle("dark") ? "dark" : "light")
+}"""
+_KEPT_APPEARANCE = """() => {
+  const kept = localStorage.getItem("appearance")
+  if (kept) document.body.classList.toggle("dark", kept === "dark")
+}"""
 
 
 def build_demo(
@@ -51,13 +57,13 @@ def build_demo(
         )  # fmt: skip
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Chat", id="chat"):
-                build_chat_tab(backend, task)
+                build_chat_tab(backend, task, demo.load)
             with gr.Tab("Compare", id="compare"):
                 compared = build_compare_tab(backend)
             with gr.Tab("Blend", id="blend"):
                 blended = build_blend_tab(backend, task, tabs)
             with gr.Tab("Registry", id="registry") as registry_tab:
-                table, versions = build_registry_tab(backend)
+                table, versions = build_registry_tab(backend, task, tabs)
             with gr.Tab("Plan", id="plan"):
                 build_plan_tab(backend)
 
@@ -73,15 +79,23 @@ def build_demo(
         gr.on(
             [demo.load, registry_tab.select], on_registry, None, [table, versions], queue=False, show_progress="hidden"
         )
+        demo.load(None, js=_KEPT_APPEARANCE)
         demo.unload(_leaver(backend))
     return demo
 
 
 def _build_masthead(backend: Backend) -> None:
     with gr.Row(elem_id="masthead"):
-        gr.Markdown(f"# {TITLE}\n{literal_markdown(backend.base_name)} · one base, many tasks", elem_id="wordmark")
+        gr.Markdown(f"# {TITLE}\n{_about(backend)}", elem_id="wordmark")
         appearance = gr.Button("Light / dark", size="sm", elem_id="appearance", scale=0, min_width=0)
     appearance.click(None, js=_TOGGLE_APPEARANCE)
+
+
+def _about(backend: Backend) -> str:
+    """The line under the title: which base every answer on the page comes from."""
+    fingerprint = short_digest(backend.engine.base_fingerprint)
+    named = "" if fingerprint in backend.base_name else f" · fingerprint {fingerprint}"
+    return f"{literal_markdown(backend.base_name)}{named} · one base, many tasks"
 
 
 def _leaver(backend: Backend) -> Any:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import gradio as gr
 
-from adapterhub_lite.bases import ResolvedBase
-from adapterhub_lite.errors import AdapterHubError, ResourceError
+from adapterhub_lite.bases import ResolvedBase, resolve_base
+from adapterhub_lite.errors import AdapterHubError, ResourceError, UsageError
 from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.serving import InferenceEngine
 from app.access import Access
@@ -22,6 +22,8 @@ from app.theme import STYLE_SHEET, build_theme
 
 DEFAULT_PORT = 7860
 PORTS_TRIED = 100
+LAST_PORT = 65_535
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ def free_port(host: str, port: int | None) -> int:
     Raises:
         ResourceError: it is, or all of them are, in use.
     """
+    if port is not None and not 0 <= port <= LAST_PORT:
+        raise ResourceError(f"There is no port {port}: wanted 0 (any free one) to {LAST_PORT}.")
     candidates = range(DEFAULT_PORT, DEFAULT_PORT + PORTS_TRIED) if port is None else (port,)
     for candidate in candidates:
         with socket.socket() as probe:
@@ -120,6 +124,35 @@ def free_port(host: str, port: int | None) -> int:
     raise ResourceError(f"{tried} in use on {host}. Stop the other program, or give another port.")
 
 
+def serve(
+    base: str,
+    *,
+    home: str | Path | None = None,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    users: str | Path | None = None,
+    hub: str | None = None,
+) -> None:
+    """Load `base` and serve the app over the registry at `home` until it is interrupted.
+
+    `users` is a file of logins (see `Access.read`), `hub` the endpoint to push to and pull from.
+
+    Raises:
+        UsageError: `host` can be reached from elsewhere, and nobody has to log in.
+        AdapterHubError: no such base, no free port, or the logins cannot be read.
+    """
+    if users is None and host not in LOOPBACK:
+        raise UsageError(
+            f"On {host} others could promote and push. Name their logins with --users, or leave --host out."
+        )
+    access = Access.read(users) if users else Access()
+    free_port(host, port)  # before the base is loaded, which takes longer
+    registry, resolved = AdapterRegistry(home), resolve_base(base, home=home)
+    with InferenceEngine.from_base(base, registry=registry, home=home) as engine:
+        named = Path(base).name
+        launch(engine, registry, host=host, port=port, base_name=named, base=resolved, access=access, hub=hub)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Start the app from the command line (`python -m app`). Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m app", description=main.__doc__)
@@ -130,14 +163,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=None, help="port; default 7860 or the next free one")
     parser.add_argument("--users", default=None, help="JSON file of logins with their roles; default no login")
+    parser.add_argument("--hub", default=None, help="endpoint of the hub to push to and pull from")
     chosen = parser.parse_args(arguments)
     try:
-        access = Access.read(chosen.users) if chosen.users else Access()
-        registry = AdapterRegistry(chosen.home)
-        with InferenceEngine.from_base(chosen.base, registry=registry, home=chosen.home) as engine:
-            launch(
-                engine, registry, host=chosen.host, port=chosen.port, base_name=Path(chosen.base).name, access=access
-            )
+        serve(**vars(chosen))
     except AdapterHubError as error:
         parser.exit(2, f"{error}\n")
     return 0

@@ -3,9 +3,9 @@
 from typing import Any
 
 import gradio as gr
-import pandas as pd
 
 from app.backend import Backend
+from app.charts import draw_plan
 from app.escape import literal_markdown
 from app.notice import sentence
 from app.plan import GPU, HERE, PlanRequest, answer_plan, base_choices
@@ -21,8 +21,8 @@ def build_plan_tab(backend: Backend) -> None:
                 info="From the list, or a Hub id such as org/model",
             )  # fmt: skip
             with gr.Row():
-                batch = gr.Number(label="Rows an update", value=8, precision=0, minimum=1, min_width=110)
-                length = gr.Number(label="Tokens a row", value=512, precision=0, minimum=8, min_width=110)
+                batch = gr.Number(label="Rows per update", value=8, precision=0, minimum=1, min_width=110)
+                length = gr.Number(label="Tokens per row", value=512, precision=0, minimum=8, min_width=110)
             with gr.Row():
                 memory = gr.Number(
                     label="Device memory, GiB", value=8, minimum=0.1, min_width=110, elem_id="plan-memory"
@@ -30,14 +30,11 @@ def build_plan_tab(backend: Backend) -> None:
                 devices = gr.Number(label="Devices", value=1, precision=0, minimum=1, min_width=110)
             with gr.Row():
                 device = gr.Radio(choices=[HERE, GPU], value=HERE, label="Device", min_width=110)
-                rank = gr.Number(label="Rank", value=8, precision=0, minimum=1, min_width=110)
+                rank = gr.Number(label="LoRA rank", value=8, precision=0, minimum=1, min_width=110)
             with gr.Row(elem_classes="natural"):
                 run = gr.Button("Plan", variant="primary", elem_id="plan-run")
         with gr.Column(scale=2, min_width=300):
-            chart = gr.BarPlot(
-                x="preset", y="GiB", color="part", visible=False, height=300, title="GiB a device, by preset",
-                x_label_angle=-40, x_title=" ", y_title="GiB", sort=None, elem_id="plan-chart", buttons=[],
-            )  # fmt: skip
+            chart = gr.HTML(visible=False, padding=False, elem_id="plan-chart")
             answer = gr.Markdown(
                 "Say what is to be trained where; the plan says which preset fits, and why.",
                 elem_classes="plan-text", elem_id="plan-answer",
@@ -50,10 +47,8 @@ def build_plan_tab(backend: Backend) -> None:
         except TypeError:
             return gr.skip(), "A number is missing. Fill every field."
         except Exception as error:  # the page's edge
-            return gr.BarPlot(visible=False), literal_markdown(sentence(error))
-        frame = pd.DataFrame(found.bars, columns=["preset", "part", "GiB"])
-        order = list(dict.fromkeys(frame["preset"]))
-        return gr.BarPlot(value=frame, visible=True, sort=order), found.text
+            return gr.HTML(visible=False), literal_markdown(sentence(error))
+        return gr.HTML(draw_plan(found.bars, wanted.memory_gib), visible=True), found.text
 
     run.click(
         on_plan, [base, batch, length, memory, devices, device, rank], [chart, answer], trigger_mode="once",

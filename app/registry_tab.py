@@ -4,39 +4,44 @@ from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
-import pandas as pd
 
 from app.backend import Backend
 from app.catalogue import (
     COLUMN_TYPES,
+    COLUMN_WIDTHS,
     COLUMNS,
     HISTORY_COLUMNS,
     alias_moves,
     card_text,
     catalogue_rows,
     loss_curve,
+    measured_manifest,
     provenance,
     version_choices,
 )
 from app.changes import promote, pull, push, roll_back
+from app.charts import draw_loss
 from app.escape import literal_markdown
 from app.notice import sentence
 
 
-def build_registry_tab(backend: Backend) -> tuple[gr.Dataframe, gr.Dropdown]:
-    """Lay out the tab and wire it; returns its table and version list, to refresh them when the page is opened."""
+def build_registry_tab(backend: Backend, task: gr.Dropdown, tabs: gr.Tabs) -> tuple[gr.Dataframe, gr.Dropdown]:
+    """Lay out the tab and wire it to the Chat tab's `task`; returns its table and version list, to refresh them."""
     search = gr.Textbox(
         show_label=False, label="Search", placeholder="Search names, tasks, tags, aliases, digests", container=False,
         elem_id="registry-search",
     )  # fmt: skip
     table = gr.Dataframe(
         value=catalogue_rows(backend.registry), headers=list(COLUMNS), datatype=list(COLUMN_TYPES), interactive=False,
-        max_height=320, show_label=False, label="Adapters", elem_id="registry-table", buttons=[], wrap=False,
+        column_widths=list(COLUMN_WIDTHS), max_height=320, show_label=False, label="Adapters", elem_id="registry-table",
+        buttons=[], wrap=False,
     )  # fmt: skip
-    picked = gr.Dropdown(
-        choices=version_choices(backend.registry), value=None, label="Version", elem_id="registry-version",
-        info="Pick a row above, or here", allow_custom_value=True,
-    )  # fmt: skip
+    with gr.Row(equal_height=True, elem_id="registry-picked"):
+        picked = gr.Dropdown(
+            choices=version_choices(backend.registry), value=None, label="Version", elem_id="registry-version",
+            info="Pick a row above, or here", allow_custom_value=True, scale=4,
+        )  # fmt: skip
+        chat = gr.Button("Use in chat", elem_id="registry-chat", interactive=False, scale=1, min_width=120)
     _build_changes(backend, picked, table, search)
     details = _build_details()
 
@@ -47,11 +52,15 @@ def build_registry_tab(backend: Backend) -> tuple[gr.Dataframe, gr.Dropdown]:
         return f"{event.row_value[0]}:{event.row_value[1]}"
 
     def on_pick(reference: str | None) -> list[Any]:
-        return _details(backend, reference)
+        return [gr.Button(interactive=bool(reference)), *_details(backend, reference)]
+
+    def on_chat(reference: str) -> tuple[Any, Any]:
+        return gr.Dropdown(value=reference), gr.Tabs(selected="chat")
 
     search.change(on_search, search, table, queue=False, show_progress="hidden")
     table.select(on_row, None, picked, queue=False, show_progress="hidden")
-    picked.change(on_pick, picked, details, queue=False, show_progress="hidden")
+    picked.change(on_pick, picked, [chat, *details], queue=False, show_progress="hidden")
+    chat.click(on_chat, picked, [task, tabs], queue=False, show_progress="hidden")
     return table, picked
 
 
@@ -61,9 +70,7 @@ def _build_details() -> list[Any]:
         with gr.Column(scale=1, min_width=300):
             gr.Markdown("### Provenance")
             origin = gr.Markdown(elem_id="registry-provenance", elem_classes="facts")
-            curve = gr.LinePlot(
-                x="step", y="loss", visible=False, height=200, title="Training loss", elem_id="registry-loss"
-            )
+            curve = gr.HTML(visible=False, padding=False, elem_id="registry-loss")
             gr.Markdown("### Aliases")
             moves = gr.Dataframe(
                 headers=list(HISTORY_COLUMNS), datatype="str", interactive=False, max_height=220, show_label=False,
@@ -76,17 +83,14 @@ def _build_details() -> list[Any]:
 
 def _details(backend: Backend, reference: str | None) -> list[Any]:
     if not reference:
-        return [gr.Row(visible=False), "", "", gr.LinePlot(visible=False), []]
+        return [gr.Row(visible=False), "", "", gr.HTML(visible=False), []]
     try:
-        manifest = backend.registry.resolve(reference)
+        manifest = measured_manifest(backend.registry, reference)
         origin, card = provenance(manifest), card_text(manifest)
         moves, curve = alias_moves(backend.registry, manifest.name), loss_curve(manifest)
     except Exception as error:  # the page's edge
-        return [gr.Row(visible=True), literal_markdown(sentence(error)), "", gr.LinePlot(visible=False), []]
-    plot = gr.LinePlot(visible=False)
-    if curve:
-        plot = gr.LinePlot(value=pd.DataFrame(curve, columns=["step", "loss"]), visible=True)
-    return [gr.Row(visible=True), origin, card, plot, moves]
+        return [gr.Row(visible=True), literal_markdown(sentence(error)), "", gr.HTML(visible=False), []]
+    return [gr.Row(visible=True), origin, card, gr.HTML(draw_loss(curve), visible=bool(curve)), moves]
 
 
 def _build_changes(backend: Backend, picked: gr.Dropdown, table: gr.Dataframe, search: gr.Textbox) -> None:

@@ -39,9 +39,10 @@ def main() -> None:
     registry = AdapterRegistry()
     pull_all(registry, os.environ.get("ADAPTERHUB_PULL", ""))
     base = resolve_base(name)
+    port = int(os.environ.get("GRADIO_SERVER_PORT", "7860"))
     with InferenceEngine.from_base(name, registry=registry) as engine:
         # A Space's proxy reaches the app from outside its container.
-        launch(engine, registry, host="0.0.0.0", port=7860, base_name=base.name, base=base, access=access)  # noqa: S104
+        launch(engine, registry, host="0.0.0.0", port=port, base_name=base.name, base=base, access=access)  # noqa: S104
 
 
 if __name__ == "__main__":

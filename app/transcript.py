@@ -18,6 +18,7 @@ from app.receipt import Receipt
 
 MAX_TURNS = 200
 MAX_CHARACTERS = 20_000
+IS_ANSWERING = " is answering"
 INTERRUPTED = "interrupted before the answer was complete"
 
 
@@ -94,12 +95,12 @@ def chat_bubbles(turns: Sequence[Turn]) -> list[dict[str, Any]]:
 def _receipt_bubble(turn: Turn) -> dict[str, Any]:
     who = turn.by or "base"
     if turn.is_open:
-        title, status, details = f"{who} is answering", "pending", ""
+        title, status, details = IS_ANSWERING, "pending", ""
     else:
-        line = turn.receipt.line(who) if turn.receipt else who
-        title = f"{line} · {turn.notice}" if turn.notice else line
+        title = " · ".join(part for part in (turn.receipt.line("") if turn.receipt else "", turn.notice) if part)
         status, details = "done", turn.receipt.details() if turn.receipt else ""
-    return {"role": "assistant", "content": _literal(details), "metadata": {"title": shown(title), "status": status}}
+    heading = f"<strong>{shown(who)}</strong>{'' if turn.is_open else ' · '}{shown(title)}"
+    return {"role": "assistant", "content": _literal(details), "metadata": {"title": heading, "status": status}}
 
 
 def _literal(text: str) -> list[dict[str, str]]:

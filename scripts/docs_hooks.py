@@ -3,6 +3,9 @@
 A page writes `{{ loss::results/frozen/contestants/ours/time_to_full::.2f }}` for a value of
 `scripts/bench/results/loss.json`. A step of the path is a key; in a list it chooses, as `preset=full,rank=8`. After the
 second `::` stands a format of Python, or `MB` (bytes) or `%` (shares). `{{ machine::loss }}` says when and on what it was measured.
+
+`python -m scripts.docs_hooks` writes the figures into the pages, each behind a comment that says where it is from, so that
+they can be read without a site; run it again when a result has changed. The site takes them from the results either way.
 """
 
 import inspect
@@ -14,6 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "scripts" / "bench" / "results"
 PLACE = re.compile(r"\{\{ (\w+)::([^}]+?)(?:::([^}]+?))? \}\}")
+WRITTEN = re.compile(r"<!-- (\w+)::([^>]+?)(?:::([^>:]+?))? -->.*?<!-- / -->")
 
 
 class FigureError(KeyError):
@@ -53,19 +57,32 @@ def verb_table() -> str:
 
 
 def fill_figures(markdown: str, folder: Path = RESULTS) -> str:
-    """Replace every place of `markdown` by the figure it names.
+    """Replace every place of `markdown`, written out or not, by the figure it names.
 
     Raises:
         FigureError: there is no such result, or no such figure in it.
     """
 
     def filled(match: re.Match[str]) -> str:
-        name, path, form = match.groups()
-        if name == "machine":
-            return _measured(_result(folder, path))
-        return _written(_find(_result(folder, name), path, name), form or "")
+        return _figure(folder, *match.groups())
 
-    return PLACE.sub(filled, markdown)
+    return PLACE.sub(filled, WRITTEN.sub(filled, markdown))
+
+
+def write_figures(markdown: str, folder: Path = RESULTS) -> str:
+    """As `fill_figures`, with a comment around each figure that says where it is from. Doing it again changes nothing."""
+
+    def written(match: re.Match[str]) -> str:
+        place = "::".join(part for part in match.groups() if part)
+        return f"<!-- {place} -->{_figure(folder, *match.groups())}<!-- / -->"
+
+    return PLACE.sub(written, WRITTEN.sub(written, markdown))
+
+
+def _figure(folder: Path, name: str, path: str, form: str | None) -> str:
+    if name == "machine":
+        return _measured(_result(folder, path))
+    return _written(_find(_result(folder, name), path, name), form or "")
 
 
 def _result(folder: Path, name: str) -> dict[str, Any]:
@@ -77,7 +94,11 @@ def _result(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _find(value: Any, path: str, name: str) -> Any:
-    for step in path.split("/"):
+    steps = path.split("/")
+    while steps:
+        step = steps.pop(0)
+        while isinstance(value, dict) and step not in value and steps:
+            step += "/" + steps.pop(0)  # a key that has a slash in it
         if isinstance(value, list):
             wanted = dict(part.split("=", 1) for part in step.split(","))
             found = [one for one in value if all(str(one.get(key)) == text for key, text in wanted.items())]
@@ -105,3 +126,16 @@ def _measured(result: dict[str, Any]) -> str:
     on = machine["gpu"] or "no GPU"
     busy = f", load average {machine['load_average']:.1f} at the end"
     return f"Run of {result['measured'][:10]} on {machine['cores']} cores of {processor}, {on}{busy}; `{result['command']}`"
+
+
+def main() -> None:
+    """Write the figures into README and docs, and say which pages changed."""
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        before = page.read_text()
+        if (after := write_figures(before)) != before:
+            page.write_text(after)
+            print(page.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()

@@ -103,7 +103,10 @@ def history(
 
     from adapterhub_lite.registry import AdapterRegistry
 
-    moves = AdapterRegistry(home).history(name, alias_name)
+    registry = AdapterRegistry(home)
+    moves = registry.history(name, alias_name)
+    if not moves:
+        registry.resolve(name)  # refuses a name that nothing has
     if as_json:
         return print_json([asdict(move) for move in moves])
     rows = [(move.at, move.alias, move.act, move.previous or "-", move.version or "-") for move in moves]

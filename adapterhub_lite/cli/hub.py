@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def hub(
     data: Annotated[Path | None, typer.Option(help="Folder for its repositories; <home>/hub when not given.")] = None,
-    port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 takes a free one.")] = 8765,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 takes a free one.")] = 8765,
     token: Annotated[
         list[str] | None,
         typer.Option(

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from adapterhub_lite.cli.output import HomeOption, JsonOption, megabytes, print_json, print_table, short
+from adapterhub_lite.cli.output import HomeOption, JsonOption, megabytes, print_json, print_table, say, short
 
 
 def list_adapters(
@@ -40,6 +40,11 @@ def list_adapters(
         )
         for one in found
     ]
+    if not found:
+        chosen = any((name, base, task, metric, tag))
+        say(
+            "No version is like that." if chosen else "No adapters yet: `adapterhub-lite train NAME --data rows.jsonl`."
+        )
     print_table("Adapters", ("reference", "aliases", "base", "size", "evaluation", "digest"), rows)
 
 

@@ -59,6 +59,15 @@ VERBS: dict[str, Callable[..., None]] = {
     "doctor": doctor,
     "bench": bench,
 }
+# How `--help` groups them.
+PANELS = {
+    "Train": ("plan", "train", "eval"),
+    "Keep": ("add", "list", "show", "diff", "alias", "rollback", "history", "pin", "unpin", "remove", "gc"),
+    "Share": ("push", "pull", "lock", "hub"),
+    "Sign": ("keygen", "sign", "verify", "trust"),
+    "Serve": ("serve", "demo", "merge", "export"),
+    "This machine": ("doctor", "bench"),
+}
 
 
 def build_app() -> typer.Typer:
@@ -71,8 +80,9 @@ def build_app() -> typer.Typer:
         rich_markup_mode="markdown",
     )
     app.callback()(_root)
+    panel = {name: title for title, names in PANELS.items() for name in names}
     for name, verb in VERBS.items():
-        app.command(name)(verb)
+        app.command(name, rich_help_panel=panel[name])(verb)
     return app
 
 

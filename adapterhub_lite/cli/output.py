@@ -28,13 +28,18 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(title), title_justify="left", header_style="bold")
+    console = Console()
+    # As wide as its title at least, which would be broken over several lines otherwise.
+    table = Table(
+        title=escape(title), title_justify="left", header_style="bold", min_width=min(len(title), console.width)
+    )
     for number, column in enumerate(columns):
-        # The first says which row it is: where the terminal is narrow, the others wrap.
-        table.add_column(column, no_wrap=number == 0)
+        # The first says which row it is: where the terminal is narrow, the others wrap. Nothing is cut, as a command to
+        # be copied may stand there.
+        table.add_column(column, no_wrap=number == 0, overflow="fold")
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))
-    Console().print(table)
+    console.print(table)
 
 
 def say(text: str) -> None:

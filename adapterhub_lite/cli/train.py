@@ -74,7 +74,6 @@ def train(
     manifest = AdapterRegistry(home).add(outcome.folder, name, base=resolved)
     if as_json:
         return print_json(manifest.model_dump(mode="json"))
-    say(
-        f"{manifest.reference} ({short(manifest.digest)}): {outcome.record.steps} steps, "
-        f"loss {outcome.record.final_loss}, {outcome.record.wall_seconds:.0f} s."
-    )
+    record = outcome.record
+    loss = "" if record.final_loss is None else f", loss {record.final_loss:.4g}"
+    say(f"{manifest.reference} ({short(manifest.digest)}): {record.steps} steps{loss}, {record.wall_seconds:.0f} s.")

@@ -64,7 +64,7 @@ def render_card(manifest: AdapterManifest, repo_id: str) -> str:
 
 def _summary(manifest: AdapterManifest) -> str:
     lora, base = manifest.lora, manifest.base
-    task = f"Task: {_inline(manifest.task)}.\n\n" if manifest.task else ""
+    task = f"Task: {_inline(manifest.task.rstrip('.'))}.\n\n" if manifest.task else ""
     revision = f", revision `{base.revision}`" if base.revision else ""
     parents = "".join(
         f"\n- merged from `{parent.reference}` with weight {parent.weight:g}, digest `{parent.digest}`"

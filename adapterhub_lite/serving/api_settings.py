@@ -33,6 +33,8 @@ class ServerSettings:
         low = [f"{name} is {getattr(self, name)}" for name in limits if not getattr(self, name) > 0]
         if low or self.drain_seconds < 0:
             raise ConfigurationError(f"The server's limits must be above 0: {', '.join(low) or 'drain_seconds'}.")
+        if not 0 <= self.port <= 65_535:
+            raise ConfigurationError(f"There is no port {self.port}: wanted 0 (any free one) to 65535.")
         if self.keys is None and not _on_this_machine(self.host):
             raise ConfigurationError(
                 f"Listening on {self.host} lets others in, so it needs keys: give --keys FILE, or listen on 127.0.0.1."

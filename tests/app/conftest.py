@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from adapterhub_lite.bases import ResolvedBase, resolve_base
 from adapterhub_lite.registry import AdapterRegistry
@@ -60,6 +61,22 @@ def world(tiny_base: Path, make_adapter: Any, tmp_path_factory: pytest.TempPathF
     registry.set_alias("sql", "prod", version=1)
     with InferenceEngine.from_base(tiny_base, registry=registry) as engine:
         yield World(home, registry, engine, base)
+
+
+@pytest.fixture(scope="session")
+def hostile_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base with twelve more tokens that are markup, and a head that nearly always picks one of them."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("hostile-base")
+    tokenizer, model = AutoTokenizer.from_pretrained(tiny_base), AutoModelForCausalLM.from_pretrained(tiny_base)
+    first, room = len(tokenizer), model.config.vocab_size
+    tokenizer.add_tokens([f"{HOSTILE}<i id='t{number}'>" for number in range(first, room)])
+    with torch.no_grad():
+        model.get_input_embeddings().weight[first:] *= 20
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -84,29 +83,6 @@ def test_eight_people_at_once_see_their_own_conversation_only(serve: Any, browse
         expect(page.locator("#transcript .user.message")).to_have_text([f"I am number {number}"])
     for context in contexts:
         context.close()
-
-
-def test_a_conversation_goes_on_after_the_server_was_restarted(world: Any, browser: Any, hand: Any) -> None:
-    from app.launch import launch
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    first = launch(world.engine, world.registry, port=port, base_name="tiny", block=False)
-    context = browser.new_context()
-    page = context.new_page()
-    page.goto(first.url)
-    hand(page, "#task", "sql")
-    send(page, "before")
-    expect(page.locator(RECEIPTS)).to_contain_text(["tok/s"], timeout=PATIENCE)
-    first.close()
-    second = launch(world.engine, world.registry, port=port, base_name="tiny", block=False)
-    expect(page.locator("#question textarea")).to_be_editable(timeout=PATIENCE)
-    send(page, "after")
-    expect(page.locator(RECEIPTS)).to_contain_text(["tok/s", "tok/s"], timeout=PATIENCE)
-    expect(page.locator("#transcript .user.message")).to_have_text(["before", "after"])
-    context.close()
-    second.close()
 
 
 def test_hostile_texts_stay_text(serve: Any, page: Any, hand: Any) -> None:

@@ -9,8 +9,10 @@ from playwright.sync_api import expect
 
 from adapterhub_lite.hub_server import HubServer
 from app.access import Access
+from app.compare import nearest
 
 PATIENCE = 30_000
+TASKS = ["base", "sql@prod", "event"]
 
 
 def open_tab(page: Any, name: str) -> None:
@@ -29,10 +31,14 @@ def test_compare_shows_answers_side_by_side_with_their_differences(serve: Any, p
     page.locator("#compare-run").click()
     cards = page.locator(".answer-card:visible")
     expect(cards).to_have_count(3, timeout=PATIENCE)
-    expect(cards.locator(".card-heading p")).to_have_text(["base", "sql@prod", "event"])
+    expect(cards.locator(".card-heading p")).to_have_text(TASKS)
     expect(page.locator("#compare-run")).to_be_visible(timeout=PATIENCE)
     expect(cards.nth(2)).to_contain_text(re.compile(r"[0-9a-f]{8} · tiny · \d+ tok/s"))
-    expect(page.locator(".difference:visible")).to_have_count(2)
+    expect(page.locator(".diff-title:visible")).to_have_count(2)
+    answers = [cards.nth(place).locator("textarea").input_value() for place in range(3)]
+    for place, title in enumerate(page.locator(".diff-title:visible").all_inner_texts(), start=1):
+        wanted = nearest(answers[:place], answers[place])
+        assert title == ("Like none of the answers before it" if wanted is None else f"Against {TASKS[wanted]}")
 
 
 def test_blend_answers_live_goes_to_the_chat_and_is_saved(serve: Any, page: Any, hand: Any, world: Any) -> None:
@@ -97,23 +103,37 @@ def test_registry_searches_shows_promotes_rolls_back_pushes_and_pulls(
         assert world.registry.resolve("sql-again:2").digest == world.registry.resolve("sql:2").digest
 
 
-def test_a_viewer_logs_in_asks_and_may_not_promote(
-    serve: Any, page: Any, hand: Any, world: Any, tmp_path: Path
+def log_in(page: Any, name: str, password: str) -> None:
+    """Fill in the login page."""
+    page.get_by_label("username").fill(name)
+    page.get_by_label("password").fill(password)
+    page.get_by_role("button", name="Login").click()
+
+
+def test_a_viewer_may_not_write_and_an_admin_may(
+    serve: Any, browser: Any, hand: Any, world: Any, tmp_path: Path
 ) -> None:
     file = tmp_path / "logins.json"
-    file.write_text(json.dumps({"bo": {"password": "long enough"}}))
+    logins = {"bo": {"password": "long enough"}, "ana": {"password": "longer still", "role": "admin"}}
+    file.write_text(json.dumps(logins))
     file.chmod(0o600)
-    page.goto(serve(access=Access.read(file)).url)
-    page.get_by_label("username").fill("bo")
-    page.get_by_label("password").fill("long enough")
-    page.get_by_role("button", name="Login").click()
-    expect(page.locator("#question textarea")).to_be_visible(timeout=PATIENCE)
-    open_tab(page, "Registry")
-    hand(page, "#registry-version", "sql:2")
-    page.locator("#registry-changes button").first.click()
-    page.locator("#registry-promote").click()
-    expect(page.locator("#registry-steps")).to_contain_text("only an admin may promote", timeout=PATIENCE)
-    assert world.registry.aliases("sql")["prod"] == 1
+    url = serve(access=Access.read(file)).url
+    for name, words, kept in (("bo", "only an admin may promote", None), ("ana", "now at version 2", 2)):
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(url)
+        log_in(page, name, "wrong password")
+        expect(page.get_by_text("Incorrect credentials")).to_be_visible(timeout=PATIENCE)
+        log_in(page, name, logins[name]["password"])
+        expect(page.locator("#question textarea")).to_be_visible(timeout=PATIENCE)
+        open_tab(page, "Registry")
+        hand(page, "#registry-version", "sql:2")
+        page.locator("#registry-changes button").first.click()
+        page.locator("#registry-alias input, #registry-alias textarea").fill("logged-in")
+        page.locator("#registry-promote").click()
+        expect(page.locator("#registry-steps")).to_contain_text(words, timeout=PATIENCE)
+        assert world.registry.aliases("sql").get("logged-in") == kept
+        context.close()
 
 
 def test_every_tab_fits_both_widths_light_and_dark(serve: Any, page: Any) -> None:
@@ -132,7 +152,9 @@ def test_plan_explains_its_choice_and_draws_every_preset(serve: Any, page: Any) 
     open_tab(page, "Plan")
     page.locator("#plan-run").click()
     expect(page.locator("#plan-answer")).to_contain_text("Not taken", timeout=PATIENCE)
-    expect(page.locator("#plan-chart canvas, #plan-chart svg.marks").first).to_be_visible(timeout=PATIENCE)
+    expect(page.locator("#plan-chart .plan-bar").nth(3)).to_be_visible(timeout=PATIENCE)
+    chosen = page.locator("#plan-answer h3").first.inner_text()
+    expect(page.locator("#plan-chart .plan-bar.chosen span").first).to_have_text(chosen)
     page.locator("#plan-base input").fill("/etc")
     page.locator("#plan-base input").press("Enter")
     page.locator("#plan-run").click()

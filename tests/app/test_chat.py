@@ -161,4 +161,4 @@ def test_bubbles_show_code_as_written_and_markup_as_text() -> None:
     turns = [Turn(role="assistant", text="SELECT *\n  FROM a<b><script>", by="<b>sql</b>", notice="so")]
     answer, receipt = chat_bubbles(turns)
     assert answer["content"][0]["text"] == "SELECT *\n  FROM a&lt;b&gt;&lt;script&gt;"
-    assert receipt["metadata"]["title"].startswith("&lt;b&gt;sql")
+    assert receipt["metadata"]["title"].startswith("<strong>&lt;b&gt;sql")

@@ -1,5 +1,7 @@
 """Comparing: several tasks answer one prompt in one batch, each for itself, and the differences are exact."""
 
+import html
+import re
 from typing import Any
 
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from adapterhub_lite.serving import GenerationRequest
 from app.answers import STOPPED, AnswerSettings
-from app.compare import MOST_ADAPTERS, compare, diff_words, live_key
+from app.compare import MOST_ADAPTERS, compare, diff_words, draw_diff, live_key, nearest
 
 SHORT = AnswerSettings(max_new_tokens=12)
 
@@ -60,6 +62,28 @@ def test_a_diff_holds_both_texts_and_nothing_else(reference: str, other: str) ->
     pieces = diff_words(reference, other)
     assert "".join(text for text, kind in pieces if kind != "added") == reference
     assert "".join(text for text, kind in pieces if kind != "removed") == other
+
+
+@given(words, words)
+def test_a_drawn_diff_shows_the_texts_and_has_no_markup_of_theirs(reference: str, other: str) -> None:
+    drawn = draw_diff(["base", "<b>"], [reference, other])
+    tags = set(re.findall(r"<(/?\w+)", drawn))
+    assert tags <= {"p", "/p", "div", "/div", "ins", "/ins", "del", "/del", "span", "/span"}
+    if "diff-text" in drawn:
+        inner = drawn.partition('<div class="diff-text">')[2].removesuffix("</div>")
+        kept = re.sub(r"<del>.*?</del>", "", inner, flags=re.DOTALL)
+        assert html.unescape(re.sub(r"</?(ins|span)>", "", kept)) == other
+
+
+def test_an_answer_is_marked_against_the_base_or_the_likest_before_it_or_nothing() -> None:
+    base, sql, other = "1. John Smith", "SELECT * FROM staff LIMIT 6;", "SELECT * FROM staff LIMIT 7;"
+    assert nearest([base], sql) is None
+    assert nearest([base, sql], other) == 1
+    assert nearest([sql, base], other) == 0
+    assert nearest([base, "SELECT * FROM shops;", sql], other) == 2
+    assert "The same answer as sql" in draw_diff(["base", "sql", "two"], [base, sql, sql])
+    assert "<del>6;</del><ins>7;</ins>" in draw_diff(["base", "sql", "two"], [base, sql, other])
+    assert "<script" not in draw_diff(["<script>", "two"], ["a <script>1 b c", "a <script>2 b c"])
 
 
 def test_leaving_the_page_cancels_the_comparison(world: Any, gate: Any) -> None:

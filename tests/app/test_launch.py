@@ -36,6 +36,13 @@ def test_answers_forbid_other_origins_and_files_stay_closed(
         refused.value.close()
 
 
+def test_nobody_elses_machine_reaches_a_page_without_logins(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--host", "0.0.0.0"])
+    assert ended.value.code == 2
+    assert "--users" in capsys.readouterr().err
+
+
 def test_a_users_mistake_is_one_sentence_and_exit_code_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--base", str(tmp_path / "none"), "--port", "0"])

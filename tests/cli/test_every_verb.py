@@ -160,6 +160,36 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
+        ("serve --port 70000 --base {base}", "65535"),
+        ("demo --port 70000", "65535"),
+        ("demo --host 0.0.0.0", "--users"),
+        ("hub --port 70000", "65535"),
+        ("history nothing", "There is no adapter 'nothing'"),
+    ],
+)
+def test_a_mistake_of_those_that_run_on_is_a_sentence_too(
+    line: str, complaint: str, run: Run, stage: Callable[[str], list[str]]
+) -> None:
+    done = run(*stage(line))
+    assert done.returncode == 2 and complaint in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_empty_list_says_how_to_begin(run: Run) -> None:
+    assert "adapterhub-lite train" in run("list").stderr
+    assert run("list", "--json").stdout.strip() == "[]" and run("list", "--json").stderr == ""
+
+
+def test_a_title_is_one_line(run: Run, stocked: AdapterRegistry) -> None:
+    title = "rows of a data set with a long name, held-out"
+    from adapterhub_lite.cli.output import print_table
+
+    print_table(title, ("a",), [("b",)])
+    assert title in run("list").stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
         ("remove sql:1", "alias prod"),
         ("remove sql", "name:3"),
         ("alias sql prod 2 --expect 2", "is at 1"),
