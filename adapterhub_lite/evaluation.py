@@ -113,7 +113,7 @@ def compare_losses(
     from adapterhub_lite.training.tokenization import prepare_rows
 
     with _both_models(registry, manifest, base) as (model, tokenizer):
-        table = prepare_rows([dict(row) for row in rows], tokenizer, max_length=MOST_TOKENS, overlong="truncate")
+        table = prepare_rows([dict(row) for row in rows], tokenizer, max_length=MOST_TOKENS, overlong="truncate").table
         with model.disable_adapter():
             plain = _mean_loss(model, table)
         adapted = _mean_loss(model, table)
