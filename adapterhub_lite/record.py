@@ -3,6 +3,7 @@
 Lies below both rooms so that neither imports the other. Unknown keys are refused on reading.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,25 @@ class StrictModel(BaseModel):
 
 
 class BaseRecord(StrictModel):
-    """The base a run started from. `revision` is a 40-hex commit, or None for a local or embedded base."""
+    """The base a run started from. `revision` is a 40-hex commit, or None for a local or embedded base.
+
+    `parts` are the digests of what the fingerprint covers, so that a base which is another can be told by what differs.
+    """
 
     id: str
     revision: str | None = None
     fingerprint: str
+    parts: dict[str, str] = {}
     quantization: str | None = None
+
+    def difference(self, model_id: str, fingerprint: str, parts: Mapping[str, str]) -> str:
+        """Say how the base `model_id` is another than this one: both fingerprints, and which parts differ if known."""
+        apart = [name for name, digest in parts.items() if self.parts.get(name, digest) != digest]
+        what = f"; what differs: {', '.join(apart)}" if apart else ""
+        return (
+            f"made for {self.id} with the fingerprint {self.fingerprint:.16}..., "
+            f"{model_id} here has {fingerprint:.16}...{what}"
+        )
 
 
 class DataRecord(StrictModel):

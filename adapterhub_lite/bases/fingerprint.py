@@ -7,6 +7,7 @@ tensor's name, dtype, shape and bytes. The order of tensors in a file, and how m
 import hashlib
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,26 @@ from adapterhub_lite.errors import UsageError
 
 # Written by whoever saved the folder; they change with a library version and not with the model.
 VOLATILE_CONFIG_KEYS = frozenset({"transformers_version", "_name_or_path", "_model_name_or_path", "use_cache"})
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja")
+TEMPLATE_FILE = "chat_template.jinja"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", TEMPLATE_FILE)
 BLOCK_BYTES = 4 << 20
 
 
+@dataclass(frozen=True)
+class Fingerprint:
+    """The sha256 of a whole base and of its parts: `config`, `tokenizer`, `template`, `weights`."""
+
+    whole: str
+    parts: dict[str, str]
+
+
 def base_fingerprint(folder: str | Path) -> str:
-    """Return the sha256 (64 hex digits) of the base in `folder`.
+    """Return the sha256 (64 hex digits) of the base in `folder`; raises as `read_fingerprint` does."""
+    return read_fingerprint(folder).whole
+
+
+def read_fingerprint(folder: str | Path) -> Fingerprint:
+    """Return the fingerprint of the base in `folder`, and those of its parts, which tell what differs between two.
 
     The result is remembered in `<folder>/.fingerprint.json`, keyed by every file's size and modification time, so that
     asking again costs no reading; a folder that cannot be written to is simply read again.
@@ -45,16 +60,24 @@ def base_fingerprint(folder: str | Path) -> str:
     return fingerprint
 
 
-def _compute(root: Path, weights: list[Path]) -> str:
+def _compute(root: Path, weights: list[Path]) -> Fingerprint:
     config: dict[str, Any] = json.loads((root / "config.json").read_bytes())
     kept = {key: value for key, value in config.items() if key not in VOLATILE_CONFIG_KEYS}
-    parts = {"config": hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()}
-    for name in TOKENIZER_FILES:
-        if (root / name).is_file():
-            parts[name] = hashlib.sha256((root / name).read_bytes()).hexdigest()
+    config_digest = {"config": hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()}
+    present = [name for name in TOKENIZER_FILES if (root / name).is_file()]
+    files = {name: hashlib.sha256((root / name).read_bytes()).hexdigest() for name in present}
+    tensors: dict[str, str] = {}
     for path in weights:
-        parts.update(_tensor_digests(path))
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        tensors.update(_tensor_digests(path))
+    template = {name: files[name] for name in files if name == TEMPLATE_FILE}
+    tokenizer = {name: files[name] for name in files if name != TEMPLATE_FILE}
+    parts = {"config": config_digest, "tokenizer": tokenizer, "template": template, "weights": tensors}
+    whole = _digest_of(config_digest | files | tensors)
+    return Fingerprint(whole, {name: _digest_of(digests) for name, digests in parts.items()})
+
+
+def _digest_of(digests: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 def _tensor_digests(path: Path) -> dict[str, str]:
@@ -81,19 +104,20 @@ def _tensor_digests(path: Path) -> dict[str, str]:
     return digests
 
 
-def _read_memo(root: Path, stamp: dict[str, list[int]]) -> str | None:
+def _read_memo(root: Path, stamp: dict[str, list[int]]) -> Fingerprint | None:
     try:
         memo = json.loads((root / ".fingerprint.json").read_bytes())
     except (OSError, ValueError):
         return None
-    return memo["fingerprint"] if isinstance(memo, dict) and memo.get("files") == stamp else None
+    known = isinstance(memo, dict) and memo.get("files") == stamp and "parts" in memo
+    return Fingerprint(memo["fingerprint"], memo["parts"]) if known else None
 
 
-def _write_memo(root: Path, stamp: dict[str, list[int]], fingerprint: str) -> None:
+def _write_memo(root: Path, stamp: dict[str, list[int]], found: Fingerprint) -> None:
     target = root / ".fingerprint.json"
     aside = target.with_suffix(f".{os.getpid()}.tmp")
     try:
-        aside.write_text(json.dumps({"files": stamp, "fingerprint": fingerprint}))
+        aside.write_text(json.dumps({"files": stamp, "fingerprint": found.whole, "parts": found.parts}))
         aside.replace(target)
     except OSError:
         aside.unlink(missing_ok=True)

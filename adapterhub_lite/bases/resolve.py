@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapterhub_lite.bases.embedded import EmbeddedBase, fetch_embedded_base
-from adapterhub_lite.bases.fingerprint import base_fingerprint
+from adapterhub_lite.bases.fingerprint import base_fingerprint, read_fingerprint
 from adapterhub_lite.errors import HubPermissionError, HubUnreachableError, UnknownNameError
 from adapterhub_lite.home import adapterhub_home
 
@@ -36,6 +36,11 @@ class ResolvedBase:
     def fingerprint(self) -> str:
         """The sha256 over configuration, tokenizer, chat template and weights."""
         return base_fingerprint(self.folder)
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """The sha256 of each part that the fingerprint covers."""
+        return read_fingerprint(self.folder).parts
 
 
 def resolve_base(

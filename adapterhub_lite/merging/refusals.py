@@ -45,8 +45,8 @@ def refuse_base(manifest: AdapterManifest, base: ResolvedBase, *, from_pristine:
         )
     if base.fingerprint != manifest.base.fingerprint:
         raise BaseMismatchError(
-            f"{manifest.reference} was made for {manifest.base.id} with the fingerprint "
-            f"{manifest.base.fingerprint:.16}..., {base.name} has {base.fingerprint:.16}... Use the pristine base."
+            f"{manifest.reference} was {manifest.base.difference(base.name, base.fingerprint, base.parts)}. "
+            "Use the pristine base."
         )
     if manifest.base.quantization is not None and not from_pristine:
         raise MergeError(

@@ -137,10 +137,7 @@ def _base_record(staged: StagedAdapter, base: ResolvedBase) -> BaseRecord:
         if not is_commit(revision):
             problems.append(f"the base's revision {revision!r:.80} is not a 40-hex commit")
     if recorded is not None and recorded.fingerprint != base.fingerprint:
-        text = (
-            f"it was trained on {recorded.id} with the fingerprint {recorded.fingerprint:.16}..., "
-            f"the base given is {base.model_id} with {base.fingerprint:.16}..."
-        )
+        text = f"it was {recorded.difference(base.model_id, base.fingerprint, base.parts)}"
         if not problems:
             raise BaseMismatchError(f"{staged.inspection.subject} is for another base: {text}.")
         problems.append(text)
@@ -148,6 +145,7 @@ def _base_record(staged: StagedAdapter, base: ResolvedBase) -> BaseRecord:
         id=scrub(base.model_id),
         revision=base.revision,
         fingerprint=base.fingerprint,
+        parts=base.parts,
         quantization=recorded.quantization if recorded else None,
     )
 

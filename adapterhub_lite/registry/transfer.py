@@ -80,8 +80,7 @@ def import_adapter(
         base = base or find_base(manifest.base, registry.home)
         if base is not None and base.fingerprint != manifest.base.fingerprint:
             raise BaseMismatchError(
-                f"{manifest.reference} was made for {manifest.base.id} with the fingerprint "
-                f"{manifest.base.fingerprint:.16}..., the base here is {base.model_id} with {base.fingerprint:.16}..."
+                f"{manifest.reference} was {manifest.base.difference(base.model_id, base.fingerprint, base.parts)}."
             )
         _examine(folder, staging, manifest, base)
         signature = registry.trust.check(manifest, staging)

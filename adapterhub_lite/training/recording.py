@@ -35,7 +35,13 @@ def describe_base(base: ResolvedBase | None, model: Any) -> BaseRecord:
     quantization = getattr(config, "quantization_config", None)
     method = None if quantization is None else json.dumps(_plain(quantization), sort_keys=True, default=str)
     if base is not None:
-        return BaseRecord(id=base.model_id, revision=base.revision, fingerprint=base.fingerprint, quantization=method)
+        return BaseRecord(
+            id=base.model_id,
+            revision=base.revision,
+            fingerprint=base.fingerprint,
+            parts=base.parts,
+            quantization=method,
+        )
     digest = hashlib.sha256()
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     for name, parameter in inner.named_parameters():

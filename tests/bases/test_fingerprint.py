@@ -9,7 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapterhub_lite.bases import base_fingerprint
+from adapterhub_lite.bases.fingerprint import read_fingerprint
 from adapterhub_lite.errors import UsageError
+
+PARTS = {"weight": "weights", "dtype": "weights"}
 
 
 @pytest.fixture
@@ -52,6 +55,8 @@ def test_every_part_that_decides_answers_changes_it(tiny_base: Path, copy: Path,
         name = "tokenizer.json" if part == "tokenizer" else "chat_template.jinja"
         (copy / name).write_text((copy / name).read_text() + " ")
     assert base_fingerprint(copy) != base_fingerprint(tiny_base)
+    before, after = read_fingerprint(tiny_base).parts, read_fingerprint(copy).parts
+    assert [name for name in before if before[name] != after[name]] == [PARTS.get(part, part)]
 
 
 def test_the_memo_is_not_trusted_after_a_change(copy: Path) -> None:
