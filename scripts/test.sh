@@ -20,4 +20,4 @@ fi
 "$bin/mypy"
 # One thread a process and two processes: the tests' models are tiny, and more threads only wait for each other.
 OMP_NUM_THREADS=1 "$bin/python" -m pytest -n 2 --dist loadfile -m "not slow and not soak" "$@"
-"$bin/python" -m pytest -m "slow and not soak" "$@"
+OMP_NUM_THREADS=1 "$bin/python" -m pytest -n 2 --dist loadfile -m "slow and not soak" "$@"

@@ -4,6 +4,8 @@ import re
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,22 @@ def send(page: Any, text: str) -> None:
     field.press("Enter")
 
 
+def until(true: Callable[[], bool]) -> None:
+    """Wait until something is so, as long as for anything that a page shows."""
+    end = time.monotonic() + PATIENCE / 1000
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def in_the_engine(engine: InferenceEngine) -> int:
+    """Requests in rows or in the queue."""
+    status = engine.status()
+    return status.running + status.waiting
+
+
 @pytest.mark.slow
-def test_eight_answers_grow_side_by_side(serve: Any, browser: Any, hand: Any, gate: Any) -> None:
+def test_eight_answers_grow_side_by_side(world: Any, serve: Any, browser: Any, hand: Any, gate: Any) -> None:
     """All eight people read the beginning of their answer while none of the eight is complete."""
     url, contexts = serve().url, [browser.new_context() for _ in range(8)]
     pages = [context.new_page() for context in contexts]
@@ -38,10 +54,10 @@ def test_eight_answers_grow_side_by_side(serve: Any, browser: Any, hand: Any, ga
         page.goto(url)
         hand(page, "#task", task)
         expect(page.locator("#task-about")).to_contain_text("rank", timeout=PATIENCE)
-    for page in pages:
+    for number, page in enumerate(pages, 1):
         send(page, "hello")
-        gate.allow(5)  # it begins
-    gate.allow(40)  # with the 20 of the gate no more than 100 steps: no answer of 128 tokens ends in them
+        until(lambda number=number: in_the_engine(world.engine) == number)
+    gate.allow(40)  # with the 20 of the gate no more than 60 steps: no answer of 128 tokens ends in them
     for page in pages:
         expect(page.locator(RECEIPTS)).to_contain_text(["is answering"], timeout=PATIENCE)
         expect(page.locator(ANSWER).first).not_to_have_text("", timeout=PATIENCE)

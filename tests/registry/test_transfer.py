@@ -166,5 +166,5 @@ def test_another_base_is_named(
     config = json.loads((moved / "config.json").read_text())
     (moved / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
     (moved / ".fingerprint.json").unlink(missing_ok=True)
-    with pytest.raises(BaseMismatchError, match="moved-base here has .*; what differs: config"):
+    with pytest.raises(BaseMismatchError, match=r"moved-base here has .*; what differs: config"):
         import_adapter(there, parcel[1], base=ResolvedBase("moved-base", "moved-base", moved))
