@@ -59,7 +59,16 @@ _PACKAGES = (
     ),
     ("deepspeed", "ZeRO training on several devices", "pip install 'adapterhub-lite[deepspeed]'"),
     ("ray", "serving on several machines", "pip install 'adapterhub-lite[cluster]'"),
-    ("trl", "peers in the benches", "pip install 'adapterhub-lite[bench]'"),
+    (
+        "trl",
+        "peers in the benches; without it the tests of TRL's tables and templates are skipped",
+        "pip install 'adapterhub-lite[bench]'",
+    ),
+    (
+        "lm_eval",
+        "tasks of lm-evaluation-harness in eval; without it their test is skipped",
+        "pip install 'adapterhub-lite[harness]'",
+    ),
 )
 
 

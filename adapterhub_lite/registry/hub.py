@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterhub_lite.errors import HubPermissionError, HubUnreachableError, IntegrityError, PublishConflictError
+from adapterhub_lite.errors import HubPermissionError, IntegrityError, PublishConflictError
 from adapterhub_lite.registry.card import card_files
 from adapterhub_lite.registry.hub_aliases import push_alias, remote_aliases
-from adapterhub_lite.registry.hub_client import TRIES, WRITE_TRIES, HubRepo, RemoteCommit, rest
+from adapterhub_lite.registry.hub_client import WRITE_TRIES, HubRepo, Patience, RemoteCommit
 from adapterhub_lite.registry.hub_errors import ConflictError
 from adapterhub_lite.registry.hub_pull import PullReceipt, pull_adapter
 from adapterhub_lite.registry.loss_plot import LOSS_FILE
@@ -101,27 +101,20 @@ def push_adapter(
 
 def _commit_once(repo: HubRepo, publish: _Publish, tell: Progress) -> tuple[str, str, int]:
     """(commit, tag, commits sent): send the commit until the log shows it, or shows an earlier one of this digest."""
-    name, sent, lost = publish.manifest.reference, 0, 0
-    last: ConflictError | None = None
+    name, sent, patience = publish.manifest.reference, 0, Patience()
     for attempt in range(WRITE_TRIES):
         head = repo.head()
         if found := _published(repo, head, publish):
             return *found, sent
         gone = sorted(set(repo.files(head)) & {*ALLOWED_FILES, LOSS_FILE} - set(publish.content))
         tell(f"publishing {name}" + (f", try {attempt + 1}" if attempt else ""))
-        try:
+        with patience.sending(attempt):
             sent += 1
             title = f"{publish.manifest.name} v{publish.manifest.version}"
             repo.commit(head, title, publish.claim, publish.content, gone)
-        except HubUnreachableError as error:
-            lost += 1
-            if lost == TRIES:
-                raise
-            rest(attempt, error)
-        except ConflictError as error:
-            last = error
-            rest(attempt, error)
-    raise PublishConflictError(f"Others kept publishing to {repo.id} while {name} was; try again later.") from last
+    raise PublishConflictError(
+        f"Others kept publishing to {repo.id} while {name} was; try again later."
+    ) from patience.last
 
 
 def _published(repo: HubRepo, head: str, publish: _Publish) -> tuple[str, str] | None:

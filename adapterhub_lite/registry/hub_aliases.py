@@ -4,14 +4,12 @@ import json
 
 from adapterhub_lite.errors import (
     AliasConflictError,
-    HubUnreachableError,
     IntegrityError,
     PublishConflictError,
     UnknownNameError,
     UsageError,
 )
-from adapterhub_lite.registry.hub_client import TRIES, WRITE_TRIES, HubRepo, rest
-from adapterhub_lite.registry.hub_errors import ConflictError
+from adapterhub_lite.registry.hub_client import WRITE_TRIES, HubRepo, Patience
 from adapterhub_lite.registry.manifest import ALIASES_FILE
 from adapterhub_lite.registry.reference import is_alias
 
@@ -56,8 +54,7 @@ def push_alias(
     """
     if not is_alias(alias):
         raise UsageError(f"Wanted an alias of letters, digits, '.', '_', '-', not all digits; got {alias!r:.80}.")
-    repo, lost = HubRepo(repo_id, endpoint=endpoint, token=token), 0
-    last: ConflictError | None = None
+    repo, patience = HubRepo(repo_id, endpoint=endpoint, token=token), Patience()
     for attempt in range(WRITE_TRIES):
         head = repo.head()
         found = aliases_at(repo, head)
@@ -69,16 +66,8 @@ def push_alias(
             raise UnknownNameError.among("published version", f"v{version}", sorted(tags))
         wanted = {key: value for key, value in {**found, alias: version}.items() if value is not None}
         text = json.dumps(wanted, indent=1, sort_keys=True).encode()
-        try:
+        with patience.sending(attempt):
             repo.commit(head, f"alias {alias} -> {version}", "", {ALIASES_FILE: text}, [])
-        except HubUnreachableError as error:
-            lost += 1
-            if lost == TRIES:
-                raise
-            rest(attempt, error)
-        except ConflictError as error:
-            last = error
-            rest(attempt, error)
     raise PublishConflictError(
         f"Others kept publishing to {repo_id} while {alias!r} was moved; try again later."
-    ) from last
+    ) from patience.last

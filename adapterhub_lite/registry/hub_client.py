@@ -189,6 +189,32 @@ class HubRepo:
             return None
 
 
+@dataclass
+class Patience:
+    """Of one write that is tried again and again: how often the hub was not there, and the last conflict."""
+
+    lost: int = 0
+    last: ConflictError | None = None
+
+    @contextmanager
+    def sending(self, attempt: int) -> Iterator[None]:
+        """Take a conflict or a hub that is away as a reason to try again, after a rest.
+
+        Raises:
+            HubUnreachableError: the hub has been away `TRIES` times.
+        """
+        try:
+            yield
+        except HubUnreachableError as error:
+            self.lost += 1
+            if self.lost == TRIES:
+                raise
+            rest(attempt, error)
+        except ConflictError as error:
+            self.last = error
+            rest(attempt, error)
+
+
 def rest(attempt: int, error: Exception | None = None) -> None:
     """Wait before the next try: exponential with full jitter up to 8 s, or what the hub asked for up to a minute."""
     if isinstance(error, RestError):

@@ -145,7 +145,7 @@ def test_an_alias_on_a_hub_that_stays_away_is_given_up_on(
     eight: AdapterRegistry, hub_server: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     eight.push("sql:1", REPO, endpoint=hub_server.url)
-    monkeypatch.setattr("adapterhub_lite.registry.hub_aliases.TRIES", 2)
+    monkeypatch.setattr("adapterhub_lite.registry.hub_client.TRIES", 2)
     fault = hub_server.faults.add("503", "/commit/", times=99)
     with pytest.raises(HubUnreachableError, match="503"):
         push_alias(REPO, "prod", 1, endpoint=hub_server.url)
