@@ -1,15 +1,15 @@
 """Between HTTP and the engine: which adapter a request means at this moment, and answers without blocking the loop.
 
 A model's name is resolved once, through the canaries in force, to digests; the engine is asked for those, and an
-answer whose digest is not theirs is never given out. The engine blocks, so each request in work has a thread of its own.
+answer whose digest is not theirs is never given out. A request is handed in on a thread of
+ours, because that may load its adapter; the engine then tells the loop what it makes.
 """
 
 import asyncio
-import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -150,30 +150,24 @@ class Desk:
 
     async def answer(self, http: Request, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
         """Answer all of `requests`; whoever hangs up meanwhile cancels them."""
-        handles: list[Answer] = []
-        gone = threading.Event()
+        return await unless_gone(http, self._answers(requests))
 
-        def work() -> list[GenerationResult]:
-            try:
-                for request in requests:
-                    handles.append(self.engine.submit(request))
-                if gone.is_set():
-                    raise RequestCancelledError("The client is gone.")
-                return [handle.result() for handle in handles]
-            except BaseException:
-                for handle in handles:
-                    handle.cancel()
-                raise
+    async def _answers(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
+        tasks = [asyncio.ensure_future(self._answer(request)) for request in requests]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
 
-        def give_up() -> None:
-            gone.set()
-            for handle in tuple(handles):
-                handle.cancel()
+    async def _answer(self, request: GenerationRequest) -> GenerationResult:
+        async with aclosing(self.stream(request, whole=True)) as chunks:
+            last = await anext(chunks)
+        assert last.result is not None
+        return last.result
 
-        return await unless_gone(http, self.run(work), give_up)
-
-    async def stream(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk]:
-        """The chunks of one answer as they are made; closing the iteration cancels the request."""
+    async def stream(self, request: GenerationRequest, *, whole: bool = False) -> AsyncGenerator[GenerationChunk]:
+        """The chunks of one answer as they are made, or the last alone; closing the iteration cancels the request."""
         loop, inbox = asyncio.get_running_loop(), asyncio.Queue[GenerationChunk | BaseException]()
         submitting = asyncio.ensure_future(self.run(self.engine.submit, request))
         try:
@@ -183,18 +177,12 @@ class Desk:
             raise
 
         def hand_over(item: GenerationChunk | BaseException) -> None:
-            if not loop.is_closed():
+            # On the engine's thread: a loop that is closed by now must not harm it.
+            with suppress(RuntimeError):
                 loop.call_soon_threadsafe(inbox.put_nowait, item)
 
-        def pump() -> None:
-            try:
-                for chunk in handle:
-                    hand_over(chunk)
-            except BaseException as error:
-                hand_over(error)
-
-        loop.run_in_executor(self._pool, pump)
         try:
+            handle.listen(hand_over, whole=whole)
             while True:
                 item = await inbox.get()
                 if isinstance(item, BaseException):
@@ -213,8 +201,8 @@ class Desk:
         return loaded
 
 
-async def unless_gone(http: Request, work: Awaitable[T], give_up: Callable[[], None] | None = None) -> T:
-    """What `work` comes to; when the client hangs up first, `give_up` is called (else `work` cancelled), then as it ends.
+async def unless_gone(http: Request, work: Awaitable[T]) -> T:
+    """What `work` comes to; it is cancelled when the client hangs up first.
 
     Raises:
         RequestCancelledError: the client is gone and `work` was cancelled.
@@ -225,7 +213,7 @@ async def unless_gone(http: Request, work: Awaitable[T], give_up: Callable[[], N
         watched: set[asyncio.Future[Any]] = {working, leaving}
         await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            (give_up or working.cancel)()
+            working.cancel()
         return await working
     except asyncio.CancelledError:
         if leaving.done():

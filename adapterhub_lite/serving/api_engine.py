@@ -1,10 +1,10 @@
 """What the server needs of an engine, whether it is in this process or behind it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from adapterhub_lite.serving.request import EngineStatus, GenerationChunk, GenerationRequest, GenerationResult
+from adapterhub_lite.serving.request import EngineStatus, GenerationChunk, GenerationRequest
 
 
 class Answer(Protocol):
@@ -14,12 +14,8 @@ class Answer(Protocol):
         """Stop it."""
         ...
 
-    def __iter__(self) -> Iterator[GenerationChunk]:
-        """Its chunks as they are made."""
-        ...
-
-    def result(self) -> GenerationResult:
-        """Its whole answer."""
+    def listen(self, listener: Callable[[GenerationChunk | BaseException], None], *, whole: bool = False) -> None:
+        """Tell `listener`, on any thread, each chunk as it is made, or the error that ended them; `whole`: the last."""
         ...
 
 

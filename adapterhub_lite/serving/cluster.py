@@ -6,7 +6,7 @@ request to a replica that has its adapter already. Imports ray: only for those w
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -45,6 +45,21 @@ class RemoteAnswer:
         """Stop the request; reading it then raises RequestCancelledError."""
         self._cancelled.set()
         self._response.cancel()
+
+    def listen(self, listener: Callable[[GenerationChunk | BaseException], None], *, whole: bool = False) -> None:
+        """Instead of iterating, or of `result()` for the `whole`: `listener` is told, on a thread of this request's."""
+
+        def tell() -> None:
+            try:
+                chunks: Iterable[GenerationChunk] = (
+                    (GenerationChunk("", done=True, result=self.result()),) if whole else self
+                )
+                for chunk in chunks:
+                    listener(chunk)
+            except BaseException as error:
+                listener(error)
+
+        threading.Thread(target=tell, name="adapterhub-answer", daemon=True).start()
 
     def __iter__(self) -> Iterator[GenerationChunk]:
         """Yield chunks as they are made; the last one is `done` and carries the result.

@@ -19,6 +19,8 @@ from adapterhub_lite.serving.request import (
 from adapterhub_lite.serving.sampling import Sampler
 from adapterhub_lite.serving.text import TextStream
 
+Item = GenerationChunk | BaseException
+
 
 @dataclass(frozen=True)
 class Route:
@@ -29,6 +31,31 @@ class Route:
     digest: str | None = None
     seconds: float = 0.0
     release: Callable[[], None] = lambda: None
+
+
+class Outbox:
+    """What a request's caller gets, in order: kept until it is taken, or told to a listener as it is made."""
+
+    def __init__(self) -> None:
+        self._kept = queue.SimpleQueue[Item]()
+        self._listener: Callable[[Item], None] | None = None
+        self._lock = threading.Lock()
+
+    def put(self, item: Item) -> None:
+        """Keep an item, or tell the listener."""
+        with self._lock:
+            (self._listener or self._kept.put)(item)
+
+    def get(self) -> Item:
+        """Wait for the next item that was kept, and take it."""
+        return self._kept.get()
+
+    def listen(self, listener: Callable[[Item], None]) -> None:
+        """Tell `listener` what was kept so far, and from now on each item on the thread that makes it."""
+        with self._lock:
+            while not self._kept.empty():
+                listener(self._kept.get())
+            self._listener = listener
 
 
 @dataclass(eq=False)
@@ -51,7 +78,7 @@ class Job:
     first_token: float = 0.0
     placing: float = 0.0
     cancelled: threading.Event = field(default_factory=threading.Event)
-    outbox: "queue.SimpleQueue[GenerationChunk | BaseException]" = field(default_factory=queue.SimpleQueue)
+    outbox: Outbox = field(default_factory=Outbox)
     ended: bool = False
 
     @property
@@ -125,6 +152,18 @@ class GenerationHandle:
         """Stop the request; its row is free within one step. Reading it then raises RequestCancelledError."""
         self._job.cancelled.set()
         self._wake()
+
+    def listen(self, listener: Callable[[Item], None], *, whole: bool = False) -> None:
+        """Instead of iterating: `listener` is told each chunk, the last one `done`, or the error that ended them.
+
+        `whole` leaves out all but the last. Called on the engine's thread, so it must be quick and must not raise.
+        """
+
+        def last(item: Item) -> None:
+            if isinstance(item, BaseException) or item.done:
+                listener(item)
+
+        self._job.outbox.listen(last if whole else listener)
 
     def __iter__(self) -> Iterator[GenerationChunk]:
         """Yield chunks as they are made; the last one is `done` and carries the result.

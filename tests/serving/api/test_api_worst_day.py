@@ -126,8 +126,8 @@ def test_who_hangs_up_frees_the_place(serve: Serve, shared_engine: InferenceEngi
             if stream:
                 raw.recv(1)
     assert idle(server)
-    uses = [one.uses for one in shared_engine.resident()]
-    assert uses == [0] * len(uses)
+    # The engine lets go at its next step.
+    assert any(idle(server) and not any(one.uses for one in shared_engine.resident()) for _ in range(2000))
 
 
 @pytest.mark.parametrize(
