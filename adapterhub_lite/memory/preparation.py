@@ -1,13 +1,9 @@
 """A loaded base made ready for a preset: frozen, checkpointed, never blown up to fp32. Knows transformers, not PEFT."""
 
-import ctypes
 import logging
-import sys
 from typing import Any
 
 from adapterhub_lite.memory.presets import Machine, MemoryPreset
-
-M_MMAP_THRESHOLD = -3
 
 
 def prepare_for_training(model: Any, preset: MemoryPreset) -> Any:
@@ -45,22 +41,6 @@ def _let_go_of_the_file(model: Any) -> None:
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and parameter.is_floating_point():
             parameter.data = parameter.data.clone()
-
-
-def give_back_freed_memory(preset: MemoryPreset) -> None:
-    """On a CPU with glibc, hand memory that was freed back to the system; for presets that save memory, from now on.
-
-    glibc keeps freed blocks of up to 32 MiB for reuse, a quarter of a checkpointed step's peak. With a fixed limit,
-    blocks of 1 MiB and more go back at once, for some more page faults; so presets that go for speed are left alone.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):
-        return
-    if preset.gradient_checkpointing or preset.quantization is not None:
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 20)
-    libc.malloc_trim(0)
 
 
 def best_attention(preset: MemoryPreset, machine: Machine, supported: frozenset[str]) -> tuple[str, str]:

@@ -73,7 +73,8 @@ def load_for(opened: OpenedBase, preset: MemoryPreset, attention: str) -> Any:
             attn_implementation=attention,
         )
     prepare_for_training(model, preset)
-    give_back_freed_memory(preset)
+    if next(model.parameters()).device.type == "cpu":
+        give_back_freed_memory(model, preset)
     if preset.trains == "head":
         model.get_output_embeddings().requires_grad_(True)
     return model

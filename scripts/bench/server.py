@@ -8,13 +8,13 @@ Writes results/server.json and results/server.png.
 """
 
 import argparse
-import http.client
+import asyncio
 import json
 import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from scripts.bench.report import RESULTS, write_result
 from scripts.bench.serving_adapters import write_random_adapter
 from scripts.bench.serving_memory import own_bytes
 
-ADAPTERS, TOKENS, ROWS = 4, 24, 16
+ADAPTERS, TOKENS, ROWS, WAVES = 4, 24, 16, 4
 PROMPT = "Tell me a long story about the number {} and what it did on a rainy day in the mountains."
 Shot = tuple[float, float]
 
@@ -45,20 +45,41 @@ def by_engine(engine: InferenceEngine, number: int) -> Shot:
     return first, time.perf_counter() - started
 
 
-def by_http(port: int, number: int) -> Shot:
-    """The same through HTTP, one connection a request."""
+async def by_http(port: int, number: int) -> Shot:
+    """The same through HTTP, one connection a request; no more than the bytes are looked at, as a client costs too."""
     started = time.perf_counter()
-    body = {"model": f"task-{number % ADAPTERS}", "prompt": PROMPT.format(number), "max_tokens": TOKENS,
-            "temperature": 0, "stream": True}  # fmt: skip
-    connection = http.client.HTTPConnection("127.0.0.1", port)
-    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-    answer, first = connection.getresponse(), 0.0
-    if answer.status != 200:
-        raise RuntimeError(answer.read().decode())
-    while answer.readline():
-        first = first or time.perf_counter() - started
-    connection.close()
+    body = json.dumps({"model": f"task-{number % ADAPTERS}", "prompt": PROMPT.format(number), "max_tokens": TOKENS,
+                       "temperature": 0, "stream": True}).encode()  # fmt: skip
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    writer.write(head.encode() + body)
+    answer, first = b"", 0.0
+    while part := await reader.read(1 << 16):
+        answer += part
+        if not first and b"data: " in answer:
+            first = time.perf_counter() - started
+    writer.close()
+    if not answer.startswith(b"HTTP/1.1 200") or b"data: [DONE]" not in answer:
+        raise RuntimeError(answer.decode())
     return first, time.perf_counter() - started
+
+
+async def _each(port: int, numbers: Iterator[int]) -> list[Shot]:
+    return [await by_http(port, number) for number in numbers]
+
+
+async def _together(port: int, clients: int, requests: int) -> list[Shot]:
+    numbers = iter(range(requests))
+    found = await asyncio.gather(*(_each(port, numbers) for _ in range(clients)))
+    return [shot for shots in found for shot in shots]
+
+
+def http_load(port: int, clients: int, requests: int) -> dict[str, float]:
+    """`load` through HTTP, by one thread."""
+    started = time.perf_counter()
+    shots = asyncio.run(_together(port, clients, requests))
+    return figures(shots, time.perf_counter() - started)
 
 
 def load(shoot: Callable[[int], Shot], clients: int, requests: int) -> dict[str, float]:
@@ -66,29 +87,23 @@ def load(shoot: Callable[[int], Shot], clients: int, requests: int) -> dict[str,
     started = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
         shots = list(pool.map(shoot, range(requests)))
-    seconds = time.perf_counter() - started
-    return {"requests_per_second": requests / seconds, "first_token_seconds": statistics.median(s[0] for s in shots)}
+    return figures(shots, time.perf_counter() - started)
 
 
-class _HttpShot:
-    """`by_http` bound to a port, so that it can be sent to another process."""
-
-    def __init__(self, port: int) -> None:
-        self.port = port
-
-    def __call__(self, number: int) -> Shot:
-        return by_http(self.port, number)
+def figures(shots: list[Shot], seconds: float) -> dict[str, float]:
+    """Requests per second, and the median time to first token."""
+    return {"requests_per_second": len(shots) / seconds, "first_token_seconds": statistics.median(s[0] for s in shots)}
 
 
 def compare(engine: InferenceEngine, port: int, clients: list[int], rounds: int, pool: Any) -> list[dict[str, Any]]:
     """Both ways in turn, for each number of clients."""
     rows = []
     for count in clients:
-        requests = max(8, 2 * count)
+        requests = max(8, WAVES * count)
         taken: dict[str, list[dict[str, float]]] = {"engine": [], "http": []}
         for _ in range(rounds):
             taken["engine"].append(load(lambda number: by_engine(engine, number), count, requests))
-            taken["http"].append(pool.apply(load, (_HttpShot(port), count, requests)))
+            taken["http"].append(pool.apply(http_load, (port, count, requests)))
         row: dict[str, Any] = {"clients": count, "requests": requests}
         for way, found in taken.items():
             row[way] = {key: statistics.median(one[key] for one in found) for key in found[0]}
@@ -102,8 +117,8 @@ def steady(port: int, seconds: float, pool: Any) -> dict[str, Any]:
     """Memory of the serving process under 16 clients, sampled after each burst; growth is last tenth over first."""
     samples, requests, end = [], 0, time.monotonic() + seconds
     while time.monotonic() < end:
-        pool.apply(load, (_HttpShot(port), 16, 32))
-        requests += 32
+        pool.apply(http_load, (port, 16, 64))
+        requests += 64
         samples.append(own_bytes())
     part = max(1, len(samples) // 10)
     growth = statistics.median(samples[-part:]) / statistics.median(samples[:part]) - 1
@@ -148,7 +163,7 @@ def main() -> None:
             settings = ServerSettings(port=0, adapters=",".join(f"task-{index}" for index in range(ADAPTERS)))
             with ApiServer(engine, registry, settings) as server:
                 port = int(server.url.rpartition(":")[2])
-                pool.apply(load, (_HttpShot(port), 2, 4))
+                pool.apply(http_load, (port, 2, 4))
                 rows = compare(engine, port, given.clients, given.rounds, pool)
                 flat = steady(port, given.steady_seconds, pool)
     plot(rows, RESULTS / "server.png")

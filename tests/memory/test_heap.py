@@ -1,0 +1,57 @@
+"""What was freed goes back to the system before the next block runs, under presets that go for memory."""
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapterhub_lite.bases import load_base_model
+from adapterhub_lite.memory import find_preset, give_back_freed_memory, prepare_for_training
+from adapterhub_lite.memory.heap import SLACK_BYTES
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only glibc is asked to give memory back")
+
+
+def resident() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) * 1024
+
+
+def fragmented(size: int) -> list[torch.Tensor]:
+    """Free `size` bytes in pieces that the heap keeps, because something small lives above each; returns these."""
+    pieces = [(torch.ones(2**16, dtype=torch.uint8), torch.ones(64)) for _ in range(size // 2**16)]
+    return [kept for _, kept in pieces]
+
+
+def ready(base: Path, name: str) -> Any:
+    preset = find_preset(name)
+    model = load_base_model(base, dtype=preset.torch_dtype, quantization_config=preset.quantization_config())
+    give_back_freed_memory(prepare_for_training(model, preset), preset)
+    return model
+
+
+@pytest.mark.parametrize("name", ["lora-bf16-gc", "qlora-nf4"])
+def test_a_forward_pass_gives_back_what_was_freed(tiny_base: Path, name: str) -> None:
+    model = ready(tiny_base, name)
+    before = resident()
+    kept = fragmented(3 * SLACK_BYTES)
+    assert resident() - before > 2 * SLACK_BYTES
+    model(torch.ones(1, 4, dtype=torch.long))
+    assert resident() - before < SLACK_BYTES
+    assert kept
+
+
+def test_a_copy_of_the_model_gives_back_too(tiny_base: Path) -> None:
+    model = copy.deepcopy(ready(tiny_base, "lora-bf16-gc"))
+    before, kept = resident(), fragmented(3 * SLACK_BYTES)
+    model(torch.ones(1, 4, dtype=torch.long))
+    assert resident() - before < SLACK_BYTES
+    assert kept
+
+
+def test_presets_that_go_for_speed_have_no_hook(tiny_base: Path) -> None:
+    model = ready(tiny_base, "lora-bf16")
+    assert not any(module._forward_pre_hooks for module in model.modules())
