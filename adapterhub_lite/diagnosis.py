@@ -25,7 +25,7 @@ class Finding(StrictModel):
 def diagnose(home: str | Path | None = None) -> list[Finding]:
     """Return a finding for every capability that depends on the machine."""
     packages = [_package(*row) for row in _PACKAGES]
-    return [_gpu(), *packages, *_presets(), _chromium(), _home(adapterhub_home(home))]
+    return [_gpu(), *packages, *_presets(), _chromium(), _converter(), _home(adapterhub_home(home))]
 
 
 def find_chromium() -> str | None:
@@ -117,6 +117,17 @@ def _chromium() -> Finding:
         works=path is not None,
         detail=path or "not installed: the browser tests are skipped",
         remedy=None if path else "apt-get install chromium",
+    )
+
+
+def _converter() -> Finding:
+    script = "convert_lora_to_gguf.py"
+    path = os.environ.get("LLAMA_CPP_CONVERTER") or shutil.which(script)
+    return Finding(
+        what="llama.cpp",
+        works=path is not None and Path(path).is_file(),
+        detail=path or f"no {script}: nothing is exported to GGUF, and its test is skipped",
+        remedy=None if path else f"get llama.cpp and point LLAMA_CPP_CONVERTER to its {script}",
     )
 
 

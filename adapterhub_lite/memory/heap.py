@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from adapterhub_lite.memory.presets import MemoryPreset
 
@@ -23,6 +22,9 @@ def give_back_freed_memory(model: Any, preset: MemoryPreset) -> None:
     tokens. `M_MMAP_THRESHOLD` would return every large block at once, but then every one is faulted in anew, which
     takes half of the time again. Presets that go for speed keep what they have.
     """
+    # Not at the top: estimates, which import this room, need no layers of transformers.
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     libc = _libc()
     if libc is None:
         return

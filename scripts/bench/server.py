@@ -1,10 +1,11 @@
 """What does HTTP cost on top of the engine? Requests per second and time to first token, 1 to 64 clients.
 
-    python -m scripts.bench.server [--base smollm2-135m] [--clients 1 4 16 64] [--rounds 3] [--steady-seconds 60]
+    python -m scripts.bench.server [--base smollm2-135m] [--clients 1 4 16 64] [--rounds 5] [--steady-seconds 60]
 
 Engine alone (threads that stream from it) and through HTTP (clients in a process of their own, over loopback) take
 turns in one run on one engine; figures are medians of rounds. Then a steady load with the process's memory sampled.
-Writes results/server.json and results/server.png.
+`--clients` without a number, or `--steady-seconds 0`, leaves that part as it was measured before. Writes
+results/server.json and results/server.png.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,11 @@ def figures(shots: list[Shot], seconds: float) -> dict[str, float]:
     return {"requests_per_second": len(shots) / seconds, "first_token_seconds": statistics.median(s[0] for s in shots)}
 
 
+def now() -> str:
+    """When a part was measured, as it may be older than the others."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def compare(engine: InferenceEngine, port: int, clients: list[int], rounds: int, pool: Any) -> list[dict[str, Any]]:
     """Both ways in turn, for each number of clients."""
     rows = []
@@ -104,10 +111,13 @@ def compare(engine: InferenceEngine, port: int, clients: list[int], rounds: int,
         for _ in range(rounds):
             taken["engine"].append(load(lambda number: by_engine(engine, number), count, requests))
             taken["http"].append(pool.apply(http_load, (port, count, requests)))
-        row: dict[str, Any] = {"clients": count, "requests": requests}
+        row: dict[str, Any] = {"clients": count, "requests": requests, "rounds": rounds, "measured": now()}
         for way, found in taken.items():
             row[way] = {key: statistics.median(one[key] for one in found) for key in found[0]}
-        row["overhead"] = row["engine"]["requests_per_second"] / row["http"]["requests_per_second"] - 1
+        # Of each round by itself, as a machine is not equally fast for minutes.
+        rates = [[one["requests_per_second"] for one in found] for found in taken.values()]
+        row["overhead_by_round"] = [alone / through - 1 for alone, through in zip(*rates, strict=True)]
+        row["overhead"] = statistics.median(row["overhead_by_round"])
         rows.append(row)
         print(row, flush=True)
     return rows
@@ -122,7 +132,7 @@ def steady(port: int, seconds: float, pool: Any) -> dict[str, Any]:
         samples.append(own_bytes())
     part = max(1, len(samples) // 10)
     growth = statistics.median(samples[-part:]) / statistics.median(samples[:part]) - 1
-    return {"seconds": seconds, "requests": requests, "growth": growth, "samples_bytes": samples}
+    return {"seconds": seconds, "requests": requests, "growth": growth, "samples_bytes": samples, "measured": now()}
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -148,11 +158,13 @@ def main() -> None:
     """Run everything and write JSON and plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="smollm2-135m")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--clients", type=int, nargs="*", default=[1, 4, 16, 64])
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steady-seconds", type=float, default=60)
     given = parser.parse_args()
-    base = resolve_base(given.base)
+    base, path = resolve_base(given.base), RESULTS / "server.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    kept = {part: before[part] for part in ("clients", "steady") if part in before}
     with tempfile.TemporaryDirectory() as scratch, multiprocessing.get_context("spawn").Pool(1) as pool:
         registry = AdapterRegistry(Path(scratch) / "home")
         for index in range(ADAPTERS):
@@ -164,11 +176,12 @@ def main() -> None:
             with ApiServer(engine, registry, settings) as server:
                 port = int(server.url.rpartition(":")[2])
                 pool.apply(http_load, (port, 2, 4))
-                rows = compare(engine, port, given.clients, given.rounds, pool)
-                flat = steady(port, given.steady_seconds, pool)
-    plot(rows, RESULTS / "server.png")
-    payload = {"base": base.model_id, "tokens_per_request": TOKENS, "adapters": ADAPTERS, "rows": ROWS,
-               "rounds": given.rounds, "clients": rows, "steady": flat}  # fmt: skip
+                if given.clients:
+                    kept["clients"] = compare(engine, port, given.clients, given.rounds, pool)
+                if given.steady_seconds:
+                    kept["steady"] = steady(port, given.steady_seconds, pool)
+    plot(kept["clients"], RESULTS / "server.png")
+    payload = {"base": base.model_id, "tokens_per_request": TOKENS, "adapters": ADAPTERS, "rows": ROWS, **kept}
     print(write_result("server", payload))
 
 
