@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 # Rows up to this length have their score matrices made on a CPU; longer ones take torch's kernel, which makes none.
-SHORT_TOKENS = 512
+SHORT_TOKENS = 128
 
 TARGETS: dict[str, tuple[str, ...]] = {
     "attention": ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "out_proj", "query_key_value", "dense"),

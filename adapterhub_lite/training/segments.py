@@ -18,7 +18,7 @@ from transformers.masking_utils import sdpa_mask
 
 SEGMENTED = "adapterhub_segmented"
 # Beyond this length a segment's score matrix costs more than the flash kernel's slow backward on a CPU.
-SHORT_TOKENS = 512
+SHORT_TOKENS = 128
 # A group takes shorter segments as long as they fill this share of the longest.
 FILL = 0.75
 
