@@ -29,6 +29,9 @@ def serve(
     settings = build_settings(ClusterSettings, {"base_name": Path(base).name, **given}, config)
     registry = AdapterRegistry(home)
     keys = KeyRing.read(settings.keys)
+    for reference in settings.references:
+        # A typing error is told now, not after the base is loaded.
+        registry.resolve(reference)
     with _engine(base, registry, settings, home) as engine:
         server = ApiServer(engine, registry, settings, keys)
         say(f"Serving {settings.base_name} on {server.url}/v1. Ctrl+C stops it.")

@@ -17,6 +17,7 @@ from adapterhub_lite.memory.estimate import (
     ModelFacts,
     Workload,
     estimate,
+    heap_bytes,
     loss_bytes,
     read_config,
     traced_step,
@@ -48,7 +49,7 @@ def dry_run(base: Any, preset: MemoryPreset | str, workload: Workload) -> int:
         peak = _peak_of_two_steps(model, preset, workload, loss)
     reckoned = estimate(facts, preset, workload).components
     held = sum(reckoned[name] for name in ("weights", "quantization", "adapter"))
-    return peak + held + OVERHEAD_BYTES.get(workload.device, 0)
+    return peak + held + heap_bytes(facts, preset, workload) + OVERHEAD_BYTES.get(workload.device, 0)
 
 
 def _peak_of_two_steps(model: Any, preset: MemoryPreset, workload: Workload, loss: int) -> int:

@@ -29,7 +29,7 @@ def give_back_freed_memory(model: Any, preset: MemoryPreset) -> None:
     if libc is None:
         return
     libc.malloc_trim(0)
-    if preset.gradient_checkpointing or preset.quantization is not None:
+    if preset.trims_heap:
         trim = _Trim()
         for layer in model.modules():
             if isinstance(layer, GradientCheckpointingLayer):

@@ -47,6 +47,11 @@ class MemoryPreset:
         """Which checkpointing: ZeRO-3 needs the reentrant one with PEFT, everything else the other."""
         return self.strategy == "zero3"
 
+    @property
+    def trims_heap(self) -> bool:
+        """Whether a CPU's heap is trimmed between blocks, which takes time: only where memory counts for more."""
+        return self.gradient_checkpointing or self.quantization is not None
+
     def quantization_config(self) -> Any:
         """The bitsandbytes configuration for `from_pretrained`, or None. The head is left as it is."""
         if self.quantization is None:

@@ -10,7 +10,7 @@ import pytest
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux holds a process to RLIMIT_AS")
 
-SPARE = 150_000_000
+SPARE = 130_000_000
 
 
 def run(base: Path, output: Path, spare: int, when: str) -> dict[str, Any]:
