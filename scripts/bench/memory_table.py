@@ -160,6 +160,7 @@ def _plot(cells: list[dict[str, Any]]) -> None:
         axis.legend()
     figure.tight_layout()
     figure.savefig(RESULTS / "memory_table.png", dpi=110)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":
