@@ -2,11 +2,15 @@
 
 import json
 import re
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from playwright.sync_api import expect
+
+from adapterhub_lite.serving.loop import EngineLoop
 
 PATIENCE = 30_000
 RECEIPTS = "#transcript .thought-group .title"
@@ -36,7 +40,23 @@ def test_switching_the_task_and_reading_the_streamed_answer(serve: Any, page: An
     assert (tmp_path / "chat.png").stat().st_size > 10_000
 
 
-def test_an_answer_grows_stops_and_is_asked_again(serve: Any, page: Any, hand: Any) -> None:
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Until it is set, an answer rests after a few tokens and goes on when it is stopped: a small model is too quick."""
+    opened, step = threading.Event(), EngineLoop._step
+
+    def resting(self: EngineLoop, slices: Any) -> None:
+        for job in self._scheduler.running:
+            while len(job.output) >= 8 and not opened.is_set() and not job.cancelled.wait(0.02):
+                pass
+        step(self, slices)
+
+    monkeypatch.setattr(EngineLoop, "_step", resting)
+    yield opened
+    opened.set()
+
+
+def test_an_answer_grows_stops_and_is_asked_again(serve: Any, page: Any, hand: Any, gate: threading.Event) -> None:
     page.goto(serve().url)
     hand(page, "#task", "sql@prod")
     page.locator("#chat-side button", has_text="Settings").click()
@@ -47,9 +67,9 @@ def test_an_answer_grows_stops_and_is_asked_again(serve: Any, page: Any, hand: A
     answer = page.locator("#transcript .bot.message").first
     expect(answer).to_contain_text("sql@prod is answering", timeout=PATIENCE)
     expect(answer.locator(".md.chatbot").first).not_to_have_text("", timeout=PATIENCE)
-    # At once: a click by hand first waits for the button to stand still, and the answer may end meanwhile.
-    page.locator("#stop").dispatch_event("click")
+    page.locator("#stop").click()
     expect(page.locator(RECEIPTS).first).to_contain_text("stopped", timeout=PATIENCE)
+    gate.set()
     length.fill("8")
     length.press("Enter")
     page.locator("#retry").click()

@@ -14,7 +14,7 @@ from datasets import Dataset
 from adapterhub_lite.errors import OutOfMemoryError
 from adapterhub_lite.training import AdapterTrainer, AdapterTrainingArguments
 
-ROWS, TOKENS = 64, 400
+ROWS, TOKENS = 128, 400
 
 
 def main() -> None:

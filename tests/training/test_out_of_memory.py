@@ -10,7 +10,7 @@ import pytest
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux holds a process to RLIMIT_AS")
 
-SPARE = 130_000_000
+SPARE = 220_000_000
 
 
 def run(base: Path, output: Path, spare: int, when: str) -> dict[str, Any]:
@@ -25,8 +25,8 @@ def run(base: Path, output: Path, spare: int, when: str) -> dict[str, Any]:
 def test_a_run_goes_on_with_what_fits_and_learns_the_same(tiny_base: Path, tmp_path: Path) -> None:
     plenty = run(tiny_base, tmp_path / "plenty", 0, "replan")
     tight = run(tiny_base, tmp_path / "tight", SPARE, "replan")
-    assert plenty["error"] is None and plenty["rows"] == 64
-    assert tight["error"] is None and tight["rows"] < 64 and tight["rows"] * tight["times"] == 64
+    assert plenty["error"] is None and plenty["rows"] == 128
+    assert tight["error"] is None and tight["rows"] < 128 and tight["rows"] * tight["times"] == 128
     assert "memory ran out" in tight["reasons"][-1]
     assert tight["losses"] == pytest.approx(plenty["losses"], rel=1e-5)
 
