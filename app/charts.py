@@ -5,6 +5,7 @@ names and totals stay readable on a phone.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 
 from adapterhub_lite.memory.estimate import COMPONENTS
@@ -87,7 +88,8 @@ def draw_loss(curve: Sequence[tuple[int, float]]) -> str:
 
 def _round_up(value: float) -> float:
     """The next 1, 2 or 5 times a power of ten; 1 for nothing."""
-    if value <= 0:
+    if value < sys.float_info.min:
+        # Its power of ten would be 0.
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
     return next(step * power for step in (1, 2, 5, 10) if value <= step * power * (1 + 1e-9))

@@ -2,7 +2,7 @@
 
 import re
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from adapterhub_lite.memory.estimate import COMPONENTS
@@ -48,6 +48,7 @@ losses = st.lists(st.tuples(st.integers(0, 10**6), st.floats(min_value=0, max_va
 
 
 @given(losses)
+@example([(0, 0.0), (1, 5e-324)])
 def test_a_loss_curve_stays_in_its_picture_and_falls_where_the_loss_falls(curve: list[tuple[int, float]]) -> None:
     drawn = draw_loss(curve)
     found = re.search(r'points="([^"]+)"', drawn)

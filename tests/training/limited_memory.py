@@ -8,6 +8,9 @@ import resource
 import sys
 from pathlib import Path
 
+# What the run would load late, by which time there may be no room to map it.
+import matplotlib.backends.backend_agg  # noqa: F401
+import numpy as np
 import torch
 from datasets import Dataset
 
@@ -28,6 +31,8 @@ def main() -> None:
     )  # fmt: skip
     trainer = AdapterTrainer(base, arguments, Dataset.from_dict({"input_ids": ids, "labels": ids}))
     if spare:
+        # OpenBLAS takes its buffers at the first product, and ends the process when it cannot.
+        np.ones((64, 64)) @ np.ones((64, 64))
         held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (held + spare, held + spare))
     try:
