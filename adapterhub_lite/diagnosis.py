@@ -123,11 +123,12 @@ def _chromium() -> Finding:
 def _converter() -> Finding:
     script = "convert_lora_to_gguf.py"
     path = os.environ.get("LLAMA_CPP_CONVERTER") or shutil.which(script)
+    works = path is not None and Path(path).is_file()
     return Finding(
         what="llama.cpp",
-        works=path is not None and Path(path).is_file(),
-        detail=path or f"no {script}: nothing is exported to GGUF, and its test is skipped",
-        remedy=None if path else f"get llama.cpp and point LLAMA_CPP_CONVERTER to its {script}",
+        works=works,
+        detail=path if works and path else f"no {path or script}: nothing is exported to GGUF, and its test is skipped",
+        remedy=None if works else f"get llama.cpp and point LLAMA_CPP_CONVERTER to its {script}",
     )
 
 

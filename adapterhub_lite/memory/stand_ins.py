@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Rows up to this length have their score matrices made on a CPU; longer ones take torch's kernel, which makes none.
+# Rows up to this length have their score matrices made on a CPU; longer ones take torch's kernel, which makes none: beyond
+# it the matrix costs more than the kernel's slow backward. The trainer goes by it too.
 SHORT_TOKENS = 128
 
 TARGETS: dict[str, tuple[str, ...]] = {

@@ -16,9 +16,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from adapterhub_lite.memory.stand_ins import SHORT_TOKENS
+
 SEGMENTED = "adapterhub_segmented"
-# Beyond this length a segment's score matrix costs more than the flash kernel's slow backward on a CPU.
-SHORT_TOKENS = 128
 # A group takes shorter segments as long as they fill this share of the longest.
 FILL = 0.75
 
