@@ -3,9 +3,12 @@
 Knows the arguments of a run, DeepSpeed's public functions and DTensors; no trainer.
 """
 
+import atexit
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,6 +33,33 @@ def join_processes(args: Any) -> None:
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo" if args.device.type == "cpu" else None, auto_mpi_discovery=False)
+
+
+def part_at_exit() -> None:
+    """Let the threads of gloo come to rest before the interpreter is taken down.
+
+    They take Python's lock to let go of tensors. One that asks for it too late is ended by force inside C++, and so is
+    a process whose work was done (https://github.com/pytorch/pytorch/pull/179291). Leaving the group is not enough:
+    DDP and DeepSpeed keep it, and its threads with it. From Python 3.14 on a late thread waits for ever instead.
+    """
+    # Registered by each trainer, it is still called once.
+    atexit.unregister(_rest)
+    atexit.register(_rest)
+
+
+def _rest(patience_seconds: float = 2.0) -> None:
+    end = time.monotonic() + patience_seconds
+    at_rest = 0
+    # Asleep once, a thread may wait for the lock that was given up here; then it is awake the next time.
+    while at_rest < 2 and time.monotonic() < end:
+        time.sleep(0.001)
+        at_rest = at_rest + 1 if _gloo_sleeps() else 0
+
+
+def _gloo_sleeps() -> bool:
+    """Whether no thread of gloo's runs, or is about to."""
+    states = [status.read_text() for status in Path("/proc/self/task").glob("*/status")]
+    return not any("gloo_runloop" in status and "State:\tS" not in status for status in states)
 
 
 def engine_of(args: Any) -> str | None:

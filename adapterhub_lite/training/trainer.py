@@ -102,6 +102,7 @@ class AdapterTrainer(Trainer):
         )
         # Our loss is divided by the tokens of the whole accumulated batch already.
         self.loss_is_scaled_for_ga = True
+        sharded.part_at_exit()
         self._watch_the_run()
 
     def _watch_the_run(self) -> None:
