@@ -18,6 +18,7 @@ fi
 "$bin/ruff" format --check .
 "$bin/ruff" check .
 "$bin/mypy"
+# The same commit gives the same answer: here hypothesis draws the same inputs every time, `pytest` alone draws new ones.
 # One thread a process and two processes: the tests' models are tiny, and more threads only wait for each other.
-OMP_NUM_THREADS=1 "$bin/python" -m pytest -n 2 --dist loadfile -m "not slow and not soak" "$@"
-OMP_NUM_THREADS=1 "$bin/python" -m pytest -n 2 --dist loadfile -m "slow and not soak" "$@"
+OMP_NUM_THREADS=1 "$bin/python" -m pytest -n 2 --dist loadfile --hypothesis-profile=ci -m "not slow and not soak" "$@"
+OMP_NUM_THREADS=1 "$bin/python" -m pytest -n 2 --dist loadfile --hypothesis-profile=ci -m "slow and not soak" "$@"

@@ -25,11 +25,7 @@ def give_back_freed_memory(model: Any, preset: MemoryPreset) -> None:
     # Not at the top: estimates, which import this room, need no layers of transformers.
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    libc = _libc()
-    if libc is None:
-        return
-    libc.malloc_trim(0)
-    if preset.trims_heap:
+    if trim_heap() and preset.trims_heap:
         trim = _Trim()
         for layer in model.modules():
             if isinstance(layer, GradientCheckpointingLayer):
@@ -37,6 +33,14 @@ def give_back_freed_memory(model: Any, preset: MemoryPreset) -> None:
                     # Attention and feed-forward; a norm or a dropout has nothing in it.
                     if any(True for _ in block.children()):
                         block.register_forward_pre_hook(trim)
+
+
+def trim_heap() -> bool:
+    """Give back what is free in the C heap now; False where the heap is not glibc's."""
+    libc = _libc()
+    if libc is not None:
+        libc.malloc_trim(0)
+    return libc is not None
 
 
 class _Trim:
@@ -49,9 +53,7 @@ class _Trim:
         """Look, and perhaps trim."""
         if torch.compiler.is_compiling() or _resident_bytes() - self._resident < SLACK_BYTES:
             return
-        libc = _libc()
-        assert libc is not None
-        libc.malloc_trim(0)
+        trim_heap()
         self._resident = _resident_bytes()
 
 

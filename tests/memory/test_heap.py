@@ -11,6 +11,7 @@ import torch
 from adapterhub_lite.bases import load_base_model
 from adapterhub_lite.memory import find_preset, give_back_freed_memory, prepare_for_training
 from adapterhub_lite.memory.heap import SLACK_BYTES
+from adapterhub_lite.training.measurement import PeakMemory
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only glibc is asked to give memory back")
 
@@ -51,6 +52,12 @@ def test_a_copy_of_the_model_gives_back_too(tiny_base: Path) -> None:
     kept, before = fragmented(3 * SLACK_BYTES), resident()
     model(torch.ones(1, 4, dtype=torch.long))
     assert before - resident() > 2 * SLACK_BYTES
+    assert kept
+
+
+def test_what_an_earlier_run_freed_is_no_part_of_the_next_ones_prediction() -> None:
+    kept, there = fragmented(3 * SLACK_BYTES), resident()
+    assert there - PeakMemory.before(torch.device("cpu"), None) > 2 * SLACK_BYTES
     assert kept
 
 

@@ -33,8 +33,9 @@ def exact(parts: Sequence[Part]) -> torch.Tensor:
 
 
 def scale(parts: Sequence[Part]) -> float:
-    """The size of what is summed up, which rounding goes by even where it cancels."""
-    return sum(abs(part.weight) * float(part.factors.delta(torch.float64).norm()) for part in parts)
+    """The size of what is summed up, over adapters and within their ranks: rounding goes by it even where it cancels."""
+    sizes = [Factors(part.factors.a.abs(), part.factors.b.abs()).delta(torch.float64).norm() for part in parts]
+    return sum(abs(part.weight) * float(size) for part, size in zip(parts, sizes, strict=True))
 
 
 @pytest.mark.parametrize("method", ["cat", "svd"])
