@@ -11,12 +11,13 @@ import torch
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import ConfigurationError, UnknownNameError
 from adapterhub_lite.home import adapterhub_home
+from adapterhub_lite.memory.heap import SLACK_BYTES
 from adapterhub_lite.memory.presets import MemoryPreset, find_preset
 from adapterhub_lite.memory.tracing import ModelShape, StepBytes, TracedStep, model_shape, trace_step
 
 GIB = 2**30
 # Python, torch, transformers and the rest, resident on a CPU; the CUDA context and its libraries on a GPU.
-OVERHEAD_BYTES = {"cpu": 700 * 2**20, "cuda": 600 * 2**20}
+OVERHEAD_BYTES = {"cpu": 620 * 2**20, "cuda": 600 * 2**20}
 # Of a CPU's activations, what the C heap keeps beside them, in holes between what lives: the slope of measured peaks over
 # 0.1 to 2.2 GB of activations, in bf16 and fp32. Presets that save memory trim the heap.
 HEAP_SHARE = 0.45
@@ -207,10 +208,12 @@ def _moments(facts: ModelFacts, preset: MemoryPreset, workload: Workload, gradie
 
 def heap_bytes(facts: ModelFacts, preset: MemoryPreset, workload: Workload) -> int:
     """What the C heap of a CPU keeps beside the activations, whichever moment is the worst."""
-    if workload.device != "cpu" or preset.trims_heap:
+    if workload.device != "cpu":
         return 0
     layers = facts.shape(workload.target_modules).layers
-    return int(HEAP_SHARE * facts.step(preset, workload).saved(layers, checkpointing=False))
+    kept = int(HEAP_SHARE * facts.step(preset, workload).saved(layers, checkpointing=False))
+    # Between two trims, up to all of the slack may lie there when the peak comes.
+    return min(kept, SLACK_BYTES // 2) if preset.trims_heap else kept
 
 
 def _trained(shape: ModelShape, preset: MemoryPreset, workload: Workload) -> int:
@@ -236,9 +239,10 @@ def loss_bytes(shape: ModelShape, preset: MemoryPreset, workload: Workload) -> i
     logits = min(tokens * shape.vocabulary, TILE_LOGITS.get(workload.device, 2**25))
     needed = logits * (4 + size % 4) + tokens * shape.hidden * (4 + 3 * size)
     if preset.trains != "lora":
-        # The head's gradient in fp32, and exponentials over the whole vocabulary for some tokens at a time.
+        # The head's gradient in fp32, beside it exponentials over the whole vocabulary for some tokens at a time, and
+        # when these are gone the gradient as it is handed on.
         panel = min(tokens * shape.vocabulary, PANEL_LOGITS.get(workload.device, 2**27))
-        needed += shape.head_parameters * 4 + panel * size
+        needed += shape.head_parameters * 4 + max(panel, shape.head_parameters) * size
     return needed
 
 

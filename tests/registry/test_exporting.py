@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import ConfigurationError, UsageError
 from adapterhub_lite.merging.deltas import read_factors
-from adapterhub_lite.registry import AdapterRegistry
+from adapterhub_lite.registry import AdapterRegistry, exporting
 from adapterhub_lite.registry.exporting import export_gguf, export_vllm
 
 # What llama.cpp's converter is asked for: --base FOLDER --outfile FILE ADAPTER_FOLDER.
@@ -73,7 +74,10 @@ def test_gguf_goes_through_the_converter(
         export_gguf(registry, manifest, out, base=base)
 
 
-@pytest.mark.skipif("LLAMA_CPP_CONVERTER" not in os.environ, reason="LLAMA_CPP_CONVERTER names no converter")
+@pytest.mark.skipif(
+    not (os.environ.get("LLAMA_CPP_CONVERTER") or shutil.which(exporting.CONVERTER)),
+    reason="there is no llama.cpp converter: see `adapterhub-lite doctor`",
+)
 def test_the_real_converter_keeps_every_delta(
     registry: AdapterRegistry, make_adapter: Any, base: ResolvedBase, tmp_path: Path
 ) -> None:
