@@ -177,13 +177,17 @@ class Machine:
 
     @classmethod
     def present(cls, *, memory_bytes: int | None = None, world_size: int = 1, device: str | None = None) -> "Machine":
-        """This machine: the first GPU, or the CPU (also with `device="cpu"`) with what memory is available now."""
+        """This machine: the first GPU, or the CPU (also with `device="cpu"`) with what memory is available now.
+
+        Processes on a CPU share its memory: each has its part, of as many as the launcher started here.
+        """
         packages = frozenset(name for name in ("bitsandbytes", "deepspeed", "flash_attn") if find_spec(name))
         if torch.cuda.is_available() and device != "cpu":
             free, _ = torch.cuda.mem_get_info()
             capability = torch.cuda.get_device_capability()
             return cls("cuda", memory_bytes or free, world_size, capability, packages)
-        return cls("cpu", memory_bytes or available_memory(), world_size, None, packages)
+        sharing = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+        return cls("cpu", memory_bytes or available_memory() // sharing, world_size, None, packages)
 
     @property
     def has_bf16(self) -> bool:

@@ -29,7 +29,7 @@ from adapterhub_lite.memory import (
     refusal,
 )
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
-from adapterhub_lite.training.sharded import engine_of
+from adapterhub_lite.training.sharded import engine_of, least
 
 # What libraries add to a process between the choice and the second step.
 GROWTH_BYTES = {"cpu": 80 * 2**20}
@@ -133,6 +133,8 @@ def choose_memory(
     if loaded is not None and args.device.type == "cpu":
         # What is there already is counted as weights below, and is no longer free.
         machine = replace(machine, memory_bytes=machine.memory_bytes + base.get_memory_footprint())
+    # Another choice in another process, and they would wait for each other for ever.
+    machine = replace(machine, memory_bytes=least(machine.memory_bytes))
     asked = workload(args, lengths, machine)
     attention = _attention_of(facts, machine, base if loaded else None)
     if args.memory_preset != "auto":

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from adapterhub_lite.errors import ConfigurationError
@@ -33,6 +34,15 @@ def join_processes(args: Any) -> None:
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo" if args.device.type == "cpu" else None, auto_mpi_discovery=False)
+
+
+def least(number: int) -> int:
+    """The least of what the processes of a run say; every process must call it. `number` itself where there is one."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return number
+    found = [number] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, number)
+    return min(found)
 
 
 def part_at_exit() -> None:
