@@ -1,7 +1,7 @@
 """Which preset a run gets, and why none of the others. Knows estimates and machines, never data."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,8 @@ def plan_memory(
     found = None
     for candidate in candidates or [MEMORY_PRESETS[name] for name in LADDER]:
         why = refusal(candidate, machine, model_quantized=quantized)
+        if why and not candidates:
+            why += _elsewhere(facts, candidate, asked, quantized)
         if found is not None:
             # The rest of the ladder is shown beside the choice.
             needed = None if why else facts.shown(candidate, asked)
@@ -142,10 +144,23 @@ def _by_name_only(facts: "_Reckoner", asked: Workload, machine: Machine, quantiz
     rejected = []
     for name, reason in BY_NAME_ONLY.items():
         why = refusal(MEMORY_PRESETS[name], machine, model_quantized=quantized)
+        if why:
+            why += _elsewhere(facts, MEMORY_PRESETS[name], asked, quantized)
         needed = None if why else facts.shown(MEMORY_PRESETS[name], asked)
         figure = "" if needed is None else f"; it needs {needed.total / GIB:.1f} GiB"
         rejected.append(Rejection(name, needed, why or f"only by name: {reason}{figure}"))
     return rejected
+
+
+def _elsewhere(facts: "_Reckoner", preset: MemoryPreset, asked: Workload, quantized: bool) -> str:
+    """What a preset that cannot run here would need where it can: on this kind of device, two of them if it splits."""
+    if quantized:
+        return ""
+    split = preset.strategy != "single"
+    there = replace(asked, world_size=max(2, asked.world_size) if split else 1)
+    where = f"each of {there.world_size} devices" if split else "it"
+    needed = facts.shown(preset, there)
+    return f"; {where} would need {needed.total / GIB:.1f} GiB" if needed else ""
 
 
 def _by_name(preset: str, facts: "_Reckoner", asked: Workload, machine: Machine, refused: str | None) -> MemoryPlan:
