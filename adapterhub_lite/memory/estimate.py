@@ -23,6 +23,8 @@ OVERHEAD_BYTES = {"cpu": 620 * 2**20, "cuda": 600 * 2**20}
 HEAP_SHARE = 0.45
 # Of the loss's tiles: products in the base's dtype and sums in fp32 of 2 ** 21 (CPU) or 2 ** 25 (GPU) logits.
 TILE_LOGITS = {"cpu": 2**21, "cuda": 2**25}
+# Of the proof before the first step: tokens whose logits are all there, as the model itself makes them.
+PROVEN_TOKENS = 96
 # Of the loss with a trained head: exponentials that are kept.
 PANEL_LOGITS = {"cpu": 2**26, "cuda": 2**27}
 NF4_CONSTANTS = 1 / 64 + 4 / (64 * 256)
@@ -203,6 +205,7 @@ def _moments(facts: ModelFacts, preset: MemoryPreset, workload: Workload, gradie
         {"activations": saved, "temporary": working, "gradients": max(held, head)},
         {"temporary": working + embedding, "gradients": gradients},
         {"temporary": copied, "gradients": gradients},
+        {"temporary": min(PROVEN_TOKENS, workload.sequence_length) * shape.vocabulary * preset.torch_dtype.itemsize},
     )
 
 

@@ -17,11 +17,12 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from adapterhub_lite.errors import ConfigurationError
+from adapterhub_lite.memory.estimate import PROVEN_TOKENS
 from adapterhub_lite.training import checkpoints
 from adapterhub_lite.training.collation import PaddedCollator
 from adapterhub_lite.training.preflight import fly, longest_rows, nothing_happened
 from adapterhub_lite.training.progress import METRICS_FILE, PLOT_FILE
-from adapterhub_lite.training.proof import SLICE_TOKENS, GradientProof, check_batch, check_loss, check_rows
+from adapterhub_lite.training.proof import GradientProof, check_batch, check_loss, check_rows
 from adapterhub_lite.training.tokenization import IGNORED
 
 if TYPE_CHECKING:
@@ -155,8 +156,8 @@ def prove_loss(trainer: "AdapterTrainer") -> None:
     row = trainer.train_dataset[0]
     labels = row.get("labels", row["input_ids"])
     first = next((i for i, label in enumerate(labels) if i and label != IGNORED), 1)
-    start = max(0, min(first - 8, len(labels) - SLICE_TOKENS))
-    cut = {"input_ids": row["input_ids"][start:][:SLICE_TOKENS], "labels": labels[start:][:SLICE_TOKENS]}
+    start = max(0, min(first - 8, len(labels) - PROVEN_TOKENS))
+    cut = {"input_ids": row["input_ids"][start:][:PROVEN_TOKENS], "labels": labels[start:][:PROVEN_TOKENS]}
     device = trainer.args.device
     batch = {name: value.to(device) for name, value in PaddedCollator(0)([cut]).items()}
     packed = {name: value.to(device) for name, value in trainer.data_collator([cut]).items()}

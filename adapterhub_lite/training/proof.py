@@ -20,7 +20,8 @@ from adapterhub_lite.errors import DataError, ProofFailedError
 from adapterhub_lite.training.tokenization import IGNORED
 
 ROWS_AT_A_TIME = 1000
-SLICE_TOKENS = 96
+# So many of them have their logits in fp32 at a time.
+REFERENCE_TOKENS = 8
 # Relative to the loss: what rounding in the base's dtype may make of two ways to compute the same thing.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
@@ -124,9 +125,11 @@ def check_loss(model: nn.Module, batch: Mapping[str, Tensor], loss: Any, precisi
     labels = batch["labels"]
     with torch.no_grad():
         ours = float(loss())
-        logits = model(input_ids=batch["input_ids"]).logits[:, :-1].float()
-        reference = float(
-            F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+        logits, goals = model(input_ids=batch["input_ids"]).logits[0, :-1], labels[0, 1:]
+        # In parts: beside a large vocabulary's logits, fp32 copies would be the peak of a run that saves memory.
+        parts = zip(logits.split(REFERENCE_TOKENS), goals.split(REFERENCE_TOKENS), strict=True)
+        reference = sum(
+            float(F.cross_entropy(part.float(), some, ignore_index=IGNORED, reduction="sum")) for part, some in parts
         )
     dtype = precision or next(model.parameters()).dtype
     valid = int((labels[:, 1:] != IGNORED).sum())
