@@ -32,7 +32,7 @@ from adapterhub_lite.training.arguments import AdapterTrainingArguments
 from adapterhub_lite.training.sharded import engine_of, least
 
 # What libraries add to a process between the choice and the second step.
-GROWTH_BYTES = {"cpu": 80 * 2**20}
+GROWTH_BYTES = {"cpu": 112 * 2**20}
 CHECKPOINTING = frozenset({"activation_checkpointing", "gradient_checkpointing"})
 
 
