@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM
 from adapterhub_lite.losses import causal_lm_loss, head_of
 from adapterhub_lite.training.evaluation import EvaluationSums
 from adapterhub_lite.training.hidden_states import HiddenStates
-from adapterhub_lite.training.sharded import whole_tensors
+from adapterhub_lite.training.sharded import part_at_exit, whole_tensors
 
 dist.init_process_group("gloo")
+part_at_exit()
 mesh = init_device_mesh("cpu", (2,))
 
 def build():
