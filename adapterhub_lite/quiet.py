@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,9 @@ def quiet_libraries() -> None:
     # DeepSpeed, where it is installed, says at import that it found no GPU, unless it is told so.
     if shutil.which("nvidia-smi") is None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Bars that redraw themselves are for a terminal; huggingface_hub reads this once, when it is imported.
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # peft 0.21 reads a property that transformers 5.23 has renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
