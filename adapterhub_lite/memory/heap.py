@@ -16,7 +16,7 @@ SLACK_BYTES = 128 * 2**20
 
 
 def give_back_freed_memory(model: Any, preset: MemoryPreset) -> None:
-    """Give back what loading left behind; for presets that save memory, go on so before each block of each layer.
+    """Give back what loading left behind; for presets that save memory, go on so before each block, either way.
 
     glibc keeps what is freed, scattered between what still lives: a third of the peak of a checkpointed step of 8 x 1024
     tokens. `M_MMAP_THRESHOLD` would return every large block at once, but then every one is faulted in anew, which
@@ -29,6 +29,9 @@ def give_back_freed_memory(model: Any, preset: MemoryPreset) -> None:
         trim = _Trim()
         for layer in model.modules():
             if isinstance(layer, GradientCheckpointingLayer):
+                if not preset.gradient_checkpointing:
+                    # Under checkpointing the blocks come by once more in the backward pass, and look themselves.
+                    layer.register_forward_hook(trim.before_backward)
                 for block in layer.children():
                     # Attention and feed-forward; a norm or a dropout has nothing in it.
                     if any(True for _ in block.children()):
@@ -51,10 +54,22 @@ class _Trim:
 
     def __call__(self, module: torch.nn.Module, inputs: Any) -> None:
         """Look, and perhaps trim."""
-        if torch.compiler.is_compiling() or _resident_bytes() - self._resident < SLACK_BYTES:
-            return
-        trim_heap()
-        self._resident = _resident_bytes()
+        if not torch.compiler.is_compiling():
+            self._trim()
+
+    def before_backward(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        """Look again when the gradient comes back to this layer."""
+        states = output[0] if isinstance(output, tuple) else output
+        if states.requires_grad and not torch.compiler.is_compiling():
+            states.register_hook(self._look)
+
+    def _look(self, gradient: torch.Tensor) -> None:
+        self._trim()
+
+    def _trim(self) -> None:
+        if _resident_bytes() - self._resident >= SLACK_BYTES:
+            trim_heap()
+            self._resident = _resident_bytes()
 
 
 @lru_cache(maxsize=1)

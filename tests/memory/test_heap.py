@@ -47,6 +47,17 @@ def test_a_forward_pass_gives_back_what_was_freed(tiny_base: Path, name: str) ->
     assert kept
 
 
+def test_a_backward_pass_gives_back_what_was_freed(tiny_base: Path) -> None:
+    """Without checkpointing, which runs the blocks again there."""
+    model = ready(tiny_base, "qlora-nf4")
+    states = model.get_input_embeddings()(torch.ones(1, 4, dtype=torch.long)).detach().requires_grad_()
+    loss = model(inputs_embeds=states).logits.sum()
+    kept, before = fragmented(3 * SLACK_BYTES), resident()
+    loss.backward()
+    assert before - resident() > 2 * SLACK_BYTES
+    assert kept and states.grad is not None
+
+
 def test_a_copy_of_the_model_gives_back_too(tiny_base: Path) -> None:
     model = copy.deepcopy(ready(tiny_base, "lora-bf16-gc"))
     kept, before = fragmented(3 * SLACK_BYTES), resident()
