@@ -19,7 +19,7 @@ from adapterhub_lite.training.lean_modules import install_lean_modules, remove_l
 from adapterhub_lite.training.memory_choice import MemoryChoice
 from adapterhub_lite.training.mutated_init import changes_the_base
 from adapterhub_lite.training.packing import PackingChoice, choose_packing
-from adapterhub_lite.training.sharded import engine_of, join_processes, splits_weights
+from adapterhub_lite.training.sharded import engine_of, join_processes, part_at_exit, splits_weights
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ def assemble(
         UnknownNameError: there is no such loss implementation.
     """
     join_processes(args)
+    part_at_exit()
     model = load_for(opened, choice.preset, choice.attention.partition(":")[0])
     hidden_states = HiddenStates(model)
     if choice.preset.trains == "lora":

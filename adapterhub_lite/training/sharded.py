@@ -7,7 +7,7 @@ import atexit
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,14 @@ def join_processes(args: Any) -> None:
     """Meet the other processes before a base is opened: ZeRO-3 splits it while it is read.
 
     Raises:
-        ConfigurationError: FSDP is asked for where Accelerate would leave the model whole without a word.
+        ConfigurationError: FSDP is asked for where Accelerate would leave the model whole without a word, or one
+            process sees several GPUs.
     """
+    if args.n_gpu > 1:
+        raise ConfigurationError(
+            f"{args.n_gpu} GPUs are visible and one process was started. Start one process a GPU with "
+            "`accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one."
+        )
     engine = engine_of(args)
     if engine == "fsdp" and args.device.type == "cpu":
         raise ConfigurationError(
@@ -68,8 +74,13 @@ def _rest(patience_seconds: float = 2.0) -> None:
 
 def _gloo_sleeps() -> bool:
     """Whether no thread of gloo's runs, or is about to."""
-    states = [status.read_text() for status in Path("/proc/self/task").glob("*/status")]
-    return not any("gloo_runloop" in status and "State:\tS" not in status for status in states)
+    for status in Path("/proc/self/task").glob("*/status"):
+        # A thread may end between being listed and being read.
+        with suppress(OSError):
+            text = status.read_text()
+            if "gloo_runloop" in text and "State:\tS" not in text:
+                return False
+    return True
 
 
 def engine_of(args: Any) -> str | None:

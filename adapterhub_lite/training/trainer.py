@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from adapterhub_lite.bases import ResolvedBase
-from adapterhub_lite.errors import ConfigurationError, NonFiniteLossError, OutOfMemoryError
+from adapterhub_lite.errors import NonFiniteLossError, OutOfMemoryError
 from adapterhub_lite.record import TrainingRecord
 from adapterhub_lite.training import checkpoints, optimizer_state, saving, sharded
 from adapterhub_lite.training.adapters import loraplus_optimizer, open_base, save_kept
@@ -102,15 +102,9 @@ class AdapterTrainer(Trainer):
         )
         # Our loss is divided by the tokens of the whole accumulated batch already.
         self.loss_is_scaled_for_ga = True
-        sharded.part_at_exit()
         self._watch_the_run()
 
     def _watch_the_run(self) -> None:
-        if self.args.n_gpu > 1:
-            raise ConfigurationError(
-                f"{self.args.n_gpu} GPUs are visible and one process was started. Start one process a GPU with "
-                "`accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one."
-            )
         self.pop_callback(PrinterCallback)
         self.guard = RunGuard(self)
         # The meter begins before the guard's trials, which are part of the run's time.

@@ -74,4 +74,4 @@ def test_what_an_earlier_run_freed_is_no_part_of_the_next_ones_prediction() -> N
 
 def test_presets_that_go_for_speed_have_no_hook(tiny_base: Path) -> None:
     model = ready(tiny_base, "lora-bf16")
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())

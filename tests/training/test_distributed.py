@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -212,6 +213,11 @@ def test_fsdp_on_a_cpu_is_refused_rather_than_left_out(
     args = AdapterTrainingArguments(output_dir=str(tmp_path), use_cpu=True, fsdp=None if "launch" in how else True)
     with pytest.raises(ConfigurationError, match="Accelerate does not split a model with FSDP on a CPU"):
         join_processes(args)
+
+
+def test_one_process_that_sees_several_gpus_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="Start one process a GPU"):
+        join_processes(SimpleNamespace(n_gpu=2))
 
 
 @pytest.mark.slow
