@@ -7,8 +7,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from adapterhub_lite.adapter_format.record import StrictModel
 from adapterhub_lite.home import adapterhub_home
-from adapterhub_lite.record import StrictModel
 
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
 

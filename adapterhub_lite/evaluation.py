@@ -110,7 +110,7 @@ def compare_losses(
 
     Rows beyond 2,048 tokens are cut. Each row is read alone, so that the logits of one is all there is in memory.
     """
-    from adapterhub_lite.training.tokenization import prepare_rows
+    from adapterhub_lite.training.data.tokenization import prepare_rows
 
     with _both_models(registry, manifest, base) as (model, tokenizer):
         table = prepare_rows([dict(row) for row in rows], tokenizer, max_length=MOST_TOKENS, overlong="truncate").table

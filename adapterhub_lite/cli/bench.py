@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -29,14 +30,15 @@ def bench(
         raise ConfigurationError(
             "The benches are in a checkout of the project, not in the installed package: run this from one."
         )
-    known = _benches()
+    known = find_benches()
     if name is None:
+        rows = [{"name": one, "question": found.question} for one, found in known.items()]
         if as_json:
-            return print_json([{"name": one, "question": question} for one, question in known.items()])
-        return print_table("Benches", ("name", "question"), list(known.items()))
+            return print_json(rows)
+        return print_table("Benches", ("name", "question"), [tuple(row.values()) for row in rows])
     if name not in known:
         raise UnknownNameError.among("bench", name, list(known))
-    command = [sys.executable, "-m", f"scripts.bench.{name}", *(arguments or [])]
+    command = [sys.executable, "-m", f"scripts.bench.{known[name].room}.{name}", *(arguments or [])]
     if dry_run:
         return would(f"run {' '.join(['python', *command[1:]])}", as_json, command=command)
     before = _results()
@@ -51,13 +53,22 @@ def bench(
         raise typer.Exit(1)
 
 
-def _benches() -> dict[str, str]:
-    """Name -> the question it answers, of every file that can be run."""
+@dataclass(frozen=True)
+class Bench:
+    """A file of `scripts/bench` that can be run: the folder it lies in, and the question it answers."""
+
+    room: str
+    question: str
+
+
+def find_benches() -> dict[str, Bench]:
+    """Every bench of this checkout, by name."""
     found = {}
-    for path in sorted(BENCHES.glob("*.py")):
+    for path in sorted(BENCHES.glob("*/*.py"), key=lambda path: path.stem):
         text = path.read_text()
         if '__name__ == "__main__"' in text:
-            found[path.stem] = (ast.get_docstring(ast.parse(text)) or "").split("\n")[0]
+            question = (ast.get_docstring(ast.parse(text)) or "").split("\n")[0]
+            found[path.stem] = Bench(path.parent.name, question)
     return found
 
 

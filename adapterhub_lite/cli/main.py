@@ -9,23 +9,23 @@ from typing import Annotated
 
 import typer
 
-from adapterhub_lite.cli.aliases import alias, history, rollback
 from adapterhub_lite.cli.bench import bench
-from adapterhub_lite.cli.comparing import diff
-from adapterhub_lite.cli.demo import demo
 from adapterhub_lite.cli.doctor import doctor
-from adapterhub_lite.cli.evaluate import evaluate
-from adapterhub_lite.cli.exporting import export
-from adapterhub_lite.cli.hub import hub
-from adapterhub_lite.cli.keeping import add, gc, pin, remove, unpin
-from adapterhub_lite.cli.listing import list_adapters, show
-from adapterhub_lite.cli.locking import lock
-from adapterhub_lite.cli.merging import merge
-from adapterhub_lite.cli.plan import plan
-from adapterhub_lite.cli.serve import serve
-from adapterhub_lite.cli.sharing import pull, push
-from adapterhub_lite.cli.signing import keygen, sign, trust, verify
-from adapterhub_lite.cli.train import train
+from adapterhub_lite.cli.keep.aliases import alias, history, rollback
+from adapterhub_lite.cli.keep.diff import diff
+from adapterhub_lite.cli.keep.list import list_adapters, show
+from adapterhub_lite.cli.keep.lock import lock
+from adapterhub_lite.cli.keep.merge import merge
+from adapterhub_lite.cli.keep.sign import keygen, sign, trust, verify
+from adapterhub_lite.cli.keep.versions import add, gc, pin, remove, unpin
+from adapterhub_lite.cli.serve.demo import demo
+from adapterhub_lite.cli.serve.serve import serve
+from adapterhub_lite.cli.share.export import export
+from adapterhub_lite.cli.share.hub import hub
+from adapterhub_lite.cli.share.push_pull import pull, push
+from adapterhub_lite.cli.train.evaluate import evaluate
+from adapterhub_lite.cli.train.plan import plan
+from adapterhub_lite.cli.train.train import train
 from adapterhub_lite.errors import AdapterHubError, RunStoppedError
 from adapterhub_lite.quiet import quiet_libraries
 

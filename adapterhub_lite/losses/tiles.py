@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adapterhub_lite.losses.options import LossOptions
 
-# Measured with scripts/bench/loss.py --tiles: below these the products are too small to be fast, above them the tile
+# Measured with scripts/bench/train/loss.py --tiles: below these the products are too small to be fast, above them the tile
 # leaves the cache. Those of the accelerators are set by memory alone: 200 MB of tile buffers.
 CPU_TOKENS, CPU_ELEMENTS = 1024, 2**21
 LEAST_VOCABULARY = 512

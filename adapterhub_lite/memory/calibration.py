@@ -11,10 +11,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from adapterhub_lite.adapter_format.record import StrictModel
 from adapterhub_lite.errors import ResourceError
 from adapterhub_lite.home import adapterhub_home
 from adapterhub_lite.memory.estimate import MemoryEstimate
-from adapterhub_lite.record import StrictModel
 
 CALIBRATION_FILE = "memory_calibration.json"
 MOST_RUNS_KEPT = 200

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from adapterhub_lite.registry.manifest import LoraRecord
+from adapterhub_lite.adapter_format.manifest import LoraRecord
 
 PREFIX = "base_model.model."
 

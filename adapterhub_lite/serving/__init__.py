@@ -1,23 +1,19 @@
-"""Serving: one frozen base, many adapters, one mixed batch. No user interface, no training, no PEFT.
-
-Reading order: request, blend, source, hub_source, weights, host_tier, residency, rollout, pool; packing, direct_attention, cache,
-bank, direct, hosted, fused, trunk; sampling, text, job, scheduler, loop, engine.
-"""
+"""Serving: one frozen base, many adapters, one mixed batch. No user interface, no training, no PEFT."""
 
 from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "EngineStatus": "request",
-    "GenerationChunk": "request",
-    "GenerationHandle": "job",
-    "GenerationRequest": "request",
-    "GenerationResult": "request",
-    "InferenceEngine": "engine",
-    "ResidentAdapter": "residency",
-    "Timings": "request",
-    "TokenLogprob": "request",
-    "Usage": "request",
+    "EngineStatus": "engine.request",
+    "GenerationChunk": "engine.request",
+    "GenerationHandle": "engine.sequence",
+    "GenerationRequest": "engine.request",
+    "GenerationResult": "engine.request",
+    "InferenceEngine": "engine.engine",
+    "ResidentAdapter": "adapters.residency",
+    "Timings": "engine.request",
+    "TokenLogprob": "engine.request",
+    "Usage": "engine.request",
 }
 __all__ = sorted(_HOMES)  # noqa: PLE0605 - a list of literals, only sorted
 

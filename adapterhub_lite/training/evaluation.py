@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from adapterhub_lite.losses import Head
-from adapterhub_lite.training.collation import count_rows, learn_only_first
-from adapterhub_lite.training.tokenization import IGNORED
+from adapterhub_lite.training.data.collation import count_rows, learn_only_first
+from adapterhub_lite.training.data.tokenization import IGNORED
 
 TILE_TOKENS = 128
 

@@ -10,13 +10,13 @@ from typing import Any
 
 from transformers.trainer_utils import get_last_checkpoint
 
+from adapterhub_lite.adapter_format.record import TrainingRecord, read_record
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import ConfigurationError, RunStoppedError
 from adapterhub_lite.recipe import REPORTERS, TrainingRecipe
-from adapterhub_lite.record import TrainingRecord, read_record
 from adapterhub_lite.tasks import get_task
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
-from adapterhub_lite.training.rows import load_rows
+from adapterhub_lite.training.data.rows import load_rows
 from adapterhub_lite.training.trainer import AdapterTrainer
 
 # Rows drawn from an example task at the most; longer runs see them again.

@@ -14,25 +14,26 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from adapterhub_lite.adapter_format.record import TrainingRecord
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import NonFiniteLossError, OutOfMemoryError
-from adapterhub_lite.record import TrainingRecord
-from adapterhub_lite.training import checkpoints, optimizer_state, saving, sharded
-from adapterhub_lite.training.adapters import loraplus_optimizer, open_base, save_kept
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
-from adapterhub_lite.training.assembly import assemble
-from adapterhub_lite.training.collation import PackedCollator, PaddedCollator, unpack
+from adapterhub_lite.training.data.collation import PackedCollator, PaddedCollator, unpack
+from adapterhub_lite.training.data.tokenization import prepare_rows, prepare_sets, row_lengths
+from adapterhub_lite.training.distributed import sharded
 from adapterhub_lite.training.evaluation import EvaluationSums, without_repeats
 from adapterhub_lite.training.generation import GeneratedMetrics
-from adapterhub_lite.training.guard import RunGuard, describe_failure
-from adapterhub_lite.training.measurement import PeakMemory
-from adapterhub_lite.training.memory_choice import choose_memory
-from adapterhub_lite.training.memory_report import MemoryReport
-from adapterhub_lite.training.progress import PLOT_FILE, MetricsCallback, ProgressCallback, RunMeter, draw_losses
-from adapterhub_lite.training.recording import facts_of, make_record
-from adapterhub_lite.training.replanning import checkpoint_to_go_on_from, is_out_of_memory, with_less
-from adapterhub_lite.training.step_loss import StepLoss
-from adapterhub_lite.training.tokenization import prepare_rows, prepare_sets, row_lengths
+from adapterhub_lite.training.model.adapters import loraplus_optimizer, open_base, save_kept
+from adapterhub_lite.training.model.assembly import assemble
+from adapterhub_lite.training.run import checkpoints, optimizer_state, saving
+from adapterhub_lite.training.run.guard import RunGuard, describe_failure
+from adapterhub_lite.training.run.measurement import PeakMemory
+from adapterhub_lite.training.run.memory_choice import choose_memory
+from adapterhub_lite.training.run.memory_report import MemoryReport
+from adapterhub_lite.training.run.progress import PLOT_FILE, MetricsCallback, ProgressCallback, RunMeter, draw_losses
+from adapterhub_lite.training.run.recording import facts_of, make_record
+from adapterhub_lite.training.run.replanning import checkpoint_to_go_on_from, is_out_of_memory, with_less
+from adapterhub_lite.training.run.step_loss import StepLoss
 
 logger = logging.getLogger(__name__)
 

@@ -101,8 +101,8 @@ def print_report(report: dict[str, Any]) -> None:
 
 def open_app(base: str, home: Path) -> None:
     """Serve the app on one resident base with every adapter in the registry, until it is interrupted."""
+    from adapterhub_app import launch
     from adapterhub_lite.serving import InferenceEngine
-    from app import launch
 
     registry = AdapterRegistry(home)
     with InferenceEngine.from_base(base, registry=registry, home=home) as engine:

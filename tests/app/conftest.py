@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from adapterhub_app.access import Access
+from adapterhub_app.backend import Backend
+from adapterhub_app.launch import RunningApp, launch
 from adapterhub_lite.bases import ResolvedBase, resolve_base
 from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.serving import InferenceEngine
-from app.access import Access
-from app.backend import Backend
-from app.launch import RunningApp, launch
 from tests.step_gate import StepGate
 
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'> ![x](http://127.0.0.1:9/x.png)"

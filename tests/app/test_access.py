@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from adapterhub_app.access import Access
 from adapterhub_lite.errors import ConfigurationError, UsageError
-from app.access import Access
 
 TWO = {"ana": {"password": "long enough", "role": "admin"}, "bo": {"password": "also long enough"}}
 

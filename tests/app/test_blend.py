@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
+from adapterhub_app.access import Access
+from adapterhub_app.display.task import Task
+from adapterhub_app.tabs.blend import blend_of, save_blend
 from adapterhub_lite.errors import UnknownNameError, UsageError
 from adapterhub_lite.serving import GenerationRequest
-from app.access import Access
-from app.blend import blend_of, save_blend
-from app.task import Task
 
 
 def test_parts_without_an_adapter_or_a_weight_are_left_out() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import expect
 
-from adapterhub_lite.serving.loop import EngineLoop
+from adapterhub_lite.serving.engine.core import EngineLoop
 
 PATIENCE = 30_000
 RECEIPTS = "#transcript .thought-group .title"

@@ -7,9 +7,9 @@ from typing import Any
 
 from playwright.sync_api import expect
 
+from adapterhub_app.access import Access
+from adapterhub_app.tabs.compare import nearest
 from adapterhub_lite.hub_server import HubServer
-from app.access import Access
-from app.compare import nearest
 
 PATIENCE = 30_000
 TASKS = ["base", "sql@prod", "event"]

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from playwright.sync_api import expect
 
+from adapterhub_app.display.transcript import INTERRUPTED
+from adapterhub_app.launch import launch
 from adapterhub_lite.bases import resolve_base
 from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.serving import InferenceEngine
-from app.launch import launch
-from app.transcript import INTERRUPTED
+from tests.checkout import ROOT
 
-ROOT = Path(__file__).parents[2]
 PATIENCE = 30_000
 RECEIPTS = "#transcript .thought-group .title"
 ANSWER = "#transcript .bot.message .md.chatbot"
@@ -75,7 +75,17 @@ def test_the_server_dies_in_the_middle_of_an_answer_and_the_conversation_goes_on
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "app", "--base", str(tiny_base), "--home", str(world.home), "--port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "adapterhub_app",
+        "--base",
+        str(tiny_base),
+        "--home",
+        str(world.home),
+        "--port",
+        str(port),
+    ]
 
     def start() -> "subprocess.Popen[str]":
         server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)

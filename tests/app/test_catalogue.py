@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
+from adapterhub_app.access import Access
+from adapterhub_app.backend import Backend
+from adapterhub_app.tabs.catalogue import alias_moves, card_text, catalogue_rows, provenance, version_choices
+from adapterhub_app.tabs.changes import promote, pull, push, roll_back
 from adapterhub_lite.errors import UsageError
 from adapterhub_lite.hub_server import HubServer
 from adapterhub_lite.registry import AdapterRegistry
-from app.access import Access
-from app.backend import Backend
-from app.catalogue import alias_moves, card_text, catalogue_rows, provenance, version_choices
-from app.changes import promote, pull, push, roll_back
 
 
 def test_rows_hold_every_version_with_its_aliases(world: Any) -> None:

@@ -5,9 +5,9 @@ import re
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from adapterhub_app.display.charts import draw_loss, draw_plan
+from adapterhub_app.theme import STYLE_SHEET
 from adapterhub_lite.memory.estimate import COMPONENTS
-from app.charts import draw_loss, draw_plan
-from app.theme import STYLE_SHEET
 
 sizes = st.floats(min_value=0.001, max_value=500)
 bars = st.lists(

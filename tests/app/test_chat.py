@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 
-from app.answers import STOPPED, AnswerSettings, grow_answer
-from app.backend import PendingAnswer
-from app.chat import ask, retry
-from app.task import Task
-from app.transcript import (
+from adapterhub_app.backend import PendingAnswer
+from adapterhub_app.display.answers import STOPPED, AnswerSettings, grow_answer
+from adapterhub_app.display.task import Task
+from adapterhub_app.display.transcript import (
     INTERRUPTED,
     MAX_CHARACTERS,
     MAX_TURNS,
@@ -19,6 +18,7 @@ from app.transcript import (
     read_turns,
     write_turns,
 )
+from adapterhub_app.tabs.chat import ask, retry
 
 SHORT = AnswerSettings(max_new_tokens=12)
 

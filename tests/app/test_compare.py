@@ -7,9 +7,9 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adapterhub_app.display.answers import STOPPED, AnswerSettings
+from adapterhub_app.tabs.compare import MOST_ADAPTERS, compare, diff_words, draw_diff, live_key, nearest
 from adapterhub_lite.serving import GenerationRequest
-from app.answers import STOPPED, AnswerSettings
-from app.compare import MOST_ADAPTERS, compare, diff_words, draw_diff, live_key, nearest
 
 SHORT = AnswerSettings(max_new_tokens=12)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from adapterhub_app.launch import DEFAULT_PORT, free_port, main
 from adapterhub_lite.errors import ResourceError
-from app.launch import DEFAULT_PORT, free_port, main
 
 
 def test_a_port_in_use_is_said_and_the_next_free_one_is_found() -> None:

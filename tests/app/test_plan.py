@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from adapterhub_app.tabs.plan import GPU, PlanRequest, answer_plan, base_choices
 from adapterhub_lite.errors import AdapterHubError, OutOfMemoryError, UsageError
-from app.plan import GPU, PlanRequest, answer_plan, base_choices
 
 
 def test_the_choice_comes_first_and_its_bars_add_up(world: Any) -> None:

@@ -5,9 +5,9 @@ from typing import Any
 
 import yaml
 
+from adapterhub_app import space
 from adapterhub_lite.hub_server import HubServer
 from adapterhub_lite.registry import AdapterRegistry
-from app import space
 
 
 def test_a_public_page_without_logins_is_for_looking() -> None:
@@ -26,6 +26,6 @@ def test_it_pulls_what_it_is_told(world: Any, tmp_path: Path, home: Path, monkey
 
 
 def test_its_header_names_the_file_to_start() -> None:
-    folder = Path(space.__file__).parent
+    folder = Path(space.__file__).parents[1]
     header = yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---")[1])
     assert header["sdk"] == "gradio" and (folder / header["app_file"]).is_file()

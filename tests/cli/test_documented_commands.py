@@ -8,8 +8,8 @@ import pytest
 import typer
 
 from adapterhub_lite.cli.main import build_app
+from tests.checkout import ROOT
 
-ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from adapterhub_lite.adapter_format.manifest import EvaluationRecord
 from adapterhub_lite.registry import AdapterRegistry
-from adapterhub_lite.registry.manifest import EvaluationRecord
 from tests.cli.outcome import Run
 
 ROWS = [{"prompt": f"{n} plus {n}?", "completion": str(2 * n)} for n in range(6)]

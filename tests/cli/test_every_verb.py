@@ -257,11 +257,12 @@ def test_bench_says_where_the_benches_are(run: Run, monkeypatch: pytest.MonkeyPa
 def test_bench_runs_one_and_names_what_it_wrote(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folder = tmp_path / "scripts" / "bench"
     (folder / "results").mkdir(parents=True)
-    for package in (folder.parent, folder):
+    (folder / "train").mkdir()
+    for package in (folder.parent, folder, folder / "train"):
         (package / "__init__.py").touch()
-    (folder / "sums.py").write_text(
+    (folder / "train" / "sums.py").write_text(
         '"""How much is it?"""\nimport sys, pathlib\nif __name__ == "__main__":\n    print("working")\n'
-        '    (pathlib.Path(__file__).parent / "results" / "sums.json").write_text(sys.argv[1])\n'
+        '    (pathlib.Path(__file__).parents[1] / "results" / "sums.json").write_text(sys.argv[1])\n'
         "    sys.exit(int(sys.argv[1]))\n"
     )
     monkeypatch.setattr("adapterhub_lite.cli.bench.ROOT", tmp_path)

@@ -13,8 +13,7 @@ import pytest
 from adapterhub_lite.registry import AdapterRegistry
 from scripts.quickstart.__main__ import run_quickstart
 from scripts.quickstart.stages import QuickstartSettings
-
-ROOT = Path(__file__).parents[2]
+from tests.checkout import ROOT
 
 
 def check_report(report: dict[str, Any]) -> None:

@@ -14,8 +14,8 @@ import pytest
 
 from adapterhub_lite.bases import resolve_base
 from adapterhub_lite.registry import AdapterRegistry
+from tests.checkout import ROOT
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 
@@ -39,7 +39,7 @@ def elsewhere(installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_package_and_command_line_come_from_the_wheel(installed: Path, elsewhere: Path) -> None:
-    code = "import adapterhub_lite, app; print(adapterhub_lite.__file__, app.__file__)"
+    code = "import adapterhub_lite, adapterhub_app; print(adapterhub_lite.__file__, adapterhub_app.__file__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert all(path.startswith(str(installed)) for path in done.stdout.split())
     script = (installed / "bin" / "adapterhub-lite").read_text()
@@ -53,7 +53,7 @@ def test_package_and_command_line_come_from_the_wheel(installed: Path, elsewhere
 def test_a_space_starts_from_its_one_file(
     installed: Path, elsewhere: Path, tiny_base: Path, make_adapter: object, home: Path
 ) -> None:
-    for name in ("README.md", "space.py", "requirements.txt"):
+    for name in ("README.md", "app.py", "requirements.txt"):
         shutil.copy(ROOT / "app" / name, elsewhere)
     header = re.search(r"^app_file: (\S+)$", (elsewhere / "README.md").read_text(), re.MULTILINE)
     assert header

@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from adapterhub_lite.training.collation import PackedCollator, PaddedCollator
+from adapterhub_lite.training.data.collation import PackedCollator, PaddedCollator
 
 
 def gradient(trainer: Any, rows: list[dict[str, Any]], size: int, collator: Any) -> dict[str, torch.Tensor]:

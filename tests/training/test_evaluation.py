@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from adapterhub_lite.training.collation import PaddedCollator
+from adapterhub_lite.training.data.collation import PaddedCollator
 
 
 def reference(trainer: Any, table: Any) -> dict[str, float]:

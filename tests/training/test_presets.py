@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from adapterhub_lite.adapter_format.record import read_record
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.memory import MEMORY_PRESETS, Machine, refusal
-from adapterhub_lite.record import read_record
 
 SINGLE = [name for name, preset in MEMORY_PRESETS.items() if preset.strategy == "single"]
 SAVING = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 2e-2}

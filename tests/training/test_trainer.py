@@ -11,10 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from adapterhub_lite.adapter_format.record import read_record
 from adapterhub_lite.errors import ConfigurationError
-from adapterhub_lite.record import read_record
 from adapterhub_lite.training import AdapterTrainer, AdapterTrainingArguments
-from adapterhub_lite.training.collation import PaddedCollator
+from adapterhub_lite.training.data.collation import PaddedCollator
+from tests.checkout import ROOT
 
 
 def test_training_lowers_the_loss_and_leaves_metrics_and_a_plot(make_trainer: Any, tmp_path: Path) -> None:
@@ -63,7 +64,7 @@ REPLAY = """
 import sys
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-from adapterhub_lite.canary import replay_canary
+from adapterhub_lite.adapter_format.probes import replay_canary
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2])
 result = replay_canary(model, sys.argv[2])
 sys.exit(0 if result.passed and result.max_abs_difference < 1e-4 else f"{result}")
@@ -80,7 +81,7 @@ def test_a_fresh_process_reproduces_the_canary_of_a_saved_adapter(
         [sys.executable, "-W", "ignore", "-c", REPLAY, str(tiny_base), str(folder)],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
 

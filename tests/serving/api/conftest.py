@@ -10,8 +10,8 @@ import pytest
 from adapterhub_lite.bases import resolve_base
 from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.serving import InferenceEngine
-from adapterhub_lite.serving.api_server import ApiServer
-from adapterhub_lite.serving.api_settings import ServerSettings
+from adapterhub_lite.serving.api.server import ApiServer
+from adapterhub_lite.serving.api.settings import ServerSettings
 
 Serve = Callable[..., tuple[ApiServer, openai.OpenAI]]
 

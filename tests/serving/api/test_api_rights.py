@@ -12,9 +12,9 @@ import pytest
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.serving import InferenceEngine
-from adapterhub_lite.serving.api_auth import KeyFile, KeyRing
-from adapterhub_lite.serving.api_server import ApiServer
-from adapterhub_lite.serving.api_settings import ServerSettings
+from adapterhub_lite.serving.api.auth import KeyFile, KeyRing
+from adapterhub_lite.serving.api.server import ApiServer
+from adapterhub_lite.serving.api.settings import ServerSettings
 
 Serve = Callable[..., tuple[ApiServer, openai.OpenAI]]
 KEYS = KeyRing(KeyFile(keys={"sk-sql": ("sql",), "sk-all": ("*",), "sk-base": ()}, admin="sk-admin"))

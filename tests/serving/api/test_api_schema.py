@@ -8,7 +8,7 @@ from hypothesis.errors import Unsatisfiable
 from schemathesis.checks import not_a_server_error
 from schemathesis.generation import GenerationMode
 
-from adapterhub_lite.serving.api_server import ApiServer
+from adapterhub_lite.serving.api.server import ApiServer
 
 EXAMPLES = int(os.environ.get("SCHEMATHESIS_EXAMPLES", "10"))
 

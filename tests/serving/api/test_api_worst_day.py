@@ -18,7 +18,7 @@ import pytest
 
 from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
-from adapterhub_lite.serving.api_server import ApiServer
+from adapterhub_lite.serving.api.server import ApiServer
 
 Serve = Callable[..., tuple[ApiServer, openai.OpenAI]]
 MODELS = ("base", "sql:1", "sql:2", "event", "sql:1*0.5+event*2")
@@ -205,8 +205,8 @@ SERVE = """
 import sys
 from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.serving import InferenceEngine
-from adapterhub_lite.serving.api_server import ApiServer
-from adapterhub_lite.serving.api_settings import ServerSettings
+from adapterhub_lite.serving.api.server import ApiServer
+from adapterhub_lite.serving.api.settings import ServerSettings
 registry = AdapterRegistry(sys.argv[1])
 with InferenceEngine.from_base(sys.argv[2], registry=registry, device="cpu", max_rows=4) as engine:
     server = ApiServer(engine, registry, ServerSettings(port=0, adapters="sql"))

@@ -1,0 +1,197 @@
+"""Our own strict reading of `adapter_config.json`: the LoRA family, known keys, types and bounds, nothing that acts.
+
+PEFT's configuration can name modules to import and files to load; of those keys only the value that does nothing is
+accepted. What passes is written out again by `to_peft`, so that what is kept was made here.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StringConstraints, ValidationError
+
+from adapterhub_lite.adapter_format.record import StrictModel
+from adapterhub_lite.adapter_format.strict_json import strict_json
+
+MAX_CONFIG_BYTES = 64 << 10
+MAX_RANK = 1024
+MAX_SCALING = 64.0
+MAX_TARGETS = 2000
+
+ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$", max_length=200)]
+Rank = Annotated[int, Field(gt=0, le=MAX_RANK)]
+Alpha = Annotated[float, Field(gt=0, le=MAX_RANK * MAX_SCALING, allow_inf_nan=False)]
+
+# key -> (values under which it does nothing, why any other is refused)
+INERT: dict[str, tuple[tuple[Any, ...], str]] = {
+    "auto_mapping": ((None,), "it names a library to import"),
+    "megatron_config": ((None,), "it configures a library to import"),
+    "megatron_core": ((None, "megatron.core"), "it names a library to import"),
+    "loftq_config": ((None, {}), "it changes the base's weights at load"),
+    "eva_config": ((None,), "it only serves to initialise training"),
+    "corda_config": ((None,), "it names files to load"),
+    "lora_ga_config": ((None,), "it names files to load"),
+    "velora_config": ((None,), "this variant is not supported"),
+    "monteclora_config": ((None,), "this variant is not supported"),
+    "kasa_config": ((None,), "this variant is not supported"),
+    "arrow_config": ((None,), "this variant is not supported"),
+    "alora_invocation_tokens": ((None,), "this variant is not supported"),
+    "use_qalora": ((False,), "this variant is not supported"),
+    "qalora_group_size": ((None, 16), "this variant is not supported"),
+    "use_bdlora": ((None, False), "this variant is not supported"),
+    "layer_replication": ((None,), "it makes the base grow"),
+    "modules_to_save": ((None, []), "whole modules in place of the base's are not an adapter"),
+    "trainable_token_indices": ((None,), "it changes the base's embeddings"),
+    "target_parameters": ((None, []), "only modules are adapted, not single parameters"),
+    "ensure_weight_tying": ((False,), "it changes how the base is tied"),
+    "init_lora_weights": ((True, False, "gaussian", "orthogonal"), "this initialisation changes the base's weights"),
+    "bias": (("none",), "biases of the base are not part of an adapter"),
+}
+
+
+class LoraConfigFile(StrictModel):
+    """The keys of `adapter_config.json` that decide something; the inert ones have been checked and dropped."""
+
+    peft_type: Literal["LORA"]
+    task_type: Literal["CAUSAL_LM"] | None = None
+    peft_version: Annotated[str, Field(max_length=80)] | None = None
+    base_model_name_or_path: Annotated[str, Field(max_length=500)] | None = None
+    revision: Annotated[str, Field(max_length=100)] | None = None
+    inference_mode: bool = True
+    r: Rank
+    lora_alpha: Alpha
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: Annotated[list[ModuleName], Field(min_length=1, max_length=MAX_TARGETS)]
+    exclude_modules: Annotated[list[ModuleName], Field(max_length=MAX_TARGETS)] | None = None
+    layers_to_transform: (
+        list[Annotated[int, Field(ge=0, lt=10_000)]] | Annotated[int, Field(ge=0, lt=10_000)] | None
+    ) = None
+    layers_pattern: list[ModuleName] | ModuleName | None = None
+    fan_in_fan_out: bool = False
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    rank_pattern: dict[ModuleName, Rank] = Field(default_factory=dict, max_length=MAX_TARGETS)
+    alpha_pattern: dict[ModuleName, Alpha] = Field(default_factory=dict, max_length=MAX_TARGETS)
+
+    def deciding(self) -> dict[str, Any]:
+        """What decides the answers: part of the adapter's digest, so a key is never added or renamed here."""
+        return {
+            "r": self.r,
+            "lora_alpha": float(self.lora_alpha),
+            "target_modules": sorted(set(self.target_modules)),
+            "exclude_modules": sorted(set(self.exclude_modules or ())),
+            "layers_to_transform": self.layers_to_transform,
+            "layers_pattern": self.layers_pattern,
+            "fan_in_fan_out": self.fan_in_fan_out,
+            "use_rslora": self.use_rslora,
+            "use_dora": self.use_dora,
+            "lora_bias": self.lora_bias,
+            # Pairs in a list: the first pattern that fits wins, so their order counts.
+            "rank_pattern": [list(pair) for pair in self.rank_pattern.items()],
+            "alpha_pattern": [[key, float(value)] for key, value in self.alpha_pattern.items()],
+        }
+
+    def to_peft(self, *, base_id: str, revision: str | None) -> bytes:
+        """The `adapter_config.json` that is kept: plain PEFT, naming the base by its id and no path of this machine."""
+        # exclude_none: what PEFT fills in by itself need not be said, and an older PEFT does not know every key.
+        kept = self.model_dump(mode="json", exclude_none=True)
+        kept.update(
+            base_model_name_or_path=base_id,
+            revision=revision,
+            inference_mode=True,
+            target_modules=sorted(set(self.target_modules)),
+            bias="none",
+            modules_to_save=None,
+            init_lora_weights=True,
+        )
+        # An int stays an int: PEFT's own hot-swap compares alpha with what it saved.
+        if float(self.lora_alpha).is_integer():
+            kept["lora_alpha"] = int(self.lora_alpha)
+        return (json.dumps(kept, indent=2, sort_keys=True) + "\n").encode()
+
+    def targets(self, modules: Iterable[str]) -> set[str]:
+        """Those of a base's `modules` (dotted names) that PEFT would put this LoRA on."""
+        wanted, excluded = tuple(self.target_modules), tuple(self.exclude_modules or ())
+        return {m for m in modules if _named(m, wanted) and not _named(m, excluded) and self._in_layers(m)}
+
+    def _in_layers(self, module: str) -> bool:
+        if self.layers_to_transform is None or module in self.target_modules:
+            return True
+        chosen = self.layers_to_transform
+        layers = {chosen} if isinstance(chosen, int) else set(chosen)
+        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
+        parts = module.split(".")
+        indices = [
+            int(part) for before, part in pairwise(parts) if part.isdecimal() and (not patterns or before in patterns)
+        ]
+        return bool(indices) and indices[-1] in layers
+
+
+def read_lora_config(content: bytes) -> LoraConfigFile:
+    """Read the bytes of an `adapter_config.json`.
+
+    Raises:
+        ConfigProblems: with every problem found.
+    """
+    try:
+        found = strict_json(content, what="adapter_config.json", limit=MAX_CONFIG_BYTES)
+    except ValueError as error:
+        raise ConfigProblems([str(error)]) from None
+    problems = []
+    for key, (harmless, reason) in INERT.items():
+        value = found.pop(key, harmless[0])
+        # type() too: 0 == False and 1 == True in Python, not in a schema.
+        if not any(value == ok and type(value) is type(ok) for ok in harmless):
+            problems.append(f"adapter_config.json sets {key} to {_short(value)}: {reason}")
+    if isinstance(found.get("target_modules"), str):
+        problems.append(
+            f"target_modules is a pattern ({_short(found['target_modules'])}); only a list of module names is taken"
+        )
+        del found["target_modules"]
+    try:
+        config = LoraConfigFile.model_validate_json(json.dumps(found))
+    except ValidationError as error:
+        already = {"target_modules"} if any(p.startswith("target_modules") for p in problems) else set()
+        problems += [_problem(e) for e in error.errors() if e["loc"][0] not in already or e["type"] != "missing"][:20]
+        raise ConfigProblems(problems or ["adapter_config.json is not a LoRA configuration"]) from None
+    problems += _scaling_problems(config)
+    if problems:
+        raise ConfigProblems(problems)
+    return config
+
+
+class ConfigProblems(ValueError):  # noqa: N818 - a list of findings, turned into one error with all others
+    """What is wrong with an `adapter_config.json`, in `problems`."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("; ".join(problems))
+
+
+def _scaling_problems(config: LoraConfigFile) -> list[str]:
+    alphas = [config.lora_alpha, *config.alpha_pattern.values()]
+    ranks = [config.r, *config.rank_pattern.values()]
+    largest = max(alphas) / (math.sqrt(min(ranks)) if config.use_rslora else min(ranks))
+    if largest <= MAX_SCALING:
+        return []
+    return [f"alpha {max(alphas):g} over rank {min(ranks)} scales by {largest:g}, at most {MAX_SCALING:g} is taken"]
+
+
+def _named(module: str, names: tuple[str, ...]) -> bool:
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _problem(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"adapter_config.json has the unknown key {where!r:.80}"
+    return f"adapter_config.json: {where:.80}: {error['msg']}, got {_short(error['input'])}"
+
+
+def _short(value: Any) -> str:
+    text = re.sub(r"\s+", " ", repr(value))
+    return text if len(text) <= 60 else f"{text[:57]}..."

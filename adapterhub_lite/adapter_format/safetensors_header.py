@@ -1,0 +1,112 @@
+"""A safetensors file as bytes: its header under a budget, and whether its values are finite. No torch.
+
+The reference reader accepts 700,000 empty tensors or a 90 MB metadata string; a stranger's file is read here first.
+Format: https://github.com/huggingface/safetensors#format
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adapterhub_lite.adapter_format.strict_json import strict_json
+
+MAX_HEADER_BYTES = 1 << 20
+MAX_TENSORS = 20_000
+MAX_METADATA_BYTES = 64 << 10
+MAX_DIMENSIONS = 8
+BLOCK_BYTES = 1 << 20
+DTYPE_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4,
+    "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
+# dtype -> (bytes of one value, mask of its exponent bits): a value is finite unless all of them are set.
+EXPONENTS = {"F32": (4, 0x7F80_0000), "F16": (2, 0x7C00), "BF16": (2, 0x7F80)}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a file: `start` and `end` are byte offsets from the beginning of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_tensor_entries(path: Path, *, header_limit: int = MAX_HEADER_BYTES) -> list[TensorEntry]:
+    """Read the header of the safetensors file at `path`; entries come in the order of their bytes.
+
+    Raises:
+        ValueError: the header is over budget, or is not one that describes exactly the bytes of the file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ValueError(f"{path.name} is truncated or no safetensors file: {size} bytes, header of {length}")
+        if length > header_limit:
+            raise ValueError(f"{path.name} has a header of {length} bytes, at most {header_limit} are read")
+        header = strict_json(file.read(length), what=f"the header of {path.name}", limit=header_limit)
+    _check_metadata(header.pop("__metadata__", {}), path.name)
+    if len(header) > MAX_TENSORS:
+        raise ValueError(f"{path.name} lists {len(header)} tensors, at most {MAX_TENSORS} are read")
+    entries = sorted(
+        (_entry(name, found, 8 + length) for name, found in header.items()), key=lambda e: (e.start, e.end)
+    )
+    expected = 8 + length
+    for entry in entries:
+        if entry.start != expected:
+            raise ValueError(f"{path.name}: the bytes of {entry.name!r:.120} overlap others or leave a gap")
+        expected = entry.end
+    if expected != size:
+        raise ValueError(f"{path.name} has {size} bytes, its header accounts for {expected}: truncated, or more behind")
+    return entries
+
+
+def nonfinite_tensors(path: Path, entries: list[TensorEntry]) -> Iterator[str]:
+    """Yield the names of floating-point tensors that hold NaN or infinity, reading 1 MiB at a time."""
+    import numpy as np
+
+    with path.open("rb") as file:
+        for entry in entries:
+            if entry.dtype not in EXPONENTS:
+                continue
+            width, mask = EXPONENTS[entry.dtype]
+            file.seek(entry.start)
+            remaining = entry.end - entry.start
+            while remaining > 0:
+                block = np.frombuffer(file.read(min(BLOCK_BYTES, remaining)), dtype=f"<u{width}")
+                if ((block & mask) == mask).any():
+                    yield entry.name
+                    break
+                remaining -= block.nbytes
+
+
+def _entry(name: str, found: Any, data_start: int) -> TensorEntry:
+    if not isinstance(found, dict) or set(found) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"tensor {name!r:.120} is not described by dtype, shape and data_offsets alone")
+    dtype, shape, offsets = found["dtype"], found["shape"], found["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise ValueError(f"tensor {name!r:.120} has the unknown dtype {dtype!r:.40}")
+    if not _counts(shape) or len(shape) > MAX_DIMENSIONS or not _counts(offsets) or len(offsets) != 2:
+        raise ValueError(f"tensor {name!r:.120} has a shape or offsets that are not lists of counts")
+    size = DTYPE_BYTES[dtype]
+    for dimension in shape:
+        size *= dimension
+    if offsets[1] - offsets[0] != size:
+        raise ValueError(f"tensor {name!r:.120} of shape {shape} in {dtype} needs {size} bytes, has {offsets}")
+    return TensorEntry(name, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
+
+
+def _counts(found: Any) -> bool:
+    # Booleans are ints in Python; 2**48 keeps products of eight dimensions cheap to compute.
+    return isinstance(found, list) and all(type(item) is int and 0 <= item < 1 << 48 for item in found)
+
+
+def _check_metadata(metadata: Any, name: str) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"{name} has metadata that is not text to text")
+    if sum(len(key) + len(value) for key, value in metadata.items()) > MAX_METADATA_BYTES:
+        raise ValueError(f"{name} has more than {MAX_METADATA_BYTES} bytes of metadata")

@@ -1,0 +1,1 @@
+"""Verbs that answer: serve, demo."""

@@ -1,0 +1,33 @@
+"""`demo`: open the app."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from adapterhub_lite.cli.output import HomeOption
+
+
+def demo(
+    base: Annotated[str, typer.Option(help="Base model: an embedded name, a folder or a Hub id.")] = "smollm2-135m",
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 7860 or the next free one if not given.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; another than this machine's own needs --users.")
+    ] = "127.0.0.1",
+    users: Annotated[
+        Path | None, typer.Option(help="A JSON file of logins with their roles; none means no login.")
+    ] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(help="Hub to push to and pull from; $HF_ENDPOINT if not given.")
+    ] = None,
+    home: HomeOption = None,
+) -> None:
+    """Open the app: chat with the base and every adapter in the registry, switching in mid-conversation.
+
+    Example: `adapterhub-lite demo --port 7860`
+    """
+    from adapterhub_app.launch import serve
+
+    serve(base, home=home, host=host, port=port, users=users, hub=endpoint)

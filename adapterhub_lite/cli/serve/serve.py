@@ -1,0 +1,53 @@
+"""`serve`: the OpenAI-compatible server on one resident base, or on replicas of it."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from adapterhub_lite.cli.options import build_settings, options_from
+from adapterhub_lite.cli.output import HomeOption, say
+from adapterhub_lite.errors import ConfigurationError
+from adapterhub_lite.serving.cluster.settings import ClusterSettings
+
+
+@options_from(ClusterSettings)
+def serve(
+    given: dict[str, Any],
+    base: Annotated[str, typer.Option(help="Base model: an embedded name, a folder or a Hub id.")] = "smollm2-135m",
+    config: Annotated[Path | None, typer.Option(help="A YAML file with settings; options given here win.")] = None,
+    home: HomeOption = None,
+) -> None:
+    """Serve the base and its adapters to OpenAI clients, on 127.0.0.1 unless told otherwise; SIGTERM drains.
+
+    Example: `adapterhub-lite serve --adapters sql@prod,event --port 8000`
+    """
+    from adapterhub_lite.registry import AdapterRegistry
+    from adapterhub_lite.serving.api.auth import KeyRing
+    from adapterhub_lite.serving.api.server import ApiServer
+
+    settings = build_settings(ClusterSettings, {"base_name": Path(base).name, **given}, config)
+    registry = AdapterRegistry(home)
+    keys = KeyRing.read(settings.keys)
+    for reference in settings.references:
+        # A typing error is told now, not after the base is loaded.
+        registry.resolve(reference)
+    with _engine(base, registry, settings, home) as engine:
+        server = ApiServer(engine, registry, settings, keys)
+        say(f"Serving {settings.base_name} on {server.url}/v1. Ctrl+C stops it.")
+        server.run()
+
+
+def _engine(base: str, registry: Any, settings: ClusterSettings, home: str | None) -> Any:
+    from adapterhub_lite.serving import InferenceEngine
+
+    if not settings.cluster:
+        return InferenceEngine.from_base(base, registry=registry, home=home)
+    try:
+        from adapterhub_lite.serving.cluster.replicas import ClusterEngine
+    except ImportError as error:
+        raise ConfigurationError(
+            "--cluster needs Ray Serve, which is not installed: pip install 'adapterhub-lite[cluster]'."
+        ) from error
+    say(f"Starting {settings.replicas} replicas; this takes a while.")
+    return ClusterEngine(base, settings, home=home)

@@ -1,0 +1,1 @@
+"""Verbs that move versions: push, pull, hub, export."""

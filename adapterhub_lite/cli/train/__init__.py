@@ -1,0 +1,1 @@
+"""Verbs that make an adapter: plan, train, eval."""

@@ -1,0 +1,116 @@
+"""`plan`: what a run will need, which preset fits, and why not the others."""
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from adapterhub_lite.cli.options import options_from
+from adapterhub_lite.cli.output import HomeOption, JsonOption, print_json, print_table, say
+from adapterhub_lite.errors import ConfigurationError
+from adapterhub_lite.recipe import PlanRequest
+
+if TYPE_CHECKING:
+    from adapterhub_lite.memory import MemoryPlan
+    from adapterhub_lite.training.data.lengths import RowLengths
+
+UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+@options_from(PlanRequest)
+def plan(
+    base: Annotated[str, typer.Argument(help="Base model: an embedded name, a folder or a Hub id.")],
+    given: dict[str, Any],
+    data: Annotated[
+        str | None,
+        typer.Option(help="Rows whose lengths count: a JSONL or parquet file, or a data set's id on the Hub."),
+    ] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Also run the step on fake tensors; takes a minute.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Also draw the stacked bars into this PNG.")] = None,
+    write_accelerate_config: Annotated[
+        Path | None, typer.Option(help="Also write what the plan means for `accelerate launch` into this YAML file.")
+    ] = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say before a run what will fit and why, in bytes by component. No weights are downloaded.
+
+    Example: `adapterhub-lite plan smollm2-135m --sequence-length 2048 --device-memory 16GiB`
+    """
+    from adapterhub_lite.memory import BAR_LEGEND, draw_plan, dry_run, plan_memory, plan_table
+
+    request = PlanRequest(**given)
+    lengths = _lengths(base, data, request) if data else None
+    found = plan_memory(
+        base,
+        batch_size=request.batch_size,
+        sequence_length=lengths.of_step(request.batch_size) if lengths else request.sequence_length,
+        device_memory=parse_bytes(request.device_memory) if request.device_memory else None,
+        world_size=request.devices * request.nodes,
+        rank=request.rank,
+        target_modules=request.target_modules,
+        preset=request.preset,
+        home=home,
+    )
+    run_dry = dry_run(base, found.preset, found.predicted.workload) if exact else None
+    if picture is not None:
+        draw_plan(found, picture)
+    if write_accelerate_config is not None:
+        _write_config(write_accelerate_config, found, request)
+    if as_json:
+        return print_json({**_as_json(found), "exact_total": run_dry})
+    if lengths:
+        say(lengths.described())
+    say(found.described())
+    if run_dry is not None:
+        say(f"run on fake tensors: {run_dry / 2**30:.2f} GiB")
+    head, *rows = plan_table(found)
+    print_table(f"Memory of a run on {base}", head, rows)
+    say(BAR_LEGEND)
+
+
+def _as_json(found: "MemoryPlan") -> dict[str, Any]:
+    return {
+        "preset": found.preset.name,
+        "predicted": {"total": found.predicted.total, **found.predicted.components},
+        "batch_size": found.batch_size,
+        "accumulation": found.accumulation,
+        "sequence_length": found.predicted.workload.sequence_length,
+        "reasons": list(found.reasons),
+        "rejected": [asdict(rejection) for rejection in found.rejected],
+    }
+
+
+def _write_config(path: Path, found: "MemoryPlan", request: PlanRequest) -> None:
+    from adapterhub_lite.memory.accelerate_config import accelerate_config, write_config
+
+    settings = accelerate_config(
+        found.preset,
+        devices=request.devices,
+        device=found.predicted.workload.device,
+        nodes=request.nodes,
+        node_rank=request.node_rank,
+        main_address=request.main_address,
+    )
+    write_config(path, settings)
+
+
+def _lengths(base: str, data: str, request: PlanRequest) -> "RowLengths":
+    from adapterhub_lite.training.data.lengths import measure_rows
+
+    return measure_rows(base, data, max_length=request.sequence_length)
+
+
+def parse_bytes(text: str) -> int:
+    """Read an amount of memory such as `16GiB`, `800 MB` or a number of bytes.
+
+    Raises:
+        ConfigurationError: it is none of these.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None:
+        raise ConfigurationError(f"{text!r} is no amount of memory: wanted a number and a unit, as 16GiB or 800MB.")
+    return int(float(match[1]) * unit)

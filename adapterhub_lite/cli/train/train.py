@@ -1,0 +1,79 @@
+"""`train`: rows in, an adapter version in the registry out."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from adapterhub_lite.cli.options import build_settings, options_from
+from adapterhub_lite.cli.output import DryRunOption, HomeOption, JsonOption, print_json, say, short
+from adapterhub_lite.cli.train.dry_run import rehearse
+from adapterhub_lite.errors import ConfigurationError, ReferenceSyntaxError, UnknownNameError
+from adapterhub_lite.home import adapterhub_home
+from adapterhub_lite.quiet import quiet_rendezvous
+from adapterhub_lite.recipe import TrainingRecipe
+
+STRATEGIES = ("auto", "ddp", "zero1", "zero2", "zero3", "fsdp")
+
+
+@options_from(TrainingRecipe)
+def train(
+    name: Annotated[str, typer.Argument(help="The adapter's name; a new version is added each time.")],
+    given: dict[str, Any],
+    data: Annotated[str | None, typer.Option(help="A JSONL file or a data set's id on the Hub.")] = None,
+    task: Annotated[str | None, typer.Option(help="An example task instead of data: sql or event.")] = None,
+    base: Annotated[str, typer.Option(help="Base model: an embedded name, a folder or a Hub id.")] = "smollm2-135m",
+    devices: Annotated[
+        int, typer.Option(help="Processes on this machine, one a GPU (or, without one, on the CPU).")
+    ] = 1,
+    strategy: Annotated[str, typer.Option(help=f"How they share the work: {', '.join(STRATEGIES)}.")] = "auto",
+    nodes: Annotated[int, typer.Option(help="Machines; the same command is run on each.")] = 1,
+    rendezvous: Annotated[str, typer.Option(help="HOST:PORT of one of them, where all meet.")] = "",
+    patience: Annotated[int, typer.Option(help="Seconds to wait for the other machines.")] = 300,
+    config: Annotated[Path | None, typer.Option(help="A YAML file with settings; options given here win.")] = None,
+    dry_run: DryRunOption = False,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a LoRA adapter and add it to the registry. Rows are `messages`, `prompt`/`completion` or `text`.
+
+    Example: `adapterhub-lite train sql --data questions.jsonl --steps 60`
+    """
+    with quiet_rendezvous(nodes):
+        from adapterhub_lite.training.distributed.launch import Launch, is_first, launch, launched
+
+    wanted = Launch(devices, nodes, rendezvous, patience)
+    if strategy not in STRATEGIES:
+        raise UnknownNameError.among("strategy", strategy, list(STRATEGIES))
+    from adapterhub_lite.adapter_format.reference import is_name
+    from adapterhub_lite.bases import resolve_base
+    from adapterhub_lite.registry import AdapterRegistry
+    from adapterhub_lite.training.recipe import rows_for, train_adapter
+
+    recipe = build_settings(TrainingRecipe, given, config)
+    if strategy != "auto":
+        if recipe.memory_preset not in ("auto", strategy):
+            raise ConfigurationError(f"--strategy {strategy} contradicts memory_preset {recipe.memory_preset}.")
+        recipe = replace(recipe, memory_preset=strategy)
+    if not is_name(name):
+        raise ReferenceSyntaxError(
+            f"{name!r} cannot name an adapter: wanted letters, digits, '.', '_', '-', 64 at most."
+        )
+    rows, data_id = rows_for(data, task, recipe)
+    if dry_run:
+        return rehearse(name, recipe, len(rows), data_id, data, base, home, as_json, wanted.processes)
+    resolved = resolve_base(base, home=home, progress=say)
+    if wanted.processes > 1 and not launched():
+        return launch(wanted, ["-m", "adapterhub_lite", *sys.argv[1:]])
+    folder = adapterhub_home(home) / "runs" / name
+    outcome = train_adapter(resolved, rows, folder, recipe, data_id=data_id, show_progress=is_first())
+    if not is_first():
+        return None
+    manifest = AdapterRegistry(home).add(outcome.folder, name, base=resolved)
+    if as_json:
+        return print_json(manifest.model_dump(mode="json"))
+    record = outcome.record
+    loss = "" if record.final_loss is None else f", loss {record.final_loss:.4g}"
+    say(f"{manifest.reference} ({short(manifest.digest)}): {record.steps} steps{loss}, {record.wall_seconds:.0f} s.")

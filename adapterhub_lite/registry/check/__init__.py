@@ -1,0 +1,1 @@
+"""What an adapter must pass before anything of it is loaded or published."""

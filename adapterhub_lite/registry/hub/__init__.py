@@ -1,0 +1,1 @@
+"""Publishing to a Hugging Face Hub and pulling from one, with proof."""

@@ -1,0 +1,67 @@
+"""What the manifests cannot say (aliases, pins, removals, later evaluations) as lines of JSON, so that the database can be made again.
+
+A line is on disk before the database commits it. An entry that never committed is superseded by the next one with the
+same number.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from adapterhub_lite.adapter_format.manifest import EvaluationRecord
+from adapterhub_lite.adapter_format.record import StrictModel
+from adapterhub_lite.registry.store.durable import fsync_folder
+
+JOURNAL_FILE = "journal.jsonl"
+
+
+class JournalEntry(StrictModel):
+    """One act. `number` counts up in the database; `at` is UTC, ISO 8601."""
+
+    number: int
+    act: Literal["set", "rollback", "drop", "pin", "unpin", "remove", "restore", "evaluate"]
+    name: str
+    alias: str | None = None
+    version: int | None = None
+    previous: int | None = None
+    digest: str | None = None
+    evaluation: EvaluationRecord | None = None
+    at: str
+
+    def row(self) -> dict[str, object]:
+        """The entry as columns of the database, which keeps an evaluation in a table of its own."""
+        return self.model_dump(exclude={"evaluation"})
+
+
+def append_entry(home: Path, entry: JournalEntry) -> None:
+    """Write one line and wait until it is on disk. The caller holds the database's write lock."""
+    line = json.dumps(entry.model_dump(mode="json", exclude_none=True), sort_keys=True).encode() + b"\n"
+    with (home / JOURNAL_FILE).open("ab+") as file:
+        if not file.tell():
+            fsync_folder(home)
+        else:
+            file.seek(-1, os.SEEK_END)
+            # A crash may have cut the last line; it must not swallow this one.
+            line = line if file.read(1) == b"\n" else b"\n" + line
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_journal(home: Path) -> list[JournalEntry]:
+    """Every act that counts, in order; a line that a crash cut off is left out."""
+    path = home / JOURNAL_FILE
+    entries: list[JournalEntry] = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            found = JournalEntry.model_validate_json(line)
+        except ValidationError:
+            continue
+        # A number again, or a lower one: what stands there was never committed.
+        while entries and entries[-1].number >= found.number:
+            entries.pop()
+        entries.append(found)
+    return entries

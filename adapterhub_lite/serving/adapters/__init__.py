@@ -1,0 +1,1 @@
+"""The adapters an engine answers with: where they come from, and which are in memory."""

@@ -1,0 +1,145 @@
+"""The adapters an engine can answer with: resolved, brought up through the tiers, held while in use.
+
+Tiers, nearest first: resident (a slot beside the base), host memory, disk (the registry), hub. Knows references and
+memory; nothing of requests, rows or threads of the engine.
+"""
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+from weakref import WeakSet
+
+import torch
+
+from adapterhub_lite.errors import BaseMismatchError, QueueFullError, RequestTimeoutError
+from adapterhub_lite.serving.adapters.blend import parse_blend
+from adapterhub_lite.serving.adapters.host_tier import HostTier
+from adapterhub_lite.serving.adapters.residency import Residency, ResidentAdapter, Wanted
+from adapterhub_lite.serving.adapters.sources import AdapterFiles, AdapterSource
+from adapterhub_lite.serving.adapters.split import Rollouts
+from adapterhub_lite.serving.adapters.weights import AdapterWeights, Family, read_adapter_weights
+from adapterhub_lite.serving.engine.sequence import Route
+from adapterhub_lite.serving.model.lora_torch import Part
+
+Tier = Literal["resident", "host", "disk"]
+# How long a caller waits for an adapter slot when the request has no time-out of its own.
+SLOT_WAIT_SECONDS = 60.0
+
+
+class AdapterPool:
+    """Adapters by reference for one base. Thread-safe; loading happens in the threads of those who ask."""
+
+    def __init__(
+        self,
+        source: AdapterSource,
+        families: tuple[Family, ...],
+        base_fingerprint: str,
+        *,
+        device: torch.device | str,
+        max_slots: int,
+        max_host: int,
+        max_rank: int,
+    ) -> None:
+        self.source = source
+        self.residency = Residency(max_slots)
+        self.rollouts = Rollouts()
+        self._families = families
+        self._base_fingerprint = base_fingerprint
+        self._device = device
+        self._max_rank = max_rank
+        self._host = HostTier(max_host)
+        # A version in memory can be asked for again, so it stays in the store until its last copy here is gone.
+        self._holds: WeakSet[AbstractContextManager[Any]] = WeakSet()
+        self._prefetcher = ThreadPoolExecutor(1, thread_name_prefix="adapterhub-prefetch")
+
+    def route(self, adapter: str | Path | None, timeout: float | None = None) -> Route:
+        """Resolve an adapter argument, and hold what it names in memory until the route is released.
+
+        Raises:
+            RequestTimeoutError, QueueFullError: no slot came free in `timeout` seconds, or in a minute.
+        """
+        if adapter is None:
+            return Route()
+        started = time.perf_counter()
+        blend = parse_blend(adapter)
+        wanted = [self._wanted(self.locate(self.rollouts.choose(piece.reference))) for piece in blend]
+        try:
+            entries, _ = self.residency.acquire(wanted, timeout=min(timeout or SLOT_WAIT_SECONDS, SLOT_WAIT_SECONDS))
+        except QueueFullError as error:
+            if timeout is not None and time.perf_counter() - started >= timeout:
+                raise RequestTimeoutError(f"No adapter slot came free within the request's {timeout} s.") from error
+            raise
+        held = list(entries)
+
+        def release() -> None:
+            while held:
+                self.residency.release(held.pop())
+
+        factors = ["" if len(blend) == 1 and piece.weight == 1.0 else f"*{piece.weight!r}" for piece in blend]
+        return Route(
+            tuple(Part(e.weights, piece.weight) for e, piece in zip(entries, blend, strict=True) if e.weights),
+            "+".join(entry.name + factor for entry, factor in zip(entries, factors, strict=True)),
+            "+".join(entry.digest + factor for entry, factor in zip(entries, factors, strict=True)),
+            time.perf_counter() - started,
+            release,
+        )
+
+    def load(self, reference: str | Path, *, pin: bool = False) -> ResidentAdapter:
+        """Bring an adapter into a slot; `pin` keeps it there."""
+        (entry,), _ = self.residency.acquire([self._wanted(self.locate(reference))], timeout=SLOT_WAIT_SECONDS)
+        if pin:
+            self.residency.pin(entry.digest, True)
+        return self.residency.release(entry)
+
+    def prefetch(self, reference: str | Path) -> "Future[ResidentAdapter]":
+        """Do `load` in the background, one after another."""
+        return self._prefetcher.submit(self.load, reference)
+
+    def unload(self, reference: str | Path, *, timeout: float | None = None) -> bool:
+        """Take an adapter out of its slot and of host memory once nobody uses it; False when it was in no slot."""
+        digest = self.locate(reference).digest
+        self._host.drop(digest)
+        return self.residency.unload(digest, timeout=timeout)
+
+    def tier(self, reference: str | Path) -> Tier:
+        """Say how near an adapter is."""
+        digest = self.locate(reference).digest
+        return "resident" if digest in self.residency else "host" if digest in self._host else "disk"
+
+    def locate(self, reference: str | Path) -> AdapterFiles:
+        """Return the files that a reference names now.
+
+        Raises:
+            BaseMismatchError: they were made for another base.
+        """
+        files = self.source.locate(reference)
+        if files.base_fingerprint not in (None, self._base_fingerprint):
+            raise BaseMismatchError(
+                f"{files.name} was made for the base {str(files.base_fingerprint)[:12]}, this engine serves "
+                f"{self._base_fingerprint[:12]}. Serve it on its own base, or train it for this one."
+            )
+        return files
+
+    def close(self) -> None:
+        """Stop prefetching, and let the store have what was held."""
+        self._prefetcher.shutdown(wait=False, cancel_futures=True)
+        for hold in list(self._holds):
+            hold.__exit__(None, None, None)
+
+    def _wanted(self, files: AdapterFiles) -> Wanted:
+        def load() -> AdapterWeights:
+            weights = self._host.get(files.digest)
+            if weights is None:
+                hold = files.hold()
+                self._holds.add(hold)
+                weights = read_adapter_weights(
+                    files.weights, self._families, files.scaling_of, max_rank=self._max_rank, subject=files.name
+                )
+                weights = replace(weights, hold=hold)
+                self._host.put(files.digest, weights)
+            return weights.to(self._device)
+
+        return Wanted(files.digest, files.name, load)

@@ -1,0 +1,84 @@
+"""An adapter's canary asked of the running engine: through its own batch and kernels, beside whatever else runs.
+
+A checksum says that the bytes are the recorded ones; this says that they do here what they did when they were recorded.
+"""
+
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from adapterhub_lite.adapter_format.probes import CanaryResult, compare_logits, read_canary
+from adapterhub_lite.errors import BaseMismatchError, UsageError
+from adapterhub_lite.serving.adapters.pool import AdapterPool
+from adapterhub_lite.serving.engine.core import EngineLoop
+from adapterhub_lite.serving.engine.request import GenerationRequest
+from adapterhub_lite.serving.engine.sampling import Sampler
+from adapterhub_lite.serving.engine.sequence import GenerationHandle, Job, Route
+from adapterhub_lite.serving.engine.text import TextStream
+from adapterhub_lite.serving.model.runner import Trunk
+
+Verify = Literal["files", "canary"]
+
+
+class _Listener(Sampler):
+    """Keeps the logits that it chooses from."""
+
+    heard: torch.Tensor
+
+    def choose(self, logits: torch.Tensor) -> int:
+        self.heard = logits.clone()
+        return super().choose(logits)
+
+
+def check_canary(
+    pool: AdapterPool, loop: EngineLoop, trunk: Trunk, tokenizer: Any, reference: str | Path
+) -> CanaryResult:
+    """Ask the engine's own loop the recorded probes of an adapter, one token each.
+
+    Raises:
+        UsageError: the adapter carries no canary.
+        BaseMismatchError: it answers otherwise than recorded.
+        IntegrityError: the canary is damaged, or made for another vocabulary.
+    """
+    files = pool.locate(reference)
+    if files.canary is None:
+        raise UsageError(f"{files.name} carries no canary; load it with verify='files', or add it with a canary.")
+    canary = read_canary(files.canary)
+    weight: Any = trunk.model.get_input_embeddings().weight
+    canary.check_vocabulary(weight.shape[0])
+    # By digest, which no canary release and no move of an alias means anything to.
+    route = pool.route(reference if isinstance(reference, Path) else files.digest)
+    try:
+        asked = [_submit(loop, route, ids, tokenizer) for ids in canary.prompts]
+        for job in asked:
+            GenerationHandle(job, loop.wake).result()
+    finally:
+        route.release()
+    logits = torch.stack([job.sampler.heard for job in asked if isinstance(job.sampler, _Listener)])
+    result = compare_logits(canary, logits, str(weight.dtype).removeprefix("torch."))
+    if not result.passed:
+        raise BaseMismatchError(
+            f"{files.name} does not behave on this engine as recorded: logits differ by up to "
+            f"{result.max_abs_difference:.3g}, at most {result.tolerance:.3g} is explained by rounding. Another base, "
+            "a wrong alpha or another quantisation would do this."
+        )
+    return result
+
+
+def _submit(loop: EngineLoop, route: Route, ids: tuple[int, ...], tokenizer: Any) -> Job:
+    request = GenerationRequest(prompt="a probe", max_new_tokens=1)
+    job = Job(
+        request=request,
+        prompt_ids=ids,
+        # The caller holds the adapter until the last probe is answered.
+        route=Route(route.parts, route.name, route.digest),
+        sampler=_Listener(request, ids),
+        stream=TextStream(tokenizer),
+        base_fingerprint="",
+        submitted=time.perf_counter(),
+        limit=1,
+    )
+    loop.add(job)
+    return job

@@ -1,0 +1,224 @@
+"""Several engines as one: replicas in Ray Serve behind the same front, on this machine or on a cluster of them.
+
+The front pins every request to digests before it is sent, so a moved alias holds for all replicas at once; Ray sends a
+request to a replica that has its adapter already. Imports ray: only for those who serve with a cluster.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import ray
+from ray import serve
+from ray.exceptions import RayActorError
+
+from adapterhub_lite.bases import load_tokenizer, resolve_base
+from adapterhub_lite.errors import RequestCancelledError, ResourceError, ServingError
+from adapterhub_lite.serving.adapters.residency import ResidentAdapter
+from adapterhub_lite.serving.adapters.split import Rollouts
+from adapterhub_lite.serving.cluster.replica import Refusal, application
+from adapterhub_lite.serving.cluster.settings import ClusterSettings
+from adapterhub_lite.serving.engine.request import EngineStatus, GenerationChunk, GenerationRequest, GenerationResult
+
+T = TypeVar("T")
+APPLICATION = "adapterhub-lite"
+# How often a request whose replica died is sent to another one.
+RETRIES = 3
+CONTROL_SECONDS = 60.0
+
+
+class RemoteAnswer:
+    """A request on a replica: iterate over its chunks, or wait for its result. As `GenerationHandle`, for one consumer.
+
+    When its replica dies, the request goes to another one, as long as nobody has seen any of its answer.
+    """
+
+    def __init__(self, handle: Any, request: GenerationRequest) -> None:
+        self._handle, self._request = handle, request
+        self._cancelled = threading.Event()
+        self._response = self._send()
+
+    def cancel(self) -> None:
+        """Stop the request; reading it then raises RequestCancelledError."""
+        self._cancelled.set()
+        self._response.cancel()
+
+    def listen(self, listener: Callable[[GenerationChunk | BaseException], None], *, whole: bool = False) -> None:
+        """Instead of iterating, or of `result()` for the `whole`: `listener` is told, on a thread of this request's."""
+
+        def tell() -> None:
+            try:
+                chunks: Iterable[GenerationChunk] = (
+                    (GenerationChunk("", done=True, result=self.result()),) if whole else self
+                )
+                for chunk in chunks:
+                    listener(chunk)
+            except BaseException as error:
+                listener(error)
+
+        threading.Thread(target=tell, name="adapterhub-answer", daemon=True).start()
+
+    def __iter__(self) -> Iterator[GenerationChunk]:
+        """Yield chunks as they are made; the last one is `done` and carries the result.
+
+        Raises:
+            AdapterHubError: whatever the replica's engine refused with.
+            ServingError: the replica died half-way, or too many did.
+        """
+        given = False
+        for left in reversed(range(RETRIES + 1)):
+            try:
+                for chunk in self._response:
+                    if isinstance(chunk, Refusal):
+                        raise chunk.error()
+                    given = True
+                    yield chunk
+                    if chunk.done:
+                        return
+            except RayActorError as error:
+                if given or not left:
+                    raise ServingError("The replica that made this answer was lost; ask again.") from error
+                self._response = self._send()
+            except BaseException as error:
+                if self._cancelled.is_set():
+                    raise RequestCancelledError("The request was cancelled by its caller.") from error
+                raise
+
+    def result(self) -> GenerationResult:
+        """Wait for the whole answer; it is made anew when its replica dies. Raises as iterating does."""
+        for left in reversed(range(RETRIES + 1)):
+            try:
+                *_, last = self
+                assert last.result is not None
+                return last.result
+            except ServingError as error:
+                if not left or not isinstance(error.__cause__, RayActorError):
+                    raise
+                self._response = self._send()
+        raise AssertionError("the last try returns or raises")
+
+    def _send(self) -> Any:
+        options: dict[str, Any] = {"stream": True}
+        if self._request.adapter is not None:
+            options["multiplexed_model_id"] = str(self._request.adapter)
+        response = self._handle.options(**options).answer.remote(self._request)
+        if self._cancelled.is_set():
+            response.cancel()
+        return response
+
+
+class ClusterEngine:
+    """What the server needs of an engine, answered by replicas. Close it, or use it as a context manager.
+
+    Canaries are kept here, in the one front; what a replica needs comes from the registry in `home`, which every
+    machine of the cluster must see under the same path.
+    """
+
+    def __init__(
+        self, base: str | Path, settings: ClusterSettings, *, home: str | Path | None = None, **options: Any
+    ) -> None:
+        resolved = resolve_base(base, home=home)
+        self.base_fingerprint = resolved.fingerprint
+        self.tokenizer = load_tokenizer(resolved.folder)
+        self._rollouts = Rollouts()
+        self._ours = not ray.is_initialized()
+        if self._ours:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            try:
+                ray.init(address=settings.ray_address or "local", log_to_driver=False, include_dashboard=False)
+            except (ConnectionError, ValueError) as error:
+                raise ResourceError(
+                    f"There is no Ray cluster to be had at {settings.ray_address!r}: {error}"
+                ) from error
+        # Our own server is the front: Ray's would open a port without our limits and keys.
+        serve.start(proxy_location="Disabled")
+        made = application(resolved.folder, home, deployment=settings.deployment(), options=options)
+        self._handle = serve.run(made, name=APPLICATION, route_prefix=None)
+
+    def submit(self, request: GenerationRequest) -> RemoteAnswer:
+        """Send a request to a replica; what it refuses is raised where the answer is read."""
+        return RemoteAnswer(self._handle, request)
+
+    def load(self, reference: str) -> ResidentAdapter:
+        """Bring an adapter into the memory of every replica. Raises as `InferenceEngine.load` does."""
+        loaded: list[ResidentAdapter] = self._everywhere("load", reference)
+        return loaded[0]
+
+    def unload(self, reference: str) -> bool:
+        """Take an adapter out of every replica's memory once nobody uses it; False when it was in none."""
+        return any(self._everywhere("unload", reference))
+
+    def resident(self) -> list[ResidentAdapter]:
+        """The adapters in memory, replica by replica."""
+        return [one for _, _, held in self.look() for one in held]
+
+    def look(self) -> list[tuple[int, Any, list[ResidentAdapter]]]:
+        """(process, status, adapters in memory) of each replica."""
+        return self._everywhere("look")
+
+    def status(self) -> EngineStatus:
+        """The replicas as one engine: it can serve while one of them can, and its counts are their sums."""
+        try:
+            told = [status for _, status, _ in self.look()]
+        except (ServingError, RayActorError, TimeoutError):
+            told = []
+
+        def total(name: str) -> int:
+            return sum(getattr(one, name) for one in told)
+
+        return EngineStatus(
+            can_serve=any(one.can_serve for one in told),
+            can_pull=None,
+            hub_trouble=None,
+            running=total("running"),
+            waiting=total("waiting"),
+            steps=total("steps"),
+            tokens=total("tokens"),
+            resident=total("resident"),
+            loads=total("loads"),
+            evictions=total("evictions"),
+            canaries=self.canaries(),
+        )
+
+    def choose(self, reference: str) -> str | Path:
+        """Return `reference` or the candidate of its canary, whichever the next request gets."""
+        return self._rollouts.choose(reference)
+
+    def start_canary(self, reference: str, candidate: str, *, canary: float = 0.1) -> ResidentAdapter:
+        """Send a share of the requests for one reference to another, loaded everywhere first."""
+        loaded = self.load(candidate)
+        self._rollouts.start(reference, candidate, canary)
+        return loaded
+
+    def stop_canary(self, reference: str) -> bool:
+        """Send every request for `reference` where it points; False without a canary."""
+        return self._rollouts.stop(reference)
+
+    def canaries(self) -> dict[str, tuple[str, float]]:
+        """The canaries in force: reference -> (candidate, share)."""
+        return self._rollouts.current()
+
+    def close(self) -> None:
+        """End the replicas, and Ray where it was started here."""
+        serve.delete(APPLICATION)
+        if self._ours:
+            serve.shutdown()
+            ray.shutdown()
+
+    def _everywhere(self, method: str, *arguments: Any) -> list[Any]:
+        results = self._handle.broadcast(method, *arguments).results(timeout_s=CONTROL_SECONDS)
+        for result in results:
+            if isinstance(result, Refusal):
+                raise result.error()
+        if not results:
+            raise ServingError("No replica is running now; try again later.")
+        return list(results)
+
+    def __enter__(self) -> "ClusterEngine":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()

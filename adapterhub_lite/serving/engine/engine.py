@@ -1,0 +1,300 @@
+"""The engine: one thread owns one frozen base, and answers requests for many adapters in one batch.
+
+Callers resolve and load adapters in their own threads; the engine's thread only ever computes steps.
+"""
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from adapterhub_lite.bases import load_base_model, load_tokenizer, resolve_base
+from adapterhub_lite.errors import ConfigurationError
+from adapterhub_lite.serving.adapters.hub_source import HubSource
+from adapterhub_lite.serving.adapters.pool import AdapterPool, Tier
+from adapterhub_lite.serving.adapters.probe_check import Verify, check_canary
+from adapterhub_lite.serving.adapters.residency import ResidentAdapter
+from adapterhub_lite.serving.adapters.sources import AdapterSource, FolderSource, RegistrySource
+from adapterhub_lite.serving.engine.core import EngineLoop
+from adapterhub_lite.serving.engine.request import EngineStatus, GenerationRequest, GenerationResult
+from adapterhub_lite.serving.engine.sampling import Sampler
+from adapterhub_lite.serving.engine.sequence import ChunkStream, GenerationHandle, Job
+from adapterhub_lite.serving.engine.text import TextStream
+from adapterhub_lite.serving.model.runner import Trunk
+
+
+class InferenceEngine:
+    """Many adapters on one base. Thread-safe; close it, or use it as a context manager.
+
+    Adapters stay in memory (`max_slots` of them, the least recently used goes first) and are routed per row of a
+    batch of at most `max_rows`; more requests wait, at most `max_queue`, then are refused. `end_tokens` None takes
+    those of the base; an empty set writes every answer to its full length.
+    """
+
+    def __init__(
+        self,
+        trunk: Trunk,
+        tokenizer: Any,
+        base_fingerprint: str,
+        *,
+        source: AdapterSource | None = None,
+        max_slots: int = 64,
+        max_host: int = 64,
+        max_rank: int = 16,
+        max_queue: int = 256,
+        end_tokens: frozenset[int] | None = None,
+    ) -> None:
+        self.base_fingerprint = base_fingerprint
+        self.tokenizer = tokenizer
+        self._trunk = trunk
+        self._pool = AdapterPool(
+            source or FolderSource(),
+            trunk.families,
+            base_fingerprint,
+            device=trunk.device,
+            max_slots=max_slots,
+            max_host=max_host,
+            max_rank=max_rank,
+        )
+        self._tokenizing = threading.Lock()
+        ends = _end_tokens(trunk.model, tokenizer) if end_tokens is None else end_tokens
+        self._loop = EngineLoop(trunk, ends, max_queue=max_queue)
+
+    @classmethod
+    def from_base(
+        cls,
+        base: str | Path,
+        *,
+        registry: Any = None,
+        pull: Sequence[str] = (),
+        home: str | Path | None = None,
+        dtype: torch.dtype | str | None = None,
+        quantization: str | None = None,
+        device: str | None = None,
+        max_rows: int = 16,
+        native: bool | None = None,
+        **options: Any,
+    ) -> "InferenceEngine":
+        """Load a base by name, folder or Hub id and start serving it.
+
+        `pull` allows hub repositories ("org/*") to be pulled into the registry at their first use. `dtype` None keeps
+        the one the base was saved in; `quantization` is None, "int8" or "nf4". `device` None takes a GPU when there is
+        one. `native` None applies adapters by compiled code on a CPU with a C compiler, False by PyTorch alone.
+        `options` are those of the constructor: max_slots, max_host, max_rank, max_queue, end_tokens.
+
+        Raises:
+            UnknownNameError: no such base.
+            ConfigurationError: a base or a setting that cannot be served.
+        """
+        if max_rows < 1:
+            raise ConfigurationError(f"max_rows is {max_rows}, wanted at least 1.")
+        if pull and registry is None:
+            raise ConfigurationError("Pulling from a hub needs a registry to pull into; give registry=.")
+        resolved = resolve_base(base, home=home)
+        model = load_base_model(
+            resolved.folder,
+            dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            quantization_config=_quantization(quantization),
+        )
+        source: AdapterSource = FolderSource()
+        if registry is not None:
+            source = HubSource(registry, pull) if pull else RegistrySource(registry)
+        trunk = Trunk(model, rows=max_rows, native=native)
+        return cls(trunk, load_tokenizer(resolved.folder), resolved.fingerprint, source=source, **options)
+
+    def generate(self, request: GenerationRequest) -> GenerationResult:
+        """Answer one request; it shares its steps with whatever else runs.
+
+        Raises:
+            UsageError: an unknown adapter, or a prompt that does not fit.
+            AdapterRejectedError, BaseMismatchError: the adapter cannot be served on this base.
+            ServingError: queue full, timed out, or the engine was closed.
+        """
+        return self.submit(request).result()
+
+    def generate_many(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
+        """Answer several requests in one mixed batch, in their order; the first failure cancels the others."""
+        handles: list[GenerationHandle] = []
+        try:
+            for request in requests:
+                handles.append(self.submit(request))
+            return [handle.result() for handle in handles]
+        except BaseException:
+            for handle in handles:
+                handle.cancel()
+            raise
+
+    def stream(self, request: GenerationRequest) -> "ChunkStream":
+        """Yield the answer as it is made. The adapter is held from this call on, not from the first chunk on.
+
+        Dropping or closing the stream early cancels the request. Raises as `generate` does.
+        """
+        return ChunkStream(self.submit(request))
+
+    def submit(self, request: GenerationRequest) -> GenerationHandle:
+        """Queue a request and return its handle at once; the adapter is resolved, and loaded if need be, before."""
+        started = time.perf_counter()
+        prompt_ids = self._encode(request)
+        route = self._pool.route(request.adapter, request.timeout_seconds)
+        job = Job(
+            request=request,
+            prompt_ids=prompt_ids,
+            route=route,
+            sampler=Sampler(request, prompt_ids),
+            stream=TextStream(self.tokenizer, request.stop),
+            base_fingerprint=self.base_fingerprint,
+            submitted=started,
+            limit=min(request.max_new_tokens, self._trunk.max_length - len(prompt_ids)),
+        )
+        try:
+            self._loop.add(job)
+        except BaseException:
+            route.release()
+            raise
+        return GenerationHandle(job, self._loop.wake)
+
+    def load(self, reference: str | Path, *, pin: bool = False, verify: Verify = "files") -> ResidentAdapter:
+        """Bring an adapter into memory ahead of its first request; `pin` keeps it there.
+
+        `verify="canary"` first asks this engine the probes recorded with the adapter, beside whatever runs.
+
+        Raises:
+            UnknownNameError, AdapterRejectedError, BaseMismatchError: it cannot be served here, or answers otherwise.
+            QueueFullError: every slot is in use or pinned.
+        """
+        if verify == "canary":
+            check_canary(self._pool, self._loop, self._trunk, self.tokenizer, reference)
+        return self._pool.load(reference, pin=pin)
+
+    def prefetch(self, reference: str | Path) -> "Future[ResidentAdapter]":
+        """Do `load` in the background; the future has its result or its error."""
+        return self._pool.prefetch(reference)
+
+    def pin(self, reference: str | Path, pinned: bool = True) -> ResidentAdapter:
+        """Load an adapter if need be and keep it in its slot, or let it go like the others again."""
+        loaded = self._pool.load(reference)
+        self._pool.residency.pin(loaded.digest, pinned)
+        return replace(loaded, pinned=pinned)
+
+    def unload(self, reference: str | Path, *, timeout: float | None = None) -> bool:
+        """Take an adapter out of memory once nobody uses it; False when it was not there.
+
+        Requests that run finish on it, later ones load it afresh. `timeout` bounds the wait, not the unloading.
+        """
+        return self._pool.unload(reference, timeout=timeout)
+
+    def resident(self) -> list[ResidentAdapter]:
+        """Say which adapters are in memory, the least recently used first."""
+        return self._pool.residency.resident()
+
+    def tier(self, reference: str | Path) -> Tier:
+        """Say how near an adapter is: "resident", "host" (memory) or "disk"; pulls it when it is on a hub only."""
+        return self._pool.tier(reference)
+
+    def choose(self, reference: str) -> str | Path:
+        """Return `reference` or the candidate of its canary, whichever the next request gets; this is that request."""
+        return self._pool.rollouts.choose(reference)
+
+    def start_canary(self, reference: str, candidate: str, *, canary: float = 0.1) -> ResidentAdapter:
+        """Send the share `canary` of the requests for `reference` to `candidate`, loaded first; running ones stay.
+
+        Raises:
+            ConfigurationError: the share is not between 0 and 1.
+        """
+        loaded = self._pool.load(candidate)
+        self._pool.rollouts.start(reference, candidate, canary)
+        return loaded
+
+    def stop_canary(self, reference: str) -> bool:
+        """Send every request for `reference` where it points, from the next one on; False without a canary."""
+        return self._pool.rollouts.stop(reference)
+
+    def canaries(self) -> dict[str, tuple[str, float]]:
+        """The canaries in force: reference -> (candidate, share)."""
+        return self._pool.rollouts.current()
+
+    def status(self) -> EngineStatus:
+        """Say how the engine does: whether it can serve, whether it can pull, and its counts since the start."""
+        residency = self._pool.residency
+        source = self._pool.source
+        trouble = source.trouble if isinstance(source, HubSource) else None
+        return EngineStatus(
+            can_serve=self._loop.alive,
+            can_pull=trouble is None if isinstance(source, HubSource) else None,
+            hub_trouble=trouble,
+            running=self._loop.running,
+            waiting=self._loop.waiting,
+            steps=self._loop.steps,
+            tokens=self._loop.tokens,
+            resident=len(residency.resident()),
+            loads=residency.loads,
+            evictions=residency.evictions,
+            canaries=self.canaries(),
+        )
+
+    def base_digest(self) -> str:
+        """The sha256 over the base's weights as they are in memory now."""
+        return self._trunk.base_digest()
+
+    def close(self) -> None:
+        """Stop; whatever waits or runs ends with EngineClosedError."""
+        self._pool.close()
+        self._loop.close()
+
+    def __enter__(self) -> "InferenceEngine":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _encode(self, request: GenerationRequest) -> list[int]:
+        with self._tokenizing:
+            if request.messages is not None:
+                try:
+                    text = self.tokenizer.apply_chat_template(
+                        [dict(message) for message in request.messages], tokenize=False, add_generation_prompt=True
+                    )
+                except Exception as error:  # jinja raises whatever the template asks for
+                    raise ConfigurationError(f"The base's chat template refused the messages: {error}") from error
+                ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+            else:
+                ids = self.tokenizer.encode(request.prompt or "")
+        if not ids:
+            raise ConfigurationError(
+                "The prompt is empty, so there is nothing to go on from. Give at least one character."
+            )
+        if len(ids) >= self._trunk.max_length:
+            raise ConfigurationError(
+                f"The prompt has {len(ids)} tokens, this base takes at most {self._trunk.max_length - 1}. Shorten it."
+            )
+        return ids
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    found: set[int] = set()
+    for source in (getattr(model, "generation_config", None), model.config, tokenizer):
+        value = getattr(source, "eos_token_id", None)
+        found.update([value] if isinstance(value, int) else value or [])
+    return frozenset(found)
+
+
+def _quantization(kind: str | None) -> Any:
+    if kind is None:
+        return None
+    from transformers import BitsAndBytesConfig
+
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if kind == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )  # fmt: skip
+    raise ConfigurationError(f"quantization is {kind!r}, wanted None, 'int8' or 'nf4'.")

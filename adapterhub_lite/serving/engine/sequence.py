@@ -1,0 +1,211 @@
+"""One request on its way through the engine, and the handle that its caller keeps."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from adapterhub_lite.errors import RequestCancelledError, RequestTimeoutError
+from adapterhub_lite.serving.engine.request import (
+    GenerationChunk,
+    GenerationRequest,
+    GenerationResult,
+    Timings,
+    TokenLogprob,
+    Usage,
+)
+from adapterhub_lite.serving.engine.sampling import Sampler
+from adapterhub_lite.serving.engine.text import TextStream
+from adapterhub_lite.serving.model.lora_torch import Parts
+
+Item = GenerationChunk | BaseException
+
+
+@dataclass(frozen=True)
+class Route:
+    """What a request is answered with: the parts for its row, their names and digests, and how to let go of them."""
+
+    parts: Parts = ()
+    name: str | None = None
+    digest: str | None = None
+    seconds: float = 0.0
+    release: Callable[[], None] = lambda: None
+
+
+class Outbox:
+    """What a request's caller gets, in order: kept until it is taken, or told to a listener as it is made."""
+
+    def __init__(self) -> None:
+        self._kept = queue.SimpleQueue[Item]()
+        self._listener: Callable[[Item], None] | None = None
+        self._lock = threading.Lock()
+
+    def put(self, item: Item) -> None:
+        """Keep an item, or tell the listener."""
+        with self._lock:
+            (self._listener or self._kept.put)(item)
+
+    def get(self) -> Item:
+        """Wait for the next item that was kept, and take it."""
+        return self._kept.get()
+
+    def listen(self, listener: Callable[[Item], None]) -> None:
+        """Tell `listener` what was kept so far, and from now on each item on the thread that makes it."""
+        with self._lock:
+            while not self._kept.empty():
+                listener(self._kept.get())
+            self._listener = listener
+
+
+@dataclass(eq=False)
+class Job:
+    """A request's state. After submission only the engine's thread changes it, but for `cancelled`."""
+
+    request: GenerationRequest
+    prompt_ids: Sequence[int]
+    route: Route
+    sampler: Sampler
+    stream: TextStream
+    base_fingerprint: str
+    submitted: float
+    limit: int
+    row: int = -1
+    computed: int = 0
+    output: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    admitted: float = 0.0
+    first_token: float = 0.0
+    placing: float = 0.0
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    outbox: Outbox = field(default_factory=Outbox)
+    ended: bool = False
+
+    @property
+    def known(self) -> int:
+        """Tokens there are so far, prompt and output."""
+        return len(self.prompt_ids) + len(self.output)
+
+    def upcoming(self, count: int) -> list[int]:
+        """Return the next `count` tokens to compute."""
+        if self.computed >= len(self.prompt_ids):
+            at = self.computed - len(self.prompt_ids)
+            return self.output[at : at + count]
+        return list(self.prompt_ids[self.computed : self.computed + count])
+
+    def overdue(self, now: float) -> BaseException | None:
+        """Return the error that ends this job now, if one does."""
+        timeout = self.request.timeout_seconds
+        if self.cancelled.is_set():
+            return RequestCancelledError("The request was cancelled by its caller.")
+        if timeout is not None and now - self.submitted > timeout:
+            return RequestTimeoutError(
+                f"The request ran past its limit of {timeout} s with {len(self.output)} of at most "
+                f"{self.request.max_new_tokens} tokens made. Allow more time, or ask for fewer tokens."
+            )
+        return None
+
+    def end(self, outcome: BaseException | str) -> None:
+        """Let go of the adapters and tell the caller: an error, or the reason the answer is finished."""
+        self.ended = True
+        if isinstance(outcome, BaseException):
+            self.route.release()
+            self.outbox.put(outcome)
+            return
+        rest = self.stream.finish()
+        result = self._result(outcome)
+        self.route.release()
+        self.outbox.put(GenerationChunk(rest, done=True, result=result))
+
+    def _result(self, reason: str) -> GenerationResult:
+        now = time.perf_counter()
+        writing = now - self.first_token
+        timings = Timings(
+            queue_seconds=self.admitted - self.submitted,
+            switch_seconds=self.route.seconds + self.placing,
+            first_token_seconds=self.first_token - self.submitted,
+            total_seconds=now - self.submitted,
+            tokens_per_second=(len(self.output) - 1) / writing if len(self.output) > 1 and writing > 0 else 0.0,
+        )
+        return GenerationResult(
+            text=self.stream.text,
+            token_ids=tuple(self.output),
+            finish_reason=reason,
+            adapter=self.route.name,
+            adapter_digest=self.route.digest,
+            base_fingerprint=self.base_fingerprint,
+            usage=Usage(len(self.prompt_ids), len(self.output)),
+            timings=timings,
+            logprobs=tuple(self.logprobs) if self.request.logprobs is not None else None,
+        )
+
+
+class GenerationHandle:
+    """A submitted request: iterate over its chunks, or wait for its result. For one consumer."""
+
+    def __init__(self, job: Job, wake: Callable[[], None]) -> None:
+        self._job = job
+        self._wake = wake
+        self._result: GenerationResult | None = None
+
+    def cancel(self) -> None:
+        """Stop the request; its row is free within one step. Reading it then raises RequestCancelledError."""
+        self._job.cancelled.set()
+        self._wake()
+
+    def listen(self, listener: Callable[[Item], None], *, whole: bool = False) -> None:
+        """Instead of iterating: `listener` is told each chunk, the last one `done`, or the error that ended them.
+
+        `whole` leaves out all but the last. Called on the engine's thread, so it must be quick and must not raise.
+        """
+
+        def last(item: Item) -> None:
+            if isinstance(item, BaseException) or item.done:
+                listener(item)
+
+        self._job.outbox.listen(last if whole else listener)
+
+    def __iter__(self) -> Iterator[GenerationChunk]:
+        """Yield chunks as they are made; the last one is `done` and carries the result.
+
+        Raises:
+            ServingError: cancelled, timed out, closed, or failed inside the model.
+        """
+        while self._result is None:
+            item = self._job.outbox.get()
+            if isinstance(item, BaseException):
+                # Left for the next reader too: an ended request never blocks anybody.
+                self._job.outbox.put(item)
+                raise item
+            self._result = item.result
+            yield item
+
+    def result(self) -> GenerationResult:
+        """Wait for the whole answer.
+
+        Raises:
+            ServingError: as for iterating.
+        """
+        for _ in self:
+            pass
+        assert self._result is not None
+        return self._result
+
+
+class ChunkStream(Iterator[GenerationChunk]):
+    """The chunks of one request; closed or forgotten before the last, it cancels the request."""
+
+    def __init__(self, handle: GenerationHandle) -> None:
+        self._handle = handle
+        self._chunks = iter(handle)
+
+    def __next__(self) -> GenerationChunk:
+        """Return the next chunk, as iterating over a handle does."""
+        return next(self._chunks)
+
+    def close(self) -> None:
+        """Cancel what is left; nothing when the answer is whole."""
+        self._handle.cancel()
+
+    def __del__(self) -> None:
+        self.close()

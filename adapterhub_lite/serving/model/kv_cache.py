@@ -1,0 +1,155 @@
+"""Keys and values by row: a row belongs to one request at a time, and grows and leaves without touching the others."""
+
+import torch
+
+from adapterhub_lite.serving.model.attention import DirectAttention
+from adapterhub_lite.serving.model.batch import Run, Step
+
+FIRST_CAPACITY = 512
+CLEAN_BLOCK = 256
+
+
+class RowCache:
+    """For each layer, keys and values (rows, capacity, kv_heads, head_dim), and attention over them.
+
+    The capacity grows by doubling when a longer request is admitted, and falls back when the engine is idle. `direct`
+    attends for rows with few queries, PyTorch for the others.
+    """
+
+    def __init__(
+        self, layers: int, rows: int, *, device: torch.device | str = "cpu", direct: DirectAttention | None = None
+    ) -> None:
+        self.rows = rows
+        self._direct = direct
+        self._runs: list[Run] = []
+        self.capacity = 0
+        self._wanted = FIRST_CAPACITY
+        self._device = device
+        # Made at the first write of a layer, which knows heads and dtype; models may differ from layer to layer.
+        self._keys: list[torch.Tensor | None] = [None] * layers
+        self._values: list[torch.Tensor | None] = [None] * layers
+        # Up to here a row's memory is known to hold numbers: masked places are multiplied by 0, and 0 * NaN is NaN.
+        self._clean = [0] * rows
+        self._step: Step | None = None
+        self._flat = torch.empty(0)
+        self._masks: dict[tuple[int, int | None, torch.dtype], torch.Tensor] = {}
+
+    def reserve(self, length: int) -> None:
+        """Make room for `length` tokens in every row."""
+        while self._wanted < length:
+            self._wanted *= 2
+        if self.capacity and self._wanted > self.capacity:
+            for store in (self._keys, self._values):
+                for layer, old in enumerate(store):
+                    if old is not None:
+                        grown = old.new_empty(self.rows, self._wanted, *old.shape[2:])
+                        grown[:, : max(self._clean)] = old[:, : max(self._clean)]
+                        store[layer] = grown
+            self.capacity = self._wanted
+
+    def shrink(self) -> None:
+        """Give back what a long request needed. Only when no row is in use."""
+        if self.capacity > FIRST_CAPACITY:
+            self._keys = [None] * len(self._keys)
+            self._values = [None] * len(self._values)
+            self.capacity, self._wanted = 0, FIRST_CAPACITY
+            self._clean = [0] * self.rows
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` tokens of row `source` to row `target`."""
+        for store in (self._keys, self._values):
+            for tensor in store:
+                if tensor is not None:
+                    tensor[target, :length] = tensor[source, :length]
+        self._clean[target] = max(self._clean[target], length)
+
+    def spoil(self, row: int) -> None:
+        """Trust nothing in a row: what ended there may have left numbers that are not finite."""
+        self._clean[row] = 0
+
+    def begin(self, step: Step) -> None:
+        """Fix the step that the following `attend` calls belong to."""
+        self.capacity = self._wanted
+        self._step = step
+        self._flat = step.token_rows * self.capacity + step.positions
+        self._masks = {}
+        self._runs = list(step.runs) if self._direct is None else self._direct.begin(step.runs)
+        for run in step.runs:
+            for row in range(run.rows.start, run.rows.stop):
+                if self._clean[row] < run.kv_length:
+                    self._wipe(row, run.kv_length)
+
+    def _wipe(self, row: int, length: int) -> None:
+        """Zero a row from where it is known to be clean to a little beyond `length`."""
+        end = min(self.capacity, -(-length // CLEAN_BLOCK) * CLEAN_BLOCK)
+        for store in (self._keys, self._values):
+            for tensor in store:
+                if tensor is not None:
+                    tensor[row, self._clean[row] : end].zero_()
+        self._clean[row] = end
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float | None,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        """Store key and value (T, kv_heads, head_dim) and attend with query (T, heads, head_dim).
+
+        Returns (T, heads, head_dim). Each row sees its own tokens up to the query's position, and of those only the
+        last `window` where one is given.
+        """
+        step = self._step
+        assert step is not None, "begin() was not called"
+        keys, values = self._store(layer, key, value)
+        out = torch.empty(query.shape[0], query.shape[1], value.shape[2], dtype=query.dtype, device=query.device)
+        if self._direct is not None:
+            self._direct.attend(query, keys, values, out, scaling, window)
+        kv_heads = key.shape[1]
+        for number, run in enumerate(self._runs):
+            n, length = run.count, run.query_length
+            # -> (n, kv, group * q, d): heads that share keys become more queries, and no key is repeated
+            q = query[run.tokens].view(n, length, kv_heads, -1, query.shape[2]).permute(0, 2, 3, 1, 4)
+            group = q.shape[2]
+            got = torch.nn.functional.scaled_dot_product_attention(
+                q.reshape(n, kv_heads, group * length, query.shape[2]),
+                keys[run.rows, : run.kv_length].transpose(1, 2),
+                values[run.rows, : run.kv_length].transpose(1, 2),
+                attn_mask=self._mask(number, run, group, window, query),
+                scale=scaling,
+            )
+            back = got.view(n, kv_heads, group, length, -1).permute(0, 3, 1, 2, 4)
+            out[run.tokens].view(n, length, kv_heads, group, -1).copy_(back)
+        return out
+
+    def _store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        pair = []
+        for store, fresh in ((self._keys, key), (self._values, value)):
+            held = store[layer]
+            if held is None:
+                # empty, not zeros: pages that no row has reached are never committed
+                held = fresh.new_empty(self.rows, self.capacity, *fresh.shape[1:])
+                for row, clean in enumerate(self._clean):
+                    held[row, :clean].zero_()
+                store[layer] = held
+            held.view(-1, *fresh.shape[1:]).index_copy_(0, self._flat, fresh)
+            pair.append(held)
+        return pair[0], pair[1]
+
+    def _mask(self, number: int, run: Run, group: int, window: int | None, query: torch.Tensor) -> torch.Tensor:
+        """Additive mask (n, 1, group * q, kv): -inf where a query must not look. Shared by the layers of a step."""
+        found = self._masks.get((number, window, query.dtype))
+        if found is None:
+            kv = torch.arange(run.kv_length, device=query.device)
+            starts = torch.tensor(run.starts, device=query.device)
+            at = starts[:, None] + torch.arange(run.query_length, device=query.device)
+            hidden = kv > at[:, :, None]
+            if window is not None:
+                hidden |= kv <= at[:, :, None] - window
+            mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill_(hidden, -torch.inf)
+            found = mask[:, None].repeat(1, 1, group, 1)
+            self._masks[number, window, query.dtype] = found
+        return found

@@ -1,0 +1,1 @@
+"""Rows of any shape in, batches of tokens with their mask out."""

@@ -1,0 +1,1 @@
+"""A base with its adapter, ready to train."""

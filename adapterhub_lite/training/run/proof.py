@@ -1,0 +1,215 @@
+"""The first-step proof: a run that would learn nothing, or the wrong thing, stops in its first seconds and says why.
+
+Four facts are checked: something is to be learned, the end of an answer is learned, the loss is the model's own, and
+every trainable tensor gets a gradient. Knows the trainer's parts, not the trainer.
+"""
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset
+from pyarrow import compute
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from adapterhub_lite.errors import DataError, ProofFailedError
+from adapterhub_lite.training.data.tokenization import IGNORED
+
+ROWS_AT_A_TIME = 1000
+# So many of them have their logits in fp32 at a time.
+REFERENCE_TOKENS = 8
+# Relative to the loss: what rounding in the base's dtype may make of two ways to compute the same thing.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+
+
+def check_rows(table: Any, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+    """Check every row of a tokenised table: as many labels as tokens, in the vocabulary, some of them to be learned.
+
+    Raises:
+        DataError: tokens and labels differ in number, or one of them is outside the vocabulary.
+        ProofFailedError: a row teaches nothing, or no row teaches the end of an answer.
+    """
+    if not isinstance(table, Dataset) or "labels" not in table.column_names:
+        return
+    learned_end, before = False, 0
+    for part in table.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=ROWS_AT_A_TIME):
+        ids, labels = (_flat(part[name]) for name in ("input_ids", "labels"))
+        _same_lengths(ids.ends, labels.ends, before)
+        goals = labels.values.copy()
+        # The first token of a row is predicted by nothing.
+        goals[labels.starts[labels.starts < labels.ends]] = IGNORED
+        _in_vocabulary("token", ids, True, vocabulary, before)
+        _in_vocabulary("label", labels, goals != IGNORED, vocabulary, before)
+        counts = np.concatenate([[0], (goals != IGNORED).cumsum()])
+        empty = (counts[labels.ends] == counts[labels.starts]).nonzero()[0]
+        if len(empty):
+            raise ProofFailedError(
+                f"Row {before + empty[0]} has no label to learn from: all of them are {IGNORED}. Check how the labels "
+                "were made: a chat template without an assistant marker gives an empty mask."
+            )
+        learned_end = learned_end or tokenizer.eos_token_id in goals
+        before += len(labels.ends)
+    if not learned_end:
+        raise ProofFailedError(
+            f"No row teaches the end token {tokenizer.eos_token!r}, so the model would never stop. Let the chat "
+            "template end each assistant turn with it, or set tokenizer.eos_token to the token that does."
+        )
+
+
+class _Flat(NamedTuple):
+    """Lists of numbers laid end to end: `values` (total,), and where each list starts and ends."""
+
+    values: Any
+    starts: Any
+    ends: Any
+
+
+def _flat(column: Any) -> _Flat:
+    ends = compute.list_value_length(column).to_numpy().cumsum()
+    return _Flat(compute.list_flatten(column).to_numpy(), np.concatenate([[0], ends[:-1]]), ends)
+
+
+def _same_lengths(ids: Any, labels: Any, before: int) -> None:
+    wrong = (ids != labels).nonzero()[0]
+    if len(wrong):
+        raise DataError(f"Row {before + wrong[0]} has another number of labels than of tokens. Give one label a token.")
+
+
+def _in_vocabulary(kind: str, flat: _Flat, counted: Any, vocabulary: int, before: int) -> None:
+    wrong = (counted & ((flat.values < 0) | (flat.values >= vocabulary))).nonzero()[0]
+    if len(wrong):
+        row = before + np.searchsorted(flat.ends, wrong[0], side="right")
+        raise DataError(_outside(f"Row {row}", kind, flat.values[wrong[0]], vocabulary))
+
+
+def _outside(where: str, kind: str, value: Any, vocabulary: int) -> str:
+    wanted = f"{IGNORED} or 0" if kind == "label" else "0"
+    return (
+        f"{where} has the {kind} {value}; wanted {wanted} to {vocabulary - 1}. "
+        "Tokenise with the tokenizer of this base."
+    )
+
+
+def check_batch(batch: Mapping[str, Tensor], vocabulary: int, step: int, must_teach: bool) -> None:
+    """Check one batch of a stream, whose rows could not be checked before the run.
+
+    Raises:
+        DataError: a label is outside the vocabulary.
+        ProofFailedError: the batch teaches nothing although it `must_teach`.
+    """
+    goals = batch["labels"][..., 1:]
+    goals = goals[goals != IGNORED]
+    if must_teach and not len(goals):
+        raise ProofFailedError(
+            f"The batch of step {step} has no label to learn from: all of them are {IGNORED}. Check how the stream "
+            "makes its labels."
+        )
+    wrong = goals[(goals < 0) | (goals >= vocabulary)]
+    if len(wrong):
+        raise DataError(_outside(f"The batch of step {step}", "label", int(wrong[0]), vocabulary))
+
+
+def check_loss(model: nn.Module, batch: Mapping[str, Tensor], loss: Any, precision: torch.dtype | None = None) -> None:
+    """Check that `loss(batch)` on one short row is the cross entropy of the model's own logits, computed plainly.
+
+    `batch` is one row: `input_ids` and `labels`, each (1, seq), cut to some valid labels. `loss` returns the sum.
+    `precision` is the dtype that autocast computes in, None for that of the weights.
+
+    Raises:
+        ProofFailedError: they differ by more than rounding explains.
+    """
+    labels = batch["labels"]
+    with torch.no_grad():
+        ours = float(loss())
+        logits, goals = model(input_ids=batch["input_ids"]).logits[0, :-1], labels[0, 1:]
+        # In parts: beside a large vocabulary's logits, fp32 copies would be the peak of a run that saves memory.
+        parts = zip(logits.split(REFERENCE_TOKENS), goals.split(REFERENCE_TOKENS), strict=True)
+        reference = sum(
+            float(F.cross_entropy(part.float(), some, ignore_index=IGNORED, reduction="sum")) for part, some in parts
+        )
+    dtype = precision or next(model.parameters()).dtype
+    valid = int((labels[:, 1:] != IGNORED).sum())
+    allowed = TOLERANCE.get(dtype, 3e-2) * (abs(reference) + valid)
+    if not abs(ours - reference) <= allowed:
+        raise ProofFailedError(
+            f"The loss of {valid} tokens is {ours:.5f}, but the model's own logits give {reference:.5f}. The head has "
+            "something that the logits-free loss does not know. Train with loss_backend='model', and report this model."
+        )
+
+
+class GradientProof:
+    """Watches the gradients of the first two steps (law: none missing, none but finite, every pair moved)."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.unmoved = {_pair(name) for name in names}
+        self._heard: dict[str, Tensor] | None = None
+        self._hooks: list[Any] = []
+
+    def listen(self, model: nn.Module) -> None:
+        """Catch the gradients as they are made, for engines that take them away before the step can be looked at."""
+        self._heard = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                self._hooks.append(parameter.register_hook(partial(self._hear, name)))
+
+    def _hear(self, name: str, gradient: Tensor) -> None:
+        assert self._heard is not None
+        self._heard[name] = self._heard[name] + gradient if name in self._heard else gradient.detach().clone()
+
+    def of(self, model: nn.Module) -> list[tuple[str, Tensor | None]]:
+        """The gradients of this step, by parameter: those that were heard, or those that lie in `model`."""
+        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        if self._heard is None:
+            return [(name, parameter.grad) for name, parameter in trained]
+        heard, self._heard = self._heard, {}
+        return [(name, heard.get(name)) for name, _ in trained]
+
+    def check(self, gradients: Iterable[tuple[str, Tensor | None]], last: bool) -> None:
+        """Take the gradients of one step; with `last`, every LoRA pair must have had one that is not zero.
+
+        Raises:
+            ProofFailedError: which tensors have no gradient, one that is not finite, or only zeros.
+        """
+        missing, wild = [], []
+        for name, gradient in gradients:
+            if gradient is None:
+                missing.append(name)
+            elif not bool(torch.isfinite(gradient).all()):
+                wild.append(name)
+            elif bool((gradient != 0).any()):
+                self.unmoved.discard(_pair(name))
+        if missing:
+            raise ProofFailedError(
+                f"{len(missing)} trainable tensors got no gradient ({_some(missing)}): the loss does not depend on "
+                "them. Take their layers out of target_modules, or check what cuts the graph (a detached forward, "
+                "reentrant checkpointing without input gradients)."
+            )
+        if wild:
+            raise ProofFailedError(
+                f"{len(wild)} trainable tensors got a gradient that is not finite ({_some(wild)}). "
+                "Use bf16 or fp32 instead of fp16, or lower the learning rate."
+            )
+        if last:
+            for hook in self._hooks:
+                hook.remove()
+        if last and self.unmoved:
+            raise ProofFailedError(
+                f"{len(self.unmoved)} trainable pairs got only zero gradients in two steps ({_some(self.unmoved)}): "
+                "they would never learn. Check that their layers take part in the forward pass, and that A is not zero."
+            )
+
+
+def _pair(name: str) -> str:
+    """One name for both halves of a LoRA pair; other tensors stand for themselves."""
+    for half in (".lora_A.", ".lora_B.", ".lora_embedding_A.", ".lora_embedding_B."):
+        name = name.replace(half, ".lora.")
+    return name.removesuffix(".weight")
+
+
+def _some(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:3]) + (", ..." if len(ordered) > 3 else "")

@@ -1,7 +1,0 @@
-"""`python -m app`."""
-
-import sys
-
-from app.launch import main
-
-sys.exit(main())

@@ -1,0 +1,1 @@
+"""How answers, tasks and notices are written for the page. Plain functions."""

@@ -1,0 +1,147 @@
+"""What a person may pick to answer: the bare base, one adapter, or a blend. Knows the names, not the page.
+
+A task travels through the page as one line of text in the engine's own notation, so that a restarted server can
+read it again.
+"""
+
+import math
+from dataclasses import dataclass
+
+from adapterhub_app.display.escape import one_line
+from adapterhub_lite.errors import AdapterHubError, ReferenceSyntaxError
+from adapterhub_lite.registry import AdapterManifest, AdapterReference, AdapterRegistry
+
+# Not a name an adapter can have, so that an adapter called "base" is still itself.
+BASE = "(base)"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Who answers: `parts` holds (reference, weight) pairs; none for the base, one of weight 1 for an adapter."""
+
+    parts: tuple[tuple[str, float], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str | None) -> "Task":
+        """Read `(base)`, an adapter reference, or a blend such as `sql:3*0.7+event@prod*0.3`.
+
+        Raises:
+            ReferenceSyntaxError: anything else.
+        """
+        text = (text or BASE).strip()
+        if text == BASE:
+            return cls()
+        return cls(tuple(_part(piece.strip()) for piece in text.split("+")))
+
+    @property
+    def is_base(self) -> bool:
+        """Whether the bare base answers."""
+        return not self.parts
+
+    @property
+    def is_blend(self) -> bool:
+        """Whether several adapters answer together, or one at another weight than 1."""
+        return len(self.parts) > 1 or any(weight != 1.0 for _, weight in self.parts)
+
+    @property
+    def name(self) -> str:
+        """What people read: `base`, the reference, or `0.7×sql + 0.3×event`."""
+        if self.is_base:
+            return "base"
+        if not self.is_blend:
+            return self.parts[0][0]
+        return " + ".join(f"{weight:g}×{reference}" for reference, weight in self.parts)
+
+    def __str__(self) -> str:
+        if self.is_base:
+            return BASE
+        return "+".join(reference if weight == 1.0 else f"{reference}*{weight:g}" for reference, weight in self.parts)
+
+    def pinned(self, registry: AdapterRegistry) -> str | None:
+        """The engine's notation of it with each reference as `name:version` of now; None for the base.
+
+        Raises:
+            UnknownNameError: a part names no adapter.
+        """
+        if self.is_base:
+            return None
+        fixed = tuple((registry.resolve(reference).reference, weight) for reference, weight in self.parts)
+        return str(Task(fixed))
+
+
+def task_choices(registry: AdapterRegistry, base_name: str) -> list[tuple[str, str]]:
+    """Every task as (label, value): the base, then the adapters."""
+    return [(f"base · {base_name}", BASE), *adapter_choices(registry)]
+
+
+def adapter_choices(registry: AdapterRegistry) -> list[tuple[str, str]]:
+    """Every adapter as (label, value): its newest version, then its aliases."""
+    choices = []
+    for manifest in newest_versions(registry):
+        choices.append((f"{manifest.name} · v{manifest.version}", manifest.name))
+        aliases = sorted(registry.aliases(manifest.name).items())
+        choices += [(f"{manifest.name}@{alias} · v{version}", f"{manifest.name}@{alias}") for alias, version in aliases]
+    return choices
+
+
+def newest_versions(registry: AdapterRegistry) -> list[AdapterManifest]:
+    """The newest version of every adapter, by name."""
+    newest: dict[str, AdapterManifest] = {}
+    for manifest in registry.list():
+        if manifest.name not in newest or newest[manifest.name].version < manifest.version:
+            newest[manifest.name] = manifest
+    return [newest[name] for name in sorted(newest)]
+
+
+def manifests_of(task: Task, registry: AdapterRegistry) -> list[AdapterManifest]:
+    """The manifests a task stands for now; empty for the base.
+
+    Raises:
+        UnknownNameError: a part names no adapter.
+    """
+    return [registry.resolve(reference) for reference, _ in task.parts]
+
+
+def describe_task(text: str | None, registry: AdapterRegistry) -> str:
+    """One plain line about a task: what it is for, its version and short digest; or the sentence why it is none."""
+    try:
+        task = Task.parse(text)
+        manifests = manifests_of(task, registry)
+    except AdapterHubError as error:
+        return str(error)
+    if not manifests:
+        return "The frozen base model, no adapter."
+    if task.is_blend:
+        return "Blend of " + ", ".join(f"{m.reference} ({short_digest(m.digest)})" for m in manifests) + "."
+    manifest = manifests[0]
+    about = one_line(manifest.task or "No description in its manifest.")
+    return f"{about} · {manifest.reference} · {short_digest(manifest.digest)} · rank {manifest.lora.rank}"
+
+
+def task_examples(text: str | None, registry: AdapterRegistry, limit: int = 4) -> list[str]:
+    """Example questions of a task, in turn from each of its adapters' manifests; none where nothing resolves."""
+    try:
+        each = [manifest.examples for manifest in manifests_of(Task.parse(text), registry)]
+    except AdapterHubError:
+        return []
+    longest = max((len(examples) for examples in each), default=0)
+    mixed = [examples[row] for row in range(longest) for examples in each if row < len(examples)]
+    return mixed[:limit]
+
+
+def short_digest(digest: str) -> str:
+    """The first 8 hex digits of a digest, with or without its `sha256:` mark."""
+    return digest.removeprefix("sha256:")[:8]
+
+
+def _part(piece: str) -> tuple[str, float]:
+    reference, star, weight = piece.partition("*")
+    try:
+        factor = float(weight) if star else 1.0
+    except ValueError:
+        factor = math.nan
+    if not math.isfinite(factor):
+        raise ReferenceSyntaxError(
+            f"The weight in {piece!r:.80} is not a number; wanted a blend such as sql*0.7+event*0.3."
+        )
+    return str(AdapterReference.parse(reference.strip())), factor

@@ -1,0 +1,177 @@
+"""Starts the app on this machine: picks the port, shuts the doors, says where it is. Knows no tab."""
+
+import argparse
+import asyncio
+import os
+import socket
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import gradio as gr
+
+from adapterhub_app.access import Access
+from adapterhub_app.demo import build_demo
+from adapterhub_app.headers import security_middleware
+from adapterhub_app.theme import STYLE_SHEET, build_theme
+from adapterhub_lite.bases import ResolvedBase, resolve_base
+from adapterhub_lite.errors import AdapterHubError, ResourceError, UsageError
+from adapterhub_lite.registry import AdapterRegistry
+from adapterhub_lite.serving import InferenceEngine
+
+DEFAULT_PORT = 7860
+PORTS_TRIED = 100
+LAST_PORT = 65_535
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class RunningApp:
+    """An app that is being served at `url`; `close()` ends it and leaves the engine alone."""
+
+    url: str
+    demo: gr.Blocks
+
+    def close(self) -> None:
+        """Stop serving and free the port."""
+        self.demo.close(verbose=False)
+
+
+def launch(
+    engine: InferenceEngine,
+    registry: AdapterRegistry,
+    *,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    base_name: str | None = None,
+    base: ResolvedBase | None = None,
+    access: Access | None = None,
+    hub: str | None = None,
+    block: bool = True,
+) -> RunningApp:
+    """Serve the app and print where it is. With `block`, return when it is interrupted.
+
+    `port` None means 7860 or the next free one; the other settings are those of `build_demo`.
+
+    Raises:
+        ResourceError: the port asked for, or every port tried, is in use.
+    """
+    access = access or Access()
+    chosen = free_port(host, port)
+
+    async def start() -> gr.Blocks:
+        demo = build_demo(engine, registry, base_name=base_name, base=base, access=access, hub=hub)
+        _serve(demo, host, chosen, access)
+        return demo
+
+    # Gradio makes its locks in the running loop; where there is none it opens one for each and never closes them.
+    with ThreadPoolExecutor(1, "app-start") as starter:
+        demo = starter.submit(asyncio.run, start()).result()
+    running = RunningApp(url=f"http://{_spoken_host(host)}:{chosen}/", demo=demo)
+    moved = f" (port {DEFAULT_PORT} is in use)" if port is None and chosen != DEFAULT_PORT else ""
+    print(f"adapterhub-lite is at {running.url}{moved}", flush=True)
+    if block:
+        demo.block_thread()
+    return running
+
+
+def _serve(demo: gr.Blocks, host: str, port: int, access: Access) -> None:
+    """Start Gradio's server with every door shut that the page doesn't need."""
+    demo.queue(default_concurrency_limit=None, api_open=False)
+    try:
+        demo.launch(
+            server_name=host,
+            server_port=port,
+            auth=access.check if access.has_login else None,
+            share=False,
+            quiet=True,
+            show_error=False,
+            prevent_thread_lock=True,
+            footer_links=[],
+            run_history=False,
+            enable_monitoring=False,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            app_kwargs={"middleware": security_middleware()},
+            theme=build_theme(),
+            css_paths=STYLE_SHEET,
+        )
+    except OSError as error:
+        raise ResourceError(f"Port {port} on {host} was taken by another program meanwhile. Start again.") from error
+
+
+def free_port(host: str, port: int | None) -> int:
+    """Return `port` if it is free, or for None the first free one from 7860 on; 0 lets the system choose.
+
+    Raises:
+        ResourceError: it is, or all of them are, in use.
+    """
+    if port is not None and not 0 <= port <= LAST_PORT:
+        raise ResourceError(f"There is no port {port}: wanted 0 (any free one) to {LAST_PORT}.")
+    candidates = range(DEFAULT_PORT, DEFAULT_PORT + PORTS_TRIED) if port is None else (port,)
+    for candidate in candidates:
+        with socket.socket() as probe:
+            # As the server does, so that a port whose last connections are still closing counts as free.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, candidate))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    tried = f"Ports {DEFAULT_PORT} to {DEFAULT_PORT + PORTS_TRIED - 1} are" if port is None else f"Port {port} is"
+    raise ResourceError(f"{tried} in use on {host}. Stop the other program, or give another port.")
+
+
+def serve(
+    base: str,
+    *,
+    home: str | Path | None = None,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    users: str | Path | None = None,
+    hub: str | None = None,
+) -> None:
+    """Load `base` and serve the app over the registry at `home` until it is interrupted.
+
+    `users` is a file of logins (see `Access.read`), `hub` the endpoint to push to and pull from.
+
+    Raises:
+        UsageError: `host` can be reached from elsewhere, and nobody has to log in.
+        AdapterHubError: no such base, no free port, or the logins cannot be read.
+    """
+    if users is None and host not in LOOPBACK:
+        raise UsageError(
+            f"On {host} others could promote and push. Name their logins with --users, or leave --host out."
+        )
+    access = Access.read(users) if users else Access()
+    free_port(host, port)  # before the base is loaded, which takes longer
+    registry, resolved = AdapterRegistry(home), resolve_base(base, home=home)
+    with InferenceEngine.from_base(base, registry=registry, home=home) as engine:
+        named = Path(base).name
+        launch(engine, registry, host=host, port=port, base_name=named, base=resolved, access=access, hub=hub)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Start the app from the command line (`python -m adapterhub_app`). Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m adapterhub_app", description=main.__doc__)
+    parser.add_argument(
+        "--base", default=os.environ.get("ADAPTERHUB_BASE", "smollm2-135m"), help="base model name or folder"
+    )
+    parser.add_argument("--home", default=None, help="registry home; default $ADAPTERHUB_HOME or ~/.adapterhub-lite")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, default=None, help="port; default 7860 or the next free one")
+    parser.add_argument("--users", default=None, help="JSON file of logins with their roles; default no login")
+    parser.add_argument("--hub", default=None, help="endpoint of the hub to push to and pull from")
+    chosen = parser.parse_args(arguments)
+    try:
+        serve(**vars(chosen))
+    except AdapterHubError as error:
+        parser.exit(2, f"{error}\n")
+    return 0
+
+
+def _spoken_host(host: str) -> str:
+    everywhere = host in ("", "0.0.0.0", "::")  # noqa: S104 - compared with, not bound to
+    return "127.0.0.1" if everywhere else host

@@ -1,0 +1,156 @@
+"""The Registry tab's components and what they are wired to. The work is done in catalogue.py and changes.py."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from adapterhub_app.backend import Backend
+from adapterhub_app.display.charts import draw_loss
+from adapterhub_app.display.escape import literal_markdown
+from adapterhub_app.display.notice import sentence
+from adapterhub_app.tabs.catalogue import (
+    COLUMN_TYPES,
+    COLUMN_WIDTHS,
+    COLUMNS,
+    HISTORY_COLUMNS,
+    alias_moves,
+    card_text,
+    catalogue_rows,
+    loss_curve,
+    measured_manifest,
+    provenance,
+    version_choices,
+)
+from adapterhub_app.tabs.changes import promote, pull, push, roll_back
+
+
+def build_registry_tab(backend: Backend, task: gr.Dropdown, tabs: gr.Tabs) -> tuple[gr.Dataframe, gr.Dropdown]:
+    """Lay out the tab and wire it to the Chat tab's `task`; returns its table and version list, to refresh them."""
+    search = gr.Textbox(
+        show_label=False, label="Search", placeholder="Search names, tasks, tags, aliases, digests", container=False,
+        elem_id="registry-search",
+    )  # fmt: skip
+    table = gr.Dataframe(
+        value=catalogue_rows(backend.registry), headers=list(COLUMNS), datatype=list(COLUMN_TYPES), interactive=False,
+        column_widths=list(COLUMN_WIDTHS), max_height=320, show_label=False, label="Adapters", elem_id="registry-table",
+        buttons=[], wrap=False,
+    )  # fmt: skip
+    with gr.Row(equal_height=True, elem_id="registry-picked"):
+        picked = gr.Dropdown(
+            choices=version_choices(backend.registry), value=None, label="Version", elem_id="registry-version",
+            info="Pick a row above, or here", allow_custom_value=True, scale=4,
+        )  # fmt: skip
+        chat = gr.Button("Use in chat", elem_id="registry-chat", interactive=False, scale=1, min_width=120)
+    _build_changes(backend, picked, table, search)
+    details = _build_details()
+
+    def on_search(words: str) -> Any:
+        return catalogue_rows(backend.registry, words)
+
+    def on_row(event: gr.SelectData) -> str:
+        return f"{event.row_value[0]}:{event.row_value[1]}"
+
+    def on_pick(reference: str | None) -> list[Any]:
+        return [gr.Button(interactive=bool(reference)), *_details(backend, reference)]
+
+    def on_chat(reference: str) -> tuple[Any, Any]:
+        return gr.Dropdown(value=reference), gr.Tabs(selected="chat")
+
+    search.change(on_search, search, table, queue=False, show_progress="hidden")
+    table.select(on_row, None, picked, queue=False, show_progress="hidden")
+    picked.change(on_pick, picked, [chat, *details], queue=False, show_progress="hidden")
+    chat.click(on_chat, picked, [task, tabs], queue=False, show_progress="hidden")
+    return table, picked
+
+
+def _build_details() -> list[Any]:
+    """(all of it, provenance, card, loss plot, history): hidden until a version is picked."""
+    with gr.Row(visible=False, equal_height=False, elem_id="registry-details") as box:
+        with gr.Column(scale=1, min_width=300):
+            gr.Markdown("### Provenance")
+            origin = gr.Markdown(elem_id="registry-provenance", elem_classes="facts")
+            curve = gr.HTML(visible=False, padding=False, elem_id="registry-loss")
+            gr.Markdown("### Aliases")
+            moves = gr.Dataframe(
+                headers=list(HISTORY_COLUMNS), datatype="str", interactive=False, max_height=220, show_label=False,
+                label="History of aliases", elem_id="registry-history", buttons=[],
+            )  # fmt: skip
+        with gr.Column(scale=1, min_width=300):
+            card = gr.Markdown(elem_id="registry-card", latex_delimiters=[])
+    return [box, origin, card, curve, moves]
+
+
+def _details(backend: Backend, reference: str | None) -> list[Any]:
+    if not reference:
+        return [gr.Row(visible=False), "", "", gr.HTML(visible=False), []]
+    try:
+        manifest = measured_manifest(backend.registry, reference)
+        origin, card = provenance(manifest), card_text(manifest)
+        moves, curve = alias_moves(backend.registry, manifest.name), loss_curve(manifest)
+    except Exception as error:  # the page's edge
+        return [gr.Row(visible=True), literal_markdown(sentence(error)), "", gr.HTML(visible=False), []]
+    return [gr.Row(visible=True), origin, card, gr.HTML(draw_loss(curve), visible=bool(curve)), moves]
+
+
+def _build_changes(backend: Backend, picked: gr.Dropdown, table: gr.Dataframe, search: gr.Textbox) -> None:
+    with gr.Accordion("Promote, roll back, push, pull", open=False, elem_id="registry-changes"):
+        with gr.Row(equal_height=False):
+            with gr.Column(min_width=280):
+                alias = gr.Textbox(label="Alias", value="prod", max_length=64, elem_id="registry-alias")
+                with gr.Row(elem_classes="natural"):
+                    up = gr.Button("Promote", elem_id="registry-promote")
+                    back = gr.Button("Roll back", elem_id="registry-rollback")
+            with gr.Column(min_width=280):
+                to = gr.Textbox(label="Push to", placeholder="owner/name", elem_id="registry-push-repo")
+                with gr.Row(elem_classes="natural"):
+                    out = gr.Button("Push", elem_id="registry-push")
+            with gr.Column(min_width=280):
+                origin = gr.Textbox(label="Pull from", placeholder="owner/name", elem_id="registry-pull-repo")
+                with gr.Row():
+                    revision = gr.Textbox(label="Revision", placeholder="newest", min_width=120)
+                    name = gr.Textbox(
+                        label="As", placeholder="its own name", min_width=120, elem_id="registry-pull-name"
+                    )
+                with gr.Row(elem_classes="natural"):
+                    into = gr.Button("Pull", elem_id="registry-pull")
+        steps = gr.Markdown(elem_classes="notice", visible=False, elem_id="registry-steps")
+    outputs = [steps, table, picked]
+
+    def ended(lines: list[str], words: str, chosen: str | None) -> list[Any]:
+        fresh = gr.Dropdown(choices=version_choices(backend.registry), value=chosen)
+        return [_notice(lines), catalogue_rows(backend.registry, words), fresh]
+
+    def at_once(action: Any) -> Any:
+        def act(reference: str | None, called: str, words: str, request: gr.Request) -> list[Any]:
+            try:
+                lines = [action(backend, request.username, reference, called.strip())]
+            except Exception as error:  # the page's edge
+                lines = [sentence(error)]
+            return ended(lines, words, reference)
+
+        return act
+
+    def on_push(reference: str | None, repo: str, words: str, request: gr.Request) -> Iterator[list[Any]]:
+        lines: list[str] = []
+        for lines in push(backend, request.username, reference, repo):
+            yield [_notice(lines), gr.skip(), gr.skip()]
+        yield ended(lines, words, reference)
+
+    def on_pull(
+        reference: str | None, repo: str, at: str, called: str, words: str, request: gr.Request
+    ) -> Iterator[list[Any]]:
+        lines: list[str] = []
+        for lines in pull(backend, request.username, repo, at, called):
+            yield [_notice(lines), gr.skip(), gr.skip()]
+        yield ended(lines, words, reference)
+
+    quiet = {"trigger_mode": "once", "show_progress": "hidden"}
+    up.click(at_once(promote), [picked, alias, search], outputs, **quiet)
+    back.click(at_once(roll_back), [picked, alias, search], outputs, **quiet)
+    out.click(on_push, [picked, to, search], outputs, **quiet)
+    into.click(on_pull, [picked, origin, revision, name, search], outputs, **quiet)
+
+
+def _notice(lines: list[str]) -> gr.Markdown:
+    return gr.Markdown("\n\n".join(literal_markdown(line) for line in lines), visible=True)

@@ -1,0 +1,1 @@
+"""Measurements of the registry, merging and the hub."""

@@ -1,0 +1,1 @@
+"""Measurements of the loss, of a training step and of memory."""

@@ -1,0 +1,117 @@
+"""Files beside an adapter that act, mislead or do not belong."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from tests.registry.check.hostile.case import CONFIG, WEIGHTS, Case, Spoil, beside, put
+
+
+def _symlink(folder: Path) -> None:
+    (folder / WEIGHTS).rename(folder.parent / "outside.safetensors")
+    (folder / WEIGHTS).symlink_to(folder.parent / "outside.safetensors")
+
+
+def _secret_link(folder: Path) -> None:
+    (folder / "README.md").unlink(missing_ok=True)
+    (folder / "README.md").symlink_to("/etc/passwd")
+
+
+def _pipe(folder: Path) -> None:
+    (folder / CONFIG).unlink()
+    os.mkfifo(folder / CONFIG)
+
+
+def _crowd(folder: Path) -> None:
+    for index in range(3000):
+        (folder / f"{index}.txt").touch()
+
+
+def _foreign_record(folder: Path) -> None:
+    record = {
+        "schema_version": 1, "base": {"id": "org/other", "revision": None, "fingerprint": "f" * 64},
+        "data": {"id": "d", "rows": 1, "fingerprint": "0" * 64}, "template_digest": "0" * 64, "seeds": {},
+        "hyperparameters": {}, "packages": {}, "preset": "p", "loss_backend": {},
+        "memory": {"measured_peak_bytes": 1}, "hardware": {}, "steps": 1, "wall_seconds": 1.0,
+    }  # fmt: skip
+    put(folder / "training_record.json", json.dumps(record).encode())
+
+
+def _record_with(**changes: Any) -> Spoil:
+    def spoil(folder: Path) -> None:
+        _foreign_record(folder)
+        path = folder / "training_record.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return spoil
+
+
+def _canary_of_nan(folder: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    whole = torch.ones(1, 2, dtype=torch.int64)
+    found = {"tokens": whole, "lengths": whole[0], "top_ids": whole, "top_logits": torch.full((1, 2), float("nan"))}
+    save_file({name: tensor.clone() for name, tensor in found.items()}, folder / "canary.safetensors")
+
+
+def _canary_of_weights(folder: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"weights": torch.ones(3)}, folder / "canary.safetensors")
+
+
+def _no_text(folder: Path) -> None:
+    put(Path(os.fsdecode(os.fsencode(folder) + b"/\xff\xfe")), b"")
+
+
+JINJA = "{% for a in range(99999) %}{% for b in range(99999) %}{{ 9**9**8 }}{% endfor %}{% endfor %}"
+FILE_CASES = [
+    Case(
+        "pickle beside", beside("adapter_model.bin", b"\x80\x04cos\nsystem\n."), "adapter_model.bin.*may execute code"
+    ),
+    Case("training arguments", beside("training_args.bin"), "training_args.bin.*may execute code"),
+    Case("optimizer state", beside("optimizer.pt"), "optimizer.pt.*may execute code"),
+    Case("upper-case pickle", beside("Payload.PKL"), r"Payload.PKL.*may execute code"),
+    Case("Python", beside("modeling_evil.py", b"import os"), "modeling_evil.py.*may execute code"),
+    Case("shell script", beside("install.sh"), "install.sh.*may execute code"),
+    Case(
+        "sharded index",
+        beside("adapter_model.safetensors.index.json", b'{"weight_map": {"a": "../../x"}}'),
+        "does not belong",
+    ),
+    Case("tokenizer", beside("tokenizer.json", b"{}"), "tokenizer.json.*does not belong"),
+    Case("Jinja loop", beside("chat_template.jinja", JINJA.encode()), "chat_template.jinja.*does not belong"),
+    Case(
+        "template in a configuration",
+        beside("tokenizer_config.json", json.dumps({"chat_template": JINJA}).encode()),
+        "tokenizer_config.json.*does not belong",
+    ),
+    Case("name with a control character", beside("a\x1b[2Jb"), r"a\\x1b\[2Jb.*does not belong"),
+    Case("name that is no text", _no_text, "does not belong"),
+    Case("backslashes in a name", beside("..\\..\\evil"), "does not belong"),
+    Case("a folder", lambda folder: (folder / "sub").mkdir(), "not a plain file"),
+    Case("a link for weights", _symlink, "symbolic link"),
+    Case("a link to a secret", _secret_link, "README.md.*symbolic link"),
+    Case("a pipe", _pipe, "not a plain file"),
+    Case("3000 files", _crowd, "more than 200 entries"),
+    Case("huge README", beside("README.md", b"# a\n" * (20 << 20)), "at most 262144 are taken"),
+    Case("script in the card", beside("README.md", b"# Hi\n<script>fetch('//x')</script>"), "HTML that acts: '<script"),
+    Case("handler in the card", beside("README.md", b"<img src=x onerror=alert(1)>"), "HTML that acts"),
+    Case("link that acts in the card", beside("README.md", b"[a](JavaScript:alert(1))"), "HTML that acts"),
+    Case("frame in the card", beside("README.md", b"< iframe src='http://x'>"), "HTML that acts"),
+    Case("card that is no text", beside("README.md", b"\xff\xfe\x00"), "not UTF-8"),
+    Case("canary of NaN", _canary_of_nan, "holds NaN or infinity"),
+    Case("canary of other things", _canary_of_weights, "does not hold exactly"),
+    Case("canary that is none", beside("canary.safetensors", b"no"), "truncated or no safetensors"),
+    Case("wrong base of the same shape", _foreign_record, "org/other with the fingerprint ffff"),
+    Case("record with an unknown key", _record_with(surprise=1), "not a training record: surprise"),
+    Case("record that is a list", beside("training_record.json", b"[]"), "not a training record"),
+    Case(
+        "revision that walks up",
+        _record_with(base={"id": "a/b", "revision": "../../../etc", "fingerprint": "f" * 64}),
+        "revision '../../../etc' is not a 40-hex commit",
+    ),
+]

@@ -1,0 +1,133 @@
+"""What is read from strangers: sound configurations pass and come out plain; paths and names of people do not."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adapterhub_lite.adapter_format.lora_config import INERT, ConfigProblems, read_lora_config
+from adapterhub_lite.adapter_format.safetensors_header import nonfinite_tensors, read_tensor_entries
+from adapterhub_lite.adapter_format.strict_json import strict_json
+from adapterhub_lite.errors import ReferenceSyntaxError
+from adapterhub_lite.registry import AdapterReference
+from adapterhub_lite.registry.check.redaction import scrub
+
+
+def _read(**changes: Any) -> Any:
+    plain = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], **changes}
+    return read_lora_config(json.dumps(plain).encode())
+
+
+def test_whatever_peft_saves_by_default_is_read(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    LoraConfig(r=8, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM").save_pretrained(tmp_path)
+    config = read_lora_config((tmp_path / "adapter_config.json").read_bytes())
+    written = json.loads(config.to_peft(base_id="org/base", revision="a" * 40))
+    assert written["base_model_name_or_path"] == "org/base" and written["revision"] == "a" * 40
+    (tmp_path / "adapter_config.json").write_text(json.dumps(written))
+    again = LoraConfig.from_pretrained(tmp_path)
+    assert (again.r, again.lora_alpha, again.target_modules) == (8, 32, {"q_proj", "v_proj"})
+    assert read_lora_config(json.dumps(written).encode()).deciding() == config.deciding()
+
+
+def test_every_inert_key_of_peft_is_known() -> None:
+    from dataclasses import fields
+
+    from peft import LoraConfig
+
+    from adapterhub_lite.adapter_format.lora_config import LoraConfigFile
+
+    known = {*INERT, *LoraConfigFile.model_fields}
+    assert {f.name for f in fields(LoraConfig)} - known <= {"runtime_config"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({}, {"a.0.q_proj", "a.1.q_proj"}),
+        ({"layers_to_transform": [1]}, {"a.1.q_proj"}),
+        ({"layers_to_transform": 0, "layers_pattern": "a"}, {"a.0.q_proj"}),
+        ({"layers_to_transform": [0], "layers_pattern": ["b"]}, set()),
+        ({"exclude_modules": ["0.q_proj"]}, {"a.1.q_proj"}),
+        ({"target_modules": ["a.0.q_proj", "mlp"]}, {"a.0.q_proj", "a.1.mlp"}),
+    ],
+)
+def test_targets_are_those_of_peft(settings: dict[str, Any], wanted: set[str]) -> None:
+    assert _read(**settings).targets(["a.0.q_proj", "a.1.q_proj", "a.1.mlp", "q_projector", "xq_proj"]) == wanted
+
+
+def test_problems_of_a_configuration_come_together() -> None:
+    with pytest.raises(ConfigProblems) as caught:
+        _read(r=-1, lora_alpha="x", megatron_core="os", surprise=1)
+    assert len(caught.value.problems) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("/home/ann/data/rows.jsonl", "rows.jsonl"),
+        ("trained on /Users/ann/My/rows.jsonl, twice", "trained on rows.jsonl, twice"),
+        ("C:\\Users\\ann\\rows.jsonl", "rows.jsonl"),
+        ("~/runs/7/", "folder"),
+        ("file:///root/x/y", "y"),
+        ("https://huggingface.co/org/repo", "https://huggingface.co/org/repo"),
+        ("org/repo", "org/repo"),
+        ("3/4 of it and/or none", "3/4 of it and/or none"),
+    ],
+)
+def test_paths_are_scrubbed(text: str, clean: str) -> None:
+    assert scrub({"a": [text]}) == {"a": [clean]}
+    assert scrub([float("nan"), 1.5, {"a": float("-inf")}]) == [None, 1.5, {"a": None}]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "a:", "a:0", "a:-1", "a:01", "@prod", "a@", "a@7", "a b", "../a", "a:1@b", "sha256:abc", "a" * 65, None, 3],
+)
+def test_what_is_no_reference_is_refused(text: Any) -> None:
+    with pytest.raises(ReferenceSyntaxError, match="Wanted an adapter as"):
+        AdapterReference.parse(text)
+
+
+@given(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}(:[1-9][0-9]{0,5}|@[A-Za-z][A-Za-z0-9]{0,9})?", fullmatch=True))
+def test_references_survive_a_round_trip(text: str) -> None:
+    assert str(AdapterReference.parse(text)) == text
+
+
+@given(st.binary(max_size=300))
+def test_no_bytes_break_the_header_reader(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    path = tmp_path_factory.mktemp("bytes") / "x.safetensors"
+    for written in (content, struct.pack("<Q", len(content)) + content):
+        path.write_bytes(written)
+        try:
+            read_tensor_entries(path)
+        except ValueError:
+            continue
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_break_the_json_reader(content: bytes) -> None:
+    try:
+        assert isinstance(strict_json(content, what="it", limit=150), dict)
+    except ValueError as error:
+        assert str(error).startswith("it ")
+
+
+def test_every_exponent_is_looked_at(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        info = torch.finfo(dtype)
+        fine = torch.tensor([info.max, info.min, info.tiny, 0.0, -0.0], dtype=dtype)
+        found = {"fine": fine, **{f"bad{i}": fine.clone() for i in range(3)}}
+        for index, value in enumerate((float("nan"), float("inf"), float("-inf"))):
+            found[f"bad{index}"][-1] = value
+        save_file(found, tmp_path / "x.safetensors")
+        path = tmp_path / "x.safetensors"
+        assert set(nonfinite_tensors(path, read_tensor_entries(path))) == {"bad0", "bad1", "bad2"}
