@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from adapterhub_lite.adapter_format.probes import CANARY_FILE as CANARY_FILE
+from adapterhub_lite.adapter_format.probes import PROBES_FILE as PROBES_FILE
 from adapterhub_lite.adapter_format.record import BaseRecord, StrictModel, TrainingRecord
 from adapterhub_lite.adapter_format.reference import is_name
 from adapterhub_lite.adapter_format.strict_json import strict_json

@@ -1,4 +1,4 @@
-"""The canary: a few prompts and the logits an adapter gave for them, kept beside it and asked again later.
+"""The probes: a few prompts and the logits an adapter gave for them, kept beside it and asked again later.
 
 It catches by behaviour what no checksum of the adapter can: a moved base, a renamed module, a wrong alpha, a changed
 quantisation. Knows models that map `input_ids` to `.logits`; knows no adapter format. Torch is imported on use.
@@ -15,8 +15,8 @@ from adapterhub_lite.errors import AdapterRejectedError, IntegrityError
 if TYPE_CHECKING:
     import torch
 
-CANARY_FILE = "canary.safetensors"
-CANARY_FORMAT = "adapterhub-canary-1"
+PROBES_FILE = "probes.safetensors"
+PROBES_FORMAT = "adapterhub-probes-1"
 TOP_K = 16
 MAX_PROBES = 64
 MAX_PROBE_TOKENS = 512
@@ -35,7 +35,7 @@ TOLERANCES = {"float32": 2e-4, "float16": 1e-2, "bfloat16": 4e-2}
 
 
 @dataclass(frozen=True)
-class CanaryResult:
+class ProbeResult:
     """How far a model is from the recorded logits, in units of logits; `tolerance` belongs to the coarser dtype."""
 
     max_abs_difference: float
@@ -44,8 +44,8 @@ class CanaryResult:
 
 
 @dataclass(frozen=True)
-class Canary:
-    """A canary as read from disk. `prompts` are token ids; `top_ids` and `top_logits` are (probes, TOP_K)."""
+class Probes:
+    """Probes as read from disk. `prompts` are token ids; `top_ids` and `top_logits` are (probes, TOP_K)."""
 
     prompts: tuple[tuple[int, ...], ...]
     top_ids: "torch.Tensor"
@@ -56,11 +56,11 @@ class Canary:
         """Raise IntegrityError unless a model with a vocabulary of so many tokens can be asked and compared."""
         largest = max(int(self.top_ids.max()), *(max(ids) for ids in self.prompts))
         if largest >= tokens:
-            raise IntegrityError(f"The canary names token {largest}; the model's vocabulary has {tokens}.")
+            raise IntegrityError(f"The probes name token {largest}; the model's vocabulary has {tokens}.")
 
 
-def write_canary(model: Any, tokenizer: Any, folder: str | Path, prompts: Sequence[str] = DEFAULT_PROBES) -> Path:
-    """Record the top logits of `model` after each of `prompts` as `folder`/canary.safetensors; returns its path.
+def write_probes(model: Any, tokenizer: Any, folder: str | Path, prompts: Sequence[str] = DEFAULT_PROBES) -> Path:
+    """Record the top logits of `model` after each of `prompts` as `folder`/probes.safetensors; returns its path.
 
     The model is asked in evaluation mode and left in the mode it was in.
 
@@ -73,7 +73,7 @@ def write_canary(model: Any, tokenizer: Any, folder: str | Path, prompts: Sequen
     encoded = [tuple(tokenizer(prompt, add_special_tokens=True)["input_ids"])[:MAX_PROBE_TOKENS] for prompt in prompts]
     logits = _ask(model, encoded)
     if not torch.isfinite(logits).all():
-        raise AdapterRejectedError("The model", ["its logits for the canary's probes are NaN or infinite"])
+        raise AdapterRejectedError("The model", ["its logits for the probe prompts are NaN or infinite"])
     top = logits.topk(min(TOP_K, logits.shape[-1]), dim=-1)
     lengths = torch.tensor([len(ids) for ids in encoded])
     tokens = torch.zeros(len(encoded), int(lengths.max()), dtype=torch.int64)
@@ -86,57 +86,57 @@ def write_canary(model: Any, tokenizer: Any, folder: str | Path, prompts: Sequen
             "top_ids": top.indices.contiguous(),
             "top_logits": top.values.contiguous(),
         },
-        metadata={"format": CANARY_FORMAT, "dtype": _dtype_name(model)},
+        metadata={"format": PROBES_FORMAT, "dtype": _dtype_name(model)},
     )
-    path = Path(folder) / CANARY_FILE
-    aside = path.with_name(f".{CANARY_FILE}.{os.getpid()}.tmp")
+    path = Path(folder) / PROBES_FILE
+    aside = path.with_name(f".{PROBES_FILE}.{os.getpid()}.tmp")
     aside.write_bytes(content)
     aside.replace(path)
     return path
 
 
-def replay_canary(model: Any, folder_or_path: str | Path) -> CanaryResult:
+def replay_probes(model: Any, folder_or_path: str | Path) -> ProbeResult:
     """Ask `model` (with the adapter on it) the recorded probes again and compare.
 
     Raises:
-        IntegrityError: the file is no canary, or its tokens are outside the model's vocabulary.
+        IntegrityError: the file holds no probes, or its tokens are outside the model's vocabulary.
     """
-    canary = read_canary(folder_or_path)
+    probes = read_probes(folder_or_path)
     weight = model.get_input_embeddings().weight
     # Split over processes by ZeRO-3, a weight is empty outside its module, and says its shape elsewhere.
-    canary.check_vocabulary(getattr(weight, "ds_shape", weight.shape)[0])
-    return compare_logits(canary, _ask(model, canary.prompts), _dtype_name(model))
+    probes.check_vocabulary(getattr(weight, "ds_shape", weight.shape)[0])
+    return compare_logits(probes, _ask(model, probes.prompts), _dtype_name(model))
 
 
-def compare_logits(canary: Canary, logits: "torch.Tensor", dtype: str) -> CanaryResult:
+def compare_logits(probes: Probes, logits: "torch.Tensor", dtype: str) -> ProbeResult:
     """How far `logits` (probes, vocabulary), of a model in `dtype` ("bfloat16", ...), are from the recorded ones."""
     import torch
 
-    asked = logits.gather(1, canary.top_ids)
-    worst = float((asked - canary.top_logits).abs().max()) if torch.isfinite(asked).all() else float("inf")
-    fraction = max(TOLERANCES.get(name, max(TOLERANCES.values())) for name in (canary.dtype, dtype))
-    tolerance = fraction * max(1.0, float(canary.top_logits.abs().max()))
-    return CanaryResult(max_abs_difference=worst, tolerance=tolerance, passed=worst <= tolerance)
+    asked = logits.gather(1, probes.top_ids)
+    worst = float((asked - probes.top_logits).abs().max()) if torch.isfinite(asked).all() else float("inf")
+    fraction = max(TOLERANCES.get(name, max(TOLERANCES.values())) for name in (probes.dtype, dtype))
+    tolerance = fraction * max(1.0, float(probes.top_logits.abs().max()))
+    return ProbeResult(max_abs_difference=worst, tolerance=tolerance, passed=worst <= tolerance)
 
 
-def read_canary(folder_or_path: str | Path) -> Canary:
-    """Read and check a canary file, given it or its folder.
+def read_probes(folder_or_path: str | Path) -> Probes:
+    """Read and check a probes file, given it or its folder.
 
     Raises:
-        IntegrityError: it is not there, or no canary.
+        IntegrityError: it is not there, or holds no probes.
     """
     from safetensors import SafetensorError, safe_open
 
     path = Path(folder_or_path)
-    path = path / CANARY_FILE if path.is_dir() else path
+    path = path / PROBES_FILE if path.is_dir() else path
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (OSError, SafetensorError) as error:
-        raise IntegrityError(f"{path.name} could not be read as a canary: {error}.") from error
-    if metadata.get("format") != CANARY_FORMAT or set(found) != {"tokens", "lengths", "top_ids", "top_logits"}:
-        raise IntegrityError(f"{path.name} is not a canary of this format ({CANARY_FORMAT}).")
+        raise IntegrityError(f"{path.name} could not be read as probes: {error}.") from error
+    if metadata.get("format") != PROBES_FORMAT or set(found) != {"tokens", "lengths", "top_ids", "top_logits"}:
+        raise IntegrityError(f"{path.name} holds no probes of this format ({PROBES_FORMAT}).")
     tokens, lengths = found["tokens"], found["lengths"]
     probes, longest = tokens.shape if tokens.dim() == 2 else (0, 0)
     shapes_fit = (
@@ -149,11 +149,11 @@ def read_canary(folder_or_path: str | Path) -> Canary:
         and found["top_ids"].numel() > 0
     )
     if not shapes_fit or not (int(lengths.min()) > 0 and int(lengths.max()) <= longest):
-        raise IntegrityError(f"{path.name} holds shapes that no canary has.")
+        raise IntegrityError(f"{path.name} holds shapes that probes never have.")
     if int(tokens.min()) < 0 or int(found["top_ids"].min()) < 0:
         raise IntegrityError(f"{path.name} holds negative token ids.")
     prompts = tuple(tuple(row[:length].tolist()) for row, length in zip(tokens, lengths.tolist(), strict=True))
-    return Canary(prompts, found["top_ids"], found["top_logits"], metadata.get("dtype", ""))
+    return Probes(prompts, found["top_ids"], found["top_logits"], metadata.get("dtype", ""))
 
 
 def _ask(model: Any, prompts: Sequence[Sequence[int]]) -> "torch.Tensor":

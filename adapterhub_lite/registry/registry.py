@@ -77,12 +77,12 @@ class AdapterRegistry:
         tags: Sequence[str] = (),
         parents: Sequence[ParentRecord] = (),
         recipe: MergeRecipe | None = None,
-        verify: Literal["files", "canary"] = "files",
+        verify: Literal["files", "probes"] = "files",
     ) -> AdapterManifest:
         """Validate the adapter in `folder` and keep it as the next version of `name`; all or nothing.
 
-        `base` None: the one that the folder's training record names, where it is on this machine. `verify="canary"`
-        loads the base and replays the folder's canary, or writes one where there is none.
+        `base` None: the one that the folder's training record names, where it is on this machine. `verify="probes"`
+        loads the base and replays the folder's probes, or records them where there are none.
 
         Raises:
             AdapterRejectedError: with every problem of the adapter.

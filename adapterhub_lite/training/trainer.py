@@ -283,7 +283,7 @@ class AdapterTrainer(Trainer):
             save_kept(self.accelerator.unwrap_model(self.model), folder, state_dict)
 
     def save_adapter(self, folder: str | Path) -> Path:
-        """Write the adapter to `folder`: PEFT's two files, the training record and the canary; whole or not at all.
+        """Write the adapter to `folder`: PEFT's two files, the training record and the probes; whole or not at all.
 
         Every process calls it, the first one writes.
 

@@ -1,4 +1,4 @@
-"""The canary reproduces in a fresh process, and notices what checksums of an adapter cannot."""
+"""Probes are reproduced in a fresh process, and notices what checksums of an adapter cannot."""
 
 import json
 import shutil
@@ -14,16 +14,16 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from adapterhub_lite.adapter_format.probes import replay_canary, write_canary
+from adapterhub_lite.adapter_format.probes import replay_probes, write_probes
 from adapterhub_lite.errors import AdapterRejectedError, IntegrityError
 
 REPLAY = """
 import sys
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-from adapterhub_lite.adapter_format.probes import replay_canary
+from adapterhub_lite.adapter_format.probes import replay_probes
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2])
-result = replay_canary(model, sys.argv[2])
+result = replay_probes(model, sys.argv[2])
 print(result.max_abs_difference, result.passed)
 """
 
@@ -33,28 +33,28 @@ def _adapted(base: Path, adapter: Path, dtype: torch.dtype = torch.float32) -> A
 
 
 @pytest.fixture
-def with_canary(make_adapter: Callable[..., Path], tiny_base: Path, byte_tokenizer: Any, tmp_path: Path) -> Path:
+def with_probes(make_adapter: Callable[..., Path], tiny_base: Path, byte_tokenizer: Any, tmp_path: Path) -> Path:
     folder = tmp_path / "adapter"
     shutil.copytree(make_adapter(seed=3), folder)
-    write_canary(_adapted(tiny_base, folder), byte_tokenizer, folder)
+    write_probes(_adapted(tiny_base, folder), byte_tokenizer, folder)
     return folder
 
 
-def test_a_fresh_process_reproduces_the_canary(with_canary: Path, tiny_base: Path) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", REPLAY, str(tiny_base), str(with_canary)]
+def test_a_fresh_process_reproduces_the_probes(with_probes: Path, tiny_base: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", REPLAY, str(tiny_base), str(with_probes)]
     done = subprocess.run(command, capture_output=True, text=True)
     difference, passed = done.stdout.split()
     assert passed == "True", done.stderr
     torch.testing.assert_close(float(difference), 0.0)
 
 
-def test_the_model_is_left_in_its_mode(with_canary: Path, tiny_base: Path) -> None:
-    model = _adapted(tiny_base, with_canary).train()
-    assert replay_canary(model, with_canary).passed
+def test_the_model_is_left_in_its_mode(with_probes: Path, tiny_base: Path) -> None:
+    model = _adapted(tiny_base, with_probes).train()
+    assert replay_probes(model, with_probes).passed
     assert model.training
 
 
-def test_dropout_is_off_while_the_canary_sings(
+def test_dropout_is_off_while_the_probes_are_asked(
     make_adapter: Callable[..., Path], tiny_base: Path, byte_tokenizer: Any, tmp_path: Path
 ) -> None:
     from adapterhub_lite.bases import load_base_model
@@ -62,8 +62,8 @@ def test_dropout_is_off_while_the_canary_sings(
     folder = tmp_path / "adapter"
     shutil.copytree(make_adapter(seed=3, lora_dropout=0.5), folder)
     model = PeftModel.from_pretrained(load_base_model(tiny_base), folder, is_trainable=True).train()
-    write_canary(model, byte_tokenizer, folder)
-    assert replay_canary(model, folder).max_abs_difference == 0.0
+    write_probes(model, byte_tokenizer, folder)
+    assert replay_probes(model, folder).max_abs_difference == 0.0
     assert model.training
 
 
@@ -124,21 +124,21 @@ CASES = [
 
 @pytest.mark.parametrize(("change", "dtype"), CASES)
 def test_a_change_is_caught_by_behaviour(
-    change: Callable[[Path, Path], None], dtype: torch.dtype, with_canary: Path, tiny_base: Path, tmp_path: Path
+    change: Callable[[Path, Path], None], dtype: torch.dtype, with_probes: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny_base, base)
-    assert replay_canary(_adapted(base, with_canary, dtype), with_canary).passed
-    change(with_canary, base)
-    result = replay_canary(_adapted(base, with_canary, dtype), with_canary)
+    assert replay_probes(_adapted(base, with_probes, dtype), with_probes).passed
+    change(with_probes, base)
+    result = replay_probes(_adapted(base, with_probes, dtype), with_probes)
     assert not result.passed, result
 
 
-def test_what_is_no_canary_is_refused(with_canary: Path, tiny_base: Path) -> None:
-    model = _adapted(tiny_base, with_canary)
-    path = with_canary / "canary.safetensors"
+def test_what_holds_no_probes_is_refused(with_probes: Path, tiny_base: Path) -> None:
+    model = _adapted(tiny_base, with_probes)
+    path = with_probes / "probes.safetensors"
     good = load_file(path)
-    metadata = {"format": "adapterhub-canary-1", "dtype": "float32"}
+    metadata = {"format": "adapterhub-probes-1", "dtype": "float32"}
     bad = {
         "lengths": torch.full_like(good["lengths"], 10_000),
         "tokens": good["tokens"] - 300,
@@ -148,19 +148,19 @@ def test_what_is_no_canary_is_refused(with_canary: Path, tiny_base: Path) -> Non
     for name, tensor in bad.items():
         save_file({**good, name: tensor}, path, metadata=metadata)
         with pytest.raises(IntegrityError):
-            replay_canary(model, path)
+            replay_probes(model, path)
     save_file(good, path)
     with pytest.raises(IntegrityError, match="format"):
-        replay_canary(model, path)
+        replay_probes(model, path)
     path.unlink()
     with pytest.raises(IntegrityError, match="could not be read"):
-        replay_canary(model, path)
+        replay_probes(model, path)
 
 
-def test_nan_answers_are_neither_written_nor_passed(with_canary: Path, tiny_base: Path, byte_tokenizer: Any) -> None:
-    model = _adapted(tiny_base, with_canary)
+def test_nan_answers_are_neither_written_nor_passed(with_probes: Path, tiny_base: Path, byte_tokenizer: Any) -> None:
+    model = _adapted(tiny_base, with_probes)
     with torch.no_grad():
         model.get_input_embeddings().weight.fill_(float("nan"))
-    assert not replay_canary(model, with_canary).passed
+    assert not replay_probes(model, with_probes).passed
     with pytest.raises(AdapterRejectedError, match="NaN"):
-        write_canary(model, byte_tokenizer, with_canary)
+        write_probes(model, byte_tokenizer, with_probes)

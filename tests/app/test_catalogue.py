@@ -37,11 +37,11 @@ def test_nothing_of_an_adapter_is_markup(world: Any) -> None:
 
 def test_promote_and_roll_back_move_the_alias_and_keep_its_history(world: Any) -> None:
     backend = world.backend()
-    assert promote(backend, None, "sql:1", "canary") == "sql@canary is new and is now at version 1."
-    assert "was at version 1" in promote(backend, None, "sql:2", "canary")
-    assert roll_back(backend, None, "sql:2", "canary") == "sql@canary is back at version 1."
-    moves = [move[1:] for move in alias_moves(world.registry, "sql") if move[1] == "canary"]
-    assert moves == [["canary", "rollback", "v2", "v1"], ["canary", "set", "v1", "v2"], ["canary", "set", "none", "v1"]]
+    assert promote(backend, None, "sql:1", "beta") == "sql@beta is new and is now at version 1."
+    assert "was at version 1" in promote(backend, None, "sql:2", "beta")
+    assert roll_back(backend, None, "sql:2", "beta") == "sql@beta is back at version 1."
+    moves = [move[1:] for move in alias_moves(world.registry, "sql") if move[1] == "beta"]
+    assert moves == [["beta", "rollback", "v2", "v1"], ["beta", "set", "v1", "v2"], ["beta", "set", "none", "v1"]]
 
 
 def test_what_viewers_may_not_do_is_refused_before_anything_happens(world: Any) -> None:

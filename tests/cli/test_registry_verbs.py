@@ -54,10 +54,10 @@ def test_list_filters(home: Path, make_adapter: Any, tiny_base: Path, run: Run) 
 def test_a_folder_of_plain_peft_is_added(run: Run, make_adapter: Any, tiny_base: Path, home: Path) -> None:
     folder = str(make_adapter(seed=3))
     assert "Which base" in run("add", folder, "mine").stderr
-    added = run("add", folder, "mine", "--base", str(tiny_base), "--tag", "a", "--tag", "b", "--canary", "--json")
+    added = run("add", folder, "mine", "--base", str(tiny_base), "--tag", "a", "--tag", "b", "--probes", "--json")
     assert added.returncode == 0, added.stderr
     assert json.loads(added.stdout)["tags"] == ["a", "b"]
-    checked = run("verify", "mine", "--canary", "--base", str(tiny_base), "--json")
+    checked = run("verify", "mine", "--probes", "--base", str(tiny_base), "--json")
     assert checked.returncode == 0, checked.stderr
     assert json.loads(checked.stdout)["max_abs_difference"] < 1e-3
     assert run("add", folder, "../mine", "--base", str(tiny_base)).returncode == 2

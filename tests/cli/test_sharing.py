@@ -46,7 +46,7 @@ def test_push_and_pull_say_what_they_did(
     for arguments in (
         (),
         (REPO, "--locked"),
-        ("--locked", "--canary"),
+        ("--locked", "--probes"),
         (REPO, "--revision", "../x"),
         (REPO, "--name", "a/b"),
     ):
@@ -68,11 +68,11 @@ def test_what_plain_peft_made_is_adopted_once(
     pull = ("pull", "org/plain", "--endpoint", hub_server.url)
     assert "adopt" in run(*pull).stderr
     for source in ("hub", "store"):
-        adopted = run(*pull, "--adopt", "--canary", "--base", str(tiny_base), "--json")
+        adopted = run(*pull, "--adopt", "--probes", "--base", str(tiny_base), "--json")
         assert adopted.returncode == 0, adopted.stderr
         assert json.loads(adopted.stdout)["source"] == source
     (manifest,) = AdapterRegistry(home).list()
-    assert (manifest.name, "canary.safetensors" in manifest.files) == ("plain", True)
+    assert (manifest.name, "probes.safetensors" in manifest.files) == ("plain", True)
 
 
 def test_another_machine_pulls_what_is_locked(

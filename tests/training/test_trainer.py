@@ -39,7 +39,7 @@ def test_the_saved_adapter_is_plain_peft_with_a_record_and_no_tokenizer(
     assert sorted(path.name for path in folder.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
-        "canary.safetensors",
+        "probes.safetensors",
         "training_record.json",
     ]
     tokens = torch.tensor([[1, 2, 3, 4]])
@@ -64,14 +64,14 @@ REPLAY = """
 import sys
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-from adapterhub_lite.adapter_format.probes import replay_canary
+from adapterhub_lite.adapter_format.probes import replay_probes
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2])
-result = replay_canary(model, sys.argv[2])
+result = replay_probes(model, sys.argv[2])
 sys.exit(0 if result.passed and result.max_abs_difference < 1e-4 else f"{result}")
 """
 
 
-def test_a_fresh_process_reproduces_the_canary_of_a_saved_adapter(
+def test_a_fresh_process_reproduces_the_probes_of_a_saved_adapter(
     make_trainer: Any, tmp_path: Path, tiny_base: Path
 ) -> None:
     trainer = make_trainer(learning_rate=2e-2)

@@ -63,14 +63,14 @@ def sign(
 
 def verify(
     reference: ReferenceArgument,
-    canary: Annotated[
-        bool, typer.Option("--canary", help="Check its behaviour instead: load the base and ask the recorded probes.")
+    probes: Annotated[
+        bool, typer.Option("--probes", help="Check its behaviour instead: load the base and ask the recorded probes.")
     ] = False,
     base: Annotated[str | None, typer.Option(help="Where its base is; looked for in the home when not given.")] = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check a version's signature against every byte of it, or with `--canary` that it still behaves as recorded.
+    """Check a version's signature against every byte of it, or with `--probes` that it still behaves as recorded.
 
     Example: `adapterhub-lite verify sql:3`
     """
@@ -78,7 +78,7 @@ def verify(
 
     registry = AdapterRegistry(home)
     manifest = registry.resolve(reference)
-    if canary:
+    if probes:
         from adapterhub_lite.bases import resolve_base
         from adapterhub_lite.registry.check.replay import check_stored
 

@@ -35,8 +35,8 @@ def add(
     ] = None,
     task: Annotated[str | None, typer.Option(help="What it does, in a few words.")] = None,
     tag: Annotated[list[str] | None, typer.Option(help="A tag to find it by; may be repeated.")] = None,
-    canary: Annotated[
-        bool, typer.Option("--canary", help="Also load the base and replay, or record, how the adapter behaves.")
+    probes: Annotated[
+        bool, typer.Option("--probes", help="Also load the base and replay, or record, how the adapter behaves.")
     ] = False,
     dry_run: DryRunOption = False,
     home: HomeOption = None,
@@ -54,7 +54,7 @@ def add(
     resolved = resolve_base(base, home=home, progress=say) if base else None
     with waiting(f"checking {folder}"):
         manifest = AdapterRegistry(home).add(
-            folder, name, base=resolved, task=task, tags=tag or (), verify="canary" if canary else "files"
+            folder, name, base=resolved, task=task, tags=tag or (), verify="probes" if probes else "files"
         )
     if as_json:
         return print_json(manifest.model_dump(mode="json"))

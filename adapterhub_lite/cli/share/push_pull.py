@@ -77,8 +77,8 @@ def pull(
     ] = False,
     locked: Annotated[bool, typer.Option("--locked", help="Bring whatever of the lock is missing here.")] = False,
     file: Annotated[Path, typer.Option("--file", help="The lock, for --locked.")] = Path("adapters.lock"),
-    canary: Annotated[
-        bool, typer.Option("--canary", help="Also load the base and check that the adapter behaves as recorded.")
+    probes: Annotated[
+        bool, typer.Option("--probes", help="Also load the base and check that the adapter behaves as recorded.")
     ] = False,
     base: Annotated[str | None, typer.Option(help="Its base; looked for in the home when not given.")] = None,
     dry_run: DryRunOption = False,
@@ -95,7 +95,7 @@ def pull(
 
     registry = AdapterRegistry(home)
     if locked:
-        if repo_id or revision or name or offline or adopt or canary or base:
+        if repo_id or revision or name or offline or adopt or probes or base:
             raise ConfigurationError(
                 "--locked takes everything from the lock: besides, give only --file or --endpoint."
             )
@@ -107,7 +107,7 @@ def pull(
         return would(f"fetch {repo_id} at {revision or 'its newest'} from {there} and keep it as {label}", as_json)
     receipt = registry.pull(
         repo_id, revision=revision, name=name, endpoint=endpoint,  offline=offline, adopt=adopt,
-        verify="canary" if canary else "files", base=resolve_base(base, home=home) if base else None, progress=say,
+        verify="probes" if probes else "files", base=resolve_base(base, home=home) if base else None, progress=say,
     )  # fmt: skip
     manifest = receipt.manifest
     if as_json:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from adapterhub_lite.adapter_format.lora_config import ConfigProblems, LoraConfigFile, read_lora_config
-from adapterhub_lite.adapter_format.manifest import CANARY_FILE, CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, LoraRecord
+from adapterhub_lite.adapter_format.manifest import CARD_FILE, CONFIG_FILE, PROBES_FILE, WEIGHTS_FILE, LoraRecord
 from adapterhub_lite.adapter_format.record import RECORD_FILE, TrainingRecord, read_record
 from adapterhub_lite.adapter_format.safetensors_header import TensorEntry, nonfinite_tensors, read_tensor_entries
 from adapterhub_lite.bases import ResolvedBase
@@ -15,7 +15,7 @@ from adapterhub_lite.registry.check.survey import ALLOWED_FILES, card_problems, 
 __all__ = ["ALLOWED_FILES", "Inspection", "inspect_adapter"]
 
 SHOWN = 3
-CANARY_TENSORS = {"tokens": "I64", "lengths": "I64", "top_ids": "I64", "top_logits": "F32"}
+PROBES_TENSORS = {"tokens": "I64", "lengths": "I64", "top_ids": "I64", "top_logits": "F32"}
 
 
 @dataclass
@@ -61,8 +61,8 @@ def inspect_adapter(folder: Path, *, base: ResolvedBase | None = None, subject: 
             found.problems.append(str(error).replace(str(folder), ""))
     if WEIGHTS_FILE in found.usable:
         _inspect_weights(found, folder / WEIGHTS_FILE, base)
-    if CANARY_FILE in found.usable:
-        found.problems += _canary_problems(folder / CANARY_FILE)
+    if PROBES_FILE in found.usable:
+        found.problems += _probe_problems(folder / PROBES_FILE)
     return found
 
 
@@ -79,13 +79,13 @@ def _inspect_weights(found: Inspection, path: Path, base: ResolvedBase | None) -
         found.problems.append(f"NaN or infinite values in {', '.join(f'{n:.120}' for n in broken[:SHOWN])}{more}")
 
 
-def _canary_problems(path: Path) -> list[str]:
+def _probe_problems(path: Path) -> list[str]:
     try:
         entries = read_tensor_entries(path)
     except ValueError as error:
         return [str(error)]
-    if {entry.name: entry.dtype for entry in entries} != CANARY_TENSORS:
-        return [f"{path.name} does not hold exactly {', '.join(CANARY_TENSORS)}"]
+    if {entry.name: entry.dtype for entry in entries} != PROBES_TENSORS:
+        return [f"{path.name} does not hold exactly {', '.join(PROBES_TENSORS)}"]
     return [f"{path.name} holds NaN or infinity"] if any(nonfinite_tensors(path, entries)) else []
 
 

@@ -1,11 +1,11 @@
-"""Canaries of stored adapters: the base is loaded, the adapter put on it, and the probes asked. Torch on use."""
+"""Probes of stored adapters: the base is loaded, the adapter put on it, and the probes asked. Torch on use."""
 
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterhub_lite.adapter_format.manifest import AdapterManifest
-from adapterhub_lite.adapter_format.probes import CANARY_FILE, CanaryResult, read_canary, replay_canary, write_canary
+from adapterhub_lite.adapter_format.probes import PROBES_FILE, ProbeResult, read_probes, replay_probes, write_probes
 from adapterhub_lite.bases import ResolvedBase, load_base_model, load_tokenizer
 from adapterhub_lite.errors import BaseMismatchError, UsageError
 from adapterhub_lite.registry.operations.intake import find_base
@@ -14,32 +14,30 @@ if TYPE_CHECKING:
     from adapterhub_lite.registry.registry import AdapterRegistry
 
 
-def ensure_canary(folder: Path, base: ResolvedBase) -> CanaryResult | None:
-    """Replay the canary of the (validated) adapter in `folder` on `base`, or write one where there is none.
+def ensure_probes(folder: Path, base: ResolvedBase) -> ProbeResult | None:
+    """Replay the probes of the (validated) adapter in `folder` on `base`, or record them where there are none.
 
     Raises:
         BaseMismatchError: the adapter behaves otherwise than recorded.
     """
-    if (folder / CANARY_FILE).is_file():
-        return check_canary(folder, base, folder.name)
-    write_canary(adapted_model(folder, base), load_tokenizer(base.folder), folder)
+    if (folder / PROBES_FILE).is_file():
+        return check_probes(folder, base, folder.name)
+    write_probes(adapted_model(folder, base), load_tokenizer(base.folder), folder)
     return None
 
 
-def check_canary(
-    folder: Path, base: ResolvedBase | None, subject: str, quantization: str | None = None
-) -> CanaryResult:
-    """Replay the canary of the (validated) adapter in `folder` on `base`.
+def check_probes(folder: Path, base: ResolvedBase | None, subject: str, quantization: str | None = None) -> ProbeResult:
+    """Replay the probes of the (validated) adapter in `folder` on `base`.
 
     Raises:
-        UsageError: there is no base or no canary to replay.
+        UsageError: there is no base, or there are no probes to replay.
         BaseMismatchError: the adapter behaves otherwise than recorded.
     """
     if base is None:
-        raise UsageError(f"The canary of {subject} needs its base on this machine. Give base= (command line: --base).")
-    if not (folder / CANARY_FILE).is_file():
-        raise UsageError(f"{subject} carries no canary; take it in with verify='files'.")
-    result = replay_canary(adapted_model(folder, base, quantization), folder)
+        raise UsageError(f"The probes of {subject} need their base on this machine. Give base= (command line: --base).")
+    if not (folder / PROBES_FILE).is_file():
+        raise UsageError(f"{subject} carries no probes; take it in with verify='files'.")
+    result = replay_probes(adapted_model(folder, base, quantization), folder)
     if not result.passed:
         raise BaseMismatchError(
             f"{subject} does not behave here as recorded: logits differ by up to {result.max_abs_difference:.3g}, "
@@ -51,11 +49,11 @@ def check_canary(
 
 def check_stored(
     registry: "AdapterRegistry", manifest: AdapterManifest, *, base: ResolvedBase | None = None
-) -> CanaryResult:
-    """Replay the canary of a stored version on `base` (None: its own, where it is in this home).
+) -> ProbeResult:
+    """Replay the probes of a stored version on `base` (None: its own, where it is in this home).
 
     Raises:
-        UsageError: there is no base or no canary to replay.
+        UsageError: there is no base, or there are no probes to replay.
         BaseMismatchError: the adapter behaves otherwise than recorded.
     """
     base = base or find_base(manifest.base, registry.home)
@@ -63,15 +61,15 @@ def check_stored(
         folder = Path(scratch)
         for name in manifest.files:
             (folder / name).symlink_to(registry.file(manifest, name))
-        return check_canary(folder, base, manifest.reference, manifest.base.quantization)
+        return check_probes(folder, base, manifest.reference, manifest.base.quantization)
 
 
 def adapted_model(folder: Path, base: ResolvedBase, quantization: str | None = None) -> Any:
-    """The base with the (validated) adapter in `folder` on it, in the dtype of its canary where it has one."""
+    """The base with the (validated) adapter in `folder` on it, in the dtype of its probes where it has them."""
     import torch
     from peft import PeftModel
 
-    name = read_canary(folder).dtype if (folder / CANARY_FILE).is_file() else ""
+    name = read_probes(folder).dtype if (folder / PROBES_FILE).is_file() else ""
     dtype = getattr(torch, name, None) if name in ("float32", "float16", "bfloat16") else None
     model = load_base_model(base.folder, dtype=dtype, quantization_config=_quantized(quantization, dtype))
     return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False).eval()

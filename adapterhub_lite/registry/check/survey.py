@@ -8,11 +8,11 @@ from pathlib import Path
 from adapterhub_lite.adapter_format.lora_config import MAX_CONFIG_BYTES
 from adapterhub_lite.adapter_format.manifest import (
     ALIASES_FILE,
-    CANARY_FILE,
     CARD_FILE,
     CONFIG_FILE,
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
+    PROBES_FILE,
     SIGNATURE_FILE,
     WEIGHTS_FILE,
 )
@@ -24,7 +24,7 @@ MAX_CARD_BYTES = 256 << 10
 ALLOWED_SIZES = {
     CONFIG_FILE: MAX_CONFIG_BYTES,
     WEIGHTS_FILE: 4 << 30,
-    CANARY_FILE: 4 << 20,
+    PROBES_FILE: 4 << 20,
     MANIFEST_FILE: MAX_MANIFEST_BYTES,
     SIGNATURE_FILE: 16 << 10,
     RECORD_FILE: 1 << 20,

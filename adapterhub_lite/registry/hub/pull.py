@@ -65,7 +65,7 @@ class _Wish:
     name: str | None
     folder: Path
     base: "ResolvedBase | None" = None
-    verify: Literal["files", "canary"] = "files"
+    verify: Literal["files", "probes"] = "files"
 
     @property
     def memo(self) -> Path:
@@ -85,14 +85,14 @@ def pull_adapter(
     offline: bool = False,
     adopt: bool = False,
     base: "ResolvedBase | None" = None,
-    verify: Literal["files", "canary"] = "files",
+    verify: Literal["files", "probes"] = "files",
     progress: Progress | None = None,
 ) -> PullReceipt:
     """Bring a published version into the registry under `name` (default: its own), verified.
 
     `revision` is a tag (`v3`), a full commit, a branch, or `@alias`, which moves the local alias too; None takes the
     highest version. `adopt` takes a repository that plain PEFT made, measured on `base` and numbered here.
-    `offline` answers from what was pulled before, without asking the hub. `verify="canary"` also loads the base and
+    `offline` answers from what was pulled before, without asking the hub. `verify="probes"` also loads the base and
     replays the recorded behaviour (or, adopting, records it). A failed pull can be repeated: files that are complete
     are not fetched again.
 
@@ -190,7 +190,7 @@ def _take_in(
 
 def _checked(registry: "AdapterRegistry", wish: _Wish, receipt: PullReceipt) -> PullReceipt:
     """The receipt of a version that is here already, once it behaves as recorded, where that is asked for."""
-    if wish.verify == "canary":
+    if wish.verify == "probes":
         from adapterhub_lite.registry.check.replay import check_stored
 
         check_stored(registry, receipt.manifest, base=wish.base)

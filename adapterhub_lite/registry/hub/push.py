@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterhub_lite.adapter_format.manifest import CANARY_FILE, MANIFEST_FILE, AdapterManifest, read_manifest
+from adapterhub_lite.adapter_format.manifest import MANIFEST_FILE, PROBES_FILE, AdapterManifest, read_manifest
 from adapterhub_lite.errors import HubPermissionError, IntegrityError, PublishConflictError
 from adapterhub_lite.registry.check.survey import ALLOWED_FILES
 from adapterhub_lite.registry.hub.aliases import push_alias, remote_aliases
@@ -127,7 +127,7 @@ def _published(repo: HubRepo, head: str, publish: _Publish) -> tuple[str, str] |
     for commit in log:
         version, digest = _claimed(commit)
         own = publish.transaction in commit.text
-        wanted = set(publish.content) if own else set(manifest.files) - {CANARY_FILE}
+        wanted = set(publish.content) if own else set(manifest.files) - {PROBES_FILE}
         if digest == manifest.digest and _complete(repo, commit.sha, publish, wanted):
             return commit.sha, f"v{version}"
         if version == manifest.version and digest != manifest.digest:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ValidationError
 
 from adapterhub_lite.adapter_format.manifest import (
-    CANARY_FILE,
     CONFIG_FILE,
+    PROBES_FILE,
     WEIGHTS_FILE,
     AdapterManifest,
     EvaluationRecord,
@@ -79,7 +79,7 @@ def add_adapter(
     *,
     base: ResolvedBase | None,
     about: About,
-    verify: Literal["files", "canary"],
+    verify: Literal["files", "probes"],
 ) -> AdapterManifest:
     """Validate the adapter in `folder` and keep it as the next version of `name`; see `AdapterRegistry.add`."""
     if not is_name(name):
@@ -92,13 +92,13 @@ def add_adapter(
         staged = stage_adapter(folder, staging, base=base)
         record = _base_record(staged, base)
         config, lora = staged.inspection.accepted()
-        if verify == "canary":
-            from adapterhub_lite.registry.check.replay import ensure_canary
+        if verify == "probes":
+            from adapterhub_lite.registry.check.replay import ensure_probes
 
-            ensure_canary(staging, base)
+            ensure_probes(staging, base)
         (staging / CONFIG_FILE).unlink()
         (staging / CONFIG_FILE).write_bytes(config.to_peft(base_id=record.id, revision=record.revision))
-        kept = [name for name in (CONFIG_FILE, WEIGHTS_FILE, CANARY_FILE) if (staging / name).exists()]
+        kept = [name for name in (CONFIG_FILE, WEIGHTS_FILE, PROBES_FILE) if (staging / name).exists()]
         files = keep_objects(registry.objects, staging, kept)
         training = staged.inspection.training
         with registry.database.write() as connection:

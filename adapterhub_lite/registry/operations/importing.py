@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from adapterhub_lite.adapter_format.manifest import (
-    CANARY_FILE,
     CONFIG_FILE,
     MANIFEST_FILE,
+    PROBES_FILE,
     SIGNATURE_FILE,
     WEIGHTS_FILE,
     AdapterManifest,
@@ -31,7 +31,7 @@ from adapterhub_lite.registry.store.rows import parse_stored
 if TYPE_CHECKING:
     from adapterhub_lite.registry.registry import AdapterRegistry
 
-CARRIED_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, CANARY_FILE})
+CARRIED_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, PROBES_FILE})
 
 
 def adapter_files(registry: "AdapterRegistry", manifest: AdapterManifest) -> dict[str, Path]:
@@ -57,7 +57,7 @@ def import_adapter(
     name: str | None = None,
     expected: AdapterManifest | None = None,
     base: ResolvedBase | None = None,
-    verify: Literal["files", "canary"] = "files",
+    verify: Literal["files", "probes"] = "files",
 ) -> AdapterManifest:
     """Take in a folder that came from elsewhere, keeping its manifest (version number, records, digest).
 
@@ -84,10 +84,10 @@ def import_adapter(
             )
         _examine(folder, staging, manifest, base)
         signature = registry.trust.check(manifest, staging)
-        if verify == "canary":
-            from adapterhub_lite.registry.check.replay import check_canary
+        if verify == "probes":
+            from adapterhub_lite.registry.check.replay import check_probes
 
-            check_canary(staging, base, manifest.reference, manifest.base.quantization)
+            check_probes(staging, base, manifest.reference, manifest.base.quantization)
         local = manifest.model_copy(update={"name": name or manifest.name})
         keep_objects(registry.objects, staging, list(manifest.files))
         return _keep(registry, local, signature)

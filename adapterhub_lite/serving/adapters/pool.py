@@ -19,7 +19,7 @@ from adapterhub_lite.serving.adapters.blend import parse_blend
 from adapterhub_lite.serving.adapters.host_tier import HostTier
 from adapterhub_lite.serving.adapters.residency import Residency, ResidentAdapter, Wanted
 from adapterhub_lite.serving.adapters.sources import AdapterFiles, AdapterSource
-from adapterhub_lite.serving.adapters.split import Rollouts
+from adapterhub_lite.serving.adapters.split import Splits
 from adapterhub_lite.serving.adapters.weights import AdapterWeights, Family, read_adapter_weights
 from adapterhub_lite.serving.engine.sequence import Route
 from adapterhub_lite.serving.model.lora_torch import Part
@@ -45,7 +45,7 @@ class AdapterPool:
     ) -> None:
         self.source = source
         self.residency = Residency(max_slots)
-        self.rollouts = Rollouts()
+        self.splits = Splits()
         self._families = families
         self._base_fingerprint = base_fingerprint
         self._device = device
@@ -65,7 +65,7 @@ class AdapterPool:
             return Route()
         started = time.perf_counter()
         blend = parse_blend(adapter)
-        wanted = [self._wanted(self.locate(self.rollouts.choose(piece.reference))) for piece in blend]
+        wanted = [self._wanted(self.locate(self.splits.choose(piece.reference))) for piece in blend]
         try:
             entries, _ = self.residency.acquire(wanted, timeout=min(timeout or SLOT_WAIT_SECONDS, SLOT_WAIT_SECONDS))
         except QueueFullError as error:

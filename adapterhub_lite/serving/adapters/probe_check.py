@@ -1,4 +1,4 @@
-"""An adapter's canary asked of the running engine: through its own batch and kernels, beside whatever else runs.
+"""An adapter's probes asked of the running engine: through its own batch and kernels, beside whatever else runs.
 
 A checksum says that the bytes are the recorded ones; this says that they do here what they did when they were recorded.
 """
@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from adapterhub_lite.adapter_format.probes import CanaryResult, compare_logits, read_canary
+from adapterhub_lite.adapter_format.probes import ProbeResult, compare_logits, read_probes
 from adapterhub_lite.errors import BaseMismatchError, UsageError
 from adapterhub_lite.serving.adapters.pool import AdapterPool
 from adapterhub_lite.serving.engine.core import EngineLoop
@@ -19,7 +19,7 @@ from adapterhub_lite.serving.engine.sequence import GenerationHandle, Job, Route
 from adapterhub_lite.serving.engine.text import TextStream
 from adapterhub_lite.serving.model.runner import Trunk
 
-Verify = Literal["files", "canary"]
+Verify = Literal["files", "probes"]
 
 
 class _Listener(Sampler):
@@ -32,32 +32,32 @@ class _Listener(Sampler):
         return super().choose(logits)
 
 
-def check_canary(
+def check_probes(
     pool: AdapterPool, loop: EngineLoop, trunk: Trunk, tokenizer: Any, reference: str | Path
-) -> CanaryResult:
+) -> ProbeResult:
     """Ask the engine's own loop the recorded probes of an adapter, one token each.
 
     Raises:
-        UsageError: the adapter carries no canary.
+        UsageError: the adapter carries no probes.
         BaseMismatchError: it answers otherwise than recorded.
-        IntegrityError: the canary is damaged, or made for another vocabulary.
+        IntegrityError: the probes are damaged, or made for another vocabulary.
     """
     files = pool.locate(reference)
-    if files.canary is None:
-        raise UsageError(f"{files.name} carries no canary; load it with verify='files', or add it with a canary.")
-    canary = read_canary(files.canary)
+    if files.probes is None:
+        raise UsageError(f"{files.name} carries no probes; load it with verify='files', or add it with probes.")
+    probes = read_probes(files.probes)
     weight: Any = trunk.model.get_input_embeddings().weight
-    canary.check_vocabulary(weight.shape[0])
-    # By digest, which no canary release and no move of an alias means anything to.
+    probes.check_vocabulary(weight.shape[0])
+    # By digest, which no split and no move of an alias means anything to.
     route = pool.route(reference if isinstance(reference, Path) else files.digest)
     try:
-        asked = [_submit(loop, route, ids, tokenizer) for ids in canary.prompts]
+        asked = [_submit(loop, route, ids, tokenizer) for ids in probes.prompts]
         for job in asked:
             GenerationHandle(job, loop.wake).result()
     finally:
         route.release()
     logits = torch.stack([job.sampler.heard for job in asked if isinstance(job.sampler, _Listener)])
-    result = compare_logits(canary, logits, str(weight.dtype).removeprefix("torch."))
+    result = compare_logits(probes, logits, str(weight.dtype).removeprefix("torch."))
     if not result.passed:
         raise BaseMismatchError(
             f"{files.name} does not behave on this engine as recorded: logits differ by up to "

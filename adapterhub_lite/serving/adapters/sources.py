@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from adapterhub_lite.adapter_format.probes import CANARY_FILE
+from adapterhub_lite.adapter_format.probes import PROBES_FILE
 from adapterhub_lite.errors import AdapterRejectedError, UnknownNameError
 
 CONFIG_FILE = "adapter_config.json"
@@ -25,7 +25,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 class AdapterFiles:
     """An adapter on disk. `digest` names its bytes; `scaling_of` gives the scale of a module path.
 
-    `base_fingerprint` is None where nobody recorded it, `canary` where it carries none. `hold` keeps the store from
+    `base_fingerprint` is None where nobody recorded it, `probes` where the folder has none. `hold` keeps the store from
     removing the files until what it gives is left or forgotten.
     """
 
@@ -35,7 +35,7 @@ class AdapterFiles:
     scaling_of: Callable[[str], float]
     base_fingerprint: str | None = None
     hold: Callable[[], AbstractContextManager[Any]] = nullcontext
-    canary: Path | None = None
+    probes: Path | None = None
 
 
 class AdapterSource(Protocol):
@@ -82,13 +82,13 @@ class FolderSource:
         if problems:
             raise AdapterRejectedError(shown, problems)
         digest = hashlib.sha256(config_bytes + weights_digest.encode()).hexdigest()
-        canary = folder / CANARY_FILE
+        probes = folder / PROBES_FILE
         return AdapterFiles(
             folder.name,
             f"sha256:{digest}",
             weights,
             lambda module: config_scaling(config, module),
-            canary=canary if canary.is_file() else None,
+            probes=probes if probes.is_file() else None,
         )
 
     def _digest(self, path: Path) -> str:
@@ -127,7 +127,7 @@ class RegistrySource:
             manifest.lora.scaling_of,
             manifest.base.fingerprint,
             lambda: self._registry.hold(manifest),
-            self._registry.file(manifest, CANARY_FILE) if CANARY_FILE in manifest.files else None,
+            self._registry.file(manifest, PROBES_FILE) if PROBES_FILE in manifest.files else None,
         )
 
 

@@ -1,4 +1,4 @@
-"""Canary releases: a share of the requests for one reference goes to another. Knows references only as text."""
+"""Splits: a share of the requests for one reference goes to another. Knows references only as text."""
 
 import threading
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class _Split:
     seen: int = 0
 
 
-class Rollouts:
+class Splits:
     """Splits in force, by reference. Thread-safe.
 
     The share is exact, not drawn: of any 10 requests in a row, `share=0.1` sends one to the candidate.
@@ -32,9 +32,9 @@ class Rollouts:
             ConfigurationError: the share is not between 0 and 1, or the reference is a digest.
         """
         if reference.startswith("sha256:"):
-            raise ConfigurationError("A digest always means the same bytes; start the canary on a name or an alias.")
+            raise ConfigurationError("A digest always means the same bytes; start the split on a name or an alias.")
         if not 0.0 <= share <= 1.0:
-            raise ConfigurationError(f"The share of a canary is {share}, wanted 0 to 1, such as 0.1 for a tenth.")
+            raise ConfigurationError(f"The share of a split is {share}, wanted 0 to 1, such as 0.1 for a tenth.")
         with self._lock:
             self._splits[reference] = _Split(candidate, Fraction(str(float(share))))
 

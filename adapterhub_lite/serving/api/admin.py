@@ -1,4 +1,4 @@
-"""What only the admin's key may do: load and unload adapters, move aliases, start and end canaries.
+"""What only the admin's key may do: load and unload adapters, move aliases, start and end splits.
 
 By reference (`name@version` and the like) only; a path or a URL is none.
 """
@@ -11,7 +11,7 @@ from fastapi import APIRouter, Depends
 from adapterhub_lite.adapter_format.reference import AdapterReference
 from adapterhub_lite.serving.api.auth import Caller
 from adapterhub_lite.serving.api.dispatch import Desk
-from adapterhub_lite.serving.api.schema import AdapterCommand, AliasCommand, CanaryCommand
+from adapterhub_lite.serving.api.schema import AdapterCommand, AliasCommand, SplitCommand
 
 Json = dict[str, Any]
 SHOWN = ("name", "digest", "rank", "modules", "nbytes", "uses", "pinned")
@@ -45,25 +45,25 @@ def admin_routes(desk: Desk, admin: Callable[..., Caller]) -> APIRouter:
         desk.registry.set_alias(parsed.name, parsed.alias, version=body.version, expect=body.expect)
         return {"reference": str(parsed), "version": body.version}
 
-    @router.get("/canaries", dependencies=[only])
-    def canaries() -> Json:
-        """The canaries in force, with the share of each."""
-        return {"canaries": [_canary(*item) for item in desk.engine.canaries().items()]}
+    @router.get("/splits", dependencies=[only])
+    def splits() -> Json:
+        """The splits in force, with the share of each."""
+        return {"splits": [_split(*item) for item in desk.engine.splits().items()]}
 
-    @router.post("/canaries")
-    def canary(body: CanaryCommand, caller: Caller = only) -> Json:
-        """Start a canary, or end it with a share of 0; running requests keep their version either way."""
+    @router.post("/splits")
+    def split(body: SplitCommand, caller: Caller = only) -> Json:
+        """Start a split, or end it with a share of 0; running requests keep their version either way."""
         reference = str(AdapterReference.parse(body.reference))
         if body.share == 0:
-            return {"reference": reference, "stopped": desk.engine.stop_canary(reference)}
+            return {"reference": reference, "stopped": desk.engine.stop_split(reference)}
         candidate = desk.resolve(body.candidate, caller)
-        # Both must be there now: a canary for a name that means nothing would only be found out by a client.
+        # Both must be there now: a split for a name that means nothing would only be found out by a client.
         desk.resolve(reference, caller)
-        desk.engine.start_canary(reference, candidate.reference, canary=body.share)
-        return _canary(reference, (candidate.reference, body.share))
+        desk.engine.start_split(reference, candidate.reference, share=body.share)
+        return _split(reference, (candidate.reference, body.share))
 
     return router
 
 
-def _canary(reference: str, split: tuple[str, float]) -> Json:
+def _split(reference: str, split: tuple[str, float]) -> Json:
     return {"reference": reference, "candidate": split[0], "share": split[1]}

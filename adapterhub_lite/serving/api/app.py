@@ -93,7 +93,7 @@ class Api:
 
     async def chat(self, request: Request, body: ChatRequest, caller: Caller) -> Response:
         """POST /v1/chat/completions."""
-        pinned = await self.desk.run(partial(self.desk.pin, body.model, caller, through_canary=True))
+        pinned = await self.desk.run(partial(self.desk.pin, body.model, caller, through_split=True))
         messages = [message.plain() for message in body.messages]
         wish = self.wish(body, pinned, body.wanted_tokens, messages=messages, logprobs=body.wanted_logprobs)
         if body.stream:
@@ -107,7 +107,7 @@ class Api:
 
     async def completions(self, request: Request, body: CompletionRequest, caller: Caller) -> Response:
         """POST /v1/completions."""
-        pinned = await self.desk.run(partial(self.desk.pin, body.model, caller, through_canary=True))
+        pinned = await self.desk.run(partial(self.desk.pin, body.model, caller, through_split=True))
         wishes = [
             self.wish(body, pinned, body.wanted_tokens, prompt=prompt, logprobs=body.logprobs)
             for prompt in body.prompts

@@ -1,6 +1,6 @@
 """Between HTTP and the engine: which adapter a request means at this moment, and answers without blocking the loop.
 
-A model's name is resolved once, through the canaries in force, to digests; the engine is asked for those, and an
+A model's name is resolved once, through the splits in force, to digests; the engine is asked for those, and an
 answer whose digest is not theirs is never given out. A request is handed in on a thread of
 ours, because that may load its adapter; the engine then tells the loop what it makes.
 """
@@ -79,10 +79,10 @@ class Desk:
         """Call something that blocks, on a thread of ours."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, call, *arguments)
 
-    def resolve(self, reference: str, caller: Caller, *, through_canary: bool = False) -> AdapterManifest:
+    def resolve(self, reference: str, caller: Caller, *, through_split: bool = False) -> AdapterManifest:
         """The version that a reference names now, for a caller who may use it.
 
-        `through_canary` counts as a request: what is asked for needs the caller's right, the candidate does not.
+        `through_split` counts as a request: what is asked for needs the caller's right, the candidate does not.
 
         Raises:
             ReferenceSyntaxError, UnknownNameError: it is none; a path never is one.
@@ -91,7 +91,7 @@ class Desk:
         parsed = AdapterReference.parse(reference)
         if parsed.name is not None:
             self._require(parsed.name, caller)
-        chosen = self.engine.choose(str(parsed)) if through_canary else str(parsed)
+        chosen = self.engine.choose(str(parsed)) if through_split else str(parsed)
         manifest: AdapterManifest = self.registry.resolve(chosen)
         if chosen == str(parsed):
             self._require(manifest.name, caller)
@@ -108,7 +108,7 @@ class Desk:
             served = ", ".join(sorted(map(str, self.served)))
             raise ApiRefusal(404, f"{name!r} is not served here. Served: {served}.", "model_not_found", param="model")
 
-    def pin(self, model: str, caller: Caller, *, through_canary: bool = False) -> Pinned:
+    def pin(self, model: str, caller: Caller, *, through_split: bool = False) -> Pinned:
         """What `model` (the base, a reference or a blend) means at this moment. As `resolve` does, and raises so."""
         base = self.engine.base_fingerprint
         if model in (*BASE_NAMES, self.settings.base_name):
@@ -116,12 +116,12 @@ class Desk:
         parts = self._parts(model)
         names, digests = [], []
         for part in parts:
-            manifest = self.resolve(str(part.reference), caller, through_canary=through_canary)
+            manifest = self.resolve(str(part.reference), caller, through_split=through_split)
             # As the engine writes it, so that the receipts can be compared.
             factor = "" if len(parts) == 1 and part.weight == 1.0 else f"*{part.weight!r}"
             names.append(manifest.reference + factor)
             digests.append(manifest.digest + factor)
-        # By digest, which no canary and no move of an alias means anything to.
+        # By digest, which no split and no move of an alias means anything to.
         exact = "+".join(digests)
         return Pinned(exact, "+".join(names), exact, base)
 

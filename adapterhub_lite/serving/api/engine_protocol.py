@@ -46,17 +46,17 @@ class Engine(Protocol):
         ...
 
     def choose(self, reference: str) -> str | Path:
-        """The reference or its canary, whichever the next request gets."""
+        """The reference or its split, whichever the next request gets."""
         ...
 
-    def start_canary(self, reference: str, candidate: str, *, canary: float) -> Any:
+    def start_split(self, reference: str, candidate: str, *, share: float) -> Any:
         """Send a share of the requests for one reference to another."""
         ...
 
-    def stop_canary(self, reference: str) -> bool:
+    def stop_split(self, reference: str) -> bool:
         """Send them all where they point again."""
         ...
 
-    def canaries(self) -> dict[str, tuple[str, float]]:
-        """The canaries in force: reference -> (candidate, share)."""
+    def splits(self) -> dict[str, tuple[str, float]]:
+        """The splits in force: reference -> (candidate, share)."""
         ...

@@ -137,7 +137,7 @@ class AdapterCommand(StrictModel):
     reference: Annotated[str, Field(max_length=200)]
 
 
-class CanaryCommand(StrictModel):
+class SplitCommand(StrictModel):
     """An admin's wish to send `share` of the requests for `reference` to `candidate`; a share of 0 ends it."""
 
     reference: Annotated[str, Field(max_length=200)]

@@ -18,7 +18,7 @@ from ray.exceptions import RayActorError
 from adapterhub_lite.bases import load_tokenizer, resolve_base
 from adapterhub_lite.errors import RequestCancelledError, ResourceError, ServingError
 from adapterhub_lite.serving.adapters.residency import ResidentAdapter
-from adapterhub_lite.serving.adapters.split import Rollouts
+from adapterhub_lite.serving.adapters.split import Splits
 from adapterhub_lite.serving.cluster.replica import Refusal, application
 from adapterhub_lite.serving.cluster.settings import ClusterSettings
 from adapterhub_lite.serving.engine.request import EngineStatus, GenerationChunk, GenerationRequest, GenerationResult
@@ -113,7 +113,7 @@ class RemoteAnswer:
 class ClusterEngine:
     """What the server needs of an engine, answered by replicas. Close it, or use it as a context manager.
 
-    Canaries are kept here, in the one front; what a replica needs comes from the registry in `home`, which every
+    Splits are kept here, in the one front; what a replica needs comes from the registry in `home`, which every
     machine of the cluster must see under the same path.
     """
 
@@ -123,7 +123,7 @@ class ClusterEngine:
         resolved = resolve_base(base, home=home)
         self.base_fingerprint = resolved.fingerprint
         self.tokenizer = load_tokenizer(resolved.folder)
-        self._rollouts = Rollouts()
+        self._splits = Splits()
         self._ours = not ray.is_initialized()
         if self._ours:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -180,26 +180,26 @@ class ClusterEngine:
             resident=total("resident"),
             loads=total("loads"),
             evictions=total("evictions"),
-            canaries=self.canaries(),
+            splits=self.splits(),
         )
 
     def choose(self, reference: str) -> str | Path:
-        """Return `reference` or the candidate of its canary, whichever the next request gets."""
-        return self._rollouts.choose(reference)
+        """Return `reference` or the candidate of its split, whichever the next request gets."""
+        return self._splits.choose(reference)
 
-    def start_canary(self, reference: str, candidate: str, *, canary: float = 0.1) -> ResidentAdapter:
+    def start_split(self, reference: str, candidate: str, *, share: float = 0.1) -> ResidentAdapter:
         """Send a share of the requests for one reference to another, loaded everywhere first."""
         loaded = self.load(candidate)
-        self._rollouts.start(reference, candidate, canary)
+        self._splits.start(reference, candidate, share)
         return loaded
 
-    def stop_canary(self, reference: str) -> bool:
-        """Send every request for `reference` where it points; False without a canary."""
-        return self._rollouts.stop(reference)
+    def stop_split(self, reference: str) -> bool:
+        """Send every request for `reference` where it points; False without a split."""
+        return self._splits.stop(reference)
 
-    def canaries(self) -> dict[str, tuple[str, float]]:
-        """The canaries in force: reference -> (candidate, share)."""
-        return self._rollouts.current()
+    def splits(self) -> dict[str, tuple[str, float]]:
+        """The splits in force: reference -> (candidate, share)."""
+        return self._splits.current()
 
     def close(self) -> None:
         """End the replicas, and Ray where it was started here."""

@@ -18,7 +18,7 @@ from adapterhub_lite.bases import load_base_model, load_tokenizer, resolve_base
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.serving.adapters.hub_source import HubSource
 from adapterhub_lite.serving.adapters.pool import AdapterPool, Tier
-from adapterhub_lite.serving.adapters.probe_check import Verify, check_canary
+from adapterhub_lite.serving.adapters.probe_check import Verify, check_probes
 from adapterhub_lite.serving.adapters.residency import ResidentAdapter
 from adapterhub_lite.serving.adapters.sources import AdapterSource, FolderSource, RegistrySource
 from adapterhub_lite.serving.engine.core import EngineLoop
@@ -163,14 +163,14 @@ class InferenceEngine:
     def load(self, reference: str | Path, *, pin: bool = False, verify: Verify = "files") -> ResidentAdapter:
         """Bring an adapter into memory ahead of its first request; `pin` keeps it there.
 
-        `verify="canary"` first asks this engine the probes recorded with the adapter, beside whatever runs.
+        `verify="probes"` first asks this engine the probes recorded with the adapter, beside whatever runs.
 
         Raises:
             UnknownNameError, AdapterRejectedError, BaseMismatchError: it cannot be served here, or answers otherwise.
             QueueFullError: every slot is in use or pinned.
         """
-        if verify == "canary":
-            check_canary(self._pool, self._loop, self._trunk, self.tokenizer, reference)
+        if verify == "probes":
+            check_probes(self._pool, self._loop, self._trunk, self.tokenizer, reference)
         return self._pool.load(reference, pin=pin)
 
     def prefetch(self, reference: str | Path) -> "Future[ResidentAdapter]":
@@ -199,26 +199,26 @@ class InferenceEngine:
         return self._pool.tier(reference)
 
     def choose(self, reference: str) -> str | Path:
-        """Return `reference` or the candidate of its canary, whichever the next request gets; this is that request."""
-        return self._pool.rollouts.choose(reference)
+        """Return `reference` or the candidate of its split, whichever the next request gets; this is that request."""
+        return self._pool.splits.choose(reference)
 
-    def start_canary(self, reference: str, candidate: str, *, canary: float = 0.1) -> ResidentAdapter:
-        """Send the share `canary` of the requests for `reference` to `candidate`, loaded first; running ones stay.
+    def start_split(self, reference: str, candidate: str, *, share: float = 0.1) -> ResidentAdapter:
+        """Send `share` (0 to 1) of the requests for `reference` to `candidate`, loaded first; running ones stay.
 
         Raises:
             ConfigurationError: the share is not between 0 and 1.
         """
         loaded = self._pool.load(candidate)
-        self._pool.rollouts.start(reference, candidate, canary)
+        self._pool.splits.start(reference, candidate, share)
         return loaded
 
-    def stop_canary(self, reference: str) -> bool:
-        """Send every request for `reference` where it points, from the next one on; False without a canary."""
-        return self._pool.rollouts.stop(reference)
+    def stop_split(self, reference: str) -> bool:
+        """Send every request for `reference` where it points, from the next one on; False without a split."""
+        return self._pool.splits.stop(reference)
 
-    def canaries(self) -> dict[str, tuple[str, float]]:
-        """The canaries in force: reference -> (candidate, share)."""
-        return self._pool.rollouts.current()
+    def splits(self) -> dict[str, tuple[str, float]]:
+        """The splits in force: reference -> (candidate, share)."""
+        return self._pool.splits.current()
 
     def status(self) -> EngineStatus:
         """Say how the engine does: whether it can serve, whether it can pull, and its counts since the start."""
@@ -236,7 +236,7 @@ class InferenceEngine:
             resident=len(residency.resident()),
             loads=residency.loads,
             evictions=residency.evictions,
-            canaries=self.canaries(),
+            splits=self.splits(),
         )
 
     def base_digest(self) -> str:

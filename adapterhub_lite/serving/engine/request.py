@@ -131,7 +131,7 @@ class GenerationChunk:
 @dataclass(frozen=True)
 class EngineStatus:
     """How an engine does. `can_pull` is None without a hub, False while the hub cannot be reached: what is on this
-    machine is served all the same. `steps`, `tokens`, `loads` and `evictions` count since the start; `canaries` maps a
+    machine is served all the same. `steps`, `tokens`, `loads` and `evictions` count since the start; `splits` maps a
     reference to (candidate, share).
     """
 
@@ -145,4 +145,4 @@ class EngineStatus:
     resident: int
     loads: int
     evictions: int
-    canaries: dict[str, tuple[str, float]]
+    splits: dict[str, tuple[str, float]]

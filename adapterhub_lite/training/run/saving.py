@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.trainer_utils import rotate_checkpoints
 
-from adapterhub_lite.adapter_format.probes import write_canary
+from adapterhub_lite.adapter_format.probes import write_probes
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.training.distributed.sharded import splits_weights, whole_tensors
 from adapterhub_lite.training.model.adapters import write_adapter
@@ -58,7 +58,7 @@ def save_adapter(trainer: Any, folder: Path) -> Path:
         if trainer.assembly.initial is not None:
             write_plain(aside, trainer.assembly.initial)
         write_record(trainer.record(), aside)
-        write_canary(adapted, trainer.processing_class, aside)
+        write_probes(adapted, trainer.processing_class, aside)
 
     with plain(trainer.assembly) as adapted:
         if trainer.args.should_save:
@@ -66,6 +66,6 @@ def save_adapter(trainer: Any, folder: Path) -> Path:
         elif splits_weights(trainer.args):
             # The witness runs the model, which is whole only with all processes.
             with tempfile.TemporaryDirectory() as aside:
-                write_canary(adapted, trainer.processing_class, Path(aside))
+                write_probes(adapted, trainer.processing_class, Path(aside))
     trainer.accelerator.wait_for_everyone()
     return folder

@@ -1,4 +1,4 @@
-"""`verify="canary"`: what is taken in is asked its probes first, and refused when it answers otherwise."""
+"""`verify="probes"`: what is taken in is asked its probes first, and refused when it answers otherwise."""
 
 import json
 import shutil
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from adapterhub_lite.adapter_format.probes import replay_canary
+from adapterhub_lite.adapter_format.probes import replay_probes
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import BaseMismatchError, UsageError
 from adapterhub_lite.registry import AdapterRegistry
@@ -15,50 +15,50 @@ from adapterhub_lite.registry.check.replay import adapted_model
 from adapterhub_lite.registry.operations.importing import import_adapter
 
 
-def test_a_canary_is_written_at_add_where_there_is_none(
+def test_probes_are_recorded_at_add_where_there_are_none(
     registry: AdapterRegistry, adapter: Path, base: ResolvedBase, tmp_path: Path
 ) -> None:
-    assert "canary.safetensors" not in registry.add(adapter, "sql", base=base).files
-    manifest = registry.add(adapter, "sql", base=base, verify="canary")
-    assert "canary.safetensors" in manifest.files
+    assert "probes.safetensors" not in registry.add(adapter, "sql", base=base).files
+    manifest = registry.add(adapter, "sql", base=base, verify="probes")
+    assert "probes.safetensors" in manifest.files
     folder = registry.export("sql:2", tmp_path / "out")
-    assert replay_canary(adapted_model(folder, base), folder).max_abs_difference == 0.0
+    assert replay_probes(adapted_model(folder, base), folder).max_abs_difference == 0.0
 
 
-def test_a_canary_that_does_not_sing_is_refused_at_add(
+def test_an_adapter_that_answers_otherwise_is_refused_at_add(
     registry: AdapterRegistry, adapter: Path, base: ResolvedBase, tmp_path: Path
 ) -> None:
-    registry.add(adapter, "sql", base=base, verify="canary")
+    registry.add(adapter, "sql", base=base, verify="probes")
     changed = tmp_path / "changed"
     changed.mkdir()
-    for name in ("adapter_config.json", "adapter_model.safetensors", "canary.safetensors"):
+    for name in ("adapter_config.json", "adapter_model.safetensors", "probes.safetensors"):
         shutil.copyfile(registry.file(registry.resolve("sql"), name), changed / name)
-    assert registry.add(changed, "sql", base=base, verify="canary").version == 2
+    assert registry.add(changed, "sql", base=base, verify="probes").version == 2
     config = json.loads((changed / "adapter_config.json").read_text())
     (changed / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 16}))
     with pytest.raises(BaseMismatchError, match="does not behave here as recorded"):
-        registry.add(changed, "sql", base=base, verify="canary")
+        registry.add(changed, "sql", base=base, verify="probes")
     assert len(registry.list()) == 2
 
 
 def test_a_pull_replays_it_on_the_base_here(
     registry: AdapterRegistry, adapter: Path, base: ResolvedBase, tmp_path: Path
 ) -> None:
-    manifest = registry.add(adapter, "sql", base=base, verify="canary")
+    manifest = registry.add(adapter, "sql", base=base, verify="probes")
     folder = registry.export("sql", tmp_path / "parcel")
     there = AdapterRegistry(tmp_path / "there")
-    with pytest.raises(UsageError, match="needs its base"):
-        import_adapter(there, folder, verify="canary")
-    assert import_adapter(there, folder, base=base, verify="canary") == manifest
+    with pytest.raises(UsageError, match="need their base"):
+        import_adapter(there, folder, verify="probes")
+    assert import_adapter(there, folder, base=base, verify="probes") == manifest
 
 
-def test_an_adapter_without_a_canary_says_so(
+def test_an_adapter_without_probes_says_so(
     registry: AdapterRegistry, adapter: Path, base: ResolvedBase, tmp_path: Path
 ) -> None:
     registry.add(adapter, "sql", base=base)
     folder = registry.export("sql", tmp_path / "parcel")
-    with pytest.raises(UsageError, match="carries no canary"):
-        import_adapter(AdapterRegistry(tmp_path / "there"), folder, base=base, verify="canary")
+    with pytest.raises(UsageError, match="carries no probes"):
+        import_adapter(AdapterRegistry(tmp_path / "there"), folder, base=base, verify="probes")
 
 
 def test_an_unknown_quantisation_is_not_guessed(adapter: Path, base: ResolvedBase) -> None:
@@ -71,8 +71,8 @@ def test_a_merge_keeps_singing(
 ) -> None:
     from adapterhub_lite.merging import merge_adapters
 
-    registry.add(make_adapter(seed=1), "a", base=base, verify="canary")
+    registry.add(make_adapter(seed=1), "a", base=base, verify="probes")
     merged = merge_adapters(["a"], [1.0], registry=registry, base=base).manifest
     folder = registry.export(merged.reference, tmp_path / "merged")
-    shutil.copyfile(registry.file(registry.resolve("a"), "canary.safetensors"), folder / "canary.safetensors")
-    assert replay_canary(adapted_model(folder, base), folder).passed
+    shutil.copyfile(registry.file(registry.resolve("a"), "probes.safetensors"), folder / "probes.safetensors")
+    assert replay_probes(adapted_model(folder, base), folder).passed

@@ -121,7 +121,7 @@ def test_what_lies_beside_an_adapter_is_left_there(
     hub_server.faults.clear()
     elsewhere.pull(REPO, revision="main", endpoint=hub_server.url)
     fetched = {one.path.rpartition("/")[2] for one in hub_server.faults.log if "/resolve/" in one.path}
-    assert fetched <= {"adapterhub.json", "adapter_config.json", "adapter_model.safetensors", "canary.safetensors"}
+    assert fetched <= {"adapterhub.json", "adapter_config.json", "adapter_model.safetensors", "probes.safetensors"}
 
 
 def test_adopting_needs_the_two_files_of_an_adapter(elsewhere: AdapterRegistry, hub_server: HubServer) -> None:

@@ -172,19 +172,19 @@ def test_offline_is_asked_for_and_said(
         elsewhere.pull(REPO, revision="v1", endpoint=hub.url, offline=True)
 
 
-def test_a_pull_replays_the_canary_where_that_is_asked_for(
+def test_a_pull_replays_the_probes_where_that_is_asked_for(
     registry: AdapterRegistry, elsewhere: AdapterRegistry, adapter: Path, base: ResolvedBase, hub_server: HubServer
 ) -> None:
-    registry.add(adapter, "sql", base=base, verify="canary")
+    registry.add(adapter, "sql", base=base, verify="probes")
     registry.push("sql", REPO, endpoint=hub_server.url)
-    with pytest.raises(UsageError, match="needs its base"):
-        elsewhere.pull(REPO, endpoint=hub_server.url, verify="canary")
+    with pytest.raises(UsageError, match="need their base"):
+        elsewhere.pull(REPO, endpoint=hub_server.url, verify="probes")
     assert elsewhere.list() == []
     for source in ("hub", "store"):
-        pulled = elsewhere.pull(REPO, endpoint=hub_server.url, verify="canary", base=base)
+        pulled = elsewhere.pull(REPO, endpoint=hub_server.url, verify="probes", base=base)
         assert (pulled.source, pulled.manifest) == (source, registry.resolve("sql"))
-    with pytest.raises(UsageError, match="needs its base"):
-        elsewhere.pull(REPO, endpoint=hub_server.url, verify="canary")
+    with pytest.raises(UsageError, match="need their base"):
+        elsewhere.pull(REPO, endpoint=hub_server.url, verify="probes")
 
 
 PLAIN_PEFT = """

@@ -24,8 +24,8 @@ def lived_in(registry: AdapterRegistry, adapter: Path, other_adapter: Path, base
     for version in (1, 2, 4):
         registry.set_alias("sql", "prod", version=version)
     registry.rollback("sql", "prod")
-    registry.set_alias("event", "canary", version=1)
-    registry.remove_alias("event", "canary")
+    registry.set_alias("event", "beta", version=1)
+    registry.remove_alias("event", "beta")
     registry.pin("sql:3")
     registry.remove("sql:1")
     registry.sign("sql:4")

@@ -59,19 +59,19 @@ def test_only_the_admin_loads_unloads_and_moves_aliases(serve: Serve, registry: 
     assert call("sk-admin", "adapters/unload", reference="sql:1").json() == {"name": "sql:1", "unloaded": True}
     for path in ("/etc", "../x", str(registry.home)):
         assert call("sk-admin", "adapters/load", reference=path).status_code == 400
-    assert call("sk-admin", "aliases", name="sql", alias="canary", version=2, expect=0).status_code == 200
-    assert registry.resolve("sql@canary").version == 2
-    assert call("sk-admin", "aliases", name="sql", alias="canary", version=1, expect=1).status_code == 409
-    assert call("sk-admin", "aliases", name="sql", alias="canary", version=9).status_code == 404
-    registry.remove_alias("sql", "canary")
+    assert call("sk-admin", "aliases", name="sql", alias="beta", version=2, expect=0).status_code == 200
+    assert registry.resolve("sql@split").version == 2
+    assert call("sk-admin", "aliases", name="sql", alias="beta", version=1, expect=1).status_code == 409
+    assert call("sk-admin", "aliases", name="sql", alias="beta", version=9).status_code == 404
+    registry.remove_alias("sql", "beta")
 
 
-def test_a_canary_gets_its_share_of_what_http_asks_for(serve: Serve, registry: AdapterRegistry) -> None:
+def test_a_split_gets_its_share_of_what_http_asks_for(serve: Serve, registry: AdapterRegistry) -> None:
     server, client = serve("sk-sql", keys=KEYS)
 
     def call(share: float, **wish: str) -> httpx.Response:
         body = {"reference": "sql@prod", "candidate": "sql:2", "share": share, **wish}
-        return httpx.post(f"{server.url}/admin/canaries", json=body, headers={"Authorization": "Bearer sk-admin"})
+        return httpx.post(f"{server.url}/admin/splits", json=body, headers={"Authorization": "Bearer sk-admin"})
 
     def shares(count: int, model: str = "sql@prod") -> list[str]:
         asked = [client.completions.create(model=model, **ASK) for _ in range(count)]
@@ -93,8 +93,8 @@ def test_a_canary_gets_its_share_of_what_http_asks_for(serve: Serve, registry: A
         assert shares(2, "sql:1") == ["sql:1"] * 2
         streamed = list(client.completions.create(model="sql@prod", stream=True, **ASK))
         assert {piece.receipt["adapter"] for piece in streamed} == {"sql:2"}  # type: ignore[attr-defined]
-        told = httpx.get(f"{server.url}/admin/canaries", headers={"Authorization": "Bearer sk-admin"}).json()
-        assert told == {"canaries": [{"reference": "sql@prod", "candidate": "sql:2", "share": 1.0}]}
+        told = httpx.get(f"{server.url}/admin/splits", headers={"Authorization": "Bearer sk-admin"}).json()
+        assert told == {"splits": [{"reference": "sql@prod", "candidate": "sql:2", "share": 1.0}]}
     finally:
         assert call(0).json() == {"reference": "sql@prod", "stopped": True}
     assert shares(3) == ["sql:1"] * 3
@@ -104,8 +104,7 @@ def test_a_canary_gets_its_share_of_what_http_asks_for(serve: Serve, registry: A
         assert call(0.5, **wish).status_code == 400
     assert call(1.5).status_code == 400
     assert (
-        httpx.post(f"{server.url}/admin/canaries", json={}, headers={"Authorization": "Bearer sk-sql"}).status_code
-        == 403
+        httpx.post(f"{server.url}/admin/splits", json={}, headers={"Authorization": "Bearer sk-sql"}).status_code == 403
     )
 
 

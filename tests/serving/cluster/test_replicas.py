@@ -100,7 +100,7 @@ def test_a_replica_that_holds_the_adapter_gets_its_requests(cluster: Any, client
     assert any(stays(attempt) for attempt in range(40)), "requests for one adapter are spread over the replicas"
 
 
-def test_a_moved_alias_and_a_canary_hold_for_both(
+def test_a_moved_alias_and_a_split_hold_for_both(
     cluster: Any, server: ApiServer, client: openai.OpenAI, registry: AdapterRegistry
 ) -> None:
     before = {process: status.tokens for process, status, _ in cluster.look()}
@@ -117,9 +117,9 @@ def test_a_moved_alias_and_a_canary_hold_for_both(
         assert set(many()) == {"sql:2"}
         wish = {"reference": "sql@moving", "candidate": "sql:1", "share": 0.25}
         admin = {"Authorization": "Bearer admin"}
-        assert httpx.post(f"{server.url}/admin/canaries", json=wish, headers=admin, timeout=60).status_code == 200
+        assert httpx.post(f"{server.url}/admin/splits", json=wish, headers=admin, timeout=60).status_code == 200
         assert many().count("sql:1") == 8
-        httpx.post(f"{server.url}/admin/canaries", json={**wish, "share": 0}, headers=admin, timeout=60)
+        httpx.post(f"{server.url}/admin/splits", json={**wish, "share": 0}, headers=admin, timeout=60)
     finally:
         registry.remove_alias("sql", "moving")
     assert all(status.tokens > before[process] for process, status, _ in cluster.look()), "one replica did it all"

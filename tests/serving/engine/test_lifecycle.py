@@ -1,4 +1,4 @@
-"""Loading, unloading, moving aliases and canaries while requests run: the right version, nothing freed too early."""
+"""Loading, unloading, moving aliases and splits while requests run: the right version, nothing freed too early."""
 
 import threading
 from collections.abc import Callable
@@ -63,15 +63,15 @@ def test_a_moved_alias_is_for_new_requests_only(
     assert ask(engine, "sql@prod").adapter == "sql:1"
 
 
-def test_canary_gets_its_exact_share_and_ends_at_once(engine: InferenceEngine) -> None:
-    engine.start_canary("sql@prod", "sql:2", canary=0.1)
+def test_probes_gets_its_exact_share_and_ends_at_once(engine: InferenceEngine) -> None:
+    engine.start_split("sql@prod", "sql:2", share=0.1)
     answered = [ask(engine, "sql@prod", new=1).adapter for _ in range(20)]
     assert answered.count("sql:2") == 2 and answered.count("sql:1") == 18
-    assert engine.status().canaries == {"sql@prod": ("sql:2", 0.1)}
-    assert engine.stop_canary("sql@prod")
+    assert engine.status().splits == {"sql@prod": ("sql:2", 0.1)}
+    assert engine.stop_split("sql@prod")
     assert {ask(engine, "sql@prod", new=1).adapter for _ in range(10)} == {"sql:1"}
-    with pytest.raises(ConfigurationError, match=r"share of a canary is 1\.5"):
-        engine.start_canary("sql@prod", "sql:2", canary=1.5)
+    with pytest.raises(ConfigurationError, match=r"share of a split is 1\.5"):
+        engine.start_split("sql@prod", "sql:2", share=1.5)
 
 
 def test_unload_waits_for_those_who_use_it(engine: InferenceEngine, alone: Any, adapters: dict[str, Path]) -> None:

@@ -179,10 +179,10 @@ def test_plain_peft_loads_what_was_saved(engine: str, runs: Runs, tiny_base: Pat
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from adapterhub_lite.adapter_format.probes import replay_canary
+    from adapterhub_lite.adapter_format.probes import replay_probes
 
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), runs.folder / engine / "adapter")
-    assert replay_canary(model, runs.folder / engine / "adapter").passed
+    assert replay_probes(model, runs.folder / engine / "adapter").passed
 
 
 @pytest.mark.slow

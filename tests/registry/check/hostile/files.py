@@ -47,20 +47,20 @@ def _record_with(**changes: Any) -> Spoil:
     return spoil
 
 
-def _canary_of_nan(folder: Path) -> None:
+def _probes_of_nan(folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
     whole = torch.ones(1, 2, dtype=torch.int64)
     found = {"tokens": whole, "lengths": whole[0], "top_ids": whole, "top_logits": torch.full((1, 2), float("nan"))}
-    save_file({name: tensor.clone() for name, tensor in found.items()}, folder / "canary.safetensors")
+    save_file({name: tensor.clone() for name, tensor in found.items()}, folder / "probes.safetensors")
 
 
-def _canary_of_weights(folder: Path) -> None:
+def _probes_of_weights(folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    save_file({"weights": torch.ones(3)}, folder / "canary.safetensors")
+    save_file({"weights": torch.ones(3)}, folder / "probes.safetensors")
 
 
 def _no_text(folder: Path) -> None:
@@ -103,9 +103,9 @@ FILE_CASES = [
     Case("link that acts in the card", beside("README.md", b"[a](JavaScript:alert(1))"), "HTML that acts"),
     Case("frame in the card", beside("README.md", b"< iframe src='http://x'>"), "HTML that acts"),
     Case("card that is no text", beside("README.md", b"\xff\xfe\x00"), "not UTF-8"),
-    Case("canary of NaN", _canary_of_nan, "holds NaN or infinity"),
-    Case("canary of other things", _canary_of_weights, "does not hold exactly"),
-    Case("canary that is none", beside("canary.safetensors", b"no"), "truncated or no safetensors"),
+    Case("probes of NaN", _probes_of_nan, "holds NaN or infinity"),
+    Case("probes of other things", _probes_of_weights, "does not hold exactly"),
+    Case("probes that are none", beside("probes.safetensors", b"no"), "truncated or no safetensors"),
     Case("wrong base of the same shape", _foreign_record, "org/other with the fingerprint ffff"),
     Case("record with an unknown key", _record_with(surprise=1), "not a training record: surprise"),
     Case("record that is a list", beside("training_record.json", b"[]"), "not a training record"),
