@@ -60,7 +60,7 @@ def test_only_the_admin_loads_unloads_and_moves_aliases(serve: Serve, registry: 
     for path in ("/etc", "../x", str(registry.home)):
         assert call("sk-admin", "adapters/load", reference=path).status_code == 400
     assert call("sk-admin", "aliases", name="sql", alias="beta", version=2, expect=0).status_code == 200
-    assert registry.resolve("sql@split").version == 2
+    assert registry.resolve("sql@beta").version == 2
     assert call("sk-admin", "aliases", name="sql", alias="beta", version=1, expect=1).status_code == 409
     assert call("sk-admin", "aliases", name="sql", alias="beta", version=9).status_code == 404
     registry.remove_alias("sql", "beta")
