@@ -104,20 +104,21 @@ def test_a_saved_token_is_not_sent_to_another_hub(
 
 
 def test_one_file_speaks_to_a_hub() -> None:
-    """`hub_client` asks, `hub_errors` knows its exceptions; the rest of the registry says what, not how."""
+    """`hub/client` asks, `hub/errors` knows its exceptions; the rest of the registry says what, not how."""
     import ast
 
     import adapterhub_lite.registry
 
     speaking = {"huggingface_hub", "hf_xet", "httpx", "httpx2", "requests", "urllib", "http"}
     found: dict[str, set[str]] = {}
-    for path in Path(adapterhub_lite.registry.__path__[0]).glob("*.py"):
+    for path in Path(adapterhub_lite.registry.__path__[0]).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             if used := {name for name in names if name.partition(".")[0] in speaking}:
-                found[path.stem] = found.get(path.stem, set()) | used
-    assert found == {"hub_client": {"huggingface_hub"}, "hub_errors": {"huggingface_hub.errors", "httpx2"}}
+                name = f"{path.parent.name}/{path.stem}"
+                found[name] = found.get(name, set()) | used
+    assert found == {"hub/client": {"huggingface_hub"}, "hub/errors": {"huggingface_hub.errors", "httpx2"}}
 
 
 @pytest.mark.parametrize("repo_id", ["a/b/c", "a b/c", "../x", ""])
