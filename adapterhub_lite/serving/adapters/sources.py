@@ -8,12 +8,13 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from adapterhub_lite.adapter_format.manifest import AdapterManifest
 from adapterhub_lite.adapter_format.probes import PROBES_FILE
 from adapterhub_lite.errors import AdapterRejectedError, UnknownNameError
 
@@ -36,6 +37,48 @@ class AdapterFiles:
     base_fingerprint: str | None = None
     hold: Callable[[], AbstractContextManager[Any]] = nullcontext
     probes: Path | None = None
+
+
+class PullReceipt(Protocol):
+    """What a pull brought."""
+
+    @property
+    def manifest(self) -> AdapterManifest:
+        """The version as the registry now holds it."""
+        ...
+
+
+class AdapterStore(Protocol):
+    """What serving needs of a registry; `AdapterRegistry` is one."""
+
+    def resolve(self, reference: str, /) -> AdapterManifest:
+        """The version that a reference names now."""
+        ...
+
+    def list(self) -> Sequence[AdapterManifest]:
+        """Every version, by name and version."""
+        ...
+
+    def aliases(self, name: str, /) -> Mapping[str, int]:
+        """The aliases of a name and the versions they point at."""
+        ...
+
+    def set_alias(self, name: str, alias: str, /, *, version: int, expect: int | None = None) -> None:
+        """Point an alias at a version; with `expect` only if it points there now (0: only if there is none)."""
+        ...
+
+    def file(self, manifest: AdapterManifest, filename: str, /) -> Path:
+        """The immutable local file of a version."""
+        ...
+
+    def hold(self, manifest: AdapterManifest, /) -> AbstractContextManager[object]:
+        """Keep a version from being collected while it is in use."""
+        ...
+
+    # The options are those of the registry's pull, handed through.
+    def pull(self, repo_id: str, /, **options: Any) -> PullReceipt:
+        """Take in a version from a hub."""
+        ...
 
 
 class AdapterSource(Protocol):
@@ -106,7 +149,7 @@ class FolderSource:
 class RegistrySource:
     """References are the registry's; a `Path` is a folder."""
 
-    def __init__(self, registry: Any) -> None:
+    def __init__(self, registry: AdapterStore) -> None:
         self._registry = registry
         self._folders = FolderSource()
 
