@@ -13,12 +13,12 @@ class StepGate:
     """Lets the engine's real steps through one by one, so that a test knows where in an answer it is."""
 
     def __init__(self, engine: InferenceEngine) -> None:
-        self._engine, self._forward = engine, engine._trunk.forward
+        self._engine, self._forward = engine, engine._runner.forward
         self._allowed = threading.Semaphore(0)
         self.begun = threading.Semaphore(0)
         self.sizes: list[int] = []
         self.fault: Callable[[], None] | None = None
-        engine._trunk.forward = self._step  # type: ignore[method-assign]
+        engine._runner.forward = self._step  # type: ignore[method-assign]
 
     def _step(self, step: Any) -> torch.Tensor:
         self.begun.release()
@@ -34,5 +34,5 @@ class StepGate:
 
     def remove(self) -> None:
         """Let every step through again, the one that waits too."""
-        self._engine._trunk.forward = self._forward  # type: ignore[method-assign]
+        self._engine._runner.forward = self._forward  # type: ignore[method-assign]
         self.allow(1)

@@ -36,7 +36,7 @@ ALLOWED = {
 # Inside a room: the folders and files in the order in which they may import, lowest first; a row is one level.
 LEVELS = {
     "registry": (("store",), ("check",), ("operations",), ("hub",), ("registry",)),
-    "serving": (("model", "adapters", "engine"), ("api",), ("cluster",)),
+    "serving": (("adapters",), ("model",), ("engine",), ("api",), ("cluster",)),
     "training": (("arguments",), ("data", "model", "distributed"), ("run",), ("evaluation", "trainer"), ("recipe",)),
     "cli": (("output", "options"), ("train", "keep", "share", "serve", "bench", "doctor"), ("main",)),
 }

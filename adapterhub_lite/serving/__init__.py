@@ -10,7 +10,7 @@ _HOMES = {
     "GenerationRequest": "engine.request",
     "GenerationResult": "engine.request",
     "InferenceEngine": "engine.engine",
-    "ResidentAdapter": "adapters.residency",
+    "ResidentAdapter": "adapters.slots",
     "Timings": "engine.request",
     "TokenLogprob": "engine.request",
     "Usage": "engine.request",

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import expect
 
-from adapterhub_lite.serving.engine.core import EngineLoop
+from adapterhub_lite.serving.engine.core import EngineCore
 
 PATIENCE = 30_000
 RECEIPTS = "#transcript .thought-group .title"
@@ -43,15 +43,15 @@ def test_switching_the_task_and_reading_the_streamed_answer(serve: Any, page: An
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Until it is set, an answer rests after a few tokens and goes on when it is stopped: a small model is too quick."""
-    opened, step = threading.Event(), EngineLoop._step
+    opened, step = threading.Event(), EngineCore._step
 
-    def resting(self: EngineLoop, slices: Any) -> None:
+    def resting(self: EngineCore, slices: Any) -> None:
         for job in self._scheduler.running:
             while len(job.output) >= 8 and not opened.is_set() and not job.cancelled.wait(0.02):
                 pass
         step(self, slices)
 
-    monkeypatch.setattr(EngineLoop, "_step", resting)
+    monkeypatch.setattr(EngineCore, "_step", resting)
     yield opened
     opened.set()
 

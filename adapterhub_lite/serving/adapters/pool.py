@@ -5,9 +5,10 @@ memory; nothing of requests, rows or threads of the engine.
 """
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakSet
@@ -15,18 +16,25 @@ from weakref import WeakSet
 import torch
 
 from adapterhub_lite.errors import BaseMismatchError, QueueFullError, RequestTimeoutError
-from adapterhub_lite.serving.adapters.blend import parse_blend
-from adapterhub_lite.serving.adapters.host_tier import HostTier
-from adapterhub_lite.serving.adapters.residency import Residency, ResidentAdapter, Wanted
+from adapterhub_lite.serving.adapters.slots import AdapterSlots, HostTier, ResidentAdapter, SlotRequest
 from adapterhub_lite.serving.adapters.sources import AdapterFiles, AdapterSource
-from adapterhub_lite.serving.adapters.split import Splits
-from adapterhub_lite.serving.adapters.weights import AdapterWeights, Family, read_adapter_weights
-from adapterhub_lite.serving.engine.sequence import Route
-from adapterhub_lite.serving.model.lora_torch import Part
+from adapterhub_lite.serving.adapters.split import Splits, parse_blend
+from adapterhub_lite.serving.adapters.weights import AdapterWeights, Family, Part, Parts, read_adapter_weights
 
 Tier = Literal["resident", "host", "disk"]
 # How long a caller waits for an adapter slot when the request has no time-out of its own.
 SLOT_WAIT_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Route:
+    """What a request is answered with: the parts for its row, their names and digests, and how to let go of them."""
+
+    parts: Parts = ()
+    name: str | None = None
+    digest: str | None = None
+    seconds: float = 0.0
+    release: Callable[[], None] = lambda: None
 
 
 class AdapterPool:
@@ -44,7 +52,7 @@ class AdapterPool:
         max_rank: int,
     ) -> None:
         self.source = source
-        self.residency = Residency(max_slots)
+        self.slots = AdapterSlots(max_slots)
         self.splits = Splits()
         self._families = families
         self._base_fingerprint = base_fingerprint
@@ -67,7 +75,7 @@ class AdapterPool:
         blend = parse_blend(adapter)
         wanted = [self._wanted(self.locate(self.splits.choose(piece.reference))) for piece in blend]
         try:
-            entries, _ = self.residency.acquire(wanted, timeout=min(timeout or SLOT_WAIT_SECONDS, SLOT_WAIT_SECONDS))
+            entries, _ = self.slots.acquire(wanted, timeout=min(timeout or SLOT_WAIT_SECONDS, SLOT_WAIT_SECONDS))
         except QueueFullError as error:
             if timeout is not None and time.perf_counter() - started >= timeout:
                 raise RequestTimeoutError(f"No adapter slot came free within the request's {timeout} s.") from error
@@ -76,7 +84,7 @@ class AdapterPool:
 
         def release() -> None:
             while held:
-                self.residency.release(held.pop())
+                self.slots.release(held.pop())
 
         factors = ["" if len(blend) == 1 and piece.weight == 1.0 else f"*{piece.weight!r}" for piece in blend]
         return Route(
@@ -89,10 +97,10 @@ class AdapterPool:
 
     def load(self, reference: str | Path, *, pin: bool = False) -> ResidentAdapter:
         """Bring an adapter into a slot; `pin` keeps it there."""
-        (entry,), _ = self.residency.acquire([self._wanted(self.locate(reference))], timeout=SLOT_WAIT_SECONDS)
+        (entry,), _ = self.slots.acquire([self._wanted(self.locate(reference))], timeout=SLOT_WAIT_SECONDS)
         if pin:
-            self.residency.pin(entry.digest, True)
-        return self.residency.release(entry)
+            self.slots.pin(entry.digest, True)
+        return self.slots.release(entry)
 
     def prefetch(self, reference: str | Path) -> "Future[ResidentAdapter]":
         """Do `load` in the background, one after another."""
@@ -102,12 +110,12 @@ class AdapterPool:
         """Take an adapter out of its slot and of host memory once nobody uses it; False when it was in no slot."""
         digest = self.locate(reference).digest
         self._host.drop(digest)
-        return self.residency.unload(digest, timeout=timeout)
+        return self.slots.unload(digest, timeout=timeout)
 
     def tier(self, reference: str | Path) -> Tier:
         """Say how near an adapter is."""
         digest = self.locate(reference).digest
-        return "resident" if digest in self.residency else "host" if digest in self._host else "disk"
+        return "resident" if digest in self.slots else "host" if digest in self._host else "disk"
 
     def locate(self, reference: str | Path) -> AdapterFiles:
         """Return the files that a reference names now.
@@ -129,7 +137,7 @@ class AdapterPool:
         for hold in list(self._holds):
             hold.__exit__(None, None, None)
 
-    def _wanted(self, files: AdapterFiles) -> Wanted:
+    def _wanted(self, files: AdapterFiles) -> SlotRequest:
         def load() -> AdapterWeights:
             weights = self._host.get(files.digest)
             if weights is None:
@@ -142,4 +150,4 @@ class AdapterPool:
                 self._host.put(files.digest, weights)
             return weights.to(self._device)
 
-        return Wanted(files.digest, files.name, load)
+        return SlotRequest(files.digest, files.name, load)

@@ -90,6 +90,17 @@ class AdapterWeights:
         return replace(self, families=moved)
 
 
+@dataclass(frozen=True)
+class Part:
+    """An adapter's weights with the factor on its delta; several of them make a blend."""
+
+    weights: AdapterWeights
+    factor: float = 1.0
+
+
+Parts = tuple[Part, ...]
+
+
 def read_adapter_weights(
     path: Path,
     families: Sequence[Family],

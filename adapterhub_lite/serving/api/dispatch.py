@@ -18,7 +18,7 @@ from fastapi import Request
 from adapterhub_lite.adapter_format.manifest import AdapterManifest
 from adapterhub_lite.adapter_format.reference import AdapterReference
 from adapterhub_lite.errors import QueueFullError, RequestCancelledError, ServingError
-from adapterhub_lite.serving.adapters.blend import WeightedReference, parse_blend
+from adapterhub_lite.serving.adapters.split import WeightedReference, parse_blend
 from adapterhub_lite.serving.api.auth import Caller
 from adapterhub_lite.serving.api.engine_protocol import Answer, Engine
 from adapterhub_lite.serving.api.errors import ApiRefusal

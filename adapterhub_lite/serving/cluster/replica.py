@@ -12,8 +12,8 @@ from ray import serve
 
 from adapterhub_lite import errors
 from adapterhub_lite.registry import AdapterRegistry
-from adapterhub_lite.serving.adapters.blend import parse_blend
-from adapterhub_lite.serving.adapters.residency import ResidentAdapter
+from adapterhub_lite.serving.adapters.slots import ResidentAdapter
+from adapterhub_lite.serving.adapters.split import parse_blend
 from adapterhub_lite.serving.engine.engine import InferenceEngine
 from adapterhub_lite.serving.engine.request import EngineStatus, GenerationChunk, GenerationRequest
 

@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError
 
 from adapterhub_lite.bases import load_tokenizer, resolve_base
 from adapterhub_lite.errors import RequestCancelledError, ResourceError, ServingError
-from adapterhub_lite.serving.adapters.residency import ResidentAdapter
+from adapterhub_lite.serving.adapters.slots import ResidentAdapter
 from adapterhub_lite.serving.adapters.split import Splits
 from adapterhub_lite.serving.cluster.replica import Refusal, application
 from adapterhub_lite.serving.cluster.settings import ClusterSettings

@@ -1,31 +1,128 @@
-"""The engine's thread: admit, plan, compute, sample, hand out; forever, until closed.
+"""The engine's thread and its scheduler: admit, plan, compute, sample, hand out; forever, until closed.
 
-Only this thread touches the trunk. Whatever goes wrong in a step ends the requests of that step and nothing else.
+Only this thread touches the model. Whatever goes wrong in a step ends the requests of that step and nothing else.
 """
 
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
 
 import torch
 
-from adapterhub_lite.errors import EngineClosedError, ServingError
+from adapterhub_lite.errors import EngineClosedError, QueueFullError, ServingError
 from adapterhub_lite.serving.engine.request import GenerationChunk
 from adapterhub_lite.serving.engine.sampling import token_logprob
-from adapterhub_lite.serving.engine.scheduler import Scheduler
-from adapterhub_lite.serving.engine.sequence import Job
+from adapterhub_lite.serving.engine.sequence import GenerationSequence
 from adapterhub_lite.serving.model.batch import RowSlice, pack
-from adapterhub_lite.serving.model.runner import Trunk
+from adapterhub_lite.serving.model.runner import ModelRunner
 
 
-class EngineLoop:
+class Scheduler:
+    """Sequences in rows and sequences in the queue.
+
+    Prompts are read in pieces: at most `busy_chunk` tokens a step, so that those who write do not wait for a long
+    prompt, and `idle_chunk` while more requests wait for their first token than for their next. Short prompts that come
+    to many who write are read in a step of their own, which is a fraction of the others': one step in `alone_every` at
+    most, and only while nobody waits for a row, since what they win in time all together lose in throughput.
+    """
+
+    def __init__(
+        self, rows: int, max_queue: int, *, busy_chunk: int = 64, idle_chunk: int = 256, alone_every: int = 4
+    ) -> None:
+        self.rows: list[GenerationSequence | None] = [None] * rows
+        self.waiting: deque[GenerationSequence] = deque()
+        self._max_queue = max_queue
+        self._busy_chunk = busy_chunk
+        self._idle_chunk = idle_chunk
+        self._alone_every = alone_every
+        self._since_alone = alone_every
+
+    def add(self, sequence: GenerationSequence) -> None:
+        """Put a sequence into the queue.
+
+        Raises:
+            QueueFullError: the queue is full.
+        """
+        if len(self.waiting) >= self._max_queue + self.rows.count(None):
+            raise QueueFullError(f"{self._max_queue} requests are waiting already; try again later.")
+        self.waiting.append(sequence)
+
+    @property
+    def running(self) -> list[GenerationSequence]:
+        """The sequences in rows, in order of row."""
+        return [sequence for sequence in self.rows if sequence is not None]
+
+    def admit(self) -> list[GenerationSequence]:
+        """Give free rows, lowest first, to waiting sequences; return those sequences."""
+        admitted = []
+        for row, held in enumerate(self.rows):
+            if held is None and self.waiting:
+                sequence = self.waiting.popleft()
+                sequence.row = row
+                self.rows[row] = sequence
+                admitted.append(sequence)
+        return admitted
+
+    def compact(self) -> list[tuple[GenerationSequence, int]]:
+        """Fill holes from the last rows, so that rows in use are neighbours; return (sequence, old row) of each move."""
+        moved = []
+        running = self.running
+        for hole in range(len(running)):
+            if self.rows[hole] is None:
+                sequence = self.running[-1]
+                moved.append((sequence, sequence.row))
+                self.rows[sequence.row], self.rows[hole], sequence.row = None, sequence, hole
+        return moved
+
+    def leave(self, sequence: GenerationSequence) -> None:
+        """Free the sequence's row."""
+        assert self.rows[sequence.row] is sequence, "a row belongs to one sequence at a time"
+        self.rows[sequence.row] = None
+
+    def plan(self) -> list[RowSlice]:
+        """Return what each row computes in the next step, in order of row."""
+        running = self.running
+        reading = [sequence for sequence in running if sequence.left > 1 or not sequence.output]
+        writing = [sequence for sequence in running if sequence not in reading]
+        self._since_alone += 1
+        short = {sequence.row: sequence.left for sequence in reading if sequence.left <= self._busy_chunk}
+        alone = not self.waiting and len(reading) < len(writing) and self._since_alone >= self._alone_every
+        if alone and 0 < sum(short.values()) <= self._busy_chunk:
+            self._since_alone = 0
+            counts = short
+        else:
+            # Larger pieces cost less a token: while most are still reading, that is what brings everybody on soonest.
+            budget = self._busy_chunk if len(writing) >= len(reading) else self._idle_chunk
+            counts = {sequence.row: 1 for sequence in writing}
+            if reading:
+                counts |= share_prompt_tokens(reading, budget)
+        return [
+            RowSlice(sequence.row, sequence.computed, sequence.upcoming(counts[sequence.row]))
+            for sequence in running
+            if counts.get(sequence.row, 0) > 0
+        ]
+
+
+def share_prompt_tokens(reading: list[GenerationSequence], budget: int) -> dict[int, int]:
+    """Split a step's budget of prompt tokens by row: a quarter for the oldest, the rest to the shortest first."""
+    oldest = min(reading, key=lambda sequence: sequence.admitted)
+    shares = {oldest.row: min(max(budget // 4, 1), oldest.left)}
+    budget -= shares[oldest.row]
+    for sequence in sorted(reading, key=lambda sequence: (sequence.left, sequence.admitted)):
+        more = min(budget, sequence.left - shares.get(sequence.row, 0))
+        shares[sequence.row] = shares.get(sequence.row, 0) + more
+        budget -= more
+    return shares
+
+
+class EngineCore:
     """Runs steps on a thread of its own while there is work."""
 
-    def __init__(self, trunk: Trunk, end_tokens: frozenset[int], *, max_queue: int) -> None:
-        self._trunk = trunk
+    def __init__(self, runner: ModelRunner, end_tokens: frozenset[int], *, max_queue: int) -> None:
+        self._runner = runner
         self._end_tokens = end_tokens
-        self._scheduler = Scheduler(trunk.rows, max_queue)
+        self._scheduler = Scheduler(runner.rows, max_queue)
         self._changed = threading.Condition()
         self._closed = False
         self.steps = 0
@@ -33,8 +130,8 @@ class EngineLoop:
         self._thread = threading.Thread(target=self._run, name="adapterhub-engine", daemon=True)
         self._thread.start()
 
-    def add(self, job: Job) -> None:
-        """Queue a job.
+    def add(self, sequence: GenerationSequence) -> None:
+        """Queue a sequence.
 
         Raises:
             QueueFullError: the queue is full.
@@ -43,7 +140,7 @@ class EngineLoop:
         with self._changed:
             if self._closed:
                 raise EngineClosedError("The engine is closed; start another one.")
-            self._scheduler.add(job)
+            self._scheduler.add(sequence)
             self._changed.notify()
 
     @property
@@ -62,12 +159,12 @@ class EngineLoop:
         return len(self._scheduler.waiting)
 
     def wake(self) -> None:
-        """Look again at once: a job was cancelled."""
+        """Look again at once: a sequence was cancelled."""
         with self._changed:
             self._changed.notify()
 
     def close(self) -> None:
-        """Stop after the step in progress and end every job with EngineClosedError."""
+        """Stop after the step in progress and end every sequence with EngineClosedError."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -85,104 +182,96 @@ class EngineLoop:
             # Reached by an error of our own too: then nobody waits for ever, and `alive` says so.
             with self._changed:
                 self._closed = True
-                jobs = [*self._scheduler.running, *self._scheduler.waiting]
+                sequences = [*self._scheduler.running, *self._scheduler.waiting]
                 self._scheduler.waiting.clear()
-            for job in jobs:
-                job.end(EngineClosedError("The engine was closed before the answer was finished."))
+            for sequence in sequences:
+                sequence.end(EngineClosedError("The engine was closed before the answer was finished."))
 
     def _wait(self) -> bool:
         """Sleep until there is work, settle who is in which row; False when closed."""
         scheduler = self._scheduler
         with self._changed:
             if not scheduler.waiting and not scheduler.running:
-                self._trunk.idle()
+                self._runner.idle()
             while not (self._closed or scheduler.waiting or scheduler.running):
                 self._changed.wait()
             if self._closed:
                 return False
-            self._drop_overdue()
+            now = time.perf_counter()
+            for sequence in [*scheduler.running, *scheduler.waiting]:
+                error = sequence.overdue(now)
+                if error is not None:
+                    if sequence.row >= 0:
+                        self._leave(sequence)
+                    else:
+                        scheduler.waiting.remove(sequence)
+                    sequence.end(error)
             admitted = scheduler.admit()
-        for job, old_row in scheduler.compact():
-            self._trunk.cache.move(old_row, job.row, job.computed)
-            self._trunk.bank.leave(old_row)
-            self._trunk.bank.place(job.row, job.route.parts)
-        for job in admitted:
-            self._admit(job)
+        for sequence, old_row in scheduler.compact():
+            self._runner.cache.move(old_row, sequence.row, sequence.computed)
+            self._runner.lora.leave(old_row)
+            self._runner.lora.place(sequence.row, sequence.route.parts)
+        for sequence in admitted:
+            started = time.perf_counter()
+            self._runner.cache.reserve(len(sequence.prompt_ids) + sequence.limit)
+            self._runner.lora.place(sequence.row, sequence.route.parts)
+            sequence.admitted = time.perf_counter()
+            sequence.placing = sequence.admitted - started
         return True
 
-    def _drop_overdue(self) -> None:
-        now = time.perf_counter()
-        for job in [*self._scheduler.running, *self._scheduler.waiting]:
-            error = job.overdue(now)
-            if error is not None:
-                if job.row >= 0:
-                    self._leave(job)
-                else:
-                    self._scheduler.waiting.remove(job)
-                job.end(error)
-
-    def _admit(self, job: Job) -> None:
-        started = time.perf_counter()
-        self._trunk.cache.reserve(len(job.prompt_ids) + job.limit)
-        self._trunk.bank.place(job.row, job.route.parts)
-        job.admitted = time.perf_counter()
-        job.placing = job.admitted - started
-
     def _step(self, slices: list[RowSlice]) -> None:
-        jobs = [job for job in self._scheduler.running if any(part.row == job.row for part in slices)]
+        sequences = [
+            sequence for sequence in self._scheduler.running if any(part.row == sequence.row for part in slices)
+        ]
         try:
-            logits = self._trunk.forward(pack(slices, self._trunk.device)).cpu()
+            logits = self._runner.forward(pack(slices, self._runner.device)).cpu()
         except Exception as error:
-            for job in jobs:
-                self._fail(job, error)
+            for sequence in sequences:
+                self._fail(sequence, error)
             return
         self.steps += 1
-        for index, (job, part) in enumerate(zip(jobs, slices, strict=True)):
-            job.computed += len(part.token_ids)
-            if job.computed == job.known:
-                self._guard(job, self._advance, logits[index])
+        for index, (sequence, part) in enumerate(zip(sequences, slices, strict=True)):
+            sequence.computed += len(part.token_ids)
+            if sequence.computed == sequence.known:
+                try:
+                    self._advance(sequence, logits[index])
+                except Exception as error:
+                    self._fail(sequence, error)
 
-    def _guard(self, job: Job, action: Callable[[Job, torch.Tensor], None], logits: torch.Tensor) -> None:
-        try:
-            action(job, logits)
-        except Exception as error:
-            self._fail(job, error)
-
-    def _fail(self, job: Job, error: Exception) -> None:
+    def _fail(self, sequence: GenerationSequence, error: Exception) -> None:
         failure = ServingError(f"The model failed on this request: {type(error).__name__}: {error}")
         failure.__cause__ = error
-        if self._scheduler.rows[job.row] is job:
-            self._trunk.cache.spoil(job.row)
-            self._leave(job)
-        job.end(failure)
+        if self._scheduler.rows[sequence.row] is sequence:
+            self._runner.cache.spoil(sequence.row)
+            self._leave(sequence)
+        sequence.end(failure)
 
-    def _leave(self, job: Job) -> None:
-        self._trunk.bank.leave(job.row)
-        self._scheduler.leave(job)
+    def _leave(self, sequence: GenerationSequence) -> None:
+        self._runner.lora.leave(sequence.row)
+        self._scheduler.leave(sequence)
 
-    def _advance(self, job: Job, logits: torch.Tensor) -> None:
-        """Choose the job's next token, hand out its text, and end the job when it is finished."""
+    def _advance(self, sequence: GenerationSequence, logits: torch.Tensor) -> None:
+        """Choose the sequence's next token, hand out its text, and end the sequence when it is finished."""
         if not math.isfinite(logits.max()):
             raise ServingError("the logits are not finite; the adapter or the blend's weights are out of range")
-        token = job.sampler.choose(logits)
-        if not job.output:
-            job.first_token = time.perf_counter()
-        job.output.append(token)
+        token = sequence.sampler.choose(logits)
+        if not sequence.output:
+            sequence.first_token = time.perf_counter()
+        sequence.output.append(token)
         self.tokens += 1
-        if job.request.logprobs is not None:
-            job.logprobs.append(token_logprob(logits, token, job.request.logprobs))
-        piece = job.stream.push(token)
-        reason = self._reason(job, token)
+        if sequence.request.logprobs is not None:
+            sequence.logprobs.append(token_logprob(logits, token, sequence.request.logprobs))
+        piece = sequence.stream.push(token)
+        reason = None
+        if token in self._end_tokens or sequence.stream.stopped:
+            reason = "stop"
+        elif len(sequence.output) >= sequence.limit:
+            reason = "length"
         if reason is not None:
-            self._leave(job)
+            self._leave(sequence)
             # The held-back text goes with the last chunk; the piece before it is the same answer.
             if piece:
-                job.outbox.put(GenerationChunk(piece))
-            job.end(reason)
+                sequence.outbox.put(GenerationChunk(piece))
+            sequence.end(reason)
         elif piece:
-            job.outbox.put(GenerationChunk(piece))
-
-    def _reason(self, job: Job, token: int) -> str | None:
-        if token in self._end_tokens or job.stream.stopped:
-            return "stop"
-        return "length" if len(job.output) >= job.limit else None
+            sequence.outbox.put(GenerationChunk(piece))

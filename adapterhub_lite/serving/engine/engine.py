@@ -18,15 +18,14 @@ from adapterhub_lite.bases import load_base_model, load_tokenizer, resolve_base
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.serving.adapters.hub_source import HubSource
 from adapterhub_lite.serving.adapters.pool import AdapterPool, Tier
-from adapterhub_lite.serving.adapters.probe_check import Verify, check_probes
-from adapterhub_lite.serving.adapters.residency import ResidentAdapter
+from adapterhub_lite.serving.adapters.slots import ResidentAdapter
 from adapterhub_lite.serving.adapters.sources import AdapterSource, FolderSource, RegistrySource
-from adapterhub_lite.serving.engine.core import EngineLoop
+from adapterhub_lite.serving.engine.core import EngineCore
+from adapterhub_lite.serving.engine.probe_check import Verify, check_probes
 from adapterhub_lite.serving.engine.request import EngineStatus, GenerationRequest, GenerationResult
 from adapterhub_lite.serving.engine.sampling import Sampler
-from adapterhub_lite.serving.engine.sequence import ChunkStream, GenerationHandle, Job
-from adapterhub_lite.serving.engine.text import TextStream
-from adapterhub_lite.serving.model.runner import Trunk
+from adapterhub_lite.serving.engine.sequence import ChunkStream, GenerationHandle, GenerationSequence, TextStream
+from adapterhub_lite.serving.model.runner import ModelRunner
 
 
 class InferenceEngine:
@@ -39,7 +38,7 @@ class InferenceEngine:
 
     def __init__(
         self,
-        trunk: Trunk,
+        runner: ModelRunner,
         tokenizer: Any,
         base_fingerprint: str,
         *,
@@ -52,19 +51,19 @@ class InferenceEngine:
     ) -> None:
         self.base_fingerprint = base_fingerprint
         self.tokenizer = tokenizer
-        self._trunk = trunk
+        self._runner = runner
         self._pool = AdapterPool(
             source or FolderSource(),
-            trunk.families,
+            runner.families,
             base_fingerprint,
-            device=trunk.device,
+            device=runner.device,
             max_slots=max_slots,
             max_host=max_host,
             max_rank=max_rank,
         )
         self._tokenizing = threading.Lock()
-        ends = _end_tokens(trunk.model, tokenizer) if end_tokens is None else end_tokens
-        self._loop = EngineLoop(trunk, ends, max_queue=max_queue)
+        ends = _end_tokens(runner.model, tokenizer) if end_tokens is None else end_tokens
+        self._core = EngineCore(runner, ends, max_queue=max_queue)
 
     @classmethod
     def from_base(
@@ -106,8 +105,8 @@ class InferenceEngine:
         source: AdapterSource = FolderSource()
         if registry is not None:
             source = HubSource(registry, pull) if pull else RegistrySource(registry)
-        trunk = Trunk(model, rows=max_rows, native=native)
-        return cls(trunk, load_tokenizer(resolved.folder), resolved.fingerprint, source=source, **options)
+        runner = ModelRunner(model, rows=max_rows, native=native)
+        return cls(runner, load_tokenizer(resolved.folder), resolved.fingerprint, source=source, **options)
 
     def generate(self, request: GenerationRequest) -> GenerationResult:
         """Answer one request; it shares its steps with whatever else runs.
@@ -143,7 +142,7 @@ class InferenceEngine:
         started = time.perf_counter()
         prompt_ids = self._encode(request)
         route = self._pool.route(request.adapter, request.timeout_seconds)
-        job = Job(
+        sequence = GenerationSequence(
             request=request,
             prompt_ids=prompt_ids,
             route=route,
@@ -151,14 +150,14 @@ class InferenceEngine:
             stream=TextStream(self.tokenizer, request.stop),
             base_fingerprint=self.base_fingerprint,
             submitted=started,
-            limit=min(request.max_new_tokens, self._trunk.max_length - len(prompt_ids)),
+            limit=min(request.max_new_tokens, self._runner.max_length - len(prompt_ids)),
         )
         try:
-            self._loop.add(job)
+            self._core.add(sequence)
         except BaseException:
             route.release()
             raise
-        return GenerationHandle(job, self._loop.wake)
+        return GenerationHandle(sequence, self._core.wake)
 
     def load(self, reference: str | Path, *, pin: bool = False, verify: Verify = "files") -> ResidentAdapter:
         """Bring an adapter into memory ahead of its first request; `pin` keeps it there.
@@ -170,7 +169,7 @@ class InferenceEngine:
             QueueFullError: every slot is in use or pinned.
         """
         if verify == "probes":
-            check_probes(self._pool, self._loop, self._trunk, self.tokenizer, reference)
+            check_probes(self._pool, self._core, self._runner, self.tokenizer, reference)
         return self._pool.load(reference, pin=pin)
 
     def prefetch(self, reference: str | Path) -> "Future[ResidentAdapter]":
@@ -180,7 +179,7 @@ class InferenceEngine:
     def pin(self, reference: str | Path, pinned: bool = True) -> ResidentAdapter:
         """Load an adapter if need be and keep it in its slot, or let it go like the others again."""
         loaded = self._pool.load(reference)
-        self._pool.residency.pin(loaded.digest, pinned)
+        self._pool.slots.pin(loaded.digest, pinned)
         return replace(loaded, pinned=pinned)
 
     def unload(self, reference: str | Path, *, timeout: float | None = None) -> bool:
@@ -192,7 +191,7 @@ class InferenceEngine:
 
     def resident(self) -> list[ResidentAdapter]:
         """Say which adapters are in memory, the least recently used first."""
-        return self._pool.residency.resident()
+        return self._pool.slots.resident()
 
     def tier(self, reference: str | Path) -> Tier:
         """Say how near an adapter is: "resident", "host" (memory) or "disk"; pulls it when it is on a hub only."""
@@ -222,31 +221,31 @@ class InferenceEngine:
 
     def status(self) -> EngineStatus:
         """Say how the engine does: whether it can serve, whether it can pull, and its counts since the start."""
-        residency = self._pool.residency
+        slots = self._pool.slots
         source = self._pool.source
         trouble = source.trouble if isinstance(source, HubSource) else None
         return EngineStatus(
-            can_serve=self._loop.alive,
+            can_serve=self._core.alive,
             can_pull=trouble is None if isinstance(source, HubSource) else None,
             hub_trouble=trouble,
-            running=self._loop.running,
-            waiting=self._loop.waiting,
-            steps=self._loop.steps,
-            tokens=self._loop.tokens,
-            resident=len(residency.resident()),
-            loads=residency.loads,
-            evictions=residency.evictions,
+            running=self._core.running,
+            waiting=self._core.waiting,
+            steps=self._core.steps,
+            tokens=self._core.tokens,
+            resident=len(slots.resident()),
+            loads=slots.loads,
+            evictions=slots.evictions,
             splits=self.splits(),
         )
 
     def base_digest(self) -> str:
         """The sha256 over the base's weights as they are in memory now."""
-        return self._trunk.base_digest()
+        return self._runner.base_digest()
 
     def close(self) -> None:
         """Stop; whatever waits or runs ends with EngineClosedError."""
         self._pool.close()
-        self._loop.close()
+        self._core.close()
 
     def __enter__(self) -> "InferenceEngine":
         return self
@@ -270,9 +269,9 @@ class InferenceEngine:
             raise ConfigurationError(
                 "The prompt is empty, so there is nothing to go on from. Give at least one character."
             )
-        if len(ids) >= self._trunk.max_length:
+        if len(ids) >= self._runner.max_length:
             raise ConfigurationError(
-                f"The prompt has {len(ids)} tokens, this base takes at most {self._trunk.max_length - 1}. Shorten it."
+                f"The prompt has {len(ids)} tokens, this base takes at most {self._runner.max_length - 1}. Shorten it."
             )
         return ids
 

@@ -6,7 +6,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from transformers import PreTrainedTokenizerBase
+
 from adapterhub_lite.errors import RequestCancelledError, RequestTimeoutError
+from adapterhub_lite.serving.adapters.pool import Route
 from adapterhub_lite.serving.engine.request import (
     GenerationChunk,
     GenerationRequest,
@@ -16,21 +19,67 @@ from adapterhub_lite.serving.engine.request import (
     Usage,
 )
 from adapterhub_lite.serving.engine.sampling import Sampler
-from adapterhub_lite.serving.engine.text import TextStream
-from adapterhub_lite.serving.model.lora_torch import Parts
 
 Item = GenerationChunk | BaseException
 
 
-@dataclass(frozen=True)
-class Route:
-    """What a request is answered with: the parts for its row, their names and digests, and how to let go of them."""
+class TextStream:
+    """Decodes one answer piece by piece. `text` is all that was given out, `stopped` whether a stop string came."""
 
-    parts: Parts = ()
-    name: str | None = None
-    digest: str | None = None
-    seconds: float = 0.0
-    release: Callable[[], None] = lambda: None
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._ids: list[int] = []
+        self._prefix = 0
+        self._read = 0
+        self._held = ""
+        self.text = ""
+        self.stopped = False
+
+    def push(self, token_id: int) -> str:
+        """Take one more token; return the text that is now certain, possibly none."""
+        self._ids.append(token_id)
+        before = self._decode(self._ids[self._prefix : self._read])
+        now = self._decode(self._ids[self._prefix :])
+        if now.endswith("�"):  # a character of several tokens is not whole yet
+            return ""
+        self._prefix, self._read = self._read, len(self._ids)
+        return self._give(now[len(before) :])
+
+    def finish(self) -> str:
+        """Return what was held back: the end of the answer has come."""
+        if self.stopped:
+            return ""
+        before = self._decode(self._ids[self._prefix : self._read])
+        rest = self._decode(self._ids[self._prefix :])[len(before) :]
+        self._prefix = self._read = len(self._ids)
+        piece = self._give(rest)
+        if not self.stopped:
+            piece += self._held
+            self.text += self._held
+            self._held = ""
+        return piece
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _give(self, piece: str) -> str:
+        """Pass on what cannot be the beginning of a stop string."""
+        pending = self._held + piece
+        found = [at for at in (pending.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self.stopped = True
+            given, self._held = pending[: min(found)], ""
+        else:
+            keep = max((overlap(pending, stop) for stop in self._stop), default=0)
+            given, self._held = pending[: len(pending) - keep], pending[len(pending) - keep :]
+        self.text += given
+        return given
+
+
+def overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`, short of the whole of it."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
 
 
 class Outbox:
@@ -59,7 +108,7 @@ class Outbox:
 
 
 @dataclass(eq=False)
-class Job:
+class GenerationSequence:
     """A request's state. After submission only the engine's thread changes it, but for `cancelled`."""
 
     request: GenerationRequest
@@ -86,6 +135,11 @@ class Job:
         """Tokens there are so far, prompt and output."""
         return len(self.prompt_ids) + len(self.output)
 
+    @property
+    def left(self) -> int:
+        """Tokens known and not computed yet."""
+        return self.known - self.computed
+
     def upcoming(self, count: int) -> list[int]:
         """Return the next `count` tokens to compute."""
         if self.computed >= len(self.prompt_ids):
@@ -94,7 +148,7 @@ class Job:
         return list(self.prompt_ids[self.computed : self.computed + count])
 
     def overdue(self, now: float) -> BaseException | None:
-        """Return the error that ends this job now, if one does."""
+        """Return the error that ends this sequence now, if one does."""
         timeout = self.request.timeout_seconds
         if self.cancelled.is_set():
             return RequestCancelledError("The request was cancelled by its caller.")
@@ -143,14 +197,14 @@ class Job:
 class GenerationHandle:
     """A submitted request: iterate over its chunks, or wait for its result. For one consumer."""
 
-    def __init__(self, job: Job, wake: Callable[[], None]) -> None:
-        self._job = job
+    def __init__(self, sequence: GenerationSequence, wake: Callable[[], None]) -> None:
+        self._sequence = sequence
         self._wake = wake
         self._result: GenerationResult | None = None
 
     def cancel(self) -> None:
         """Stop the request; its row is free within one step. Reading it then raises RequestCancelledError."""
-        self._job.cancelled.set()
+        self._sequence.cancelled.set()
         self._wake()
 
     def listen(self, listener: Callable[[Item], None], *, whole: bool = False) -> None:
@@ -163,7 +217,7 @@ class GenerationHandle:
             if isinstance(item, BaseException) or item.done:
                 listener(item)
 
-        self._job.outbox.listen(last if whole else listener)
+        self._sequence.outbox.listen(last if whole else listener)
 
     def __iter__(self) -> Iterator[GenerationChunk]:
         """Yield chunks as they are made; the last one is `done` and carries the result.
@@ -172,10 +226,10 @@ class GenerationHandle:
             ServingError: cancelled, timed out, closed, or failed inside the model.
         """
         while self._result is None:
-            item = self._job.outbox.get()
+            item = self._sequence.outbox.get()
             if isinstance(item, BaseException):
                 # Left for the next reader too: an ended request never blocks anybody.
-                self._job.outbox.put(item)
+                self._sequence.outbox.put(item)
                 raise item
             self._result = item.result
             yield item

@@ -1,4 +1,4 @@
-"""The plain forward pass: the model's own code of transformers, with the bank put around its linear layers.
+"""The plain forward pass: the model's own code of transformers, with the lora put around its linear layers.
 
 For any causal language model whose attention goes through transformers' attention interface, plain, 8-bit or 4-bit.
 It is what the lean pass in `fused` is held against.
@@ -13,8 +13,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.serving.adapters.weights import Family
 from adapterhub_lite.serving.model.batch import Step
-from adapterhub_lite.serving.model.kv_cache import RowCache
-from adapterhub_lite.serving.model.lora_torch import Bank
+from adapterhub_lite.serving.model.kv_cache import KVCache
+from adapterhub_lite.serving.model.lora_torch import LoraBank
 
 ATTENTION = "adapterhub_rows"
 
@@ -26,12 +26,12 @@ def _attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    row_cache: RowCache | None = None,
+    row_cache: KVCache | None = None,
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend over the rows' own caches; query, key, value are (1, heads, T, head_dim), the result (1, T, heads, d)."""
-    assert row_cache is not None, "the model was called around the trunk"
+    assert row_cache is not None, "the model was called around the runner"
     if options.get("softcap") is not None or options.get("s_aux") is not None:
         raise ConfigurationError("This base caps its attention scores or adds sinks, which the engine cannot serve.")
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
@@ -43,28 +43,28 @@ AttentionInterface.register(ATTENTION, _attention)
 
 
 class BankLinear(nn.Module):
-    """A frozen linear layer of any kind with the bank's delta added; (1, T, in) -> (1, T, out)."""
+    """A frozen linear layer of any kind with the lora's delta added; (1, T, in) -> (1, T, out)."""
 
-    def __init__(self, inner: nn.Module, bank: Bank, group: int, layer: int) -> None:
+    def __init__(self, inner: nn.Module, lora: LoraBank, group: int, layer: int) -> None:
         super().__init__()
-        self.inner, self._bank, self._group, self._layer = inner, bank, group, layer
+        self.inner, self._lora, self._group, self._layer = inner, lora, group, layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.inner(x)
-        self._bank.add(self._group, self._layer, x.flatten(0, -2), y.view(-1, y.shape[-1]))
+        self._lora.add(self._group, self._layer, x.flatten(0, -2), y.view(-1, y.shape[-1]))
         return y
 
 
-class HostedTrunk:
+class HFForward:
     """Computes steps by calling `model`, whose linear layers and attention function it puts its own around."""
 
     def __init__(
-        self, model: PreTrainedModel, bank: Bank, cache: RowCache, groups: tuple[tuple[Family, ...], ...]
+        self, model: PreTrainedModel, lora: LoraBank, cache: KVCache, groups: tuple[tuple[Family, ...], ...]
     ) -> None:
         self._model, self._cache = model, cache
         for number, (family,) in enumerate(groups):
             for layer, path in enumerate(family.paths):
-                model.set_submodule(path, BankLinear(model.get_submodule(path), bank, number, layer))
+                model.set_submodule(path, BankLinear(model.get_submodule(path), lora, number, layer))
         model.set_attn_implementation(ATTENTION)
 
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -1,6 +1,6 @@
 """A lean forward pass for models of the Llama kind: the same arithmetic with fewer and larger products.
 
-q, k and v are one product, and so are gate and up, for the base and for the bank; on a CPU that has it, bfloat16
+q, k and v are one product, and so are gate and up, for the base and for the lora; on a CPU that has it, bfloat16
 weights are kept in the layout that its matrix units read. Knows nothing of requests; the plain way is `hosted`.
 """
 
@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from adapterhub_lite.serving.adapters.weights import Family
 from adapterhub_lite.serving.model.batch import Step
-from adapterhub_lite.serving.model.kv_cache import RowCache
-from adapterhub_lite.serving.model.lora_torch import Bank
+from adapterhub_lite.serving.model.kv_cache import KVCache
+from adapterhub_lite.serving.model.lora_torch import LoraBank
 
 ATTENTION_INPUT = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 ATTENTION_OUTPUT = ("self_attn.o_proj",)
@@ -88,7 +88,7 @@ class _Layer:
 
 
 def can_fuse(model: PreTrainedModel) -> bool:
-    """Whether `FusedTrunk` computes what `model` does: a known class with plain layers and nothing unusual set."""
+    """Whether `LlamaForward` computes what `model` does: a known class with plain layers and nothing unusual set."""
     config = model.config
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
     return (
@@ -106,12 +106,12 @@ def fused_groups(families: tuple[Family, ...]) -> tuple[tuple[Family, ...], ...]
     return tuple(tuple(by_role[role] for role in roles) for roles in ROLES)
 
 
-class FusedTrunk:
+class LlamaForward:
     """Computes steps with the weights of `model`, which it takes over: the model itself cannot be called any more."""
 
-    def __init__(self, model: PreTrainedModel, bank: Bank, cache: RowCache) -> None:
+    def __init__(self, model: PreTrainedModel, lora: LoraBank, cache: KVCache) -> None:
         config, inner = model.config, model.model
-        self._bank, self._cache = bank, cache
+        self._lora, self._cache = lora, cache
         self._embedding: torch.Tensor = inner.embed_tokens.weight.detach()
         self._rotary = inner.rotary_emb
         self._norm: torch.Tensor = inner.norm.weight.detach()
@@ -160,7 +160,7 @@ class FusedTrunk:
         return functional.rms_norm(x, weight.shape, weight, self._epsilon)
 
     def _linear(self, role: int, index: int, layer: _Layer, x: torch.Tensor) -> torch.Tensor:
-        return self._bank.add(role, index, x, layer.linears[role](x))
+        return self._lora.add(role, index, x, layer.linears[role](x))
 
     def _layer(self, index: int, layer: _Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         qkv = self._linear(0, index, layer, self._rms(x, layer.norm_in)).view(x.shape[0], -1, self._head_dim)

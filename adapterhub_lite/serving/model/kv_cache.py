@@ -1,15 +1,32 @@
-"""Keys and values by row: a row belongs to one request at a time, and grows and leaves without touching the others."""
+"""Keys and values by row, and attention over them: a row grows and leaves without touching the others.
+
+Layout, for each layer and for keys and values alike: one tensor
+
+    (rows, capacity, kv_heads, head_dim)
+     |     |
+     |     position in the request: token t of row r lies at [r, t], written once and never moved within the row
+     one row per running request; rows in use are neighbours from 0 on
+
+so that a step stores with one `index_copy_` at `row * capacity + position`, and neighbouring rows of about one length
+are one slice, attended by one call. No paging: all rows share one capacity, which doubles when a longer request is
+admitted and falls back when the engine is idle. Memory is allocated, not cleared; the operating system commits the
+pages that are written, so a short row of a large capacity costs what it uses. A masked place is multiplied by 0, and
+0 * NaN is NaN: `_clean` records up to where each row is known to hold numbers, and a row is wiped only beyond that.
+"""
+
+import ctypes
+import struct
+from collections.abc import Callable, Sequence
 
 import torch
 
-from adapterhub_lite.serving.model.attention import DirectAttention
 from adapterhub_lite.serving.model.batch import Run, Step
 
 FIRST_CAPACITY = 512
 CLEAN_BLOCK = 256
 
 
-class RowCache:
+class KVCache:
     """For each layer, keys and values (rows, capacity, kv_heads, head_dim), and attention over them.
 
     The capacity grows by doubling when a longer request is admitted, and falls back when the engine is idle. `direct`
@@ -17,7 +34,7 @@ class RowCache:
     """
 
     def __init__(
-        self, layers: int, rows: int, *, device: torch.device | str = "cpu", direct: DirectAttention | None = None
+        self, layers: int, rows: int, *, device: torch.device | str = "cpu", direct: "NativeAttention | None" = None
     ) -> None:
         self.rows = rows
         self._direct = direct
@@ -153,3 +170,85 @@ class RowCache:
             found = mask[:, None].repeat(1, 1, group, 1)
             self._masks[number, window, query.dtype] = found
         return found
+
+
+# As in row_attention.c.
+LOOK = struct.Struct("@iiii")
+HEADS_AT_ONCE = 4
+KINDS = {torch.float32: 0, torch.bfloat16: 1}
+# A row that computes more tokens at once is a prompt being read: PyTorch's matrix products are the faster ones then.
+MOST_QUERIES = 8
+
+
+class _Tensors(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "keys", "values", "out")),
+        *((name, ctypes.c_int64) for name in ("q_token", "q_head", "out_token")),
+        *((name, ctypes.c_int64) for name in ("key_row", "key_place", "value_row", "value_place")),
+        *((name, ctypes.c_int32) for name in ("kind", "heads", "kv_heads", "key_dim", "value_dim")),
+        ("scaling", ctypes.c_float),
+    )
+
+
+class NativeAttention:
+    """Attends for the runs of a step that have few queries a row. `kernel` is `native.row_attention()`."""
+
+    def __init__(self, kernel: Callable[..., None], *, threads: int | None = None) -> None:
+        self._kernel = kernel
+        self._threads = threads
+        self._runs: list[Run] = []
+        self._looks: dict[int | None, tuple[ctypes.Array[ctypes.c_char], int]] = {}
+        self._scores = torch.empty(0)
+        self._room = 0
+
+    def begin(self, runs: Sequence[Run]) -> list[Run]:
+        """Take the runs of a step that are for this code; return the others."""
+        self._runs = [run for run in runs if run.query_length <= MOST_QUERIES]
+        self._looks = {}
+        self._room = max((run.kv_length for run in self._runs), default=0)
+        self._calls = self._threads or torch.get_num_threads()
+        needed = self._calls * HEADS_AT_ONCE * self._room
+        if self._scores.numel() < needed:
+            self._scores = torch.empty(2 * needed)
+        return [run for run in runs if run.query_length > MOST_QUERIES]
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        out: torch.Tensor,
+        scaling: float | None,
+        window: int | None,
+    ) -> None:
+        """Write the results of the runs taken into out (T, heads, value_dim), from query (T, heads, head_dim).
+
+        `keys` and `values` are a layer's (rows, capacity, kv_heads, head_dim), those of this step included.
+        """
+        if not self._runs:
+            return
+        looks, count = self._looks.get(window) or self._look(window)
+        assert query.dtype == keys.dtype == out.dtype and query.stride(2) == 1
+        strides = (*query.stride()[:2], out.stride(0), *keys.stride()[:2], *values.stride()[:2])
+        tensors = _Tensors(
+            query.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(),
+            *(stride * query.element_size() for stride in strides), KINDS[query.dtype],
+            query.shape[1], keys.shape[2], query.shape[2], values.shape[3],
+            query.shape[2] ** -0.5 if scaling is None else scaling,
+        )  # fmt: skip
+        self._kernel(
+            ctypes.addressof(tensors), ctypes.addressof(looks), count, self._scores.data_ptr(), self._room, self._calls
+        )
+
+    def _look(self, window: int | None) -> tuple["ctypes.Array[ctypes.c_char]", int]:
+        """For each token of the runs: itself, its row, and the first and the end of the places that it sees."""
+        packed = []
+        for run in self._runs:
+            for at, (row, start) in enumerate(zip(range(run.rows.start, run.rows.stop), run.starts, strict=True)):
+                for query in range(run.query_length):
+                    end = start + query + 1
+                    token = run.tokens.start + at * run.query_length + query
+                    packed.append(LOOK.pack(token, row, 0 if window is None else max(0, end - window), end))
+        made = ctypes.create_string_buffer(b"".join(packed), len(packed) * LOOK.size), len(packed)
+        self._looks[window] = made
+        return made

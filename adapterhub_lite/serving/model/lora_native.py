@@ -1,6 +1,6 @@
 """A bank that copies nothing: rows point at the adapters' weights where they lie, and compiled code adds the deltas.
 
-For a CPU with a C compiler. The same interface as `RowBank`, which is what it is held against. Putting a task into a
+For a CPU with a C compiler. The same interface as `TorchLora`, which is what it is held against. Putting a task into a
 row is writing down where it is; adapters of any rank and dtype stand side by side unpadded, and rows of one adapter
 read the same memory.
 """
@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from adapterhub_lite.serving.adapters.weights import Family, FamilyWeights
+from adapterhub_lite.serving.adapters.weights import Family, FamilyWeights, Parts
 from adapterhub_lite.serving.model.batch import Step
-from adapterhub_lite.serving.model.lora_torch import Parts
 
 # As in row_products.c.
 ENTRY = struct.Struct("@PPPPiiiiif")
@@ -34,7 +33,7 @@ class _Layout:
         self.widest = widest
 
 
-class DirectBank:
+class NativeLora:
     """Routes rows to adapters by address. `products` is `native.row_products()`."""
 
     def __init__(

@@ -6,30 +6,18 @@ copies nothing. Adapters are never merged into the base.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from adapterhub_lite.serving.adapters.weights import AdapterWeights, Family
+from adapterhub_lite.serving.adapters.weights import Family, Parts
 from adapterhub_lite.serving.model.batch import Run, Step
 
 # A blend or a single large adapter widens every row; when nothing runs the rows go back to at most this.
 USUAL_RANK = 16
 
 
-@dataclass(frozen=True)
-class Part:
-    """An adapter's weights with the factor on its delta; several of them make a blend."""
-
-    weights: AdapterWeights
-    factor: float = 1.0
-
-
-Parts = tuple[Part, ...]
-
-
-class Bank(Protocol):
+class LoraBank(Protocol):
     """What a forward pass needs of a bank: rows routed to adapters, and their deltas added beside the frozen layers."""
 
     def place(self, row: int, parts: Parts) -> None:
@@ -99,7 +87,7 @@ class GroupBank:
             b[:, at:] = 0
 
 
-class RowBank:
+class TorchLora:
     """`rows` rows of LoRA pairs for each group of families. `dtype` is what the products are computed in."""
 
     def __init__(

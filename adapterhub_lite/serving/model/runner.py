@@ -1,4 +1,4 @@
-"""The frozen base with a bank and a cache beside it: packed steps in, logits out, by the leanest pass that fits it."""
+"""The frozen base with a lora and a cache beside it: packed steps in, logits out, by the leanest pass that fits it."""
 
 import hashlib
 
@@ -7,17 +7,16 @@ from transformers import PreTrainedModel
 
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.serving.adapters.weights import Family, find_families
-from adapterhub_lite.serving.model.attention import DirectAttention
 from adapterhub_lite.serving.model.batch import RowSlice, Step, pack
-from adapterhub_lite.serving.model.forward_hf import HostedTrunk
-from adapterhub_lite.serving.model.forward_llama import FusedTrunk, can_fuse, fused_groups
-from adapterhub_lite.serving.model.kv_cache import RowCache
-from adapterhub_lite.serving.model.lora_native import DirectBank
-from adapterhub_lite.serving.model.lora_torch import Bank, RowBank
+from adapterhub_lite.serving.model.forward_hf import HFForward
+from adapterhub_lite.serving.model.forward_llama import LlamaForward, can_fuse, fused_groups
+from adapterhub_lite.serving.model.kv_cache import KVCache, NativeAttention
+from adapterhub_lite.serving.model.lora_native import NativeLora
+from adapterhub_lite.serving.model.lora_torch import LoraBank, TorchLora
 from adapterhub_lite.serving.model.native import row_attention, row_products
 
 
-class Trunk:
+class ModelRunner:
     """A base model that only ever computes packed steps. Not thread-safe: one thread owns it.
 
     `fused` None chooses the lean pass where it computes the same; False always takes the model's own code. `native`
@@ -41,15 +40,15 @@ class Trunk:
         self.fused = can_fuse(model) if fused is None else fused
         groups = fused_groups(self.families) if self.fused else tuple((family,) for family in self.families)
         compiled = _may_compile(model, native)
-        self.bank: Bank = _make_bank(model, groups, rows, compiled)
+        self.lora: LoraBank = _make_bank(model, groups, rows, compiled)
         kernel = row_attention() if compiled else None
-        direct = None if kernel is None else DirectAttention(kernel)
-        self.cache = RowCache(config.num_hidden_layers, rows, device=self.device, direct=direct)
+        direct = None if kernel is None else NativeAttention(kernel)
+        self.cache = KVCache(config.num_hidden_layers, rows, device=self.device, direct=direct)
         self._tensors: dict[str, torch.Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
         self._pass = (
-            FusedTrunk(model, self.bank, self.cache)
+            LlamaForward(model, self.lora, self.cache)
             if self.fused
-            else HostedTrunk(model, self.bank, self.cache, groups)
+            else HFForward(model, self.lora, self.cache, groups)
         )
         for name in self._pass.tensors():
             self._tensors.pop(name, None)
@@ -60,14 +59,14 @@ class Trunk:
     @torch.inference_mode()
     def forward(self, step: Step) -> torch.Tensor:
         """Compute a step; logits (rows of the step that want them, vocabulary) in float32, in the order of rows."""
-        self.bank.begin(step)
+        self.lora.begin(step)
         self.cache.begin(step)
         return self._pass.forward(step).float()
 
     def idle(self) -> None:
         """Give back memory that only long requests needed. Only when no row is in use."""
         self.cache.shrink()
-        self.bank.shrink()
+        self.lora.shrink()
 
     def base_digest(self) -> str:
         """The sha256 over the base's weights as they are in memory now, the same whichever pass is used."""
@@ -93,10 +92,10 @@ def _may_compile(model: PreTrainedModel, native: bool | None) -> bool:
     return fits and native is not False
 
 
-def _make_bank(model: PreTrainedModel, groups: tuple[tuple[Family, ...], ...], rows: int, compiled: bool) -> Bank:
+def _make_bank(model: PreTrainedModel, groups: tuple[tuple[Family, ...], ...], rows: int, compiled: bool) -> LoraBank:
     products = row_products() if compiled else None
     if products is not None:
-        return DirectBank(groups, rows, products)
+        return NativeLora(groups, rows, products)
     # Products in float32 are faster than in bfloat16 on a CPU, which converts small bf16 matrices at each call.
     dtype = torch.float32 if model.device.type == "cpu" else model.dtype
-    return RowBank(groups, rows, dtype=dtype, device=model.device)
+    return TorchLora(groups, rows, dtype=dtype, device=model.device)

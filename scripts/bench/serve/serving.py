@@ -71,14 +71,14 @@ def measure_steps(base: ResolvedBase, scratch: Path) -> Figures:
         "16_adapters_without_compiler": open_engine(base, native=False),
     }
     for name, engine in engines.items():
-        trunk = engine._trunk
+        runner = engine._runner
         with torch.inference_mode():
-            trunk.cache.reserve(2 * CONTEXT)
+            runner.cache.reserve(2 * CONTEXT)
             for row, folder in enumerate(folders if name != "base" else ()):
-                trunk.bank.place(row, engine._pool.route(folder).parts)
-        trunk.forward(pack([RowSlice(row, 0, list(range(100, 100 + CONTEXT))) for row in range(ROWS)]))
+                runner.lora.place(row, engine._pool.route(folder).parts)
+        runner.forward(pack([RowSlice(row, 0, list(range(100, 100 + CONTEXT))) for row in range(ROWS)]))
         step = pack([RowSlice(row, CONTEXT, [5]) for row in range(ROWS)])
-        ways[f"ours_{name}"] = lambda trunk=trunk, step=step: trunk.forward(step)  # type: ignore[misc]
+        ways[f"ours_{name}"] = lambda runner=runner, step=step: runner.forward(step)  # type: ignore[misc]
     peft = Peft(base.folder, folders)
     ways["transformers_base"] = peft.step(None, ROWS, CONTEXT)
     ways["peft_one_adapter_for_all"] = peft.step(0, ROWS, CONTEXT)
@@ -193,10 +193,10 @@ def measure_switching(base: ResolvedBase, scratch: Path) -> Figures:
                 started = time.perf_counter()
                 route = engine._pool.route(name)
                 looked = 1e3 * (time.perf_counter() - started)
-                engine._trunk.bank.place(0, route.parts)
-                engine._trunk.bank.begin(step)
+                engine._runner.lora.place(0, route.parts)
+                engine._runner.lora.begin(step)
                 routed = 1e3 * (time.perf_counter() - started)
-                engine._trunk.bank.leave(0)
+                engine._runner.lora.leave(0)
                 route.release()
                 return looked, routed
 

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapterhub_lite.bases import ResolvedBase, load_tokenizer
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
-from adapterhub_lite.serving.model.runner import Trunk
+from adapterhub_lite.serving.model.runner import ModelRunner
 from scripts.bench.serve.serving_adapters import write_random_adapter
 
 CYCLES = 1000
@@ -92,7 +92,7 @@ def measure_requests(base: ResolvedBase, scratch: Path) -> dict[str, Any]:
         for at in range(0, count, 100):
             engine.generate_many(requests[at : at + 100])
 
-    with InferenceEngine(Trunk(model, rows=16), tokenizer, "small") as engine:
+    with InferenceEngine(ModelRunner(model, rows=16), tokenizer, "small") as engine:
         ask(engine, 500)
         samples = [own_bytes()]
         for _ in range(10):

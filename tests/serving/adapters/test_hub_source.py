@@ -12,7 +12,7 @@ from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.registry.hub.aliases import push_alias
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
 from adapterhub_lite.serving.adapters.hub_source import HubSource
-from adapterhub_lite.serving.model.runner import Trunk
+from adapterhub_lite.serving.model.runner import ModelRunner
 
 REPO = "org/sql-lora"
 
@@ -61,8 +61,8 @@ def test_first_use_pulls_and_later_uses_do_not_ask(
 ) -> None:
     from adapterhub_lite.bases import base_fingerprint, load_base_model
 
-    trunk = Trunk(load_base_model(tiny_base), rows=2)
-    with InferenceEngine(trunk, byte_tokenizer, base_fingerprint(tiny_base), source=source) as engine:
+    runner = ModelRunner(load_base_model(tiny_base), rows=2)
+    with InferenceEngine(runner, byte_tokenizer, base_fingerprint(tiny_base), source=source) as engine:
         request = GenerationRequest(prompt="pulled", adapter=f"{REPO}:1", max_new_tokens=6)
         assert engine.generate(request).token_ids == alone.tokens("pulled", adapters["small"], new=6)
         asked = len(hub.faults.log)

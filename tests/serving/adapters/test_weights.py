@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from adapterhub_lite.bases import load_base_model
 from adapterhub_lite.errors import AdapterRejectedError, ReferenceSyntaxError, UnknownNameError
-from adapterhub_lite.serving.adapters.blend import parse_blend
 from adapterhub_lite.serving.adapters.sources import FolderSource
+from adapterhub_lite.serving.adapters.split import parse_blend
 from adapterhub_lite.serving.adapters.weights import AdapterWeights, Family, find_families, read_adapter_weights
 
 Tensors = dict[str, torch.Tensor]

@@ -11,7 +11,7 @@ from adapterhub_lite.bases import resolve_base
 from adapterhub_lite.errors import AdapterRejectedError, BaseMismatchError, ConfigurationError, QueueFullError
 from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
-from adapterhub_lite.serving.adapters.residency import Residency, Wanted
+from adapterhub_lite.serving.adapters.slots import AdapterSlots, SlotRequest
 from adapterhub_lite.serving.adapters.weights import AdapterWeights
 
 ASK = "which version are you"
@@ -137,7 +137,7 @@ def _weights() -> AdapterWeights:
 
 
 def test_two_loads_of_one_name_are_one_load() -> None:
-    residency, loading, go = Residency(2), threading.Event(), threading.Event()
+    slots, loading, go = AdapterSlots(2), threading.Event(), threading.Event()
     calls = []
 
     def load() -> AdapterWeights:
@@ -147,8 +147,8 @@ def test_two_loads_of_one_name_are_one_load() -> None:
         return _weights()
 
     got: list[Any] = []
-    wanted = [Wanted("d", "one", load)]
-    threads = [threading.Thread(target=lambda: got.append(residency.acquire(wanted)[0][0])) for _ in range(4)]
+    wanted = [SlotRequest("d", "one", load)]
+    threads = [threading.Thread(target=lambda: got.append(slots.acquire(wanted)[0][0])) for _ in range(4)]
     for thread in threads:
         thread.start()
     assert loading.wait(20)
@@ -159,30 +159,30 @@ def test_two_loads_of_one_name_are_one_load() -> None:
 
 
 def test_a_failed_load_is_told_to_all_and_leaves_nothing() -> None:
-    residency = Residency(1)
+    slots = AdapterSlots(1)
 
     def load() -> AdapterWeights:
         raise AdapterRejectedError("one", ["broken"])
 
     for _ in range(2):
         with pytest.raises(AdapterRejectedError, match="broken"):
-            residency.acquire([Wanted("d", "one", load)])
-    assert residency.resident() == []
-    assert residency.acquire([Wanted("d", "one", _weights)])[0][0].uses == 1
+            slots.acquire([SlotRequest("d", "one", load)])
+    assert slots.resident() == []
+    assert slots.acquire([SlotRequest("d", "one", _weights)])[0][0].uses == 1
 
 
 def test_blends_take_their_slots_in_one_step() -> None:
     """Two blends that share no slot and want two each: with slots taken one by one they would wait for each other."""
-    residency = Residency(2)
+    slots = AdapterSlots(2)
     done: list[int] = []
 
     def blend(first: str, second: str) -> None:
         for _ in range(50):
-            entries, _ = residency.acquire(
-                [Wanted(first, first, _weights), Wanted(second, second, _weights)], timeout=60
+            entries, _ = slots.acquire(
+                [SlotRequest(first, first, _weights), SlotRequest(second, second, _weights)], timeout=60
             )
             for entry in entries:
-                residency.release(entry)
+                slots.release(entry)
         done.append(1)
 
     threads = [threading.Thread(target=blend, args=pair) for pair in (("a", "b"), ("c", "d"), ("b", "c"))]
@@ -194,11 +194,11 @@ def test_blends_take_their_slots_in_one_step() -> None:
 
 
 def test_what_is_in_use_is_never_evicted() -> None:
-    residency = Residency(1)
-    (held,), _ = residency.acquire([Wanted("a", "a", _weights)])
+    slots = AdapterSlots(1)
+    (held,), _ = slots.acquire([SlotRequest("a", "a", _weights)])
     with pytest.raises(QueueFullError, match="in use"):
-        residency.acquire([Wanted("b", "b", _weights)], timeout=0)
-    assert [(one.name, one.uses) for one in residency.resident()] == [("a", 1)]
-    residency.release(held)
-    assert residency.acquire([Wanted("b", "b", _weights)], timeout=0)[0][0].uses == 1
-    assert residency.evictions == 1
+        slots.acquire([SlotRequest("b", "b", _weights)], timeout=0)
+    assert [(one.name, one.uses) for one in slots.resident()] == [("a", 1)]
+    slots.release(held)
+    assert slots.acquire([SlotRequest("b", "b", _weights)], timeout=0)[0][0].uses == 1
+    assert slots.evictions == 1

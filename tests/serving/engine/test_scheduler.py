@@ -6,21 +6,24 @@ import pytest
 
 from adapterhub_lite.errors import QueueFullError
 from adapterhub_lite.serving import GenerationRequest
+from adapterhub_lite.serving.adapters.pool import Route
+from adapterhub_lite.serving.engine.core import Scheduler
 from adapterhub_lite.serving.engine.sampling import Sampler
-from adapterhub_lite.serving.engine.scheduler import Scheduler
-from adapterhub_lite.serving.engine.sequence import Job, Route
+from adapterhub_lite.serving.engine.sequence import GenerationSequence
 
 
-def job(prompt: int, written: int = 0, admitted: float = 0.0) -> Job:
+def job(prompt: int, written: int = 0, admitted: float = 0.0) -> GenerationSequence:
     request = GenerationRequest(prompt="x")
     stream: Any = None
-    made = Job(request, list(range(prompt)), Route(), Sampler(request, []), stream, "base", 0.0, 100, admitted=admitted)
+    made = GenerationSequence(
+        request, list(range(prompt)), Route(), Sampler(request, []), stream, "base", 0.0, 100, admitted=admitted
+    )
     made.output = list(range(written))
     made.computed = prompt + written - 1 if written else 0
     return made
 
 
-def scheduler(*jobs: Job, rows: int = 4) -> Scheduler:
+def scheduler(*jobs: GenerationSequence, rows: int = 4) -> Scheduler:
     made = Scheduler(rows, max_queue=10, busy_chunk=64, idle_chunk=256)
     for one in jobs:
         made.add(one)

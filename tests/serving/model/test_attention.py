@@ -8,9 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapterhub_lite.serving.model.attention import MOST_QUERIES, DirectAttention
 from adapterhub_lite.serving.model.batch import RowSlice, pack
-from adapterhub_lite.serving.model.kv_cache import RowCache
+from adapterhub_lite.serving.model.kv_cache import MOST_QUERIES, KVCache, NativeAttention
 from adapterhub_lite.serving.model.native import find_compiler, row_attention
 
 # Not every one has only zeros beside the bits that make it one: these are those that a wrong exponential would add to.
@@ -20,13 +19,13 @@ pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C compiler o
 Shape = tuple[int, int, int, int]  # kv_heads, heads that share each, key_dim, value_dim
 
 
-def direct(threads: int = 1) -> DirectAttention:
+def direct(threads: int = 1) -> NativeAttention:
     assert kernel is not None
-    return DirectAttention(kernel, threads=threads)
+    return NativeAttention(kernel, threads=threads)
 
 
 def attended(
-    made: DirectAttention | None, shape: Shape, lengths: list[tuple[int, int]], dtype: torch.dtype, *,
+    made: NativeAttention | None, shape: Shape, lengths: list[tuple[int, int]], dtype: torch.dtype, *,
     window: int | None = None, spread: float = 1.0, poison: tuple[str, float] | None = None, wide: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """What the last of two steps gives: `lengths` are (tokens before, tokens now) of each row.
@@ -35,7 +34,7 @@ def attended(
     """
     kv_heads, group, key_dim, value_dim = shape
     generator = torch.Generator().manual_seed(3)
-    cache = RowCache(1, len(lengths), direct=made)
+    cache = KVCache(1, len(lengths), direct=made)
     before = [RowSlice(row, 0, [1] * past) for row, (past, _) in enumerate(lengths) if past]
     for slices in (before, [RowSlice(row, past, [1] * now) for row, (past, now) in enumerate(lengths)]):
         if not slices:

@@ -1,4 +1,4 @@
-"""The compiled products against the plain ones of `RowBank`: odd sizes, every dtype, blends, missing layers, threads."""
+"""The compiled products against the plain ones of `TorchLora`: odd sizes, every dtype, blends, missing layers, threads."""
 
 import logging
 from pathlib import Path
@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapterhub_lite.serving.adapters.weights import AdapterWeights, Family, FamilyWeights
+from adapterhub_lite.serving.adapters.weights import AdapterWeights, Family, FamilyWeights, Part, Parts
 from adapterhub_lite.serving.model.batch import RowSlice, Step, pack
-from adapterhub_lite.serving.model.lora_native import DirectBank
-from adapterhub_lite.serving.model.lora_torch import Bank, Part, Parts, RowBank
+from adapterhub_lite.serving.model.lora_native import NativeLora
+from adapterhub_lite.serving.model.lora_torch import LoraBank, TorchLora
 from adapterhub_lite.serving.model.native import compiled, find_compiler, row_products
 
 LAYERS = 3
@@ -51,7 +51,7 @@ def rows_of(dtype: torch.dtype) -> list[Parts]:
     ]
 
 
-def deltas(bank: Bank, step: Step, dtype: torch.dtype) -> list[torch.Tensor]:
+def deltas(bank: LoraBank, step: Step, dtype: torch.dtype) -> list[torch.Tensor]:
     made, generator = [], torch.Generator().manual_seed(9)
     bank.begin(step)
     for number, group in enumerate(GROUPS):
@@ -69,9 +69,9 @@ def deltas(bank: Bank, step: Step, dtype: torch.dtype) -> list[torch.Tensor]:
 def test_compiled_products_are_the_plain_ones(weights: torch.dtype, dtype: torch.dtype, threads: int) -> None:
     assert products is not None
     step = pack([RowSlice(row, 0, [1] * length) for row, length in enumerate(LENGTHS)])
-    banks: list[Bank] = [
-        RowBank(GROUPS, len(LENGTHS), dtype=torch.float32),
-        DirectBank(GROUPS, len(LENGTHS), products, threads=threads),
+    banks: list[LoraBank] = [
+        TorchLora(GROUPS, len(LENGTHS), dtype=torch.float32),
+        NativeLora(GROUPS, len(LENGTHS), products, threads=threads),
     ]
     for bank in banks:
         for row, parts in enumerate(rows_of(weights)):
@@ -86,7 +86,7 @@ def test_compiled_products_are_the_plain_ones(weights: torch.dtype, dtype: torch
 @needs_compiler
 def test_a_row_that_changes_or_leaves_is_seen_by_the_next_step() -> None:
     assert products is not None
-    bank, step = DirectBank(GROUPS, 2, products), pack([RowSlice(0, 0, [1]), RowSlice(1, 0, [1])])
+    bank, step = NativeLora(GROUPS, 2, products), pack([RowSlice(0, 0, [1]), RowSlice(1, 0, [1])])
     first, second = (adapter(seed, {"o": 4}, torch.float32) for seed in (1, 2))
     seen = []
     for parts in ((Part(first),), (Part(second),), (), (Part(first),)):

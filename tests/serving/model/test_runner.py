@@ -10,38 +10,37 @@ import torch
 from adapterhub_lite.bases import load_base_model
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
 from adapterhub_lite.serving.adapters.sources import FolderSource
-from adapterhub_lite.serving.adapters.weights import AdapterWeights, read_adapter_weights
+from adapterhub_lite.serving.adapters.weights import AdapterWeights, Part, read_adapter_weights
 from adapterhub_lite.serving.model.batch import RowSlice, pack
-from adapterhub_lite.serving.model.lora_torch import Part
 from adapterhub_lite.serving.model.native import find_compiler
-from adapterhub_lite.serving.model.runner import Trunk
+from adapterhub_lite.serving.model.runner import ModelRunner
 
 IDS = [[7, 8, 9], [40, 41], list(range(60, 90)), [5], [9, 8, 7, 6, 5, 4], [100] * 9, [3, 4]]
 
 
-def read(trunk: Trunk, folder: Path) -> AdapterWeights:
+def read(runner: ModelRunner, folder: Path) -> AdapterWeights:
     files = FolderSource().locate(folder)
-    return read_adapter_weights(files.weights, trunk.families, files.scaling_of, max_rank=16, subject="test")
+    return read_adapter_weights(files.weights, runner.families, files.scaling_of, max_rank=16, subject="test")
 
 
 @pytest.fixture(params=["fused, compiled", "fused", "hosted, compiled", "hosted"])
-def trunk(request: pytest.FixtureRequest, tiny_base: Path) -> Trunk:
+def runner(request: pytest.FixtureRequest, tiny_base: Path) -> ModelRunner:
     if "compiled" in request.param and find_compiler() is None:
         pytest.skip("no C compiler on this machine")
     model = load_base_model(tiny_base, dtype=torch.float32)
-    return Trunk(model, rows=len(IDS), fused="fused" in request.param, native="compiled" in request.param)
+    return ModelRunner(model, rows=len(IDS), fused="fused" in request.param, native="compiled" in request.param)
 
 
-def run(trunk: Trunk, slices: list[RowSlice]) -> torch.Tensor:
-    return trunk.forward(pack(slices))
+def run(runner: ModelRunner, slices: list[RowSlice]) -> torch.Tensor:
+    return runner.forward(pack(slices))
 
 
 @torch.inference_mode()
-def test_every_row_has_its_own_logits(trunk: Trunk, alone: Any, adapters: dict[str, Path]) -> None:
+def test_every_row_has_its_own_logits(runner: ModelRunner, alone: Any, adapters: dict[str, Path]) -> None:
     folders: list[Path | None] = [None, *adapters.values()]
     for row, folder in enumerate(folders):
-        trunk.bank.place(row, (Part(read(trunk, folder)),) if folder else ())
-    logits = run(trunk, [RowSlice(row, 0, ids) for row, ids in enumerate(IDS)])
+        runner.lora.place(row, (Part(read(runner, folder)),) if folder else ())
+    logits = run(runner, [RowSlice(row, 0, ids) for row, ids in enumerate(IDS)])
     for row, folder in enumerate(folders):
         truth = alone.logits(IDS[row], *([folder] if folder else []))
         torch.testing.assert_close(logits[row], truth, atol=1e-4, rtol=1e-4)
@@ -49,49 +48,51 @@ def test_every_row_has_its_own_logits(trunk: Trunk, alone: Any, adapters: dict[s
 
 @torch.inference_mode()
 def test_pieces_of_a_prompt_and_then_tokens_give_the_logits_of_the_whole(
-    trunk: Trunk, alone: Any, adapters: dict[str, Path]
+    runner: ModelRunner, alone: Any, adapters: dict[str, Path]
 ) -> None:
     ids = list(range(60, 120))
-    trunk.bank.place(1, (Part(read(trunk, adapters["wide"])),))
-    run(trunk, [RowSlice(0, 0, ids[:50])])
+    runner.lora.place(1, (Part(read(runner, adapters["wide"])),))
+    run(runner, [RowSlice(0, 0, ids[:50])])
     for start, end in itertools.pairwise((0, 7, 8, 40, 59, 60)):
-        both = run(trunk, [RowSlice(0, 50 + start % 5, [5]), RowSlice(1, start, ids[start:end])])
+        both = run(runner, [RowSlice(0, 50 + start % 5, [5]), RowSlice(1, start, ids[start:end])])
     torch.testing.assert_close(both[1], alone.logits(ids, adapters["wide"]), atol=1e-4, rtol=1e-4)
 
 
 @torch.inference_mode()
-def test_a_moved_row_goes_on_as_before(trunk: Trunk, alone: Any, adapters: dict[str, Path]) -> None:
-    part = (Part(read(trunk, adapters["small"])),)
-    trunk.bank.place(3, part)
-    run(trunk, [RowSlice(row, 0, IDS[2]) for row in range(4)])
-    trunk.cache.move(3, 0, len(IDS[2]))
-    trunk.bank.place(0, part)
-    trunk.bank.leave(3)
-    got = run(trunk, [RowSlice(0, len(IDS[2]), [11])])
+def test_a_moved_row_goes_on_as_before(runner: ModelRunner, alone: Any, adapters: dict[str, Path]) -> None:
+    part = (Part(read(runner, adapters["small"])),)
+    runner.lora.place(3, part)
+    run(runner, [RowSlice(row, 0, IDS[2]) for row in range(4)])
+    runner.cache.move(3, 0, len(IDS[2]))
+    runner.lora.place(0, part)
+    runner.lora.leave(3)
+    got = run(runner, [RowSlice(0, len(IDS[2]), [11])])
     torch.testing.assert_close(got[0], alone.logits([*IDS[2], 11], adapters["small"]), atol=1e-4, rtol=1e-4)
 
 
 @torch.inference_mode()
-def test_rows_far_apart_in_length_and_a_growing_cache(trunk: Trunk, alone: Any, adapters: dict[str, Path]) -> None:
+def test_rows_far_apart_in_length_and_a_growing_cache(
+    runner: ModelRunner, alone: Any, adapters: dict[str, Path]
+) -> None:
     long = [i % 250 for i in range(480)]
-    run(trunk, [RowSlice(0, 0, IDS[0])])
-    trunk.cache.reserve(2000)
-    run(trunk, [RowSlice(1, 0, long)])
-    both = run(trunk, [RowSlice(0, 3, [1]), RowSlice(1, 480, [2])])
+    run(runner, [RowSlice(0, 0, IDS[0])])
+    runner.cache.reserve(2000)
+    run(runner, [RowSlice(1, 0, long)])
+    both = run(runner, [RowSlice(0, 3, [1]), RowSlice(1, 480, [2])])
     torch.testing.assert_close(both[0], alone.logits([*IDS[0], 1]), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(both[1], alone.logits([*long, 2]), atol=1e-4, rtol=1e-4)
-    trunk.idle()
-    assert trunk.cache.capacity == 0
+    runner.idle()
+    assert runner.cache.capacity == 0
 
 
 @torch.inference_mode()
 def test_larger_ranks_and_blends_refill_the_rows_that_are_in_use(
-    trunk: Trunk, alone: Any, adapters: dict[str, Path]
+    runner: ModelRunner, alone: Any, adapters: dict[str, Path]
 ) -> None:
-    small, wide, partial = (read(trunk, adapters[name]) for name in ("small", "wide", "partial"))
-    trunk.bank.place(0, (Part(small),))
-    trunk.bank.place(1, (Part(small, 0.5), Part(wide, -1.5), Part(partial, 2.0)))
-    logits = run(trunk, [RowSlice(row, 0, IDS[2]) for row in range(3)])
+    small, wide, partial = (read(runner, adapters[name]) for name in ("small", "wide", "partial"))
+    runner.lora.place(0, (Part(small),))
+    runner.lora.place(1, (Part(small, 0.5), Part(wide, -1.5), Part(partial, 2.0)))
+    logits = run(runner, [RowSlice(row, 0, IDS[2]) for row in range(3)])
     blend = ((adapters["small"], 0.5), (adapters["wide"], -1.5), (adapters["partial"], 2.0))
     for row, parts in enumerate((((adapters["small"], 1.0),), blend, ())):
         torch.testing.assert_close(logits[row], alone.logits(IDS[2], *parts), atol=1e-4, rtol=1e-4)
@@ -99,7 +100,7 @@ def test_larger_ranks_and_blends_refill_the_rows_that_are_in_use(
 
 def test_both_passes_hold_the_same_base(tiny_base: Path) -> None:
     digests = {
-        Trunk(load_base_model(tiny_base, dtype=dtype), rows=1, fused=fused).base_digest()
+        ModelRunner(load_base_model(tiny_base, dtype=dtype), rows=1, fused=fused).base_digest()
         for fused in (True, False)
         for dtype in (torch.float32,)
     }
@@ -108,11 +109,11 @@ def test_both_passes_hold_the_same_base(tiny_base: Path) -> None:
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_changed_base_has_another_digest(tiny_base: Path, fused: bool) -> None:
-    trunk = Trunk(load_base_model(tiny_base, dtype=torch.bfloat16), rows=1, fused=fused)
-    before = trunk.base_digest()
+    runner = ModelRunner(load_base_model(tiny_base, dtype=torch.bfloat16), rows=1, fused=fused)
+    before = runner.base_digest()
     with torch.inference_mode():
-        trunk._tensors["model.norm.weight"].data[0] += 1
-    assert trunk.base_digest() != before
+        runner._tensors["model.norm.weight"].data[0] += 1
+    assert runner.base_digest() != before
 
 
 def _random_model(kind: str, folder: Path) -> Path:
@@ -141,9 +142,9 @@ def test_other_models_compute_what_they_compute_alone(kind: str, tmp_path: Path)
     folder = _random_model(kind, tmp_path / kind)
     plain = load_base_model(folder, dtype=torch.float32)
     truths = [plain(input_ids=torch.tensor([ids])).logits[0, -1] for ids in IDS[:4]]
-    trunk = Trunk(load_base_model(folder, dtype=torch.float32), rows=4)
-    assert trunk.fused == (kind == "qwen2")
-    logits = run(trunk, [RowSlice(row, 0, ids) for row, ids in enumerate(IDS[:4])])
+    runner = ModelRunner(load_base_model(folder, dtype=torch.float32), rows=4)
+    assert runner.fused == (kind == "qwen2")
+    logits = run(runner, [RowSlice(row, 0, ids) for row, ids in enumerate(IDS[:4])])
     torch.testing.assert_close(logits, torch.stack(truths), atol=1e-4, rtol=1e-4)
 
 
@@ -190,11 +191,11 @@ def test_bank_over_quantised_layers(kind: str, wider: tuple[Path, Path]) -> None
         return load_base_model(base, dtype=torch.float32, quantization_config=_quantization(kind))
 
     peft = PeftModel.from_pretrained(load(), adapter).eval()
-    trunk = Trunk(load(), rows=2)
-    assert not trunk.fused
-    before = trunk.base_digest()
-    trunk.bank.place(1, (Part(read(trunk, adapter)),))
-    logits = run(trunk, [RowSlice(row, 0, IDS[2]) for row in range(2)])
+    runner = ModelRunner(load(), rows=2)
+    assert not runner.fused
+    before = runner.base_digest()
+    runner.lora.place(1, (Part(read(runner, adapter)),))
+    logits = run(runner, [RowSlice(row, 0, IDS[2]) for row in range(2)])
     with peft.disable_adapter():
         plain = peft(input_ids=torch.tensor([IDS[2]])).logits[0, -1].float()
     adapted = peft(input_ids=torch.tensor([IDS[2]])).logits[0, -1].float()
@@ -202,7 +203,7 @@ def test_bank_over_quantised_layers(kind: str, wider: tuple[Path, Path]) -> None
     for got, wanted in zip(logits, (plain, adapted), strict=True):
         # Quantised layers compute in bfloat16 or int8, whose rounding follows the shape of the batch.
         torch.testing.assert_close(got, wanted, atol=0.03 * float(wanted.abs().max()), rtol=0)
-    assert trunk.base_digest() == before
+    assert runner.base_digest() == before
 
 
 @pytest.mark.slow

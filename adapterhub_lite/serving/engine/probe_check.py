@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from adapterhub_lite.adapter_format.probes import ProbeResult, compare_logits, read_probes
 from adapterhub_lite.errors import BaseMismatchError, UsageError
-from adapterhub_lite.serving.adapters.pool import AdapterPool
-from adapterhub_lite.serving.engine.core import EngineLoop
+from adapterhub_lite.serving.adapters.pool import AdapterPool, Route
+from adapterhub_lite.serving.engine.core import EngineCore
 from adapterhub_lite.serving.engine.request import GenerationRequest
 from adapterhub_lite.serving.engine.sampling import Sampler
-from adapterhub_lite.serving.engine.sequence import GenerationHandle, Job, Route
-from adapterhub_lite.serving.engine.text import TextStream
-from adapterhub_lite.serving.model.runner import Trunk
+from adapterhub_lite.serving.engine.sequence import GenerationHandle, GenerationSequence, TextStream
+from adapterhub_lite.serving.model.runner import ModelRunner
 
 Verify = Literal["files", "probes"]
 
@@ -33,7 +33,7 @@ class _Listener(Sampler):
 
 
 def check_probes(
-    pool: AdapterPool, loop: EngineLoop, trunk: Trunk, tokenizer: Any, reference: str | Path
+    pool: AdapterPool, loop: EngineCore, runner: ModelRunner, tokenizer: PreTrainedTokenizerBase, reference: str | Path
 ) -> ProbeResult:
     """Ask the engine's own loop the recorded probes of an adapter, one token each.
 
@@ -46,17 +46,17 @@ def check_probes(
     if files.probes is None:
         raise UsageError(f"{files.name} carries no probes; load it with verify='files', or add it with probes.")
     probes = read_probes(files.probes)
-    weight: Any = trunk.model.get_input_embeddings().weight
+    weight: Any = runner.model.get_input_embeddings().weight
     probes.check_vocabulary(weight.shape[0])
     # By digest, which no split and no move of an alias means anything to.
     route = pool.route(reference if isinstance(reference, Path) else files.digest)
     try:
         asked = [_submit(loop, route, ids, tokenizer) for ids in probes.prompts]
-        for job in asked:
-            GenerationHandle(job, loop.wake).result()
+        for sequence in asked:
+            GenerationHandle(sequence, loop.wake).result()
     finally:
         route.release()
-    logits = torch.stack([job.sampler.heard for job in asked if isinstance(job.sampler, _Listener)])
+    logits = torch.stack([sequence.sampler.heard for sequence in asked if isinstance(sequence.sampler, _Listener)])
     result = compare_logits(probes, logits, str(weight.dtype).removeprefix("torch."))
     if not result.passed:
         raise BaseMismatchError(
@@ -67,9 +67,11 @@ def check_probes(
     return result
 
 
-def _submit(loop: EngineLoop, route: Route, ids: tuple[int, ...], tokenizer: Any) -> Job:
+def _submit(
+    loop: EngineCore, route: Route, ids: tuple[int, ...], tokenizer: PreTrainedTokenizerBase
+) -> GenerationSequence:
     request = GenerationRequest(prompt="a probe", max_new_tokens=1)
-    job = Job(
+    sequence = GenerationSequence(
         request=request,
         prompt_ids=ids,
         # The caller holds the adapter until the last probe is answered.
@@ -80,5 +82,5 @@ def _submit(loop: EngineLoop, route: Route, ids: tuple[int, ...], tokenizer: Any
         submitted=time.perf_counter(),
         limit=1,
     )
-    loop.add(job)
-    return job
+    loop.add(sequence)
+    return sequence
