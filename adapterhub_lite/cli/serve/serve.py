@@ -1,5 +1,6 @@
 """`serve`: the OpenAI-compatible server on one resident base, or on replicas of it."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,30 +25,29 @@ def serve(
     """
     from adapterhub_lite.registry import AdapterRegistry
     from adapterhub_lite.serving.api.auth import KeyRing
+    from adapterhub_lite.serving.api.engine_protocol import Engine
     from adapterhub_lite.serving.api.server import ApiServer
 
     settings = build_settings(ClusterSettings, {"base_name": Path(base).name, **given}, config)
     registry = AdapterRegistry(home)
     keys = KeyRing.read(settings.keys)
     for reference in settings.references:
-        # A typing error is told now, not after the base is loaded.
+        # A misspelt reference is refused now, not after the base is loaded.
         registry.resolve(reference)
-    with _engine(base, registry, settings, home) as engine:
+    with ExitStack() as stack:
+        if settings.cluster:
+            try:
+                from adapterhub_lite.serving.cluster.replicas import ClusterEngine
+            except ImportError as error:
+                raise ConfigurationError(
+                    "--cluster needs Ray Serve, which is not installed: pip install 'adapterhub-lite[cluster]'."
+                ) from error
+            say(f"Starting {settings.replicas} replicas; this takes a while.")
+            engine: Engine = stack.enter_context(ClusterEngine(base, settings, home=home))
+        else:
+            from adapterhub_lite.serving import InferenceEngine
+
+            engine = stack.enter_context(InferenceEngine.from_base(base, registry=registry, home=home))
         server = ApiServer(engine, registry, settings, keys)
         say(f"Serving {settings.base_name} on {server.url}/v1. Ctrl+C stops it.")
         server.run()
-
-
-def _engine(base: str, registry: Any, settings: ClusterSettings, home: str | None) -> Any:
-    from adapterhub_lite.serving import InferenceEngine
-
-    if not settings.cluster:
-        return InferenceEngine.from_base(base, registry=registry, home=home)
-    try:
-        from adapterhub_lite.serving.cluster.replicas import ClusterEngine
-    except ImportError as error:
-        raise ConfigurationError(
-            "--cluster needs Ray Serve, which is not installed: pip install 'adapterhub-lite[cluster]'."
-        ) from error
-    say(f"Starting {settings.replicas} replicas; this takes a while.")
-    return ClusterEngine(base, settings, home=home)

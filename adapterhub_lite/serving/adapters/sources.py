@@ -76,7 +76,7 @@ class AdapterStore(Protocol):
         ...
 
     # The options are those of the registry's pull, handed through.
-    def pull(self, repo_id: str, /, **options: Any) -> PullReceipt:
+    def pull(self, repo_id: str, **options: Any) -> PullReceipt:
         """Take in a version from a hub."""
         ...
 

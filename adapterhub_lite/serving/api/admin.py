@@ -1,6 +1,6 @@
 """What only the admin's key may do: load and unload adapters, move aliases, start and end splits.
 
-By reference (`name@version` and the like) only; a path or a URL is none.
+By reference (`name@version` and the like) only, never by path or URL.
 """
 
 from collections.abc import Callable
@@ -10,56 +10,57 @@ from fastapi import APIRouter, Depends
 
 from adapterhub_lite.adapter_format.reference import AdapterReference
 from adapterhub_lite.serving.api.auth import Caller
-from adapterhub_lite.serving.api.dispatch import Desk
+from adapterhub_lite.serving.api.dispatch import Dispatcher
 from adapterhub_lite.serving.api.schema import AdapterCommand, AliasCommand, SplitCommand
 
 Json = dict[str, Any]
 SHOWN = ("name", "digest", "rank", "modules", "nbytes", "uses", "pinned")
 
 
-def admin_routes(desk: Desk, admin: Callable[..., Caller]) -> APIRouter:
-    """The routes under /admin; `admin` says who is asking, or refuses."""
-    router = APIRouter(prefix="/admin")
-    only = Depends(admin)
+def admin_routes(dispatcher: Dispatcher, admin: Callable[..., Caller]) -> APIRouter:
+    """The routes under /admin; `admin` gives the caller, or refuses everybody else."""
+    router, engine = APIRouter(prefix="/admin"), dispatcher.engine
+    only_admin = Depends(admin)
 
-    @router.get("/adapters", dependencies=[only])
+    @router.get("/adapters", dependencies=[only_admin])
     def resident() -> Json:
-        """What is in memory."""
-        return {"adapters": [{key: getattr(one, key) for key in SHOWN} for one in desk.engine.resident()]}
+        """List the adapters in memory."""
+        return {"adapters": [{key: getattr(one, key) for key in SHOWN} for one in engine.resident()]}
 
     @router.post("/adapters/load")
-    def load(body: AdapterCommand, caller: Caller = only) -> Json:
-        loaded = desk.load(body.reference, caller)
+    def load(body: AdapterCommand, caller: Caller = only_admin) -> Json:
+        loaded = dispatcher.load(body.reference, caller)
         return {"name": loaded.name, "digest": loaded.digest, "nbytes": loaded.nbytes}
 
     @router.post("/adapters/unload")
-    def unload(body: AdapterCommand, caller: Caller = only) -> Json:
+    def unload(body: AdapterCommand, caller: Caller = only_admin) -> Json:
         """Requests in work finish first."""
-        manifest = desk.resolve(body.reference, caller)
-        return {"name": manifest.reference, "unloaded": desk.engine.unload(manifest.reference)}
+        manifest = dispatcher.manifest(body.reference, caller)
+        return {"name": manifest.reference, "unloaded": engine.unload(manifest.reference)}
 
-    @router.post("/aliases", dependencies=[only])
+    @router.post("/aliases", dependencies=[only_admin])
     def alias(body: AliasCommand) -> Json:
         """Requests that were resolved before keep their version."""
         parsed = AdapterReference.parse(f"{body.name}@{body.alias}")
-        desk.registry.set_alias(parsed.name, parsed.alias, version=body.version, expect=body.expect)
+        assert parsed.name is not None and parsed.alias is not None, "name@alias was parsed"
+        dispatcher.store.set_alias(parsed.name, parsed.alias, version=body.version, expect=body.expect)
         return {"reference": str(parsed), "version": body.version}
 
-    @router.get("/splits", dependencies=[only])
+    @router.get("/splits", dependencies=[only_admin])
     def splits() -> Json:
-        """The splits in force, with the share of each."""
-        return {"splits": [_split(*item) for item in desk.engine.splits().items()]}
+        """List the splits in force, each with its share."""
+        return {"splits": [_split(*item) for item in engine.splits().items()]}
 
     @router.post("/splits")
-    def split(body: SplitCommand, caller: Caller = only) -> Json:
+    def split(body: SplitCommand, caller: Caller = only_admin) -> Json:
         """Start a split, or end it with a share of 0; running requests keep their version either way."""
         reference = str(AdapterReference.parse(body.reference))
         if body.share == 0:
-            return {"reference": reference, "stopped": desk.engine.stop_split(reference)}
-        candidate = desk.resolve(body.candidate, caller)
-        # Both must be there now: a split for a name that means nothing would only be found out by a client.
-        desk.resolve(reference, caller)
-        desk.engine.start_split(reference, candidate.reference, share=body.share)
+            return {"reference": reference, "stopped": engine.stop_split(reference)}
+        candidate = dispatcher.manifest(body.candidate, caller)
+        # Both must exist now: a split of an unknown name would only be noticed by a client's request.
+        dispatcher.manifest(reference, caller)
+        engine.start_split(reference, candidate.reference, share=body.share)
         return _split(reference, (candidate.reference, body.share))
 
     return router

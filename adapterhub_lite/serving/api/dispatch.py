@@ -1,8 +1,8 @@
-"""Between HTTP and the engine: which adapter a request means at this moment, and answers without blocking the loop.
+"""Between HTTP and the engine: which versions a request means, and answers without blocking the event loop.
 
-A model's name is resolved once, through the splits in force, to digests; the engine is asked for those, and an
-answer whose digest is not theirs is never given out. A request is handed in on a thread of
-ours, because that may load its adapter; the engine then tells the loop what it makes.
+A model's name is resolved once, through the splits in force, to digests; the engine is asked for those, and an answer
+with any other digest is never given out. A request is submitted on a thread, because that may load its adapter; from
+then on the engine hands its chunks to the event loop.
 """
 
 import asyncio
@@ -18,22 +18,27 @@ from fastapi import Request
 from adapterhub_lite.adapter_format.manifest import AdapterManifest
 from adapterhub_lite.adapter_format.reference import AdapterReference
 from adapterhub_lite.errors import QueueFullError, RequestCancelledError, ServingError
-from adapterhub_lite.serving.adapters.split import WeightedReference, parse_blend
+from adapterhub_lite.serving.adapters.slots import ResidentAdapter
+from adapterhub_lite.serving.adapters.sources import AdapterStore
+from adapterhub_lite.serving.adapters.split import parse_blend
 from adapterhub_lite.serving.api.auth import Caller
 from adapterhub_lite.serving.api.engine_protocol import Answer, Engine
 from adapterhub_lite.serving.api.errors import ApiRefusal
-from adapterhub_lite.serving.api.metrics import Metrics
+from adapterhub_lite.serving.api.observe import Metrics
 from adapterhub_lite.serving.api.settings import ServerSettings
 from adapterhub_lite.serving.engine.request import GenerationChunk, GenerationRequest, GenerationResult
 
 T = TypeVar("T")
 MAX_PARTS = 8
-BASE_NAMES = ("base",)
+BASE_NAME = "base"
 
 
 @dataclass(frozen=True)
-class Pinned:
-    """What a model's name means now: exact versions for the engine, and the receipt that the answer must carry."""
+class ResolvedModel:
+    """What a model's name means now: exact versions for the engine, and the receipt that the answer must carry.
+
+    `reference` is by digest, so that no split and no moved alias changes its meaning; None is the bare base.
+    """
 
     reference: str | None
     adapter: str | None
@@ -47,97 +52,94 @@ class Pinned:
     def headers(self) -> dict[str, str]:
         """The same as headers; an answer of the bare base says so in words."""
         return {
-            "X-Adapterhub-Adapter": self.adapter or "base",
+            "X-Adapterhub-Adapter": self.adapter or BASE_NAME,
             "X-Adapterhub-Digest": self.digest or "none",
             "X-Adapterhub-Base": self.base,
         }
 
-    def prove(self, result: GenerationResult) -> GenerationResult:
-        """Hand on an answer of exactly these versions; anything else is our failure and is not given out.
+    def check(self, result: GenerationResult) -> GenerationResult:
+        """Return an answer that was made by exactly these versions.
 
-        By digest: the same bytes may have another name too.
+        Compared by digest: the same bytes may have another name too.
+
+        Raises:
+            ServingError: other versions made it.
         """
         if (result.adapter_digest, result.base_fingerprint) != (self.digest, self.base):
             raise ServingError(f"{self.adapter} was asked for, but {result.adapter} answered.")
         return result
 
 
-class Desk:
+class Dispatcher:
     """Takes requests to one engine, for callers with their rights, within the server's limits."""
 
-    def __init__(self, engine: Engine, registry: Any, settings: ServerSettings) -> None:
-        self.engine, self.registry, self.settings, self.metrics = engine, registry, settings, Metrics()
+    def __init__(self, engine: Engine, store: AdapterStore, settings: ServerSettings) -> None:
+        self.engine, self.store, self.settings, self.metrics = engine, store, settings, Metrics()
         self._pool = ThreadPoolExecutor(settings.max_concurrent + 4, thread_name_prefix="adapterhub-request")
         self._in_work = 0
-        self.served = frozenset(AdapterReference.parse(ref).name for ref in settings.references)
+        self._served = frozenset(AdapterReference.parse(reference).name for reference in settings.references)
 
     def close(self) -> None:
-        """Let the threads go once what they wait for has ended."""
+        """Let the threads end as soon as the calls they run return."""
         self._pool.shutdown(wait=False)
 
+    # The arguments are those of the call, handed through.
     async def run(self, call: Callable[..., T], *arguments: Any) -> T:
-        """Call something that blocks, on a thread of ours."""
+        """Make a blocking call on a thread."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, call, *arguments)
 
-    def resolve(self, reference: str, caller: Caller, *, through_split: bool = False) -> AdapterManifest:
+    def serves(self, name: str) -> bool:
+        """Whether this server was started to serve the adapter of this name."""
+        return not self._served or name in self._served
+
+    def manifest(self, reference: str, caller: Caller, *, through_split: bool = False) -> AdapterManifest:
         """The version that a reference names now, for a caller who may use it.
 
-        `through_split` counts as a request: what is asked for needs the caller's right, the candidate does not.
+        `through_split` counts as a request: the caller needs the right to what was asked for, not to the candidate.
 
         Raises:
-            ReferenceSyntaxError, UnknownNameError: it is none; a path never is one.
+            ReferenceSyntaxError, UnknownNameError: no such version; a path never is a reference.
             ApiRefusal: the caller may not use it (403), or it is not served here (404).
         """
         parsed = AdapterReference.parse(reference)
         if parsed.name is not None:
             self._require(parsed.name, caller)
         chosen = self.engine.choose(str(parsed)) if through_split else str(parsed)
-        manifest: AdapterManifest = self.registry.resolve(chosen)
+        manifest = self.store.resolve(str(chosen))
         if chosen == str(parsed):
             self._require(manifest.name, caller)
         return manifest
-
-    def serves(self, name: str) -> bool:
-        """Whether this server was started to serve the adapter of this name."""
-        return not self.served or name in self.served
 
     def _require(self, name: str, caller: Caller) -> None:
         if not caller.may_use(name):
             raise ApiRefusal(403, f"This key may not use the adapter {name!r}.", "adapter_not_allowed", param="model")
         if not self.serves(name):
-            served = ", ".join(sorted(map(str, self.served)))
+            served = ", ".join(sorted(map(str, self._served)))
             raise ApiRefusal(404, f"{name!r} is not served here. Served: {served}.", "model_not_found", param="model")
 
-    def pin(self, model: str, caller: Caller, *, through_split: bool = False) -> Pinned:
-        """What `model` (the base, a reference or a blend) means at this moment. As `resolve` does, and raises so."""
+    def resolve(self, model: str, caller: Caller, *, through_split: bool = False) -> ResolvedModel:
+        """What `model` (the base, a reference or a blend) means at this moment. Raises as `manifest` does."""
         base = self.engine.base_fingerprint
-        if model in (*BASE_NAMES, self.settings.base_name):
-            return Pinned(None, None, None, base)
-        parts = self._parts(model)
-        names, digests = [], []
-        for part in parts:
-            manifest = self.resolve(str(part.reference), caller, through_split=through_split)
-            # As the engine writes it, so that the receipts can be compared.
-            factor = "" if len(parts) == 1 and part.weight == 1.0 else f"*{part.weight!r}"
-            names.append(manifest.reference + factor)
-            digests.append(manifest.digest + factor)
-        # By digest, which no split and no move of an alias means anything to.
-        exact = "+".join(digests)
-        return Pinned(exact, "+".join(names), exact, base)
-
-    @staticmethod
-    def _parts(model: str) -> tuple[WeightedReference, ...]:
-        # Each piece must be a reference before anything else looks at the text: no path gets any further.
+        if model in (BASE_NAME, self.settings.base_name):
+            return ResolvedModel(None, None, None, base)
         pieces = model.split("+")
         if len(pieces) > MAX_PARTS:
             raise ApiRefusal(400, f"A blend has at most {MAX_PARTS} parts.", "invalid_value", param="model")
         for piece in pieces:
+            # Each piece must be a reference before anything else reads the text: no path gets any further.
             AdapterReference.parse(piece.partition("*")[0].strip())
-        return parse_blend(model)
+        parts, names, digests = parse_blend(model), [], []
+        for part in parts:
+            manifest = self.manifest(str(part.reference), caller, through_split=through_split)
+            # Written as the engine does, so that the receipts can be compared.
+            factor = "" if len(parts) == 1 and part.weight == 1.0 else f"*{part.weight!r}"
+            names.append(manifest.reference + factor)
+            digests.append(manifest.digest + factor)
+        return ResolvedModel("+".join(digests), "+".join(names), "+".join(digests), base)
 
     @contextmanager
-    def place(self) -> Iterator[None]:
-        """One of the places for requests in work. Raises QueueFullError when all are taken."""
+    def admit(self) -> Iterator[None]:
+        """Count one request as in work. Raises QueueFullError when the limit is reached."""
         if self._in_work >= self.settings.max_concurrent:
             raise QueueFullError(f"{self._in_work} requests are in work, which is the limit. Try again in a second.")
         self._in_work += 1
@@ -149,22 +151,23 @@ class Desk:
             self.metrics.in_work.dec()
 
     async def answer(self, http: Request, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
-        """Answer all of `requests`; whoever hangs up meanwhile cancels them."""
-        return await unless_gone(http, self._answers(requests))
+        """Answer all of `requests`; a client that disconnects cancels them."""
 
-    async def _answers(self, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
-        tasks = [asyncio.ensure_future(self._answer(request)) for request in requests]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
+        async def one(request: GenerationRequest) -> GenerationResult:
+            async with aclosing(self.stream(request, whole=True)) as chunks:
+                last = await anext(chunks)
+            assert last.result is not None
+            return last.result
 
-    async def _answer(self, request: GenerationRequest) -> GenerationResult:
-        async with aclosing(self.stream(request, whole=True)) as chunks:
-            last = await anext(chunks)
-        assert last.result is not None
-        return last.result
+        async def every() -> list[GenerationResult]:
+            tasks = [asyncio.ensure_future(one(request)) for request in requests]
+            try:
+                return await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+
+        return await until_disconnect(http, every())
 
     async def stream(self, request: GenerationRequest, *, whole: bool = False) -> AsyncGenerator[GenerationChunk]:
         """The chunks of one answer as they are made, or the last alone; closing the iteration cancels the request."""
@@ -173,16 +176,16 @@ class Desk:
         try:
             handle = await asyncio.shield(submitting)
         except asyncio.CancelledError:
-            submitting.add_done_callback(_cancel_late)
+            submitting.add_done_callback(_cancel_answer)
             raise
 
-        def hand_over(item: GenerationChunk | BaseException) -> None:
-            # On the engine's thread: a loop that is closed by now must not harm it.
+        def put(item: GenerationChunk | BaseException) -> None:
+            # On the engine's thread: an event loop that is closed by now must not harm it.
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(inbox.put_nowait, item)
 
         try:
-            handle.listen(hand_over, whole=whole)
+            handle.listen(put, whole=whole)
             while True:
                 item = await inbox.get()
                 if isinstance(item, BaseException):
@@ -193,23 +196,29 @@ class Desk:
         finally:
             handle.cancel()
 
-    def load(self, reference: str, caller: Caller) -> Any:
+    def load(self, reference: str, caller: Caller) -> ResidentAdapter:
         """Bring an adapter into memory, timed."""
-        manifest, started = self.resolve(reference, caller), time.perf_counter()
+        manifest, started = self.manifest(reference, caller), time.perf_counter()
         loaded = self.engine.load(manifest.reference)
         self.metrics.load.labels(manifest.reference).observe(time.perf_counter() - started)
         return loaded
 
 
-async def unless_gone(http: Request, work: Awaitable[T]) -> T:
-    """What `work` comes to; it is cancelled when the client hangs up first.
+async def until_disconnect(http: Request, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled when the client disconnects first.
 
     Raises:
-        RequestCancelledError: the client is gone and `work` was cancelled.
+        RequestCancelledError: the client has gone and `work` was cancelled.
     """
+
+    async def disconnected() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
     working: asyncio.Future[T] = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_hung_up(http))
+    leaving = asyncio.ensure_future(disconnected())
     try:
+        # Futures of different results in one set.
         watched: set[asyncio.Future[Any]] = {working, leaving}
         await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
@@ -217,17 +226,12 @@ async def unless_gone(http: Request, work: Awaitable[T]) -> T:
         return await working
     except asyncio.CancelledError:
         if leaving.done():
-            raise RequestCancelledError("The client is gone.") from None
+            raise RequestCancelledError("The client has disconnected.") from None
         raise
     finally:
         leaving.cancel()
 
 
-def _cancel_late(submitting: "asyncio.Future[Answer]") -> None:
+def _cancel_answer(submitting: "asyncio.Future[Answer]") -> None:
     if not submitting.cancelled() and submitting.exception() is None:
         submitting.result().cancel()
-
-
-async def _hung_up(http: Request) -> None:
-    while (await http.receive())["type"] != "http.disconnect":
-        pass

@@ -1,43 +1,68 @@
-"""What the server needs of an engine, whether it is in this process or behind it."""
+"""What the server needs of an engine, whether it computes in this process or in replicas.
+
+`InferenceEngine` and `ClusterEngine` both fulfil it; mypy checks the one and the other where the server is started.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+from adapterhub_lite.serving.adapters.slots import ResidentAdapter
 from adapterhub_lite.serving.engine.request import EngineStatus, GenerationChunk, GenerationRequest
+
+Listener = Callable[[GenerationChunk | BaseException], None]
+
+
+class Decoder(Protocol):
+    """The part of a tokenizer that answers are written with."""
+
+    def decode(self, token_ids: list[int], /) -> str | list[str]:
+        """The text of token ids; a list only for a batch of them."""
+        ...
 
 
 class Answer(Protocol):
     """A submitted request, such as a `GenerationHandle`."""
 
     def cancel(self) -> None:
-        """Stop it."""
+        """Stop it; its row is free at the next step."""
         ...
 
-    def listen(self, listener: Callable[[GenerationChunk | BaseException], None], *, whole: bool = False) -> None:
-        """Tell `listener`, on any thread, each chunk as it is made, or the error that ended them; `whole`: the last."""
+    def listen(self, listener: Listener, *, whole: bool = False) -> None:
+        """Tell `listener`, on any thread, each chunk as it is made (`whole`: the last alone), or the error at the end."""
         ...
 
 
 class Engine(Protocol):
-    """What the server needs of an engine; `InferenceEngine` is one."""
+    """One base and its adapters, ready to answer. Every method may be called from any thread."""
 
-    base_fingerprint: str
-    tokenizer: Any
-
-    def submit(self, request: GenerationRequest) -> Answer:
-        """Queue a request."""
+    @property
+    def base_fingerprint(self) -> str:
+        """The fingerprint of the base, part of every receipt."""
         ...
 
-    def load(self, reference: Any) -> Any:
+    @property
+    def tokenizer(self) -> Decoder:
+        """The base's tokenizer."""
+        ...
+
+    def submit(self, request: GenerationRequest) -> Answer:
+        """Queue a request; loads its adapter first, in the caller's thread.
+
+        Raises:
+            AdapterHubError: it cannot be answered here.
+        """
+        ...
+
+    def load(self, reference: str, /) -> ResidentAdapter:
         """Bring an adapter into memory."""
         ...
 
-    def unload(self, reference: Any) -> bool:
-        """Take an adapter out of memory."""
+    def unload(self, reference: str, /) -> bool:
+        """Take an adapter out of memory once nobody uses it; False when it was not there."""
         ...
 
-    def resident(self) -> Sequence[Any]:
+    def resident(self) -> Sequence[ResidentAdapter]:
         """The adapters in memory."""
         ...
 
@@ -46,15 +71,15 @@ class Engine(Protocol):
         ...
 
     def choose(self, reference: str) -> str | Path:
-        """The reference or its split, whichever the next request gets."""
+        """Return the reference, or the candidate of its split, whichever the next request gets."""
         ...
 
-    def start_split(self, reference: str, candidate: str, *, share: float) -> Any:
+    def start_split(self, reference: str, candidate: str, *, share: float) -> ResidentAdapter:
         """Send a share of the requests for one reference to another."""
         ...
 
     def stop_split(self, reference: str) -> bool:
-        """Send them all where they point again."""
+        """Send them all where the reference points; False without a split."""
         ...
 
     def splits(self) -> dict[str, tuple[str, float]]:

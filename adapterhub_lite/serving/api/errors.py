@@ -21,8 +21,8 @@ from adapterhub_lite.errors import (
 )
 
 
-class ApiRefusal(Exception):  # noqa: N818 - a status of the wire, never seen by a caller of the package
-    """A refusal as the wire says it."""
+class ApiRefusal(Exception):  # noqa: N818 - an HTTP status, never seen by a caller of the package
+    """A refusal with its HTTP status and OpenAI's `code` and `param`."""
 
     def __init__(self, status: int, message: str, code: str, *, param: str | None = None) -> None:
         self.status, self.code, self.param = status, code, param
@@ -45,13 +45,13 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 
 
 def error_body(error: Exception) -> tuple[int, dict[str, Any]]:
-    """(status, body) of an error; one that is not ours says nothing about our insides."""
+    """(status, body) of an error; one that is not of our tree tells nothing about the server's inside."""
     param: str | None = None
     if isinstance(error, ApiRefusal):
         status, code, param = error.status, error.code, error.param
         kind = _TYPES.get(status, "invalid_request_error")
     elif isinstance(error, AdapterHubError):
-        status, kind, code = next(told for family, told in _STATUS if isinstance(error, family))
+        status, kind, code = next(answer for family, answer in _STATUS if isinstance(error, family))
     else:
         status, kind, code = 500, "server_error", "internal_error"
     known = isinstance(error, (ApiRefusal, AdapterHubError)) and status != 500

@@ -1,10 +1,21 @@
-"""What OpenAI's clients send, as strict models: unknown fields and what we cannot do are refused, never ignored."""
+"""OpenAI's format on the wire: requests as strict models, answers as functions over results, each with its receipt.
 
+Unknown fields and what cannot be done are refused, never ignored.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, field_validator
 
 from adapterhub_lite.adapter_format.record import StrictModel
+from adapterhub_lite.serving.api.dispatch import ResolvedModel
+from adapterhub_lite.serving.engine.request import GenerationResult, TokenLogprob
+
+Json = dict[str, Any]
+Decode = Callable[[int], str]
 
 
 def _encodable(text: str) -> str:
@@ -47,20 +58,20 @@ class ChatMessage(WireModel):
 
 
 class StreamOptions(WireModel):
-    """What a stream carries beside its pieces."""
+    """What a stream carries besides the text."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
 class TextFormat(WireModel):
-    """The only format of an answer there is."""
+    """The only format of an answer: text."""
 
     type: Literal["text"] = "text"
 
 
 class Sampling(WireModel):
-    """What chat and completions have in common. Fields that only one value is served of are typed to that value."""
+    """What chat and completions have in common. A field of which one value alone is supported has that value as type."""
 
     model: ModelName
     temperature: float = Field(1.0, ge=0, le=2, strict=True)
@@ -78,7 +89,7 @@ class Sampling(WireModel):
 
     @field_validator("stop")
     @classmethod
-    def _no_empty_stop(cls, stop: Any) -> Any:
+    def _no_empty_stop(cls, stop: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
         if any(not text for text in ([stop] if isinstance(stop, str) else stop or ())):
             raise ValueError("a stop string is empty")
         return stop
@@ -100,12 +111,12 @@ class ChatRequest(Sampling):
     response_format: TextFormat | None = None
 
     @property
-    def wanted_tokens(self) -> int | None:
+    def token_limit(self) -> int | None:
         """The limit on new tokens, by either of its names."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
-    def wanted_logprobs(self) -> int | None:
+    def alternatives(self) -> int | None:
         """How many alternatives to report, None for no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
@@ -121,8 +132,8 @@ class CompletionRequest(Sampling):
     suffix: None = None
 
     @property
-    def wanted_tokens(self) -> int | None:
-        """The limit on new tokens; 16 unless told, as OpenAI has it."""
+    def token_limit(self) -> int | None:
+        """The limit on new tokens; 16 by default, as at OpenAI."""
         return self.max_tokens or 16
 
     @property
@@ -132,13 +143,13 @@ class CompletionRequest(Sampling):
 
 
 class AdapterCommand(StrictModel):
-    """An admin's wish about one adapter, by reference: `name`, `name:3` or `name@alias`, never a path."""
+    """One adapter to load or unload, by reference: `name`, `name:3` or `name@alias`, never a path."""
 
     reference: Annotated[str, Field(max_length=200)]
 
 
 class SplitCommand(StrictModel):
-    """An admin's wish to send `share` of the requests for `reference` to `candidate`; a share of 0 ends it."""
+    """Send `share` of the requests for `reference` to `candidate`; a share of 0 ends it."""
 
     reference: Annotated[str, Field(max_length=200)]
     candidate: Annotated[str, Field(max_length=200)] = ""
@@ -146,9 +157,87 @@ class SplitCommand(StrictModel):
 
 
 class AliasCommand(StrictModel):
-    """An admin's move of an alias; with `expect` only if it points there now (0: only if there is none)."""
+    """Point an alias at a version; with `expect` only if it points there now (0: only if there is none)."""
 
     name: Annotated[str, Field(max_length=64)]
     alias: Annotated[str, Field(max_length=64)]
     version: int = Field(ge=1, lt=1_000_000_000)
     expect: int | None = Field(None, ge=0, lt=1_000_000_000)
+
+
+def envelope(kind: str, request_id: str, model: str, resolved: ResolvedModel) -> Json:
+    """What every object of an answer starts with; `kind` is OpenAI's `object`."""
+    prefix = "chatcmpl" if kind.startswith("chat") else "cmpl"
+    return {"id": f"{prefix}-{request_id}", "object": kind, "created": int(time.time()), "model": model,
+            "system_fingerprint": resolved.base[:16], "receipt": resolved.receipt()}  # fmt: skip
+
+
+def usage(results: Sequence[GenerationResult]) -> Json:
+    """Tokens read and written, over all answers of a request."""
+    prompt = sum(result.usage.prompt_tokens for result in results)
+    completion = sum(result.usage.completion_tokens for result in results)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def chat_choice(result: GenerationResult, decode: Decode) -> Json:
+    """The one choice of a chat answer."""
+    message = {"role": "assistant", "content": result.text, "refusal": None}
+    logprobs = chat_logprobs(result.logprobs, decode)
+    return {"index": 0, "message": message, "finish_reason": result.finish_reason, "logprobs": logprobs}
+
+
+def completion_choice(index: int, result: GenerationResult, decode: Decode) -> Json:
+    """One choice of a completion."""
+    logprobs = completion_logprobs(result.logprobs, decode)
+    return {"index": index, "text": result.text, "finish_reason": result.finish_reason, "logprobs": logprobs}
+
+
+def chat_piece(
+    text: str | None, *, first: bool = False, reason: str | None = None, logprobs: Json | None = None
+) -> Json:
+    """The one choice of a piece of a streamed chat answer."""
+    delta: Json = {"role": "assistant", "content": ""} if first else {}
+    if text:
+        delta["content"] = text
+    return {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
+
+
+def completion_piece(text: str, *, reason: str | None = None, logprobs: Json | None = None) -> Json:
+    """The one choice of a piece of a streamed completion."""
+    return {"index": 0, "text": text, "finish_reason": reason, "logprobs": logprobs}
+
+
+def chat_logprobs(logprobs: Sequence[TokenLogprob] | None, decode: Decode) -> Json | None:
+    """Log-probabilities as chat has them."""
+    if logprobs is None:
+        return None
+
+    def entry(token_id: int, logprob: float) -> Json:
+        token = decode(token_id)
+        return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+
+    content = [
+        entry(item.token_id, item.logprob) | {"top_logprobs": [entry(*other) for other in item.top]}
+        for item in logprobs
+    ]
+    return {"content": content, "refusal": None}
+
+
+def completion_logprobs(logprobs: Sequence[TokenLogprob] | None, decode: Decode) -> Json | None:
+    """Log-probabilities as completions have them; of two tokens with the same text the likelier one is given."""
+    if logprobs is None:
+        return None
+    tokens = [decode(item.token_id) for item in logprobs]
+    offsets = [sum(map(len, tokens[:index])) for index in range(len(tokens))]
+    top = [{decode(token_id): logprob for token_id, logprob in reversed(item.top)} for item in logprobs]
+    return {
+        "tokens": tokens,
+        "token_logprobs": [item.logprob for item in logprobs],
+        "top_logprobs": top,
+        "text_offset": offsets,
+    }
+
+
+def event(body: Json) -> str:
+    """One server-sent event."""
+    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"

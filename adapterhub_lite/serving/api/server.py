@@ -11,10 +11,11 @@ from typing import Any
 import uvicorn
 
 from adapterhub_lite.errors import ResourceError
+from adapterhub_lite.serving.adapters.sources import AdapterStore
 from adapterhub_lite.serving.api.app import create_api
 from adapterhub_lite.serving.api.auth import Caller, KeyRing
 from adapterhub_lite.serving.api.engine_protocol import Engine
-from adapterhub_lite.serving.api.middleware import log_to_stderr
+from adapterhub_lite.serving.api.observe import log_to_stderr
 from adapterhub_lite.serving.api.settings import ServerSettings
 
 
@@ -25,7 +26,7 @@ class _Uvicorn(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT stop the server, and no more than that: what comes after it still runs."""
+        """SIGTERM and SIGINT stop the server and nothing else: code after `run()` is still reached."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -37,7 +38,7 @@ class _Uvicorn(uvicorn.Server):
                 signal.signal(one, handler)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Say that no more is taken before what is in work is waited for."""
+        """Mark the server as draining before it waits for the requests in work."""
         self._on_stop()
         await super().shutdown(sockets)
 
@@ -45,14 +46,16 @@ class _Uvicorn(uvicorn.Server):
 class ApiServer:
     """An engine on a port. `run()` serves in this thread until SIGTERM or SIGINT; a `with` block serves in another.
 
-    Stopping drains: no new connections, requests in work get `drain_seconds`, whatever is left then is cut off.
+    Stopping drains: no new connections are taken, requests in work get `drain_seconds`, what is left then is cut off.
 
     Raises:
         ResourceError: the port is taken.
         AdapterHubError: an adapter to load at the start cannot be served.
     """
 
-    def __init__(self, engine: Engine, registry: Any, settings: ServerSettings, keys: KeyRing | None = None) -> None:
+    def __init__(
+        self, engine: Engine, registry: AdapterStore, settings: ServerSettings, keys: KeyRing | None = None
+    ) -> None:
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -66,7 +69,7 @@ class ApiServer:
             self.app = create_api(engine, registry, settings, keys)
             self.api = self.app.state.api
             for reference in settings.references:
-                self.api.desk.load(reference, Caller("start", admin=True))
+                self.api.dispatcher.load(reference, Caller("start", admin=True))
         except BaseException:
             self._socket.close()
             raise
@@ -80,7 +83,7 @@ class ApiServer:
         self.api.draining = True
 
     def run(self) -> None:
-        """Serve until a signal says stop, the log on standard error; returns when everything has ended."""
+        """Serve until SIGTERM or SIGINT, with the log on standard error; returns when everything has ended."""
         log_to_stderr()
         self._socket.listen(1024)
         try:
@@ -89,7 +92,7 @@ class ApiServer:
             self._close()
 
     def _close(self) -> None:
-        self.api.desk.close()
+        self.api.dispatcher.close()
         self._socket.close()
 
     def __enter__(self) -> "ApiServer":

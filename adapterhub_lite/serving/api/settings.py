@@ -23,10 +23,10 @@ class ServerSettings:
     keys: Path | None = setting(None, "JSON file of API keys and what each may use.")
     max_body_bytes: int = setting(1_000_000, "Largest request body, in bytes.")
     max_prompt_characters: int = setting(200_000, "Longest prompt, in characters.")
-    max_new_tokens: int = setting(1024, "Most tokens one request may ask for.")
+    max_new_tokens: int = setting(1024, "Most new tokens that one request may ask for.")
     max_concurrent: int = setting(64, "Requests in work at once; more get a 429.")
     timeout_seconds: float = setting(120.0, "Longest time one request may take, in seconds.")
-    drain_seconds: int = setting(30, "Time for requests to finish at a stop, in seconds.")
+    drain_seconds: int = setting(30, "Time for requests to finish after SIGTERM, in seconds.")
 
     def __post_init__(self) -> None:
         limits = ("max_body_bytes", "max_prompt_characters", "max_new_tokens", "max_concurrent", "timeout_seconds")
@@ -34,7 +34,7 @@ class ServerSettings:
         if low or self.drain_seconds < 0:
             raise ConfigurationError(f"The server's limits must be above 0: {', '.join(low) or 'drain_seconds'}.")
         if not 0 <= self.port <= 65_535:
-            raise ConfigurationError(f"There is no port {self.port}: wanted 0 (any free one) to 65535.")
+            raise ConfigurationError(f"There is no port {self.port}: give 0 (any free one) to 65535.")
         if self.keys is None and not _on_this_machine(self.host):
             raise ConfigurationError(
                 f"Listening on {self.host} lets others in, so it needs keys: give --keys FILE, or listen on 127.0.0.1."

@@ -1,4 +1,4 @@
-"""One replica of the engine inside Ray Serve. Imports ray: only for those who serve with a cluster."""
+"""One replica of the engine inside Ray Serve. Imports ray, which only `serve --cluster` needs."""
 
 import asyncio
 import os
@@ -36,11 +36,11 @@ class Refusal:
         return cls(kind, str(error))
 
     def error(self) -> errors.AdapterHubError:
-        """The error again, with its text; what else it carried stays behind."""
+        """The error with its class and text, without its other attributes."""
         kind: type[errors.AdapterHubError] = getattr(errors, self.kind)
-        made = kind.__new__(kind)
-        Exception.__init__(made, self.text)
-        return made
+        error = kind.__new__(kind)
+        Exception.__init__(error, self.text)
+        return error
 
 
 class Replica:
@@ -52,7 +52,7 @@ class Replica:
         self._threads = ThreadPoolExecutor(ONGOING + 4, thread_name_prefix="adapterhub-replica")
 
     async def answer(self, request: GenerationRequest) -> AsyncIterator[GenerationChunk | Refusal]:
-        """Yield the answer as it is made, or a refusal as its last item; dropped early, it cancels the request."""
+        """Yield the answer as it is made, or a refusal as its last item; closing the iteration cancels the request."""
         handle = None
         try:
             if request.adapter is not None:
@@ -92,7 +92,7 @@ class Replica:
             return Refusal.of(error)
 
     async def look(self) -> tuple[int, EngineStatus, list[ResidentAdapter]]:
-        """This replica's process, how its engine does, and what it holds."""
+        """The id of this replica's process, its engine's status, and the adapters in its memory."""
         return os.getpid(), self._engine.status(), self._engine.resident()
 
     def check_health(self) -> None:

@@ -1,7 +1,8 @@
-"""Several engines as one: replicas in Ray Serve behind the same front, on this machine or on a cluster of them.
+"""Several engines as one: replicas in Ray Serve behind the same server, on this machine or on a cluster of machines.
 
-The front pins every request to digests before it is sent, so a moved alias holds for all replicas at once; Ray sends a
-request to a replica that has its adapter already. Imports ray: only for those who serve with a cluster.
+The server resolves every request to digests before it is sent, so a moved alias holds for all replicas at once; Ray
+sends a request to a replica that has its adapter already. Imports ray, which only `serve --cluster` needs. Ray has no
+types: what it returns is `Any` here.
 """
 
 import os
@@ -31,9 +32,9 @@ CONTROL_SECONDS = 60.0
 
 
 class RemoteAnswer:
-    """A request on a replica: iterate over its chunks, or wait for its result. As `GenerationHandle`, for one consumer.
+    """A request on a replica: iterate over its chunks, or wait for its result. Like `GenerationHandle`, for one consumer.
 
-    When its replica dies, the request goes to another one, as long as nobody has seen any of its answer.
+    When its replica dies, the request is sent to another one, unless a part of its answer was handed out already.
     """
 
     def __init__(self, handle: Any, request: GenerationRequest) -> None:
@@ -47,9 +48,9 @@ class RemoteAnswer:
         self._response.cancel()
 
     def listen(self, listener: Callable[[GenerationChunk | BaseException], None], *, whole: bool = False) -> None:
-        """Instead of iterating, or of `result()` for the `whole`: `listener` is told, on a thread of this request's."""
+        """Call `listener`, on a thread of its own, with each chunk (`whole`: the last alone), or the error at the end."""
 
-        def tell() -> None:
+        def forward() -> None:
             try:
                 chunks: Iterable[GenerationChunk] = (
                     (GenerationChunk("", done=True, result=self.result()),) if whole else self
@@ -59,28 +60,28 @@ class RemoteAnswer:
             except BaseException as error:
                 listener(error)
 
-        threading.Thread(target=tell, name="adapterhub-answer", daemon=True).start()
+        threading.Thread(target=forward, name="adapterhub-answer", daemon=True).start()
 
     def __iter__(self) -> Iterator[GenerationChunk]:
         """Yield chunks as they are made; the last one is `done` and carries the result.
 
         Raises:
             AdapterHubError: whatever the replica's engine refused with.
-            ServingError: the replica died half-way, or too many did.
+            ServingError: the replica died in the middle of the answer, or too many died.
         """
-        given = False
+        handed_out = False
         for left in reversed(range(RETRIES + 1)):
             try:
                 for chunk in self._response:
                     if isinstance(chunk, Refusal):
                         raise chunk.error()
-                    given = True
+                    handed_out = True
                     yield chunk
                     if chunk.done:
                         return
             except RayActorError as error:
-                if given or not left:
-                    raise ServingError("The replica that made this answer was lost; ask again.") from error
+                if handed_out or not left:
+                    raise ServingError("The replica that made this answer died; send the request again.") from error
                 self._response = self._send()
             except BaseException as error:
                 if self._cancelled.is_set():
@@ -88,7 +89,7 @@ class RemoteAnswer:
                 raise
 
     def result(self) -> GenerationResult:
-        """Wait for the whole answer; it is made anew when its replica dies. Raises as iterating does."""
+        """Wait for the whole answer; another replica makes it when one dies. Raises as iterating does."""
         for left in reversed(range(RETRIES + 1)):
             try:
                 *_, last = self
@@ -111,10 +112,13 @@ class RemoteAnswer:
 
 
 class ClusterEngine:
-    """What the server needs of an engine, answered by replicas. Close it, or use it as a context manager.
+    """The server's `Engine`, computed by replicas. Close it, or use it as a context manager.
 
-    Splits are kept here, in the one front; what a replica needs comes from the registry in `home`, which every
-    machine of the cluster must see under the same path.
+    Splits are kept here, in the one server; what a replica needs comes from the registry in `home`, which every
+    machine of the cluster must see under the same path. `options` are those of `InferenceEngine.from_base`.
+
+    Raises:
+        ResourceError: no Ray cluster at the address.
     """
 
     def __init__(
@@ -130,10 +134,8 @@ class ClusterEngine:
             try:
                 ray.init(address=settings.ray_address or "local", log_to_driver=False, include_dashboard=False)
             except (ConnectionError, ValueError) as error:
-                raise ResourceError(
-                    f"There is no Ray cluster to be had at {settings.ray_address!r}: {error}"
-                ) from error
-        # Our own server is the front: Ray's would open a port without our limits and keys.
+                raise ResourceError(f"There is no Ray cluster at {settings.ray_address!r}: {error}") from error
+        # Requests come through our own server: Ray's would open a port without our limits and keys.
         serve.start(proxy_location="Disabled")
         made = application(resolved.folder, home, deployment=settings.deployment(), options=options)
         self._handle = serve.run(made, name=APPLICATION, route_prefix=None)
@@ -155,22 +157,22 @@ class ClusterEngine:
         """The adapters in memory, replica by replica."""
         return [one for _, _, held in self.look() for one in held]
 
-    def look(self) -> list[tuple[int, Any, list[ResidentAdapter]]]:
+    def look(self) -> list[tuple[int, EngineStatus, list[ResidentAdapter]]]:
         """(process, status, adapters in memory) of each replica."""
         return self._everywhere("look")
 
     def status(self) -> EngineStatus:
         """The replicas as one engine: it can serve while one of them can, and its counts are their sums."""
         try:
-            told = [status for _, status, _ in self.look()]
+            found = [status for _, status, _ in self.look()]
         except (ServingError, RayActorError, TimeoutError):
-            told = []
+            found = []
 
         def total(name: str) -> int:
-            return sum(getattr(one, name) for one in told)
+            return sum(getattr(one, name) for one in found)
 
         return EngineStatus(
-            can_serve=any(one.can_serve for one in told),
+            can_serve=any(one.can_serve for one in found),
             can_pull=None,
             hub_trouble=None,
             running=total("running"),

@@ -1,4 +1,4 @@
-"""The settings of a server with replicas; knows nothing of Ray but the names of its options."""
+"""The settings of a server with replicas. Imports no ray: only the names of its options stand here."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +27,8 @@ class ClusterSettings(ServerSettings):
         super().__post_init__()
         if self.replicas < 1 or 0 < self.max_replicas < self.replicas:
             raise ConfigurationError(
-                f"replicas is {self.replicas} and max_replicas {self.max_replicas}: wanted at least 1, and a largest "
-                "number of at least as many, or 0."
+                f"replicas is {self.replicas} and max_replicas {self.max_replicas}: give at least 1 replica, and "
+                "at least as many for max_replicas, or 0 not to grow."
             )
 
     def deployment(self) -> dict[str, Any]:

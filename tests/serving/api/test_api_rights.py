@@ -115,7 +115,7 @@ def test_an_open_server_has_no_admin(serve: Serve) -> None:
 
 def test_a_server_started_for_one_adapter_serves_that_one(serve: Serve) -> None:
     server, client = serve(adapters="sql@prod", base_name="tiny")
-    assert "sql:1" in {one.name for one in server.api.desk.engine.resident()}
+    assert "sql:1" in {one.name for one in server.api.dispatcher.engine.resident()}
     assert client.completions.create(model="tiny", **ASK).receipt["adapter"] is None
     with pytest.raises(openai.NotFoundError, match="not served here"):
         client.completions.create(model="event", **ASK)
@@ -148,7 +148,7 @@ def test_metrics_count_by_what_answered(serve: Serve) -> None:
     assert 'adapterhub_requests_total{adapter="base",route="/v1/completions",status="404"} 1.0' in text
     for line in ("requests_in_work 0.0", "requests_in_rows 0.0", "requests_waiting 0.0"):
         assert f"adapterhub_{line}" in text
-    resident = len(server.api.desk.engine.resident())
+    resident = len(server.api.dispatcher.engine.resident())
     assert f"adapterhub_adapters_resident {float(resident)}" in text and resident
 
 

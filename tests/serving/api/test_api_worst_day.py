@@ -169,7 +169,7 @@ def test_too_many_at_once_are_told_to_come_back(serve: Serve) -> None:
     server, _ = serve(max_concurrent=1)
     body = {"model": "sql", "prompt": "x", "max_tokens": 2, "temperature": 0}
     for stream in (False, True):
-        with server.api.desk.place():
+        with server.api.dispatcher.admit():
             got = httpx.post(f"{server.url}/v1/completions", json={**body, "stream": stream})
             assert (got.status_code, got.headers["retry-after"]) == (429, "1")
         assert httpx.post(f"{server.url}/v1/completions", json={**body, "stream": stream}).status_code == 200
@@ -189,9 +189,9 @@ def test_an_answer_of_another_adapter_is_never_given_out(
 ) -> None:
     """The engine is made to answer everything with sql:2: whoever asked for something else gets an error."""
     server, client = serve()
-    submit = server.api.desk.engine.submit
+    submit = server.api.dispatcher.engine.submit
     wrong = lambda request: submit(GenerationRequest(prompt=request.prompt, adapter="sql:2", max_new_tokens=2))  # noqa: E731
-    monkeypatch.setattr(server.api.desk.engine, "submit", wrong)
+    monkeypatch.setattr(server.api.dispatcher.engine, "submit", wrong)
     options: Any = {"prompt": "x", "max_tokens": 2, "temperature": 0}
     assert client.completions.create(model="sql:2", **options).receipt["adapter"] == "sql:2"
     for model in ("sql:1", "base", "event"):

@@ -1,9 +1,20 @@
-"""What the server counts, for Prometheus. One registry a server, so that several can live in one process."""
+"""What the server tells of itself: series for Prometheus, and one line of JSON in the log per request.
+
+Never a prompt, an answer or a key. One registry of series per server, so that several can live in one process.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapterhub_lite.serving.engine.request import EngineStatus, GenerationResult
 
+logger = logging.getLogger("adapterhub.access")
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 FINE_SECONDS = (0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 BASE = "base"
@@ -43,8 +54,8 @@ class Metrics:
         self.loads = Gauge("adapterhub_adapter_loads", "Loads since the engine's start", registry=registry)
         self.evictions = Gauge("adapterhub_adapter_evictions", "Evictions since the engine's start", registry=registry)
 
-    def look(self, status: EngineStatus) -> None:
-        """Take over what the engine says of itself."""
+    def update(self, status: EngineStatus) -> None:
+        """Take over the engine's own counts."""
         self.slots.set(status.resident)
         self.running.set(status.running)
         self.waiting.set(status.waiting)
@@ -67,3 +78,48 @@ class Metrics:
     def text(self) -> bytes:
         """The exposition format."""
         return generate_latest(self.registry)
+
+
+def log_to_stderr() -> None:
+    """Write the access log to standard error, unless the process has set it up otherwise."""
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+
+class AccessLog:
+    """Gives each request an id, logs and counts it when it has ended."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, new_id: Callable[[], str]) -> None:
+        self.app, self.metrics, self.new_id = app, metrics, new_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, then log and count it."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        state, started, status = scope.setdefault("state", {}), time.perf_counter(), 499
+        state["id"] = self.new_id()
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = state["id"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        finally:
+            self._record(scope, status, time.perf_counter() - started)
+
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+        state = scope["state"]
+        route = getattr(scope.get("route"), "path", "none")
+        adapter = state.get("adapter") or BASE
+        self.metrics.requests.labels(route, str(status), adapter).inc()
+        failure = state.get("failure")
+        line = {"request_id": state["id"], "method": scope["method"], "route": route, "status": status,
+                "seconds": round(seconds, 6), "caller": state.get("caller"), "adapter": adapter,
+                "usage": state.get("usage"), "error": type(failure).__name__ if failure else None}  # fmt: skip
+        logger.info(json.dumps(line))
