@@ -5,6 +5,7 @@ covers everything that decides the answers (weights, deciding configuration, bas
 adapter has the same digest on every machine and under every name.
 """
 
+import hashlib
 import json
 from typing import Annotated, Any, Literal
 
@@ -23,6 +24,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 SIGNATURE_FILE = "adapterhub.sig.json"
 CARD_FILE = "README.md"
 ALIASES_FILE = "aliases.json"
+LOSS_FILE = "loss.svg"
 MAX_MANIFEST_BYTES = 1 << 20
 
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
@@ -171,6 +173,12 @@ def read_manifest(content: bytes) -> AdapterManifest:
     except ValidationError as error:
         reasons = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
         raise IntegrityError(f"{MANIFEST_FILE} is not a manifest of this schema: {reasons}.") from error
+
+
+def adapter_digest(deciding_config: dict[str, Any], weights_sha256: str, base_fingerprint: str) -> str:
+    """The identity of an adapter: over its weights, what decides in its configuration, and its base."""
+    decided = {"weights": weights_sha256, "config": deciding_config, "base": base_fingerprint}
+    return "sha256:" + hashlib.sha256(canonical_json(decided)).hexdigest()
 
 
 def canonical_json(value: Any) -> bytes:

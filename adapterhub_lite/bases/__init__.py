@@ -1,13 +1,14 @@
 """Base models: a name in, a folder with a fingerprint out. Knows nothing of adapters, training or serving."""
 
-from adapterhub_lite.bases.fingerprint import base_fingerprint
+from adapterhub_lite.bases.fingerprint import ResolvedBase, base_fingerprint
 from adapterhub_lite.bases.load import load_base_model, load_tokenizer
-from adapterhub_lite.bases.resolve import EMBEDDED_BASES, ResolvedBase, resolve_base
+from adapterhub_lite.bases.resolve import EMBEDDED_BASES, find_base, resolve_base
 
 __all__ = [
     "EMBEDDED_BASES",
     "ResolvedBase",
     "base_fingerprint",
+    "find_base",
     "load_base_model",
     "load_tokenizer",
     "resolve_base",

@@ -1,4 +1,4 @@
-"""The fingerprint of a base: one sha256 over what decides its answers. Standard library only.
+"""A base on this machine, and its fingerprint: one sha256 over what decides its answers. Standard library only.
 
 Covered: the configuration (without keys that only say who wrote it), the tokenizer, the chat template, and every
 tensor's name, dtype, shape and bytes. The order of tensors in a file, and how many files there are, do not matter.
@@ -7,6 +7,7 @@ tensor's name, dtype, shape and bytes. The order of tensors in a file, and how m
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from adapterhub_lite.errors import UsageError
 VOLATILE_CONFIG_KEYS = frozenset({"transformers_version", "_name_or_path", "_model_name_or_path", "use_cache"})
 TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", TEMPLATE_FILE)
+COMMIT = re.compile(r"[0-9a-f]{40}")
 BLOCK_BYTES = 4 << 20
 
 
@@ -26,6 +28,31 @@ class Fingerprint:
 
     whole: str
     parts: dict[str, str]
+
+
+@dataclass(frozen=True)
+class ResolvedBase:
+    """A base on this machine. `model_id` is what a card names; `revision` is a 40-hex commit or None."""
+
+    name: str
+    model_id: str
+    folder: Path
+    revision: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 over configuration, tokenizer, chat template and weights."""
+        return base_fingerprint(self.folder)
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """The sha256 of each part that the fingerprint covers."""
+        return read_fingerprint(self.folder).parts
+
+
+def is_commit(revision: str | None) -> bool:
+    """Whether `revision` may pin a base: a 40-hex commit, or None for a local or embedded one."""
+    return revision is None or COMMIT.fullmatch(revision) is not None
 
 
 def base_fingerprint(folder: str | Path) -> str:

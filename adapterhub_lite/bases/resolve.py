@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
+from adapterhub_lite.adapter_format.record import BaseRecord
 from adapterhub_lite.bases.embedded import EmbeddedBase, fetch_embedded_base
-from adapterhub_lite.bases.fingerprint import base_fingerprint, read_fingerprint
+from adapterhub_lite.bases.fingerprint import ResolvedBase, is_commit
 from adapterhub_lite.errors import HubPermissionError, HubUnreachableError, UnknownNameError
 from adapterhub_lite.home import adapterhub_home
 
@@ -19,28 +19,9 @@ EMBEDDED_BASES = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     )
 }
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Weights and tokenizer only: no pickles, no code.
 BASE_FILES = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt", "*.jinja")
-
-
-@dataclass(frozen=True)
-class ResolvedBase:
-    """A base on this machine. `model_id` is what a card names; `revision` is a 40-hex commit or None."""
-
-    name: str
-    model_id: str
-    folder: Path
-    revision: str | None = None
-
-    @property
-    def fingerprint(self) -> str:
-        """The sha256 over configuration, tokenizer, chat template and weights."""
-        return base_fingerprint(self.folder)
-
-    @property
-    def parts(self) -> dict[str, str]:
-        """The sha256 of each part that the fingerprint covers."""
-        return read_fingerprint(self.folder).parts
 
 
 def resolve_base(
@@ -94,3 +75,17 @@ def _from_hub(repo_id: str, revision: str | None, bases: Path, progress: Callabl
             "Check the network, or give a local folder."
         ) from error
     return ResolvedBase(name=repo_id, model_id=repo_id, folder=Path(folder), revision=commit)
+
+
+def find_base(record: BaseRecord, home: Path) -> ResolvedBase | None:
+    """The base that a record names, where it already lies in this home; nothing is fetched."""
+    for name, embedded in EMBEDDED_BASES.items():
+        folder = home / "bases" / name
+        if record.id in (name, embedded.base_model) and record.revision is None and (folder / "config.json").is_file():
+            return ResolvedBase(name=name, model_id=embedded.base_model, folder=folder)
+    if record.revision is None or not is_commit(record.revision) or not HUB_ID.fullmatch(record.id):
+        return None
+    cached = home / "bases" / "hub" / f"models--{record.id.replace('/', '--')}" / "snapshots" / record.revision
+    if not (cached / "config.json").is_file():
+        return None
+    return ResolvedBase(name=record.id, model_id=record.id, folder=cached, revision=record.revision)

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 from adapterhub_lite.adapter_format.lora_config import read_lora_config
 from adapterhub_lite.adapter_format.manifest import CONFIG_FILE, WEIGHTS_FILE
 from adapterhub_lite.adapter_format.safetensors_header import read_tensor_entries
-from adapterhub_lite.bases import ResolvedBase, base_fingerprint
+from adapterhub_lite.bases import ResolvedBase, base_fingerprint, find_base
 from adapterhub_lite.errors import UsageError
 from adapterhub_lite.merging.refusals import RECEIPT_FILE, refuse_base, refuse_tied, refuse_variants
 from adapterhub_lite.registry import AdapterManifest, AdapterReference, AdapterRegistry
 from adapterhub_lite.registry.check.binding import MAX_BASE_HEADER_BYTES, Modules, base_modules, name_in_base
-from adapterhub_lite.registry.operations.intake import find_base
-from adapterhub_lite.registry.store.machine import machine_errors
+from adapterhub_lite.registry.store.store import machine_errors
 
 if TYPE_CHECKING:
     import torch

@@ -1,6 +1,6 @@
 """The registry: versions of adapters on this machine, each provable, with aliases that move and go back.
 
-This file is the public face; the work is in the files beside it.
+The public face: each method is one operation on a `Store`, in which errors of the machine become one sentence.
 """
 
 import os
@@ -12,13 +12,11 @@ from typing import Any, Literal
 from adapterhub_lite.adapter_format.manifest import AdapterManifest, EvaluationRecord, MergeRecipe, ParentRecord
 from adapterhub_lite.adapter_format.reference import AdapterReference
 from adapterhub_lite.bases import ResolvedBase
-from adapterhub_lite.errors import IntegrityError, UnknownNameError
 from adapterhub_lite.home import adapterhub_home
+from adapterhub_lite.registry.hub.receipts import Progress, PullReceipt, PushReceipt
 from adapterhub_lite.registry.operations import aliases as alias_moves
-from adapterhub_lite.registry.operations.add import About, add_adapter
 from adapterhub_lite.registry.operations.aliases import AliasMove
 from adapterhub_lite.registry.operations.diff import AdapterDifference, compare_versions
-from adapterhub_lite.registry.operations.evaluations import record_evaluations
 from adapterhub_lite.registry.operations.examine import DoctorReport, examine_registry
 from adapterhub_lite.registry.operations.export import export_folder
 from adapterhub_lite.registry.operations.gc import (
@@ -29,6 +27,7 @@ from adapterhub_lite.registry.operations.gc import (
     remove_version,
     set_pin,
 )
+from adapterhub_lite.registry.operations.intake import About, add_adapter
 from adapterhub_lite.registry.operations.list import (
     AdapterDetails,
     AdapterSummary,
@@ -37,12 +36,11 @@ from adapterhub_lite.registry.operations.list import (
     summarize,
 )
 from adapterhub_lite.registry.operations.rebuild import RebuildReport, rebuild_database
-from adapterhub_lite.registry.operations.sign import Signature, TrustPolicy, sign_version, verify_version
-from adapterhub_lite.registry.store.database import Database
-from adapterhub_lite.registry.store.locks import Lease, store_lock
-from adapterhub_lite.registry.store.machine import machine_errors
-from adapterhub_lite.registry.store.objects import ObjectStore, file_record
-from adapterhub_lite.registry.store.rows import find_manifest, parse_stored
+from adapterhub_lite.registry.operations.sign import Signature, TrustSettings, sign_version, verify_version
+from adapterhub_lite.registry.store.database import find_manifest, insert_evaluation, parse_stored
+from adapterhub_lite.registry.store.journal import record_act
+from adapterhub_lite.registry.store.leases import Lease
+from adapterhub_lite.registry.store.store import Store
 
 # Spelled here, for inside the class `list` is the method.
 Manifests = list[AdapterManifest]
@@ -56,14 +54,13 @@ class AdapterRegistry:
     """
 
     def __init__(self, home: str | Path | None = None) -> None:
-        self.home = adapterhub_home(home)
-        self.objects = ObjectStore(self.home)
-        self.database = Database(self.home)
-        self.trust = TrustPolicy(self.home)
+        self.store = Store(adapterhub_home(home))
+        self.trust = TrustSettings(self.store)
 
-    def guard(self, doing: str) -> AbstractContextManager[None]:
-        """A block in which errors of the machine become one sentence about `doing`."""
-        return machine_errors(doing, self.home)
+    @property
+    def home(self) -> Path:
+        """The folder that everything lies under."""
+        return self.store.home
 
     def add(
         self,
@@ -90,8 +87,8 @@ class AdapterRegistry:
             UsageError: no such folder, not a name, or no base known.
         """
         about = About(evaluation, task, examples, tags, parents, recipe)
-        with self.guard(f"add {name!r}"):
-            return add_adapter(self, Path(folder).expanduser(), name, base=base, about=about, verify=verify)
+        with self.store.guard(f"add {name!r}"):
+            return add_adapter(self.store, Path(folder).expanduser(), name, base=base, about=about, verify=verify)
 
     def resolve(self, reference: str | AdapterReference) -> AdapterManifest:
         """The manifest that `name` (newest), `name:3`, `name@alias` or a digest names now.
@@ -101,8 +98,8 @@ class AdapterRegistry:
             ReferenceSyntaxError: not a reference.
         """
         parsed = AdapterReference.parse(reference)
-        with self.guard(f"resolve {parsed}"):
-            return find_manifest(self.database.read(), parsed)
+        with self.store.guard(f"resolve {parsed}"):
+            return self.store.resolve(parsed)
 
     def list(self, name: str | None = None, **filters: str | None) -> Manifests:
         """Every version (of `name`), by name and version; for `filters` see `listing.filter_versions`.
@@ -111,18 +108,18 @@ class AdapterRegistry:
         """
         wanted = filter_versions(name, **filters)
         sql = f"SELECT manifest FROM versions v WHERE {wanted.sql} ORDER BY name, version"  # noqa: S608 - values are bound
-        with self.guard("list adapters"):
-            return [parse_stored(row[0]) for row in self.database.read().execute(sql, wanted.values)]
+        with self.store.guard("list adapters"):
+            return [parse_stored(row[0]) for row in self.store.read().execute(sql, wanted.values)]
 
     def summaries(self, name: str | None = None, **filters: str | None) -> Sequence[AdapterSummary]:
         """What `list` shows, one light line a version: 10,000 of them take under 100 ms."""
-        with self.guard("list adapters"):
-            return summarize(self.database.read(), filter_versions(name, **filters))
+        with self.store.guard("list adapters"):
+            return summarize(self.store.read(), filter_versions(name, **filters))
 
     def show(self, reference: str | AdapterReference) -> AdapterDetails:
         """All that is known here of one version: manifest, aliases, pin, signature, size, whether a server holds it."""
-        with self.guard(f"show {reference}"):
-            return describe(self, self.resolve(reference))
+        with self.store.guard(f"show {reference}"):
+            return describe(self.store, self.resolve(reference))
 
     def record_evaluation(
         self, reference: str | AdapterReference, measured: Sequence[EvaluationRecord]
@@ -132,38 +129,24 @@ class AdapterRegistry:
         Raises:
             UnknownNameError: no such version.
         """
-        with self.guard(f"record an evaluation of {reference}"), self.database.write() as connection:
+        with self.store.guard(f"record an evaluation of {reference}"), self.store.write() as connection:
             manifest = find_manifest(connection, AdapterReference.parse(reference))
-            record_evaluations(connection, self.home, manifest, measured)
+            key = (manifest.name, manifest.version)
+            for one in measured:
+                record_act(
+                    connection, self.home, act="evaluate", name=key[0], version=key[1], evaluation=one.model_dump()
+                )
+                insert_evaluation(connection, *key, one)
         return manifest
 
     def file(self, manifest: AdapterManifest, filename: str, *, verify: bool = False) -> Path:
-        """The immutable local file `filename` of a version; read it, never write to it.
-
-        With `verify` every byte is compared, as whatever hands a version on has to: a disk may rot.
-
-        Raises:
-            UnknownNameError: the version has no such file.
-            IntegrityError: it is not there, or has another size (with `verify`: other bytes).
-        """
-        record = manifest.files.get(filename)
-        if record is None:
-            raise UnknownNameError.among(f"file of {manifest.reference}", filename, sorted(manifest.files))
-        path = self.objects.path(record.sha256)
-        sound = path.is_file() and path.stat().st_size == record.size
-        if not sound or (verify and file_record(path) != record):
-            raise IntegrityError(
-                f"{filename} of {manifest.reference} is missing or damaged in {self.home}. Pull it again, or add it "
-                "again from where it came."
-            )
-        return path
+        """The immutable local file `filename` of a version; read it, never write to it. See `Store.file`."""
+        return self.store.file(manifest, filename, verify=verify)
 
     def aliases(self, name: str) -> dict[str, int]:
         """The aliases of `name` and the versions they point at."""
-        with self.guard(f"read the aliases of {name!r}"):
-            rows = self.database.read().execute(
-                "SELECT alias, version FROM aliases WHERE name = ? ORDER BY alias", [name]
-            )
+        with self.store.guard(f"read the aliases of {name!r}"):
+            rows = self.store.read().execute("SELECT alias, version FROM aliases WHERE name = ? ORDER BY alias", [name])
             return dict(rows.fetchall())
 
     def set_alias(self, name: str, alias: str, *, version: int, expect: int | None = None) -> None:
@@ -173,7 +156,7 @@ class AdapterRegistry:
             AliasConflictError: it points elsewhere.
             UnknownNameError: no such name or version.
         """
-        with self.guard(f"move {name}@{alias}"), self.database.write() as connection:
+        with self.store.guard(f"move {name}@{alias}"), self.store.write() as connection:
             alias_moves.move_alias(connection, self.home, name, alias, version, expect)
 
     def remove_alias(self, name: str, alias: str) -> None:
@@ -182,7 +165,7 @@ class AdapterRegistry:
         Raises:
             UnknownNameError: no such alias.
         """
-        with self.guard(f"drop {name}@{alias}"), self.database.write() as connection:
+        with self.store.guard(f"drop {name}@{alias}"), self.store.write() as connection:
             alias_moves.drop_alias(connection, self.home, name, alias)
 
     def rollback(self, name: str, alias: str) -> int:
@@ -192,20 +175,20 @@ class AdapterRegistry:
             UnknownNameError: no such alias.
             UsageError: nothing earlier to go back to.
         """
-        with self.guard(f"roll back {name}@{alias}"), self.database.write() as connection:
+        with self.store.guard(f"roll back {name}@{alias}"), self.store.write() as connection:
             return alias_moves.roll_back(connection, self.home, name, alias)
 
     def history(self, name: str, alias: str | None = None) -> Sequence[AliasMove]:
         """Every move of the aliases of `name` (or of one of them), oldest first."""
-        with self.guard(f"read the history of {name!r}"):
-            return alias_moves.alias_history(self.database.read(), name, alias)
+        with self.store.guard(f"read the history of {name!r}"):
+            return alias_moves.alias_history(self.store.read(), name, alias)
 
     def diff(
         self, one: str | AdapterReference, other: str | AdapterReference, *, layers: bool = True
     ) -> AdapterDifference:
         """How two versions differ; with `layers` down to the subspaces of their changes, which loads torch."""
-        with self.guard(f"compare {one} with {other}"):
-            return compare_versions(self, self.resolve(one), self.resolve(other), layers=layers)
+        with self.store.guard(f"compare {one} with {other}"):
+            return compare_versions(self.store, self.resolve(one), self.resolve(other), layers=layers)
 
     def hold(self, reference: str | AdapterReference | AdapterManifest) -> Lease:
         """Keep a version from being collected while it is in use; release the lease, or leave its `with` block.
@@ -213,20 +196,20 @@ class AdapterRegistry:
         Raises:
             UnknownNameError: it is not there (any more).
         """
-        with self.guard(f"hold {reference}"), self._shared_lock():
+        with self.store.guard(f"hold {reference}"), self._shared_lock():
             if isinstance(reference, AdapterManifest):
                 reference = reference.reference
             return Lease(self.home, self.resolve(reference).digest)
 
     def pin(self, reference: str | AdapterReference) -> None:
         """Keep a version whatever a collection thinks."""
-        with self.guard(f"pin {reference}"):
-            set_pin(self, self.resolve(reference), pinned=True)
+        with self.store.guard(f"pin {reference}"):
+            set_pin(self.store, self.resolve(reference), pinned=True)
 
     def unpin(self, reference: str | AdapterReference) -> None:
         """Take a pin away; again is no error."""
-        with self.guard(f"unpin {reference}"):
-            set_pin(self, self.resolve(reference), pinned=False)
+        with self.store.guard(f"unpin {reference}"):
+            set_pin(self.store, self.resolve(reference), pinned=False)
 
     def remove(self, reference: str) -> None:
         """Forget the version `name:3`; its bytes go with the next `gc`, its number is never given again.
@@ -235,21 +218,21 @@ class AdapterRegistry:
             RegistryError: an alias, a pin or a running server refers to it.
             UsageError: not a reference with a version.
         """
-        with self.guard(f"remove {reference}"):
-            remove_version(self, one_version(self, reference))
+        with self.store.guard(f"remove {reference}"):
+            remove_version(self.store, one_version(self.store, reference))
 
     def plan_gc(self, *, keep_newest: int = 1) -> GcPlan:
         """What `gc` would free now, and why the rest stays. Nothing is changed."""
-        with self.guard("look for garbage"):
-            return plan_collection(self, keep_newest)
+        with self.store.guard("look for garbage"):
+            return plan_collection(self.store, keep_newest)
 
     def gc(self, *, keep_newest: int = 1, announced: GcPlan | None = None) -> GcPlan:
         """Free every version that no alias, pin or running server refers to, but the `keep_newest` of each name.
 
         With `announced`, an earlier plan, no version goes that was not in it.
         """
-        with self.guard("collect garbage"):
-            return collect(self, keep_newest, announced)
+        with self.store.guard("collect garbage"):
+            return collect(self.store, keep_newest, announced)
 
     def sign(self, reference: str | AdapterReference, *, key: str = "default") -> Signature:
         """Sign a version with a key made by `signing.generate_key`.
@@ -257,8 +240,8 @@ class AdapterRegistry:
         Raises:
             UnknownNameError: no such version or key.
         """
-        with self.guard(f"sign {reference}"):
-            return sign_version(self, self.resolve(reference), key)
+        with self.store.guard(f"sign {reference}"):
+            return sign_version(self.store, self.resolve(reference), key)
 
     def verify(self, reference: str | AdapterReference) -> str | None:
         """Check a version's signature and every byte it covers; the trusted signer's name, or None for a stranger's.
@@ -266,40 +249,69 @@ class AdapterRegistry:
         Raises:
             IntegrityError: not signed, the signature is wrong, or a file is not what was signed.
         """
-        with self.guard(f"verify {reference}"):
-            return verify_version(self, self.resolve(reference))
+        with self.store.guard(f"verify {reference}"):
+            return verify_version(self.store, self.resolve(reference))
 
     def examine(self) -> DoctorReport:
         """Read everything and compare; see `doctor.examine_registry`."""
-        with self.guard("examine the registry"):
-            return examine_registry(self)
+        with self.store.guard("examine the registry"):
+            return examine_registry(self.store)
 
     def rebuild(self) -> RebuildReport:
         """Make the database again from the manifests and the journal; the old one is kept beside it."""
-        with self.guard("rebuild the database"):
-            return rebuild_database(self)
+        with self.store.guard("rebuild the database"):
+            return rebuild_database(self.store)
 
     def _shared_lock(self) -> AbstractContextManager[None]:
         # In a read-only home nobody collects, and no lock can be taken.
-        return store_lock(self.home, exclusive=False) if os.access(self.home, os.W_OK) else nullcontext()
+        return self.store.lock(exclusive=False) if os.access(self.home, os.W_OK) else nullcontext()
 
     def export(self, reference: str | AdapterReference, folder: str | Path) -> Path:
         """Write a plain PEFT folder of one version; see `exporting.export_folder`."""
-        with self.guard(f"export {reference}"):
-            return export_folder(self, self.resolve(reference), Path(folder).expanduser())
+        with self.store.guard(f"export {reference}"):
+            return export_folder(self.store, self.resolve(reference), Path(folder).expanduser())
 
-    def push(self, reference: str | AdapterReference, repo_id: str, **options: Any) -> Any:
-        """Publish a version to a hub; see `hub.push_adapter`."""
+    def push(
+        self,
+        reference: str | AdapterReference,
+        repo_id: str,
+        *,
+        endpoint: str | None = None,
+        token: str | None = None,
+        private: bool = False,
+        progress: Progress | None = None,
+    ) -> PushReceipt:
+        """Publish a version to a hub, exactly once; see `hub.push.push_adapter`."""
         from adapterhub_lite.registry.hub.push import push_adapter
 
-        return push_adapter(self, reference, repo_id, **options)
+        with self.store.guard(f"push {reference}"):
+            return push_adapter(
+                self.store, reference, repo_id, endpoint=endpoint, token=token, private=private, progress=progress
+            )
 
-    def pull(self, repo_id: str, **options: Any) -> Any:
-        """Take in a version from a hub; see `hub.pull_adapter`."""
+    def pull(
+        self,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        name: str | None = None,
+        endpoint: str | None = None,
+        token: str | None = None,
+        offline: bool = False,
+        adopt: bool = False,
+        base: ResolvedBase | None = None,
+        verify: Literal["files", "probes"] = "files",
+        progress: Progress | None = None,
+    ) -> PullReceipt:
+        """Take in a version from a hub, verified; see `hub.pull.pull_adapter`."""
         from adapterhub_lite.registry.hub.pull import pull_adapter
 
-        return pull_adapter(self, repo_id, **options)
+        with self.store.guard(f"pull {repo_id}"):
+            return pull_adapter(
+                self.store, repo_id, revision=revision, name=name, endpoint=endpoint, token=token, offline=offline,
+                adopt=adopt, base=base, verify=verify, progress=progress,
+            )  # fmt: skip
 
     def close(self) -> None:
         """Close this thread's connection to the database."""
-        self.database.close()
+        self.store.database.close()

@@ -172,7 +172,7 @@ def test_a_refused_adapter_leaves_nothing(
         registry.add(broken, "sql", base=base)
     assert any("training_args.bin" in problem for problem in caught.value.problems)
     assert registry.list() == []
-    assert list(registry.objects) == []
+    assert list(registry.store.objects) == []
     assert not any((registry.home / "staging").iterdir())
 
 

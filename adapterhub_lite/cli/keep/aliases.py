@@ -80,7 +80,7 @@ def rollback(
 
     registry = AdapterRegistry(home)
     if dry_run:
-        now, back = earlier_version(registry.database.read(), name, alias_name)
+        now, back = earlier_version(registry.store.read(), name, alias_name)
         return would(f"move {name}@{alias_name} from {now} back to {back}", as_json, previous=now, version=back)
     registry.rollback(name, alias_name)
     version = registry.aliases(name)[alias_name]

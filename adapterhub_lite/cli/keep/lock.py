@@ -38,7 +38,7 @@ def lock(
     if check:
         if references:
             raise UsageError("--check compares everything in the lock; give it no references.")
-        problems = verify_lock(registry, read_lock(file), bases=bases)
+        problems = verify_lock(registry.store, read_lock(file), bases=bases)
         if as_json:
             print_json({"file": str(file), "problems": problems})
         for problem in problems:
@@ -51,7 +51,7 @@ def lock(
     if dry_run:
         locked = [registry.resolve(reference).reference for reference, _, _ in named]
         return would(f"write {file} with {', '.join(locked) or 'nothing'}", as_json, references=locked)
-    written = write_lock(registry, [reference for reference, _, _ in named], file, sources=sources, bases=bases)
+    written = write_lock(registry.store, [reference for reference, _, _ in named], file, sources=sources, bases=bases)
     if as_json:
         return print_json(written.model_dump(mode="json"))
     rows = [(one.reference, short(one.digest), one.base.id, one.source or "-") for one in written.adapters]

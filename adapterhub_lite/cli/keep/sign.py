@@ -84,7 +84,7 @@ def verify(
 
         resolved = resolve_base(base, home=home) if base else None
         with waiting(f"asking {manifest.reference} its probes"):
-            found = check_stored(registry, manifest, base=resolved)
+            found = check_stored(registry.store, manifest, base=resolved)
         if as_json:
             return print_json({"reference": manifest.reference, "max_abs_difference": found.max_abs_difference,
                                "tolerance": found.tolerance})  # fmt: skip

@@ -125,7 +125,7 @@ def remove(
 
     registry = AdapterRegistry(home)
     if dry_run:
-        check_removable(registry.database.read(), registry.home, one_version(registry, reference))
+        check_removable(registry.store.read(), registry.home, one_version(registry.store, reference))
         return would(f"forget {reference}", as_json, reference=reference)
     registry.remove(reference)
     if as_json:

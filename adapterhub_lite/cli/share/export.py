@@ -43,7 +43,7 @@ def export(
         return would(f"write {named} to {target} in the layout {layout}", as_json, target=str(target))
     if layout == "vllm":
         manifests = [registry.resolve(reference) for reference in references]
-        written = export_vllm(registry, manifests, target)
+        written = export_vllm(registry.store, manifests, target)
         # vLLM takes powers of two from 8 on.
         widest = max(8, *(1 << (m.lora.rank - 1).bit_length() for m in manifests))
         bases = sorted({m.base.id for m in manifests})
@@ -55,7 +55,7 @@ def export(
     elif layout == "gguf":
         with waiting(f"converting {references[0]}"):
             resolved = resolve_base(base, home=home) if base else None
-            written = [export_gguf(registry, registry.resolve(references[0]), target, base=resolved)]
+            written = [export_gguf(registry.store, registry.resolve(references[0]), target, base=resolved)]
         use = f"llama.cpp loads it with --lora {target}"
     else:
         written = [registry.export(references[0], target)]

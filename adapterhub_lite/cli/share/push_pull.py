@@ -42,7 +42,7 @@ def push(
     from dataclasses import asdict
 
     from adapterhub_lite.registry import AdapterRegistry
-    from adapterhub_lite.registry.hub.push import push_alias
+    from adapterhub_lite.registry.hub.aliases import push_alias
 
     registry = AdapterRegistry(home)
     if dry_run:
@@ -118,13 +118,14 @@ def pull(
 
 
 def _pull_locked(registry: "AdapterRegistry", file: Path, endpoint: str | None, as_json: bool, dry_run: bool) -> None:
-    from adapterhub_lite.registry.operations.lock import pull_locked, read_lock, verify_lock
+    from adapterhub_lite.registry.hub.pull import pull_locked
+    from adapterhub_lite.registry.operations.lock import read_lock, verify_lock
 
     lock = read_lock(file)
     if dry_run:
-        problems = verify_lock(registry, lock)
+        problems = verify_lock(registry.store, lock)
         return would(f"bring what is missing of {file}: {'; '.join(problems) or 'nothing'}", as_json, problems=problems)
-    came = pull_locked(registry, lock, endpoint=endpoint, progress=say)
+    came = pull_locked(registry.store, lock, endpoint=endpoint, progress=say)
     references = [manifest.reference for manifest in came]
     if as_json:
         return print_json({"file": str(file), "locked": len(lock.adapters), "pulled": references})

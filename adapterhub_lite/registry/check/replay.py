@@ -2,16 +2,13 @@
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapterhub_lite.adapter_format.manifest import AdapterManifest
 from adapterhub_lite.adapter_format.probes import PROBES_FILE, ProbeResult, read_probes, replay_probes, write_probes
-from adapterhub_lite.bases import ResolvedBase, load_base_model, load_tokenizer
+from adapterhub_lite.bases import ResolvedBase, find_base, load_base_model, load_tokenizer
 from adapterhub_lite.errors import BaseMismatchError, UsageError
-from adapterhub_lite.registry.operations.intake import find_base
-
-if TYPE_CHECKING:
-    from adapterhub_lite.registry.registry import AdapterRegistry
+from adapterhub_lite.registry.store.store import Store
 
 
 def ensure_probes(folder: Path, base: ResolvedBase) -> ProbeResult | None:
@@ -47,20 +44,18 @@ def check_probes(folder: Path, base: ResolvedBase | None, subject: str, quantiza
     return result
 
 
-def check_stored(
-    registry: "AdapterRegistry", manifest: AdapterManifest, *, base: ResolvedBase | None = None
-) -> ProbeResult:
+def check_stored(store: Store, manifest: AdapterManifest, *, base: ResolvedBase | None = None) -> ProbeResult:
     """Replay the probes of a stored version on `base` (None: its own, where it is in this home).
 
     Raises:
         UsageError: there is no base, or there are no probes to replay.
         BaseMismatchError: the adapter behaves otherwise than recorded.
     """
-    base = base or find_base(manifest.base, registry.home)
+    base = base or find_base(manifest.base, store.home)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         for name in manifest.files:
-            (folder / name).symlink_to(registry.file(manifest, name))
+            (folder / name).symlink_to(store.file(manifest, name))
         return check_probes(folder, base, manifest.reference, manifest.base.quantization)
 
 

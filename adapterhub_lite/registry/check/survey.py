@@ -10,6 +10,7 @@ from adapterhub_lite.adapter_format.manifest import (
     ALIASES_FILE,
     CARD_FILE,
     CONFIG_FILE,
+    LOSS_FILE,
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
     PROBES_FILE,
@@ -17,7 +18,6 @@ from adapterhub_lite.adapter_format.manifest import (
     WEIGHTS_FILE,
 )
 from adapterhub_lite.adapter_format.record import RECORD_FILE
-from adapterhub_lite.registry.hub.loss_plot import LOSS_FILE
 
 MAX_CARD_BYTES = 256 << 10
 # What may be there, with the most bytes of each. A merge of many large adapters is the largest thing we make.

@@ -1,16 +1,23 @@
-"""The model card: README.md made from a manifest, never by hand, so that it is always valid. Knows no network."""
+"""The model card: README.md and its picture of the loss, made from a manifest and so always valid. Knows no network."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
-from adapterhub_lite.adapter_format.manifest import CARD_FILE, AdapterManifest
-from adapterhub_lite.registry.hub.loss_plot import LOSS_FILE, draw_loss
+from adapterhub_lite.adapter_format.manifest import CARD_FILE, LOSS_FILE, AdapterManifest, EvaluationRecord
 
 # What the hub takes for `base_model` and `datasets`: an id, never a path.
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}(/[A-Za-z0-9][\w.\-]{0,95})?", re.ASCII)
 DATA_ID = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}/[A-Za-z0-9][\w.\-]{0,95}", re.ASCII)
+# The picture, in its own units of length.
+WIDTH, HEIGHT = 640, 320
+LEFT, RIGHT, TOP, BOTTOM = 56, 16, 16, 40
+MOST_POINTS = 400
+TICKS = 5
+# Beyond it nothing is a loss: NaN, infinity, a run that blew up.
+LARGEST = 1e9
 
 
 def hub_id(text: str) -> str:
@@ -37,7 +44,7 @@ def card_metadata(manifest: AdapterManifest) -> dict[str, Any]:
     return metadata
 
 
-def _result(item: Any) -> dict[str, Any]:
+def _result(item: EvaluationRecord) -> dict[str, Any]:
     data = {"name": item.data or "unnamed", "type": hub_id(item.data or "unnamed")}
     metric = {"type": item.metric, "name": item.metric, "value": item.adapter_value}
     return {"task": {"type": "text-generation"}, "dataset": data, "metrics": [metric]}
@@ -147,3 +154,40 @@ def _inline(text: str) -> str:
 
 def _cell(text: str) -> str:
     return _inline(text) or "unnamed"
+
+
+def draw_loss(curve: Sequence[tuple[int, float]]) -> bytes | None:
+    """The SVG of (step, loss) pairs; None where fewer than two can be drawn. Long curves are thinned out."""
+    points = sorted({step: loss for step, loss in curve if abs(loss) < LARGEST}.items())
+    if len(points) < 2:
+        return None
+    points = [*points[: -1 : -(-len(points) // MOST_POINTS)], points[-1]]
+    first, last = points[0][0], points[-1][0]
+    low, high = min(loss for _, loss in points), max(loss for _, loss in points)
+    span = (high - low) or max(abs(high), 1.0)
+
+    def x(step: float) -> str:
+        return f"{LEFT + (step - first) / (last - first) * (WIDTH - LEFT - RIGHT):.1f}"
+
+    def y(loss: float) -> str:
+        return f"{TOP + (high - loss) / span * (HEIGHT - TOP - BOTTOM):.1f}"
+
+    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        'font-family="sans-serif" font-size="12" fill="#333">',
+        f"<title>Training loss, {points[0][1]:.4g} at step {first} to {points[-1][1]:.4g} at step {last}</title>",
+        # A ground of its own, so that it can be read on a dark page too.
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
+    ]
+    for tick in range(TICKS):
+        loss = low + span * tick / (TICKS - 1)
+        parts.append(f'<path d="M{LEFT} {y(loss)}H{right}" stroke="#ddd"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y(loss)}" dy="4" text-anchor="end">{loss:.3g}</text>')
+        step = round(first + (last - first) * tick / (TICKS - 1))
+        parts.append(f'<text x="{x(step)}" y="{bottom + 16}" text-anchor="middle">{step}</text>')
+    line = " ".join(f"{x(step)},{y(loss)}" for step, loss in points)
+    parts.append(f'<polyline points="{line}" fill="none" stroke="#2563eb" stroke-width="1.5"/>')
+    parts.append(f'<text x="{(LEFT + right) // 2}" y="{HEIGHT - 6}" text-anchor="middle">step</text>')
+    parts.append(f'<text x="14" y="{HEIGHT // 2}" transform="rotate(-90 14 {HEIGHT // 2})">loss</text></svg>')
+    return "\n".join(parts).encode() + b"\n"

@@ -8,10 +8,10 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from filelock import FileLock
 
@@ -24,6 +24,7 @@ from adapterhub_lite.adapter_format.manifest import (
     read_manifest,
 )
 from adapterhub_lite.adapter_format.reference import is_alias
+from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import (
     AdapterRejectedError,
     HubUnreachableError,
@@ -34,48 +35,41 @@ from adapterhub_lite.errors import (
 from adapterhub_lite.registry.check.survey import ALLOWED_SIZES
 from adapterhub_lite.registry.hub.aliases import aliases_at
 from adapterhub_lite.registry.hub.client import HubRepo
-from adapterhub_lite.registry.operations.importing import import_adapter
-from adapterhub_lite.registry.store.durable import make_folder, write_durably
-from adapterhub_lite.registry.store.locks import PULLS, pull_lock
-
-if TYPE_CHECKING:
-    from adapterhub_lite.bases import ResolvedBase
-    from adapterhub_lite.registry.registry import AdapterRegistry
+from adapterhub_lite.registry.hub.receipts import Progress, PullReceipt
+from adapterhub_lite.registry.operations.aliases import move_alias
+from adapterhub_lite.registry.operations.intake import About, add_adapter, import_adapter
+from adapterhub_lite.registry.operations.lock import Lock, LockedAdapter, adapter_problems
+from adapterhub_lite.registry.store.database import stored_version
+from adapterhub_lite.registry.store.files import make_folder, write_durably
+from adapterhub_lite.registry.store.leases import PULL_LOCK, PULLS
+from adapterhub_lite.registry.store.store import Store
 
 REVISION = re.compile(r"[0-9a-f]{40}|[A-Za-z0-9][\w.\-]{0,63}")
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class PullReceipt:
-    """What a pull brought. `source`: "hub" (bytes fetched now), "store" (the hub named a digest that was here
-    already) or "offline" (the hub was not asked, as wanted); `commit` is the 40-hex commit in each case."""
+class _Pull:
+    """What is asked for, and where it comes to lie."""
 
-    manifest: AdapterManifest
-    commit: str
-    source: Literal["hub", "store", "offline"]
-
-
-@dataclass(frozen=True)
-class _Wish:
-    """What to pull, and where the traces of it lie."""
-
+    store: Store
     repo: HubRepo
     revision: str | None
     name: str | None
-    folder: Path
-    base: "ResolvedBase | None" = None
-    verify: Literal["files", "probes"] = "files"
+    base: ResolvedBase | None
+    verify: Literal["files", "probes"]
+    adopt: bool
+    expected: LockedAdapter | None
+    tell: Progress
 
     @property
     def memo(self) -> Path:
-        """The file that remembers what this wish came to, for pulling it again offline."""
+        """The file that remembers what this request came to, for pulling it again offline."""
         asked = json.dumps([self.repo.endpoint, self.repo.id, self.revision, self.name])
-        return self.folder / f"{hashlib.sha256(asked.encode()).hexdigest()[:32]}.json"
+        return self.store.home / PULLS / f"{hashlib.sha256(asked.encode()).hexdigest()[:32]}.json"
 
 
 def pull_adapter(
-    registry: "AdapterRegistry",
+    store: Store,
     repo_id: str,
     *,
     revision: str | None = None,
@@ -84,20 +78,21 @@ def pull_adapter(
     token: str | None = None,
     offline: bool = False,
     adopt: bool = False,
-    base: "ResolvedBase | None" = None,
+    base: ResolvedBase | None = None,
     verify: Literal["files", "probes"] = "files",
     progress: Progress | None = None,
+    expected: LockedAdapter | None = None,
 ) -> PullReceipt:
     """Bring a published version into the registry under `name` (default: its own), verified.
 
     `revision` is a tag (`v3`), a full commit, a branch, or `@alias`, which moves the local alias too; None takes the
     highest version. `adopt` takes a repository that plain PEFT made, measured on `base` and numbered here.
     `offline` answers from what was pulled before, without asking the hub. `verify="probes"` also loads the base and
-    replays the recorded behaviour (or, adopting, records it). A failed pull can be repeated: files that are complete
-    are not fetched again.
+    replays the recorded behaviour (or, adopting, records it). `expected` is what a lock says of it. A failed pull can
+    be repeated: files that are complete are not fetched again.
 
     Raises:
-        IntegrityError: bytes are not those of the manifest, twice in a row.
+        IntegrityError: bytes are not those of the manifest, twice in a row, or not those that were `expected`.
         AdapterRejectedError, BaseMismatchError, RegistryError: from taking it in.
         HubPermissionError, HubUnreachableError, UnknownNameError: from the hub.
         ResourceError: the disk is full, or the home cannot be written to.
@@ -106,28 +101,71 @@ def pull_adapter(
     if revision is not None and not (REVISION.fullmatch(plain) and (plain == revision or is_alias(plain))):
         raise UsageError(f"Wanted a revision like v3, @prod, a branch or a 40-hex commit; got {revision!r:.80}.")
     repo = HubRepo(repo_id, endpoint=endpoint, token=token)
-    wish, tell = _Wish(repo, revision, name, registry.home / PULLS, base, verify), progress or (lambda _: None)
+    asked = _Pull(store, repo, revision, name, base, verify, adopt, expected, progress or (lambda _: None))
     if offline:
-        return _checked(registry, wish, _remembered(registry, wish))
-    with registry.guard(f"pull {repo_id}"):
-        receipt = _pull(registry, wish, adopt, tell)
+        found = _memo(asked)
+        if found is None:
+            raise HubUnreachableError(
+                f"{repo.id} at {revision or 'its newest version'} was not pulled here, or what was pulled is gone or "
+                "damaged. Pull it once online."
+            )
+        return _checked(asked, found)
+    with store.guard(f"pull {repo_id}"):
+        receipt = _pull(asked)
+        manifest = receipt.manifest
         if plain != revision and revision is not None:
-            registry.set_alias(receipt.manifest.name, plain, version=receipt.manifest.version)
-        _remember(wish, receipt)
+            with store.write() as connection:
+                move_alias(connection, store.home, manifest.name, plain, manifest.version, None)
+        said = {"commit": receipt.commit, "reference": manifest.reference, "digest": manifest.digest}
+        write_durably(asked.memo, json.dumps(said).encode())
     return receipt
 
 
-def _pull(registry: "AdapterRegistry", wish: _Wish, adopt: bool, tell: Progress) -> PullReceipt:
-    repo = wish.repo
-    tag, sha = _pin(repo, wish.revision)
-    tell(f"{repo.id} is at {sha}")
-    make_folder(wish.folder)
-    folder = wish.folder / hashlib.sha256(f"{repo.endpoint} {repo.id} {sha}".encode()).hexdigest()[:32]
-    with FileLock(pull_lock(folder)):
+def pull_locked(
+    store: Store,
+    lock: Lock,
+    *,
+    endpoint: str | None = None,
+    token: str | None = None,
+    bases: Sequence[ResolvedBase] = (),
+    progress: Progress | None = None,
+) -> list[AdapterManifest]:
+    """Bring here whatever of a lock is missing, from where the lock says, and nothing else; returns what came.
+
+    What the hub has is compared with the lock before any of it is taken in; bases are looked for in the registry's
+    home and among `bases`.
+
+    Raises:
+        UsageError: something is missing and the lock has no source for it.
+        IntegrityError: the source now has another adapter under that version.
+    """
+    came = []
+    for locked in lock.adapters:
+        if not adapter_problems(store, locked):
+            continue
+        if locked.source is None:
+            raise UsageError(f"{locked.reference} is not here, and the lock does not say where to pull it from.")
+        base = next((base for base in bases if base.fingerprint == locked.base.fingerprint), None)
+        receipt = pull_adapter(
+            store, locked.source, revision=f"v{locked.version}", name=locked.name, endpoint=endpoint, token=token,
+            base=base, progress=progress, expected=locked,
+        )  # fmt: skip
+        came.append(receipt.manifest)
+    return came
+
+
+def _pull(asked: _Pull) -> PullReceipt:
+    repo = asked.repo
+    tag, sha = _pin(repo, asked.revision)
+    asked.tell(f"{repo.id} is at {sha}")
+    make_folder(asked.store.home / PULLS)
+    label = hashlib.sha256(f"{repo.endpoint} {repo.id} {sha}".encode()).hexdigest()[:32]
+    folder = asked.store.home / PULLS / label
+    with FileLock(f"{folder}{PULL_LOCK}"):
         if MANIFEST_FILE in repo.files(sha):
-            receipt = _pull_verified(registry, wish, sha, tag, folder, tell)
-        elif adopt:
-            receipt = _adopt(registry, wish, sha, folder, tell)
+            receipt = _pull_verified(asked, sha, tag, folder)
+        elif asked.adopt:
+            receipt = _adopt(asked, sha, folder)
         else:
             raise AdapterRejectedError(repo.id, [f"it has no {MANIFEST_FILE}; adopt=True measures and records it here"])
         shutil.rmtree(folder, ignore_errors=True)
@@ -148,64 +186,68 @@ def _pin(repo: HubRepo, revision: str | None) -> tuple[str | None, str]:
     return tag, repo.head(revision)
 
 
-def _pull_verified(
-    registry: "AdapterRegistry", wish: _Wish, sha: str, tag: str | None, folder: Path, tell: Progress
-) -> PullReceipt:
+def _pull_verified(asked: _Pull, sha: str, tag: str | None, folder: Path) -> PullReceipt:
     """Fetch and take in; once more from nothing when the bytes are not what the manifest says."""
     for attempt in range(2):
         try:
-            return _take_in(registry, wish, sha, tag, folder, tell)
+            return _take_in(asked, sha, tag, folder)
         except IntegrityError:
             shutil.rmtree(folder, ignore_errors=True)
             if attempt:
                 raise
-            tell("the bytes do not match the manifest: fetching them once more")
+            asked.tell("the bytes do not match the manifest: fetching them once more")
     raise AssertionError("unreachable")
 
 
-def _take_in(
-    registry: "AdapterRegistry", wish: _Wish, sha: str, tag: str | None, folder: Path, tell: Progress
-) -> PullReceipt:
-    manifest = read_manifest(wish.repo.download(sha, MANIFEST_FILE, folder).read_bytes())
+def _take_in(asked: _Pull, sha: str, tag: str | None, folder: Path) -> PullReceipt:
+    repo, expected = asked.repo, asked.expected
+    manifest = read_manifest(repo.download(sha, MANIFEST_FILE, folder).read_bytes())
     if tag not in (None, f"v{manifest.version}"):
-        raise IntegrityError(f"{wish.repo.id} says {tag}, its manifest says v{manifest.version}. Do not trust it.")
-    here = _intact(registry, f"{wish.name or manifest.name}:{manifest.version}", manifest.digest)
+        raise IntegrityError(f"{repo.id} says {tag}, its manifest says v{manifest.version}. Do not trust it.")
+    if expected is not None and (manifest.digest, manifest.files) != (expected.digest, expected.files):
+        raise IntegrityError(
+            f"{repo.id} has another adapter as v{manifest.version} than the lock: wanted {expected.digest}, "
+            f"got {manifest.digest}. Nothing was taken in."
+        )
+    here = _intact(asked.store, asked.name or manifest.name, manifest.version, manifest.digest)
     if here is not None:
-        return _checked(registry, wish, PullReceipt(here, sha, "store"))
-    listed = wish.repo.files(sha)
+        return _checked(asked, PullReceipt(here, sha, "store"))
+    listed = repo.files(sha)
     names = [*manifest.files, *({SIGNATURE_FILE} & set(listed))]
     _check_promise(manifest, {name: file.size for name, file in listed.items()})
     for name in names:
-        tell(f"fetching {name}, {listed[name].size} bytes")
-        wish.repo.download(sha, name, folder)
+        asked.tell(f"fetching {name}, {listed[name].size} bytes")
+        repo.download(sha, name, folder)
     plain = folder / "adapter"
     shutil.rmtree(plain, ignore_errors=True)
     plain.mkdir()
-    # The client keeps its own notes beside what it fetched; the registry is shown the adapter's files alone.
+    # The client keeps its own notes in `folder`; the registry is shown the adapter's files alone.
     for name in [MANIFEST_FILE, *names]:
         (plain / name).hardlink_to(folder / name)
-    taken = import_adapter(registry, plain, name=wish.name, expected=manifest, base=wish.base, verify=wish.verify)
+    taken = import_adapter(asked.store, plain, name=asked.name, expected=manifest, base=asked.base, verify=asked.verify)
     return PullReceipt(taken, sha, "hub")
 
 
-def _checked(registry: "AdapterRegistry", wish: _Wish, receipt: PullReceipt) -> PullReceipt:
+def _checked(asked: _Pull, receipt: PullReceipt) -> PullReceipt:
     """The receipt of a version that is here already, once it behaves as recorded, where that is asked for."""
-    if wish.verify == "probes":
+    if asked.verify == "probes":
         from adapterhub_lite.registry.check.replay import check_stored
 
-        check_stored(registry, receipt.manifest, base=wish.base)
+        check_stored(asked.store, receipt.manifest, base=asked.base)
     return receipt
 
 
-def _intact(registry: "AdapterRegistry", reference: str, digest: str) -> AdapterManifest | None:
+def _intact(store: Store, name: str, version: int, digest: str) -> AdapterManifest | None:
     """The version as it is here, with every byte of it compared; None where something is missing or damaged."""
-    try:
-        here = registry.resolve(reference)
-        for file in here.files:
-            registry.file(here, file, verify=True)
-    except (UnknownNameError, IntegrityError):
+    here = stored_version(store.read(), name, version)
+    if here is None or here.digest != digest:
         return None
-    return here if here.digest == digest else None
+    try:
+        for file in here.files:
+            store.file(here, file, verify=True)
+    except IntegrityError:
+        return None
+    return here
 
 
 def _check_promise(manifest: AdapterManifest, sizes: dict[str, int]) -> None:
@@ -225,51 +267,36 @@ def _check_promise(manifest: AdapterManifest, sizes: dict[str, int]) -> None:
         raise AdapterRejectedError(manifest.reference, problems)
 
 
-def _adopt(registry: "AdapterRegistry", wish: _Wish, sha: str, folder: Path, tell: Progress) -> PullReceipt:
-    known = _memo(registry, wish)
+def _adopt(asked: _Pull, sha: str, folder: Path) -> PullReceipt:
+    repo, known = asked.repo, _memo(asked)
     if known is not None and known.commit == sha:
-        return _checked(registry, wish, PullReceipt(known.manifest, sha, "store"))
-    listed = wish.repo.files(sha)
+        return _checked(asked, PullReceipt(known.manifest, sha, "store"))
+    listed = repo.files(sha)
     missing = [f"it has no {name}" for name in (CONFIG_FILE, WEIGHTS_FILE) if name not in listed]
     if missing:
-        raise AdapterRejectedError(wish.repo.id, missing)
+        raise AdapterRejectedError(repo.id, missing)
     plain = folder / "adapter"
     shutil.rmtree(plain, ignore_errors=True)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if listed[name].size > ALLOWED_SIZES[name]:
-            raise AdapterRejectedError(wish.repo.id, [f"{name} has {listed[name].size} bytes: too many"])
-        tell(f"fetching {name}, {listed[name].size} bytes")
-        fetched = wish.repo.download(sha, name, folder)
+            raise AdapterRejectedError(repo.id, [f"{name} has {listed[name].size} bytes: too many"])
+        asked.tell(f"fetching {name}, {listed[name].size} bytes")
+        fetched = repo.download(sha, name, folder)
         if not listed[name].holds(fetched):
             shutil.rmtree(folder, ignore_errors=True)
-            raise IntegrityError(f"{name} of {wish.repo.id} did not arrive as the hub lists it. Pull again.")
+            raise IntegrityError(f"{name} of {repo.id} did not arrive as the hub lists it. Pull again.")
         plain.mkdir(exist_ok=True)
         (plain / name).hardlink_to(fetched)
-    name = wish.name or wish.repo.id.rpartition("/")[2]
-    manifest = registry.add(plain, name, base=wish.base, verify=wish.verify)
+    name = asked.name or repo.id.rpartition("/")[2]
+    manifest = add_adapter(asked.store, plain, name, base=asked.base, about=About(), verify=asked.verify)
     return PullReceipt(manifest, sha, "hub")
 
 
-def _remember(wish: _Wish, receipt: PullReceipt) -> None:
-    manifest = receipt.manifest
-    said = {"commit": receipt.commit, "reference": manifest.reference, "digest": manifest.digest}
-    write_durably(wish.memo, json.dumps(said).encode())
-
-
-def _remembered(registry: "AdapterRegistry", wish: _Wish) -> PullReceipt:
-    found = _memo(registry, wish)
-    if found is None:
-        raise HubUnreachableError(
-            f"{wish.repo.id} at {wish.revision or 'its newest version'} was not pulled here, or what was pulled is gone or damaged. "
-            "Pull it once online."
-        )
-    return found
-
-
-def _memo(registry: "AdapterRegistry", wish: _Wish) -> PullReceipt | None:
-    """What an earlier pull of the same wish came to, where that is still here, byte for byte."""
-    if not wish.memo.exists():
+def _memo(asked: _Pull) -> PullReceipt | None:
+    """What an earlier pull of the same request came to, where that is still here, byte for byte."""
+    if not asked.memo.exists():
         return None
-    memo = json.loads(wish.memo.read_text())
-    manifest = _intact(registry, memo["reference"], memo["digest"])
+    memo = json.loads(asked.memo.read_text())
+    name, _, version = memo["reference"].rpartition(":")
+    manifest = _intact(asked.store, name, int(version), memo["digest"])
     return PullReceipt(manifest, memo["commit"], "offline") if manifest else None

@@ -7,41 +7,26 @@ whether the commit landed. The tag comes last: what has a tag is complete.
 
 import re
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from adapterhub_lite.adapter_format.manifest import MANIFEST_FILE, PROBES_FILE, AdapterManifest, read_manifest
+from adapterhub_lite.adapter_format.manifest import (
+    LOSS_FILE,
+    MANIFEST_FILE,
+    PROBES_FILE,
+    AdapterManifest,
+    read_manifest,
+)
+from adapterhub_lite.adapter_format.reference import AdapterReference
 from adapterhub_lite.errors import HubPermissionError, IntegrityError, PublishConflictError
 from adapterhub_lite.registry.check.survey import ALLOWED_FILES
-from adapterhub_lite.registry.hub.aliases import push_alias, remote_aliases
 from adapterhub_lite.registry.hub.card import card_files
 from adapterhub_lite.registry.hub.client import WRITE_TRIES, HubRepo, Patience, RemoteCommit
 from adapterhub_lite.registry.hub.errors import ConflictError
-from adapterhub_lite.registry.hub.loss_plot import LOSS_FILE
-from adapterhub_lite.registry.hub.pull import PullReceipt, pull_adapter
-from adapterhub_lite.registry.operations.importing import adapter_files
-
-if TYPE_CHECKING:
-    from adapterhub_lite.adapter_format.reference import AdapterReference
-    from adapterhub_lite.registry.registry import AdapterRegistry
-
-__all__ = ["PullReceipt", "PushReceipt", "pull_adapter", "push_adapter", "push_alias", "remote_aliases"]
-
-Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class PushReceipt:
-    """What a push did. `uploaded` is False when the digest was there already; `commits_sent` counts the attempts."""
-
-    repo_id: str
-    commit: str
-    tag: str
-    digest: str
-    uploaded: bool
-    commits_sent: int
+from adapterhub_lite.registry.hub.receipts import Progress, PushReceipt
+from adapterhub_lite.registry.operations.export import adapter_files
+from adapterhub_lite.registry.store.database import evaluations_of
+from adapterhub_lite.registry.store.store import Store
 
 
 @dataclass(frozen=True)
@@ -60,8 +45,8 @@ class _Publish:
 
 
 def push_adapter(
-    registry: "AdapterRegistry",
-    reference: "str | AdapterReference",
+    store: Store,
+    reference: str | AdapterReference,
     repo_id: str,
     *,
     endpoint: str | None = None,
@@ -79,10 +64,10 @@ def push_adapter(
         HubUnreachableError: no answer after bounded tries; trying again later finishes what was begun.
         IntegrityError: a file of the version is missing or damaged here; nothing was sent.
     """
-    manifest, tell = registry.resolve(reference), progress or (lambda _: None)
+    manifest, tell = store.resolve(reference), progress or (lambda _: None)
     # The card is for people: it also says what was measured after the manifest was written.
-    known = manifest.model_copy(update={"evaluation": registry.show(manifest.reference).evaluation})
-    content: dict[str, Path | bytes] = {**adapter_files(registry, manifest), **card_files(known, repo_id)}
+    known = manifest.model_copy(update={"evaluation": evaluations_of(store.read(), manifest)})
+    content: dict[str, Path | bytes] = {**adapter_files(store, manifest), **card_files(known, repo_id)}
     repo = HubRepo(repo_id, endpoint=endpoint, token=token)
     if not repo.exists():
         tell(f"creating {repo_id}")

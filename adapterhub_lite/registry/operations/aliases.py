@@ -2,13 +2,12 @@
 
 import sqlite3
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 from adapterhub_lite.adapter_format.reference import is_alias
 from adapterhub_lite.errors import AliasConflictError, UnknownNameError, UsageError
 from adapterhub_lite.registry.store.database import no_such_name
-from adapterhub_lite.registry.store.journal import JournalEntry, append_entry
+from adapterhub_lite.registry.store.journal import record_act
 
 
 @dataclass(frozen=True)
@@ -20,22 +19,6 @@ class AliasMove:
     version: int | None
     previous: int | None
     at: str
-
-
-def utc_now() -> str:
-    """The time now, ISO 8601, to the second."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def record_act(connection: sqlite3.Connection, home: Path, **act: object) -> None:
-    """Put one act into the journal: the line first, then the row that the caller's transaction commits."""
-    row = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'journal'").fetchone()
-    entry = JournalEntry.model_validate({"number": (row[0] if row else 0) + 1, "at": utc_now(), **act})
-    append_entry(home, entry)
-    values = entry.row()
-    columns = ", ".join(values)
-    marks = ", ".join("?" * len(values))
-    connection.execute(f"INSERT INTO journal ({columns}) VALUES ({marks})", list(values.values()))  # noqa: S608
 
 
 def move_alias(

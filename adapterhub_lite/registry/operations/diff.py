@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adapterhub_lite.adapter_format.manifest import WEIGHTS_FILE, AdapterManifest
+from adapterhub_lite.registry.store.store import Store
 
 if TYPE_CHECKING:
     import torch
-
-    from adapterhub_lite.registry.registry import AdapterRegistry
 
 PREFIX = "base_model.model."
 
@@ -46,7 +45,7 @@ class AdapterDifference:
 
 
 def compare_versions(
-    registry: "AdapterRegistry", one: AdapterManifest, other: AdapterManifest, *, layers: bool = True
+    store: Store, one: AdapterManifest, other: AdapterManifest, *, layers: bool = True
 ) -> AdapterDifference:
     """Compare two versions; without `layers` only what their manifests say, and without loading torch."""
     skipped = {"evaluation", "name", "version", "created", "files", "digest"}
@@ -66,14 +65,12 @@ def compare_versions(
         same_base=one.base.fingerprint == other.base.fingerprint,
         fields=fields,
         metrics=metrics,
-        layers=_compare_layers(registry, one, other) if layers else (),
+        layers=_compare_layers(store, one, other) if layers else (),
     )
 
 
-def _compare_layers(
-    registry: "AdapterRegistry", one: AdapterManifest, other: AdapterManifest
-) -> tuple[LayerDifference, ...]:
-    ours, theirs = (_read_pairs(registry, manifest) for manifest in (one, other))
+def _compare_layers(store: Store, one: AdapterManifest, other: AdapterManifest) -> tuple[LayerDifference, ...]:
+    ours, theirs = (_read_pairs(store, manifest) for manifest in (one, other))
     return tuple(_compare_module(module, ours.get(module), theirs.get(module)) for module in sorted({*ours, *theirs}))
 
 
@@ -118,11 +115,11 @@ def _shape(pair: Any) -> tuple[int, int]:
     return pair[1].shape[0], pair[0].shape[1]
 
 
-def _read_pairs(registry: "AdapterRegistry", manifest: AdapterManifest) -> "dict[str, tuple[Any, Any]]":
+def _read_pairs(store: Store, manifest: AdapterManifest) -> "dict[str, tuple[Any, Any]]":
     """A and scaled B of each module, in fp64."""
     from safetensors.torch import load_file
 
-    tensors = load_file(registry.file(manifest, WEIGHTS_FILE))
+    tensors = load_file(store.file(manifest, WEIGHTS_FILE))
     found = {}
     for name, a in tensors.items():
         if name.endswith(".lora_A.weight"):

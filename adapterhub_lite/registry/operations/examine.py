@@ -8,19 +8,21 @@ import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from adapterhub_lite.adapter_format.lora_config import ConfigProblems, read_lora_config
-from adapterhub_lite.adapter_format.manifest import CONFIG_FILE, WEIGHTS_FILE, AdapterManifest, read_manifest
+from adapterhub_lite.adapter_format.manifest import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    AdapterManifest,
+    adapter_digest,
+    read_manifest,
+)
 from adapterhub_lite.errors import AdapterHubError, SchemaVersionError
 from adapterhub_lite.registry.operations.gc import plan_collection
-from adapterhub_lite.registry.operations.intake import adapter_digest, manifest_path
 from adapterhub_lite.registry.operations.sign import signature_problem
+from adapterhub_lite.registry.store.files import file_record
 from adapterhub_lite.registry.store.journal import read_journal
-from adapterhub_lite.registry.store.objects import file_record
-
-if TYPE_CHECKING:
-    from adapterhub_lite.registry.registry import AdapterRegistry
+from adapterhub_lite.registry.store.store import Store
 
 
 @dataclass(frozen=True)
@@ -38,24 +40,24 @@ class DoctorReport:
         return not self.problems
 
 
-def examine_registry(registry: "AdapterRegistry") -> DoctorReport:
+def examine_registry(store: Store) -> DoctorReport:
     """Read everything, every byte of every object included, and compare; changes nothing.
 
     Raises:
         SchemaVersionError: a newer version of this project wrote the registry.
     """
-    objects = list(registry.objects)
+    objects = list(store.objects)
     problems = [f"object {sha256:.16}... is damaged" for sha256, path in objects if file_record(path).sha256 != sha256]
-    connection = registry.database.read()
+    connection = store.read()
     connection.execute("BEGIN")
     try:
         problems += [f"database: {row[0]}" for row in connection.execute("PRAGMA integrity_check") if row[0] != "ok"]
         rows = connection.execute("SELECT name, version, digest, manifest, signature FROM versions").fetchall()
         for name, version, digest, content, signature in rows:
-            found = _version_problems(registry, name, version, digest, content, signature)
+            found = _version_problems(store, name, version, digest, content, signature)
             problems += [f"{name}:{version}: {problem}" for problem in found]
-        problems += _table_problems(connection, registry.home)
-        notes = [] if problems else _leftovers(registry, len(rows))
+        problems += _table_problems(connection, store.home)
+        notes = [] if problems else _leftovers(store, len(rows))
     except sqlite3.DatabaseError as error:
         return DoctorReport(0, len(objects), (*problems, f"database: {error}; rebuild it"), ())
     finally:
@@ -64,15 +66,15 @@ def examine_registry(registry: "AdapterRegistry") -> DoctorReport:
     return DoctorReport(len(rows), len(objects), tuple(problems), tuple(notes))
 
 
-def _leftovers(registry: "AdapterRegistry", versions: int) -> list[str]:
+def _leftovers(store: Store, versions: int) -> list[str]:
     """What a collection would sweep without taking any version; asked only where everything can be read."""
-    plan = plan_collection(registry, keep_newest=versions)
+    plan = plan_collection(store, keep_newest=versions)
     found = [f"{len(plan.objects)} objects that nothing refers to"] if plan.objects else []
-    return found + [f"left over: {path.relative_to(registry.home)}" for path in plan.leftovers]
+    return found + [f"left over: {path.relative_to(store.home)}" for path in plan.leftovers]
 
 
 def _version_problems(
-    registry: "AdapterRegistry", name: str, version: int, digest: str, content: bytes, signature: bytes | None
+    store: Store, name: str, version: int, digest: str, content: bytes, signature: bytes | None
 ) -> Iterator[str]:
     try:
         manifest = read_manifest(content)
@@ -83,30 +85,30 @@ def _version_problems(
         return
     if (manifest.name, manifest.version, manifest.digest) != (name, version, digest):
         yield f"the database and its manifest disagree on what it is ({manifest.reference}, {manifest.digest:.19}...)"
-    path = manifest_path(registry.home, name, version)
+    path = store.manifest_path(name, version)
     if not path.is_file() or path.read_bytes() != content:
-        yield f"{path.relative_to(registry.home)} is missing or differs from the database"
+        yield f"{path.relative_to(store.home)} is missing or differs from the database"
     if signature is not None and (problem := signature_problem(manifest, signature)):
         yield problem
-    yield from _file_problems(registry, manifest)
+    yield from _file_problems(store, manifest)
 
 
-def _file_problems(registry: "AdapterRegistry", manifest: AdapterManifest) -> Iterator[str]:
+def _file_problems(store: Store, manifest: AdapterManifest) -> Iterator[str]:
     missing = False
     for filename in manifest.files:
         try:
-            registry.file(manifest, filename)
+            store.file(manifest, filename)
         except AdapterHubError as error:
             missing = True
             yield str(error)
     if missing:
         return
     try:
-        config = read_lora_config(registry.file(manifest, CONFIG_FILE).read_bytes())
+        config = read_lora_config(store.file(manifest, CONFIG_FILE).read_bytes())
     except ConfigProblems as error:
         yield str(error)
         return
-    digest = adapter_digest(config, manifest.files[WEIGHTS_FILE].sha256, manifest.base.fingerprint)
+    digest = adapter_digest(config.deciding(), manifest.files[WEIGHTS_FILE].sha256, manifest.base.fingerprint)
     if digest != manifest.digest:
         yield f"its files make the digest {digest:.19}..., the manifest says {manifest.digest:.19}..."
 

@@ -7,31 +7,48 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from adapterhub_lite.adapter_format.manifest import CONFIG_FILE, WEIGHTS_FILE, AdapterManifest
-from adapterhub_lite.bases import ResolvedBase
+from adapterhub_lite.adapter_format.manifest import (
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    SIGNATURE_FILE,
+    WEIGHTS_FILE,
+    AdapterManifest,
+)
+from adapterhub_lite.bases import ResolvedBase, find_base
 from adapterhub_lite.errors import ConfigurationError, UsageError
-from adapterhub_lite.registry.operations.importing import adapter_files
-from adapterhub_lite.registry.operations.intake import find_base
-
-if TYPE_CHECKING:
-    from adapterhub_lite.registry.registry import AdapterRegistry
+from adapterhub_lite.registry.store.store import Store
 
 CONVERTER = "convert_lora_to_gguf.py"
 
 
-def export_folder(registry: "AdapterRegistry", manifest: AdapterManifest, folder: Path) -> Path:
+def adapter_files(store: Store, manifest: AdapterManifest) -> dict[str, Path]:
+    """What is published of a version: file name -> immutable local file, each compared with the manifest.
+
+    `adapterhub.json` is among them, `adapterhub.sig.json` when the version is signed; the card is not.
+
+    Raises:
+        IntegrityError: a file is missing or damaged here; published, it could never be taken back.
+    """
+    published = {name: store.file(manifest, name, verify=True) for name in manifest.files}
+    own = store.manifest_path(manifest.name, manifest.version)
+    published[MANIFEST_FILE] = own
+    if own.with_suffix(".sig").exists():
+        published[SIGNATURE_FILE] = own.with_suffix(".sig")
+    return published
+
+
+def export_folder(store: Store, manifest: AdapterManifest, folder: Path) -> Path:
     """Write the files of a version into `folder`, which appears complete or not at all; returns it.
 
     Raises:
         UsageError: `folder` is there already and not empty.
         IntegrityError: a file of the version is missing or damaged here.
     """
-    return _write(folder, adapter_files(registry, manifest))
+    return _write(folder, adapter_files(store, manifest))
 
 
-def export_vllm(registry: "AdapterRegistry", manifests: Sequence[AdapterManifest], folder: Path) -> list[Path]:
+def export_vllm(store: Store, manifests: Sequence[AdapterManifest], folder: Path) -> list[Path]:
     """Write versions as `folder`/<name>/ with adapter_config.json and adapter_model.safetensors alone.
 
     This is what vLLM's filesystem LoRA resolver reads with VLLM_LORA_RESOLVER_CACHE_DIR=`folder`: a request for the
@@ -53,11 +70,11 @@ def export_vllm(registry: "AdapterRegistry", manifests: Sequence[AdapterManifest
                 "Merge it with itself (`adapterhub-lite merge`) to even out its ranks."
             )
     only = (CONFIG_FILE, WEIGHTS_FILE)
-    return [_write(folder / m.name, {name: registry.file(m, name, verify=True) for name in only}) for m in manifests]
+    return [_write(folder / m.name, {name: store.file(m, name, verify=True) for name in only}) for m in manifests]
 
 
 def export_gguf(
-    registry: "AdapterRegistry",
+    store: Store,
     manifest: AdapterManifest,
     out: Path,
     *,
@@ -83,14 +100,14 @@ def export_gguf(
         )
     if out.exists():
         raise UsageError(f"{str(out)!r} is there already; export to a new file.")
-    base = base or find_base(manifest.base, registry.home)
+    base = base or find_base(manifest.base, store.home)
     if base is None:
         raise UsageError(
             f"The converter wants {manifest.base.id!r} on this machine. Give base= (command line: --base)."
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        files = {name: registry.file(manifest, name, verify=True) for name in (CONFIG_FILE, WEIGHTS_FILE)}
+        files = {name: store.file(manifest, name, verify=True) for name in (CONFIG_FILE, WEIGHTS_FILE)}
         plain = _write(Path(scratch) / "adapter", files)
         made = Path(scratch) / "adapter.gguf"
         command = [sys.executable, str(script), "--base", str(base.folder), "--outfile", str(made), str(plain)]

@@ -5,18 +5,14 @@ import shutil
 import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from adapterhub_lite.adapter_format.manifest import AdapterManifest
 from adapterhub_lite.adapter_format.reference import AdapterReference
 from adapterhub_lite.errors import RegistryError, UsageError
-from adapterhub_lite.registry.operations.aliases import record_act
-from adapterhub_lite.registry.operations.intake import manifest_path
-from adapterhub_lite.registry.store.locks import PULLS, leased_digests, pull_lock, store_lock
-from adapterhub_lite.registry.store.rows import delete_version, parse_stored
-
-if TYPE_CHECKING:
-    from adapterhub_lite.registry.registry import AdapterRegistry
+from adapterhub_lite.registry.store.database import delete_version, parse_stored
+from adapterhub_lite.registry.store.journal import record_act
+from adapterhub_lite.registry.store.leases import PULL_LOCK, PULLS, leased_digests
+from adapterhub_lite.registry.store.store import Store
 
 
 @dataclass(frozen=True)
@@ -33,7 +29,7 @@ class GcPlan:
     kept: dict[str, str]
 
 
-def plan_collection(registry: "AdapterRegistry", keep_newest: int, announced: GcPlan | None = None) -> GcPlan:
+def plan_collection(store: Store, keep_newest: int, announced: GcPlan | None = None) -> GcPlan:
     """Say what `collect` would free now. Nothing is changed.
 
     Raises:
@@ -41,17 +37,17 @@ def plan_collection(registry: "AdapterRegistry", keep_newest: int, announced: Gc
     """
     if keep_newest < 0:
         raise UsageError(f"Wanted keep_newest of 0 or more, got {keep_newest}.")
-    connection = registry.database.read()
+    connection = store.read()
     manifests = [parse_stored(row[0]) for row in connection.execute("SELECT manifest FROM versions")]
-    kept = _reasons(connection, registry.home, manifests, keep_newest)
+    kept = _reasons(connection, store.home, manifests, keep_newest)
     if announced is not None:
         late = {m.reference for m in manifests} - set(announced.versions)
         kept = dict.fromkeys(late, "not announced") | kept
     going = sorted((m for m in manifests if m.reference not in kept), key=lambda m: (m.name, m.version))
     needed = {f.sha256 for m in manifests if m.reference in kept for f in m.files.values()}
-    objects = {sha256: path.stat().st_size for sha256, path in registry.objects if sha256 not in needed}
-    listed = {manifest_path(registry.home, m.name, m.version) for m in manifests}
-    leftovers = _leftovers(registry.home, listed)
+    objects = {sha256: path.stat().st_size for sha256, path in store.objects if sha256 not in needed}
+    listed = {store.manifest_path(m.name, m.version) for m in manifests}
+    leftovers = _leftovers(store.home, listed)
     return GcPlan(
         versions=tuple(m.reference for m in going),
         objects=tuple(sorted(objects)),
@@ -61,44 +57,44 @@ def plan_collection(registry: "AdapterRegistry", keep_newest: int, announced: Gc
     )
 
 
-def collect(registry: "AdapterRegistry", keep_newest: int, announced: GcPlan | None = None) -> GcPlan:
+def collect(store: Store, keep_newest: int, announced: GcPlan | None = None) -> GcPlan:
     """Free what nothing refers to; returns what was freed. A crash midway leaves only more for the next time.
 
     With `announced`, a version that was not going to go then stays now.
     """
-    with store_lock(registry.home, exclusive=True):
-        leased_digests(registry.home, clear=True)
-        with registry.database.write(locked=True) as connection:
-            plan = plan_collection(registry, keep_newest, announced)
+    with store.lock(exclusive=True):
+        leased_digests(store.home, clear=True)
+        with store.write(locked=True) as connection:
+            plan = plan_collection(store, keep_newest, announced)
             for reference in plan.versions:
-                _forget(registry, connection, registry.resolve(reference))
+                _forget(store, connection, store.resolve(reference))
         # Only what is no longer visible is deleted, and only after that is on disk.
         for reference in plan.versions:
             name, _, version = reference.rpartition(":")
-            _delete_manifest(manifest_path(registry.home, name, int(version)))
+            _delete_manifest(store.manifest_path(name, int(version)))
         for sha256 in plan.objects:
-            registry.objects.path(sha256).unlink(missing_ok=True)
+            store.objects.path(sha256).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
-                registry.objects.path(sha256).parent.rmdir()
+                store.objects.path(sha256).parent.rmdir()
         for path in plan.leftovers:
             _sweep(path)
     return plan
 
 
-def remove_version(registry: "AdapterRegistry", manifest: AdapterManifest) -> None:
+def remove_version(store: Store, manifest: AdapterManifest) -> None:
     """Forget one version; its bytes go with the next collection, its number is never given again.
 
     Raises:
         RegistryError: an alias, a pin or a running server refers to it.
     """
-    with store_lock(registry.home, exclusive=True):
-        with registry.database.write(locked=True) as connection:
-            check_removable(connection, registry.home, manifest)
-            _forget(registry, connection, manifest)
-        _delete_manifest(manifest_path(registry.home, manifest.name, manifest.version))
+    with store.lock(exclusive=True):
+        with store.write(locked=True) as connection:
+            check_removable(connection, store.home, manifest)
+            _forget(store, connection, manifest)
+        _delete_manifest(store.manifest_path(manifest.name, manifest.version))
 
 
-def one_version(registry: "AdapterRegistry", reference: str) -> AdapterManifest:
+def one_version(store: Store, reference: str) -> AdapterManifest:
     """The manifest of a reference that names its version, as removing wants it: a mistake costs one version at most.
 
     Raises:
@@ -106,7 +102,7 @@ def one_version(registry: "AdapterRegistry", reference: str) -> AdapterManifest:
     """
     if AdapterReference.parse(reference).version is None:
         raise UsageError(f"Wanted the version to remove as 'name:3', got {reference!r}.")
-    return registry.resolve(reference)
+    return store.resolve(reference)
 
 
 def check_removable(connection: sqlite3.Connection, home: Path, manifest: AdapterManifest) -> None:
@@ -116,14 +112,14 @@ def check_removable(connection: sqlite3.Connection, home: Path, manifest: Adapte
         raise RegistryError(f"{manifest.reference} stays: {reason}. Move the alias, unpin or unload it first.")
 
 
-def set_pin(registry: "AdapterRegistry", manifest: AdapterManifest, *, pinned: bool) -> None:
+def set_pin(store: Store, manifest: AdapterManifest, *, pinned: bool) -> None:
     """Keep a version whatever a collection thinks, or no longer."""
     key = (manifest.name, manifest.version)
-    with registry.database.write() as connection:
+    with store.write() as connection:
         row = connection.execute("SELECT pinned FROM versions WHERE name = ? AND version = ?", key).fetchone()
         if row is not None and bool(row[0]) != pinned:
             act = "pin" if pinned else "unpin"
-            record_act(connection, registry.home, act=act, name=manifest.name, version=manifest.version)
+            record_act(connection, store.home, act=act, name=manifest.name, version=manifest.version)
             connection.execute("UPDATE versions SET pinned = ? WHERE name = ? AND version = ?", (pinned, *key))
 
 
@@ -158,9 +154,9 @@ def _reasons(
     return {reference: reason for reference, reason in reasons.items() if reference in present}
 
 
-def _forget(registry: "AdapterRegistry", connection: sqlite3.Connection, manifest: AdapterManifest) -> None:
+def _forget(store: Store, connection: sqlite3.Connection, manifest: AdapterManifest) -> None:
     name, version, digest = manifest.name, manifest.version, manifest.digest
-    record_act(connection, registry.home, act="remove", name=name, version=version, digest=digest)
+    record_act(connection, store.home, act="remove", name=name, version=version, digest=digest)
     delete_version(connection, name, version, digest)
 
 
@@ -175,7 +171,7 @@ def _nobody_pulls(folder: Path, *, sweep: bool = False) -> bool:
     """Whether no pull into `folder` is going on; with `sweep` it is removed while none can begin."""
     from filelock import FileLock
 
-    with contextlib.suppress(OSError), FileLock(pull_lock(folder)).acquire(timeout=0):
+    with contextlib.suppress(OSError), FileLock(f"{folder}{PULL_LOCK}").acquire(timeout=0):
         if sweep:
             shutil.rmtree(folder)
         return True

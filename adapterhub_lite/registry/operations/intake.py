@@ -1,42 +1,194 @@
-"""The way in: a folder is copied aside, examined there, and becomes a version in one step or not at all.
+"""The two ways in: `add` takes a folder made on this machine, `import` one that came from elsewhere with its manifest.
 
-What is examined is our own copy, so that nothing can change between the look and the keeping.
+Both copy the folder aside and examine the copy, so that nothing can change between the look and the keeping; what passes
+becomes a version in one step or not at all.
 """
 
-import hashlib
-import re
-import sqlite3
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
 
 from adapterhub_lite.adapter_format.lora_config import LoraConfigFile
-from adapterhub_lite.adapter_format.manifest import AdapterManifest, FileRecord, canonical_json
-from adapterhub_lite.adapter_format.record import BaseRecord
-from adapterhub_lite.bases import EMBEDDED_BASES, ResolvedBase
-from adapterhub_lite.errors import RegistryError
+from adapterhub_lite.adapter_format.manifest import (
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    PROBES_FILE,
+    WEIGHTS_FILE,
+    AdapterManifest,
+    EvaluationRecord,
+    LoraRecord,
+    MergeRecipe,
+    ParentRecord,
+    adapter_digest,
+    read_manifest,
+)
+from adapterhub_lite.adapter_format.record import BaseRecord, TrainingRecord, read_record
+from adapterhub_lite.adapter_format.reference import is_name
+from adapterhub_lite.bases import ResolvedBase, find_base
+from adapterhub_lite.bases.fingerprint import is_commit
+from adapterhub_lite.errors import BaseMismatchError, DataError, IntegrityError, UsageError
 from adapterhub_lite.registry.check.folder import Inspection, inspect_adapter
+from adapterhub_lite.registry.check.redaction import scrub
 from adapterhub_lite.registry.check.survey import ALLOWED_SIZES, survey_folder
-from adapterhub_lite.registry.operations.aliases import record_act
-from adapterhub_lite.registry.store.durable import write_durably
-from adapterhub_lite.registry.store.objects import ObjectStore, stage_file
-from adapterhub_lite.registry.store.rows import insert_version
+from adapterhub_lite.registry.operations.sign import incoming_signature
+from adapterhub_lite.registry.store.database import stored_version
+from adapterhub_lite.registry.store.files import file_record, stage_file
+from adapterhub_lite.registry.store.store import Store
 
-COMMIT = re.compile(r"[0-9a-f]{40}")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+CARRIED_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, PROBES_FILE})
 
 
 @dataclass(frozen=True)
-class StagedAdapter:
-    """A copy of an adapter folder, on the registry's disk, with what was found in it."""
+class About:
+    """What the caller says of a version in addition to its files."""
 
-    folder: Path
-    inspection: Inspection
+    evaluation: Sequence[EvaluationRecord | Mapping[str, Any]] = ()  # a mapping is JSON from outside, validated here
+    task: str | None = None
+    examples: Sequence[str] = ()
+    tags: Sequence[str] = ()
+    parents: Sequence[ParentRecord] = ()
+    recipe: MergeRecipe | None = None
+    fields: dict[str, Any] = field(init=False)  # keyword arguments of AdapterManifest
+
+    def __post_init__(self) -> None:
+        for label in ("examples", "tags"):
+            if isinstance(getattr(self, label), str):
+                raise UsageError(f"Wanted {label} as a list of texts, got one text.")
+        plain = [e.model_dump() if isinstance(e, EvaluationRecord) else dict(e) for e in self.evaluation]
+        try:
+            measured = tuple(EvaluationRecord.model_validate(scrub(item)) for item in plain)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "evaluation"
+            raise UsageError(f"An evaluation wants metric, adapter_value and data: {where}: {first['msg']}.") from error
+        fields = {
+            "evaluation": measured,
+            "task": self.task,
+            "examples": tuple(self.examples),
+            "tags": tuple(sorted(set(self.tags))),
+            "parents": tuple(self.parents),
+            "recipe": self.recipe,
+        }
+        object.__setattr__(self, "fields", fields)
 
 
-def stage_adapter(
-    folder: Path, staging: Path, *, base: ResolvedBase | None, subject: str | None = None
-) -> StagedAdapter:
-    """Copy what is allowed of `folder` into `staging` and examine the copy."""
+def add_adapter(
+    store: Store,
+    folder: Path,
+    name: str,
+    *,
+    base: ResolvedBase | None,
+    about: About,
+    verify: Literal["files", "probes"],
+) -> AdapterManifest:
+    """Validate the adapter in `folder` and keep it as the next version of `name`; see `AdapterRegistry.add`."""
+    _check_name(name)
+    if not folder.is_dir():
+        raise UsageError(f"There is no adapter folder {str(folder)!r}. Give the folder that training saved.")
+    store.read()  # a registry of a newer schema is refused before anything is written
+    with store.staging() as staging:
+        problems = _stage(folder, staging)
+        training = _staged_record(staging)
+        base = base or (find_base(training.base, store.home) if training else None)
+        found = _inspect(staging, problems, base, subject=f"The adapter in {folder.name!r:.100}")
+        if base is None:
+            found.accepted()
+            where = store.home / "bases"
+            why = f"its base {training.base.id!r} is not in {where}" if training else "it has no training record"
+            raise UsageError(f"Which base is {folder.name!r} for? Give base= (command line: --base), for {why}.")
+        record = _base_record(found, base)
+        config, lora = found.accepted()
+        if verify == "probes":
+            from adapterhub_lite.registry.check.replay import ensure_probes
+
+            ensure_probes(staging, base)
+        (staging / CONFIG_FILE).unlink()
+        (staging / CONFIG_FILE).write_bytes(config.to_peft(base_id=record.id, revision=record.revision))
+        kept = [name for name in sorted(CARRIED_FILES) if (staging / name).exists()]
+        files = {name: store.objects.adopt(staging / name) for name in kept}
+        if found.training is not None:
+            scrubbed = json.dumps(scrub(found.training.model_dump(mode="json")))
+            training = TrainingRecord.model_validate_json(scrubbed)
+        with store.write() as connection:
+            row = connection.execute("SELECT last_version FROM names WHERE name = ?", [name]).fetchone()
+            manifest = AdapterManifest(
+                name=name,
+                version=(row[0] if row else 0) + 1,
+                digest=adapter_digest(config.deciding(), files[WEIGHTS_FILE].sha256, record.fingerprint),
+                files=files,
+                base=record,
+                lora=lora,
+                training=training,
+                created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+                **about.fields,
+            )
+            store.publish(connection, manifest)
+    return manifest
+
+
+def import_adapter(
+    store: Store,
+    folder: Path,
+    *,
+    name: str | None = None,
+    expected: AdapterManifest | None = None,
+    base: ResolvedBase | None = None,
+    verify: Literal["files", "probes"] = "files",
+) -> AdapterManifest:
+    """Take in a folder that came from elsewhere, keeping its manifest (version number, records, digest).
+
+    Every byte is compared with the manifest and the whole adapter validated before it is visible; with the base on
+    this machine (given, or found by the manifest) every tensor is bound to it. Taking in the same version again
+    changes nothing. `expected` is what a lock promised; the folder's own manifest has to agree with it.
+
+    Raises:
+        IntegrityError: a file or the digest is not what the manifest says, or there is no manifest.
+        AdapterRejectedError: the adapter fails validation.
+        BaseMismatchError: `base` is not the one it was made for, or its behaviour there is not the recorded one.
+        RegistryError: that version of that name is another adapter here.
+        SchemaVersionError: a newer version of this project wrote the manifest.
+    """
+    with store.guard(f"take in {folder.name!r}"), store.staging() as staging:
+        store.read()  # a registry of a newer schema is refused before anything is kept
+        manifest = _read_promise(folder, expected)
+        if name is not None:
+            _check_name(name)
+        base = base or find_base(manifest.base, store.home)
+        if base is not None and base.fingerprint != manifest.base.fingerprint:
+            raise BaseMismatchError(
+                f"{manifest.reference} was {manifest.base.difference(base.model_id, base.fingerprint, base.parts)}."
+            )
+        problems = _stage(folder, staging)
+        found = _inspect(staging, problems, base, subject=f"The adapter {manifest.reference}")
+        _compare(staging, manifest, found, base)
+        signature = incoming_signature(manifest, staging, store.trust)
+        if verify == "probes":
+            from adapterhub_lite.registry.check.replay import check_probes
+
+            check_probes(staging, base, manifest.reference, manifest.base.quantization)
+        for filename in sorted(manifest.files):
+            store.objects.adopt(staging / filename)
+        local = manifest.model_copy(update={"name": name or manifest.name})
+        with store.write() as connection:
+            here = stored_version(connection, local.name, local.version)
+            if here is not None and here.digest == local.digest:
+                return here
+            store.publish(connection, local, signature)
+        return local
+
+
+def _check_name(name: str) -> None:
+    if not is_name(name):
+        raise UsageError(f"Wanted a name of 1 to 64 letters, digits, '.', '_', '-'; got {name!r:.80}.")
+
+
+def _stage(folder: Path, staging: Path) -> list[str]:
+    """Copy what is allowed of `folder` into `staging`; returns what is wrong with the folder itself."""
     usable, problems = survey_folder(folder)
     for name in usable:
         try:
@@ -45,75 +197,93 @@ def stage_adapter(
             if (staging / name).exists():
                 raise
             problems.append(f"{name} cannot be read: {error.strerror}")
-    inspection = inspect_adapter(staging, base=base, subject=subject or f"The adapter in {folder.name!r:.100}")
+    return problems
+
+
+def _inspect(staging: Path, problems: list[str], base: ResolvedBase | None, *, subject: str) -> Inspection:
+    """Examine the copy, and report it together with what was wrong with the folder it was copied from."""
+    found = inspect_adapter(staging, base=base, subject=subject)
     # The copy lacks what was refused at first sight: what was said of the folder itself counts.
     _, repeated = survey_folder(staging)
-    inspection.problems = problems + [p for p in inspection.problems if p not in repeated]
-    return StagedAdapter(staging, inspection)
+    found.problems = problems + [p for p in found.problems if p not in repeated]
+    return found
 
 
-def adapter_digest(config: LoraConfigFile, weights_sha256: str, base_fingerprint: str) -> str:
-    """The identity of an adapter: over its weights, what decides in its configuration, and its base."""
-    decided = {"weights": weights_sha256, "config": config.deciding(), "base": base_fingerprint}
-    return "sha256:" + hashlib.sha256(canonical_json(decided)).hexdigest()
+def _staged_record(staging: Path) -> TrainingRecord | None:
+    try:
+        return read_record(staging)
+    except DataError:  # the inspection says so
+        return None
 
 
-def keep_objects(objects: ObjectStore, staging: Path, names: list[str]) -> dict[str, FileRecord]:
-    """Move staged files to their final, immutable place."""
-    return {name: objects.adopt(staging / name) for name in sorted(names)}
+def _base_record(found: Inspection, base: ResolvedBase) -> BaseRecord:
+    recorded = found.training.base if found.training else None
+    for revision in {base.revision, recorded.revision if recorded else None}:
+        if not is_commit(revision):
+            found.problems.append(f"the base's revision {revision!r:.80} is not a 40-hex commit")
+    if recorded is not None and recorded.fingerprint != base.fingerprint:
+        text = f"it was {recorded.difference(base.model_id, base.fingerprint, base.parts)}"
+        if not found.problems:
+            raise BaseMismatchError(f"{found.subject} is for another base: {text}.")
+        found.problems.append(text)
+    return BaseRecord(
+        id=scrub(base.model_id),
+        revision=base.revision,
+        fingerprint=base.fingerprint,
+        parts=base.parts,
+        quantization=recorded.quantization if recorded else None,
+    )
 
 
-def manifest_path(home: Path, name: str, version: int) -> Path:
-    """Where the manifest of a version lies as a file: what the database can be made from again."""
-    return home / "manifests" / name / f"{version}.json"
+def _read_promise(folder: Path, expected: AdapterManifest | None) -> AdapterManifest:
+    path = folder / MANIFEST_FILE
+    if not path.is_file() or path.is_symlink():
+        raise IntegrityError(f"{folder.name!r} has no {MANIFEST_FILE}: nothing says what its files should be.")
+    with path.open("rb") as file:
+        manifest = read_manifest(file.read(ALLOWED_SIZES[MANIFEST_FILE] + 1))
+    if expected is not None and (expected.digest, expected.files) != (manifest.digest, manifest.files):
+        raise IntegrityError(
+            f"{manifest.reference} is not the adapter expected: wanted {expected.digest}, its manifest says "
+            f"{manifest.digest}" + ("." if expected.digest != manifest.digest else " with other files.")
+        )
+    if not is_commit(manifest.base.revision):
+        raise IntegrityError(
+            f"The base in the manifest of {manifest.reference} is at {manifest.base.revision!r:.80}, "
+            "which is not a 40-hex commit."
+        )
+    if not {CONFIG_FILE, WEIGHTS_FILE} <= set(manifest.files) <= CARRIED_FILES:
+        raise IntegrityError(f"The manifest of {manifest.reference} lists other files than {sorted(CARRIED_FILES)}.")
+    return manifest
 
 
-def publish(
-    connection: sqlite3.Connection, home: Path, manifest: AdapterManifest, signature: bytes | None = None
-) -> None:
-    """Make a version visible; its objects are in place, its manifest is the last file, the caller's COMMIT the moment.
+def _compare(staging: Path, manifest: AdapterManifest, found: Inspection, base: ResolvedBase | None) -> None:
+    """Raise unless the staged files are what the manifest says, and the adapter in them is sound.
 
-    Raises:
-        RegistryError: the number belongs, or once belonged, to another adapter.
+    Bytes first: what is damaged on the way should be called that, not an invalid adapter.
     """
-    key = (manifest.name, manifest.version)
-    for table, state in (("versions", "is"), ("removed", "was")):
-        row = connection.execute(f"SELECT digest FROM {table} WHERE name = ? AND version = ?", key).fetchone()  # noqa: S608
-        if row and (state == "is" or row[0] != manifest.digest):
-            raise RegistryError(
-                f"{manifest.reference} {state} another adapter here ({row[0]:.19}..., not {manifest.digest:.19}...). "
-                "Take it in under another name."
+    for name, promised in manifest.files.items():
+        if not (staging / name).is_file():
+            continue
+        record = file_record(staging / name)
+        if record != promised:
+            raise IntegrityError(
+                f"{name} of {manifest.reference} is damaged: wanted {promised.size} bytes with sha256 "
+                f"{promised.sha256:.16}..., got {record.size} with {record.sha256:.16}... Fetch it again."
             )
-        if row:
-            # Otherwise a rebuild would take the removal in the journal for the last word.
-            record_act(connection, home, act="restore", name=manifest.name, version=manifest.version)
-    path = manifest_path(home, *key)
-    if signature is not None:
-        write_durably(path.with_suffix(".sig"), signature)
-    write_durably(path, manifest.to_bytes())
-    insert_version(connection, manifest, signature)
+    config, lora = found.accepted()
+    missing = set(manifest.files) - set(found.usable)
+    if missing:
+        raise IntegrityError(f"{sorted(missing)} of {manifest.reference} did not come with it. Fetch it again.")
+    _compare_lora(manifest, config, lora, counted=base is not None)
 
 
-def next_version(connection: sqlite3.Connection, name: str) -> int:
-    """The number after the highest that `name` ever had."""
-    row = connection.execute("SELECT last_version FROM names WHERE name = ?", [name]).fetchone()
-    return (row[0] if row else 0) + 1
-
-
-def is_commit(revision: str | None) -> bool:
-    """Whether `revision` may pin a base: a 40-hex commit, or None for a local or embedded one."""
-    return revision is None or COMMIT.fullmatch(revision) is not None
-
-
-def find_base(record: BaseRecord, home: Path) -> ResolvedBase | None:
-    """The base that a record names, where it already lies in this home; nothing is fetched."""
-    for name, embedded in EMBEDDED_BASES.items():
-        folder = home / "bases" / name
-        if record.id in (name, embedded.base_model) and record.revision is None and (folder / "config.json").is_file():
-            return ResolvedBase(name=name, model_id=embedded.base_model, folder=folder)
-    if record.revision is None or not is_commit(record.revision) or not HUB_ID.fullmatch(record.id):
-        return None
-    cached = home / "bases" / "hub" / f"models--{record.id.replace('/', '--')}" / "snapshots" / record.revision
-    if not (cached / "config.json").is_file():
-        return None
-    return ResolvedBase(name=record.id, model_id=record.id, folder=cached, revision=record.revision)
+def _compare_lora(manifest: AdapterManifest, config: LoraConfigFile, lora: LoraRecord, *, counted: bool) -> None:
+    digest = adapter_digest(config.deciding(), manifest.files[WEIGHTS_FILE].sha256, manifest.base.fingerprint)
+    if digest != manifest.digest:
+        raise IntegrityError(f"The manifest of {manifest.reference} claims {manifest.digest}, its files make {digest}.")
+    claimed = manifest.lora
+    if not counted:
+        # Without the base nobody can count its modules; everything else must be as the files say.
+        lora = lora.model_copy(update={"modules_bound": claimed.modules_bound, "modules_total": claimed.modules_total})
+    if lora != claimed:
+        raise IntegrityError(f"The manifest of {manifest.reference} describes another LoRA than its files hold.")

@@ -3,15 +3,13 @@
 import re
 import sqlite3
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from adapterhub_lite.adapter_format.manifest import AdapterManifest, EvaluationRecord
 from adapterhub_lite.errors import UsageError
-from adapterhub_lite.registry.operations.evaluations import evaluations_of
-from adapterhub_lite.registry.store.locks import leased_digests
-
-if TYPE_CHECKING:
-    from adapterhub_lite.registry.registry import AdapterRegistry
+from adapterhub_lite.registry.store.database import evaluations_of
+from adapterhub_lite.registry.store.leases import leased_digests
+from adapterhub_lite.registry.store.store import Store
 
 METRIC = re.compile(r"\s*([\w./ -]*[\w./-])\s*(?:(>=|<=|>|<|=)\s*(-?[0-9.]+(?:[eE][+-]?[0-9]+)?)\s*)?")
 
@@ -133,15 +131,15 @@ def _taking(rows: Iterator[tuple[Any, ...]]) -> Callable[[str, int], list[tuple[
     return take
 
 
-def describe(registry: "AdapterRegistry", manifest: AdapterManifest) -> AdapterDetails:
+def describe(store: Store, manifest: AdapterManifest) -> AdapterDetails:
     """Everything known here of one version."""
     key = (manifest.name, manifest.version)
-    connection = registry.database.read()
+    connection = store.read()
     pinned, signed, size = connection.execute(
         "SELECT pinned, signature IS NOT NULL, size FROM versions WHERE name = ? AND version = ?", key
     ).fetchone()
     aliases = connection.execute("SELECT alias FROM aliases WHERE name = ? AND version = ? ORDER BY alias", key)
-    held = manifest.digest in leased_digests(registry.home)
+    held = manifest.digest in leased_digests(store.home)
     return AdapterDetails(
         manifest,
         tuple(row[0] for row in aliases),

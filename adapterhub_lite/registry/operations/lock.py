@@ -1,24 +1,18 @@
 """`adapters.lock`: which adapters, byte for byte, a project uses, and on which base; verifiable without a network."""
 
 import json
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from adapterhub_lite.adapter_format.manifest import AdapterManifest, Digest, FileRecord, HexDigest
 from adapterhub_lite.adapter_format.record import BaseRecord, StrictModel
-from adapterhub_lite.bases import ResolvedBase
+from adapterhub_lite.bases import ResolvedBase, find_base
 from adapterhub_lite.errors import DataError, IntegrityError, SchemaVersionError, UnknownNameError, UsageError
-from adapterhub_lite.registry.operations.importing import import_adapter
-from adapterhub_lite.registry.operations.intake import find_base
-from adapterhub_lite.registry.store.durable import write_durably
-from adapterhub_lite.registry.store.objects import file_record
-
-if TYPE_CHECKING:
-    from adapterhub_lite.registry.registry import AdapterRegistry
+from adapterhub_lite.registry.store.files import file_record, write_durably
+from adapterhub_lite.registry.store.store import Store
 
 LOCK_FILE = "adapters.lock"
 LOCK_VERSION = 1
@@ -58,7 +52,7 @@ class Lock(StrictModel):
 
 
 def write_lock(
-    registry: "AdapterRegistry",
+    store: Store,
     references: Sequence[str],
     path: str | Path = LOCK_FILE,
     *,
@@ -76,10 +70,10 @@ def write_lock(
     """
     if not references:
         raise UsageError("Wanted at least one adapter to lock, got none.")
-    manifests = {m.reference: m for m in map(registry.resolve, references)}
+    manifests = {m.reference: m for m in map(store.resolve, references)}
     adapters = tuple(
         LockedAdapter(
-            name=m.name, version=m.version, digest=m.digest, files=m.files, base=_locked_base(registry, m, bases),
+            name=m.name, version=m.version, digest=m.digest, files=m.files, base=_locked_base(store, m, bases),
             source=(sources or {}).get(m.name),
         )
         for _, m in sorted(manifests.items())
@@ -111,58 +105,28 @@ def read_lock(path: str | Path = LOCK_FILE) -> Lock:
         raise DataError(f"{path} is not a lock: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
 
 
-def verify_lock(registry: "AdapterRegistry", lock: Lock, *, bases: Sequence[ResolvedBase] = ()) -> list[str]:
+def verify_lock(store: Store, lock: Lock, *, bases: Sequence[ResolvedBase] = ()) -> list[str]:
     """Compare what is here with a lock, every byte, without a network; returns what is missing or different.
 
     Bases are looked for in the registry's home and among `bases`.
     """
     problems: list[str] = []
     for locked in lock.adapters:
-        problems += [f"{locked.reference}: {problem}" for problem in _adapter_problems(registry, locked)]
-        problems += [f"{locked.reference}: {problem}" for problem in _base_problems(registry, locked, bases)]
+        problems += [f"{locked.reference}: {problem}" for problem in adapter_problems(store, locked)]
+        problems += [f"{locked.reference}: {problem}" for problem in _base_problems(store, locked, bases)]
     return problems
 
 
-def pull_locked(registry: "AdapterRegistry", lock: Lock, **options: Any) -> list[AdapterManifest]:
-    """Bring here whatever of a lock is missing, from where the lock says, and nothing else; returns what came.
-
-    What arrives is compared with the lock before this registry sees it. `options` go to `AdapterRegistry.pull`
-    (endpoint, token, ...).
-
-    Raises:
-        UsageError: something is missing and the lock has no source for it.
-        IntegrityError: the source now has another adapter under that version.
-    """
-    came = []
-    for locked in lock.adapters:
-        if not _adapter_problems(registry, locked):
-            continue
-        if locked.source is None:
-            raise UsageError(f"{locked.reference} is not here, and the lock does not say where to pull it from.")
-        with tempfile.TemporaryDirectory() as scratch:
-            receipt = registry.__class__(scratch).pull(
-                locked.source, revision=f"v{locked.version}", name=locked.name, **options
-            )
-            found: AdapterManifest = receipt.manifest
-            if (found.digest, found.files) != (locked.digest, locked.files):
-                raise IntegrityError(
-                    f"{locked.source} has another adapter as v{locked.version} than the lock: wanted {locked.digest}, "
-                    f"got {found.digest}. Nothing was taken in."
-                )
-            folder = registry.__class__(scratch).export(found.reference, Path(scratch) / "parcel")
-            came.append(import_adapter(registry, folder, name=locked.name, expected=found))
-    return came
-
-
-def _adapter_problems(registry: "AdapterRegistry", locked: LockedAdapter) -> list[str]:
+def adapter_problems(store: Store, locked: LockedAdapter) -> list[str]:
+    """What of a locked adapter is missing here or different, byte for byte."""
     try:
-        manifest = registry.resolve(locked.digest)
+        manifest = store.resolve(locked.digest)
     except UnknownNameError:
         return [f"the adapter {locked.digest} is not here; pull it with --locked"]
     problems = []
     for filename, promised in locked.files.items():
         try:
-            found = file_record(registry.file(manifest, filename))
+            found = file_record(store.file(manifest, filename))
         except (IntegrityError, UnknownNameError) as error:
             problems.append(str(error))
             continue
@@ -171,9 +135,9 @@ def _adapter_problems(registry: "AdapterRegistry", locked: LockedAdapter) -> lis
     return problems
 
 
-def _base_problems(registry: "AdapterRegistry", locked: LockedAdapter, bases: Sequence[ResolvedBase]) -> list[str]:
+def _base_problems(store: Store, locked: LockedAdapter, bases: Sequence[ResolvedBase]) -> list[str]:
     wanted = locked.base
-    base = _find(registry, BaseRecord(id=wanted.id, revision=wanted.revision, fingerprint=wanted.fingerprint), bases)
+    base = _find(store, BaseRecord(id=wanted.id, revision=wanted.revision, fingerprint=wanted.fingerprint), bases)
     if base is None:
         return [f"the base {wanted.id} is not on this machine"]
     if base.fingerprint != wanted.fingerprint:
@@ -184,13 +148,13 @@ def _base_problems(registry: "AdapterRegistry", locked: LockedAdapter, bases: Se
     return [f"{name} of the base differs" for name, digest in wanted.tokenizer.items() if found.get(name) != digest]
 
 
-def _find(registry: "AdapterRegistry", record: BaseRecord, bases: Sequence[ResolvedBase]) -> ResolvedBase | None:
+def _find(store: Store, record: BaseRecord, bases: Sequence[ResolvedBase]) -> ResolvedBase | None:
     given = next((base for base in bases if record.id in (base.model_id, base.name)), None)
-    return given or find_base(record, registry.home)
+    return given or find_base(record, store.home)
 
 
-def _locked_base(registry: "AdapterRegistry", manifest: AdapterManifest, bases: Sequence[ResolvedBase]) -> LockedBase:
-    base = _find(registry, manifest.base, bases)
+def _locked_base(store: Store, manifest: AdapterManifest, bases: Sequence[ResolvedBase]) -> LockedBase:
+    base = _find(store, manifest.base, bases)
     tokenizer = _tokenizer_digests(base) if base and base.fingerprint == manifest.base.fingerprint else {}
     record = manifest.base
     return LockedBase(id=record.id, revision=record.revision, fingerprint=record.fingerprint, tokenizer=tokenizer)

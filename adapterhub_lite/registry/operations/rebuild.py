@@ -6,19 +6,19 @@ import shutil
 import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from adapterhub_lite.adapter_format.manifest import AdapterManifest, read_manifest
 from adapterhub_lite.errors import AdapterHubError, RegistryError, SchemaVersionError
-from adapterhub_lite.registry.operations.evaluations import insert_evaluation
-from adapterhub_lite.registry.store.database import DATABASE_FILE, Database
-from adapterhub_lite.registry.store.durable import fsync_folder
-from adapterhub_lite.registry.store.journal import JournalEntry, read_journal
-from adapterhub_lite.registry.store.locks import store_lock
-from adapterhub_lite.registry.store.rows import delete_version, insert_version
-
-if TYPE_CHECKING:
-    from adapterhub_lite.registry.registry import AdapterRegistry
+from adapterhub_lite.registry.store.database import (
+    DATABASE_FILE,
+    Database,
+    delete_version,
+    insert_evaluation,
+    insert_version,
+)
+from adapterhub_lite.registry.store.files import fsync_folder
+from adapterhub_lite.registry.store.journal import JournalEntry, insert_entry, read_journal
+from adapterhub_lite.registry.store.store import Store
 
 
 @dataclass(frozen=True)
@@ -31,32 +31,32 @@ class RebuildReport:
     old_database: Path | None
 
 
-def rebuild_database(registry: "AdapterRegistry") -> RebuildReport:
+def rebuild_database(store: Store) -> RebuildReport:
     """Put a database made from `manifests/` and the journal in place of the present one, which is kept beside it.
 
     Raises:
         SchemaVersionError: a newer version of this project wrote the present one.
     """
-    home = registry.home
+    home = store.home
     # What a newer version of this project wrote is not ours to replace; anything else may be damaged.
     try:
-        registry.database.read()
+        store.read()
     except SchemaVersionError:
         raise
     except (sqlite3.Error, RegistryError):
         pass
-    with store_lock(home, exclusive=True):
+    with store.lock(exclusive=True):
         aside = home / f".rebuild-{os.getpid()}"
         aside.mkdir()
         try:
             fresh = Database(aside)
-            with fresh.write(locked=True) as connection:
-                skipped = _insert_manifests(registry, connection)
+            with fresh.write() as connection:
+                skipped = _insert_manifests(store, connection)
                 skipped += _replay(connection, read_journal(home))
                 versions, aliases = (_count(connection, table) for table in ("versions", "aliases"))
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             fresh.close()
-            registry.database.close()
+            store.database.close()
             old = _keep_old(home)
             (aside / DATABASE_FILE).replace(home / DATABASE_FILE)
             fsync_folder(home)
@@ -67,17 +67,17 @@ def rebuild_database(registry: "AdapterRegistry") -> RebuildReport:
     return RebuildReport(versions, aliases, tuple(skipped), old)
 
 
-def _insert_manifests(registry: "AdapterRegistry", connection: sqlite3.Connection) -> list[str]:
+def _insert_manifests(store: Store, connection: sqlite3.Connection) -> list[str]:
     skipped = []
     # Oldest first, so that a digest resolves to the newest version that has it, as before.
     found: list[tuple[AdapterManifest, bytes | None]] = []
-    gone = _removed(read_journal(registry.home))
-    for path in sorted((registry.home / "manifests").glob("*/*.json")):
-        label = str(path.relative_to(registry.home))
+    gone = _removed(read_journal(store.home))
+    for path in sorted((store.home / "manifests").glob("*/*.json")):
+        label = str(path.relative_to(store.home))
         try:
             manifest = read_manifest(path.read_bytes())
             for name in manifest.files:
-                registry.file(manifest, name)
+                store.file(manifest, name)
         except AdapterHubError as error:
             skipped.append(f"{label}: {error}")
             continue
@@ -109,9 +109,7 @@ def _replay(connection: sqlite3.Connection, entries: list[JournalEntry]) -> list
     gone = _removed(entries)
     for entry in entries:
         key = (entry.name, entry.version)
-        values = entry.row()
-        columns, marks = ", ".join(values), ", ".join("?" * len(values))
-        connection.execute(f"INSERT INTO journal ({columns}) VALUES ({marks})", list(values.values()))  # noqa: S608
+        insert_entry(connection, entry)
         if entry.act in ("set", "rollback"):
             connection.execute(
                 "INSERT OR REPLACE INTO aliases VALUES (?, ?, ?)", (entry.name, entry.alias, entry.version)

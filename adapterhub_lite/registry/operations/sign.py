@@ -3,11 +3,10 @@
 A signature covers the manifest without its local labels (name and version), and through the files' sha256 every byte.
 """
 
-import hashlib
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
@@ -16,13 +15,8 @@ from adapterhub_lite.adapter_format.record import StrictModel
 from adapterhub_lite.adapter_format.reference import is_name
 from adapterhub_lite.errors import AdapterRejectedError, IntegrityError, UnknownNameError, UsageError
 from adapterhub_lite.registry.check.survey import ALLOWED_SIZES
-from adapterhub_lite.registry.operations.intake import manifest_path
-from adapterhub_lite.registry.store.durable import write_durably
-
-if TYPE_CHECKING:
-    from adapterhub_lite.registry.registry import AdapterRegistry
-
-TRUST_FILE = "trust.json"
+from adapterhub_lite.registry.store.files import file_record, write_durably
+from adapterhub_lite.registry.store.store import TRUST_FILE, Store, TrustPolicy
 
 
 class Signature(StrictModel):
@@ -45,35 +39,18 @@ class Signature(StrictModel):
         return True
 
 
-class TrustFile(StrictModel):
-    """The content of `trust.json`: whose signatures count, and whether what comes in has to have one."""
+class TrustSettings:
+    """Reads and changes whose signatures count, as kept in `trust.json` of a home folder."""
 
-    schema_version: Literal[1] = 1
-    required: bool = False
-    keys: dict[str, HexDigest] = Field(default_factory=dict)
+    def __init__(self, store: Store) -> None:
+        self._store = store
 
-
-class TrustPolicy:
-    """Who is trusted, as kept in `trust.json` of a home folder."""
-
-    def __init__(self, home: Path) -> None:
-        self._path = home / TRUST_FILE
-
-    def read(self) -> TrustFile:
-        """The policy now: by default nobody is trusted and nothing required.
-
-        Raises:
-            UsageError: the file is damaged; guessing a policy would be worse than stopping.
-        """
-        try:
-            return TrustFile.model_validate_json(self._path.read_bytes())
-        except FileNotFoundError:
-            return TrustFile()
-        except ValidationError as error:
-            raise UsageError(f"{self._path} is not a trust policy. Mend it, or remove it to trust nobody.") from error
+    def read(self) -> TrustPolicy:
+        """The policy now; raises as `Store.trust` does."""
+        return self._store.trust
 
     def require(self, required: bool) -> None:
-        """From now on refuse what comes in without a trusted signature, or no longer."""
+        """From now on refuse what has no trusted signature, or no longer."""
         self._write(self.read().model_copy(update={"required": required}))
 
     def trust(self, name: str, public_key: str) -> None:
@@ -83,10 +60,9 @@ class TrustPolicy:
             UsageError: not a name, or not a key.
         """
         policy = self.read()
-        if not is_name(name):
-            raise UsageError(f"Wanted a name for the key of 1 to 64 letters, digits, '.', '_', '-'; got {name!r:.80}.")
+        _check_key_name(name)
         try:
-            self._write(TrustFile(required=policy.required, keys={**policy.keys, name: public_key}))
+            self._write(TrustPolicy(required=policy.required, keys={**policy.keys, name: public_key}))
         except ValidationError as error:
             raise UsageError(f"Wanted a public key of 64 hex digits, got {public_key!r:.80}.") from error
 
@@ -101,29 +77,25 @@ class TrustPolicy:
             raise UnknownNameError.among("trusted key", name, sorted(policy.keys))
         self._write(policy.model_copy(update={"keys": {k: v for k, v in policy.keys.items() if k != name}}))
 
-    def check(self, manifest: AdapterManifest, folder: Path) -> bytes | None:
-        """The signature file in `folder` (None: there is none), once it satisfies the policy.
+    def _write(self, policy: TrustPolicy) -> None:
+        write_durably(self._store.home / TRUST_FILE, (policy.model_dump_json(indent=1) + "\n").encode())
 
-        Raises:
-            IntegrityError: it is not a signature of this manifest.
-            AdapterRejectedError: a trusted one is required, and this is none.
-        """
-        policy = self.read()
-        path = folder / SIGNATURE_FILE
-        content = path.read_bytes() if path.is_file() else None
-        if content is not None and (problem := signature_problem(manifest, content)):
-            raise IntegrityError(f"{manifest.reference}: {problem}.")
-        if policy.required:
-            signer = signer_name(content, policy)
-            if signer is None:
-                reason = "it is not signed" if content is None else "it is signed by a key that is not trusted here"
-                raise AdapterRejectedError(
-                    f"The adapter {manifest.reference}", [f"{reason}, and the policy wants that"]
-                )
-        return content
 
-    def _write(self, policy: TrustFile) -> None:
-        write_durably(self._path, (policy.model_dump_json(indent=1) + "\n").encode())
+def incoming_signature(manifest: AdapterManifest, folder: Path, policy: TrustPolicy) -> bytes | None:
+    """The signature file in `folder` (None: there is none), once it satisfies the policy.
+
+    Raises:
+        IntegrityError: it is not a signature of this manifest.
+        AdapterRejectedError: a trusted one is required, and this is none.
+    """
+    path = folder / SIGNATURE_FILE
+    content = path.read_bytes() if path.is_file() else None
+    if content is not None and (problem := signature_problem(manifest, content)):
+        raise IntegrityError(f"{manifest.reference}: {problem}.")
+    if policy.required and signer_name(content, policy) is None:
+        reason = "it is not signed" if content is None else "it is signed by a key that is not trusted here"
+        raise AdapterRejectedError(f"The adapter {manifest.reference}", [f"{reason}, and the policy wants that"])
+    return content
 
 
 def signature_problem(manifest: AdapterManifest, content: bytes) -> str | None:
@@ -137,7 +109,7 @@ def signature_problem(manifest: AdapterManifest, content: bytes) -> str | None:
     return None if valid else f"{SIGNATURE_FILE} is not a signature over this manifest"
 
 
-def signer_name(content: bytes | None, policy: TrustFile) -> str | None:
+def signer_name(content: bytes | None, policy: TrustPolicy) -> str | None:
     """What the policy calls the key of a (valid) signature file; None where it knows it not, or there is no file."""
     if content is None:
         return None
@@ -169,7 +141,7 @@ def generate_key(home: Path, name: str = "default") -> str:
     return key.public_key().public_bytes_raw().hex()
 
 
-def sign_version(registry: "AdapterRegistry", manifest: AdapterManifest, key_name: str = "default") -> Signature:
+def sign_version(store: Store, manifest: AdapterManifest, key_name: str = "default") -> Signature:
     """Sign a version with the key `keys/<key_name>.pem`; a signature it had is replaced.
 
     Raises:
@@ -178,7 +150,7 @@ def sign_version(registry: "AdapterRegistry", manifest: AdapterManifest, key_nam
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-    path = _key_path(registry.home, key_name)
+    path = _key_path(store.home, key_name)
     if not path.is_file():
         raise UnknownNameError.among("key", key_name, sorted(found.stem for found in path.parent.glob("*.pem")))
     key = load_pem_private_key(path.read_bytes(), password=None)
@@ -187,8 +159,8 @@ def sign_version(registry: "AdapterRegistry", manifest: AdapterManifest, key_nam
     public_key = key.public_key().public_bytes_raw().hex()
     made = Signature(public_key=public_key, signature=key.sign(manifest.signed_bytes()).hex())
     content = (json.dumps(made.model_dump(), indent=1, sort_keys=True) + "\n").encode()
-    with registry.database.write() as connection:
-        write_durably(manifest_path(registry.home, manifest.name, manifest.version).with_suffix(".sig"), content)
+    with store.write() as connection:
+        write_durably(store.manifest_path(manifest.name, manifest.version).with_suffix(".sig"), content)
         connection.execute(
             "UPDATE versions SET signature = ? WHERE name = ? AND version = ?",
             (content, manifest.name, manifest.version),
@@ -196,13 +168,13 @@ def sign_version(registry: "AdapterRegistry", manifest: AdapterManifest, key_nam
     return made
 
 
-def verify_version(registry: "AdapterRegistry", manifest: AdapterManifest) -> str | None:
+def verify_version(store: Store, manifest: AdapterManifest) -> str | None:
     """Check a version's signature and, against it, every byte of its files; returns the trusted signer's name or None.
 
     Raises:
         IntegrityError: not signed, the signature is wrong, or a file is not what was signed.
     """
-    row = registry.database.read().execute(
+    row = store.read().execute(
         "SELECT signature FROM versions WHERE name = ? AND version = ?", (manifest.name, manifest.version)
     )
     content = row.fetchone()[0]
@@ -210,13 +182,16 @@ def verify_version(registry: "AdapterRegistry", manifest: AdapterManifest) -> st
     if problem:
         raise IntegrityError(f"{manifest.reference}: {problem}.")
     for filename, promised in manifest.files.items():
-        with registry.file(manifest, filename).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != promised.sha256:
-                raise IntegrityError(f"{filename} of {manifest.reference} is not what was signed.")
-    return signer_name(content, registry.trust.read())
+        if file_record(store.file(manifest, filename)) != promised:
+            raise IntegrityError(f"{filename} of {manifest.reference} is not what was signed.")
+    return signer_name(content, store.trust)
 
 
 def _key_path(home: Path, name: str) -> Path:
+    _check_key_name(name)
+    return home / "keys" / f"{name}.pem"
+
+
+def _check_key_name(name: str) -> None:
     if not is_name(name):
         raise UsageError(f"Wanted a name for the key of 1 to 64 letters, digits, '.', '_', '-'; got {name!r:.80}.")
-    return home / "keys" / f"{name}.pem"

@@ -1,18 +1,22 @@
-"""The SQLite database of names, versions and aliases: schema, connections, transactions. Knows no adapter files.
+"""The SQLite database of names, versions and aliases: schema, connections, and from a manifest to rows and back.
 
-Write-ahead logging with synchronous=FULL: readers never wait, and what COMMIT has acknowledged is on disk.
+Knows no adapter files. Write-ahead logging with synchronous=FULL: readers never wait, and what COMMIT has acknowledged is on disk.
 """
 
 import os
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
+from pydantic import ValidationError
+
+from adapterhub_lite.adapter_format.manifest import AdapterManifest, EvaluationRecord
+from adapterhub_lite.adapter_format.reference import AdapterReference
 from adapterhub_lite.errors import RegistryError, SchemaVersionError, UnknownNameError
-from adapterhub_lite.registry.store.durable import fsync_folder, make_folder
-from adapterhub_lite.registry.store.locks import store_lock
+from adapterhub_lite.registry.store.files import fsync_folder, make_folder
 
 DATABASE_FILE = "registry.db"
 DATABASE_VERSION = 1
@@ -57,21 +61,20 @@ class Database:
         self._local = threading.local()
 
     @contextmanager
-    def write(self, *, locked: bool = False) -> Iterator[sqlite3.Connection]:
-        """A transaction that no other writer runs beside; rolled back when the block raises.
+    def write(self) -> Iterator[sqlite3.Connection]:
+        """A transaction while no other writer has one; rolled back when the block raises.
 
-        `locked` says that the caller holds the store's lock; a rebuild never replaces the database under a writer.
+        The caller holds the store's lock, so that a rebuild never replaces the database under a writer.
         """
-        with nullcontext() if locked else store_lock(self.path.parent, exclusive=False):
-            connection = self._connection(create=True)
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield connection
-                connection.execute("COMMIT")
-            except BaseException:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-                raise
+        connection = self._connection(create=True)
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield connection
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
 
     def read(self) -> sqlite3.Connection:
         """A connection to read from; an empty database in memory where there is none on disk yet."""
@@ -179,3 +182,120 @@ def known_names(connection: sqlite3.Connection) -> list[str]:
 def no_such_name(connection: sqlite3.Connection, name: str) -> UnknownNameError:
     """The error for a name without versions."""
     return UnknownNameError.among("adapter", name, known_names(connection))
+
+
+def insert_version(connection: sqlite3.Connection, manifest: AdapterManifest, signature: bytes | None) -> None:
+    """Make a version known; part of the caller's transaction."""
+    key = (manifest.name, manifest.version)
+    size = sum(record.size for record in manifest.files.values())
+    base = manifest.base
+    connection.execute(
+        "INSERT INTO versions"
+        " (name, version, digest, manifest, signature, base_id, base_fingerprint, task, created, size)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (*key, manifest.digest, manifest.to_bytes(), signature, base.id, base.fingerprint, manifest.task,
+         manifest.created, size),
+    )  # fmt: skip
+    connection.execute("DELETE FROM removed WHERE name = ? AND version = ?", key)
+    connection.execute(
+        "INSERT INTO names VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET last_version = max(last_version, ?)",
+        (*key, manifest.version),
+    )
+    connection.executemany("INSERT OR IGNORE INTO tags VALUES (?, ?, ?)", [(*key, tag) for tag in manifest.tags])
+    connection.executemany(
+        "INSERT OR REPLACE INTO metrics VALUES (?, ?, ?, ?, ?, ?)",
+        [(*key, e.metric, e.data, e.adapter_value, e.base_value) for e in manifest.evaluation],
+    )
+
+
+def delete_version(connection: sqlite3.Connection, name: str, version: int, digest: str) -> None:
+    """Forget a version for good; its number is never given again."""
+    for table in ("versions", "tags", "metrics"):
+        connection.execute(f"DELETE FROM {table} WHERE name = ? AND version = ?", (name, version))  # noqa: S608
+    connection.execute("INSERT OR REPLACE INTO removed VALUES (?, ?, ?)", (name, version, digest))
+
+
+def find_manifest(connection: sqlite3.Connection, reference: AdapterReference) -> AdapterManifest:
+    """The manifest that `reference` names.
+
+    Raises:
+        UnknownNameError: there is none.
+    """
+    if reference.digest:
+        sql, values = "SELECT manifest FROM versions WHERE digest = ? ORDER BY rowid DESC LIMIT 1", [reference.digest]
+    elif reference.version is not None:
+        sql = "SELECT manifest FROM versions WHERE name = ? AND version = ?"
+        values = [str(reference.name), str(reference.version)]
+    elif reference.alias:
+        sql = "SELECT manifest FROM aliases JOIN versions USING (name, version) WHERE name = ? AND alias = ?"
+        values = [str(reference.name), reference.alias]
+    else:
+        sql, values = (
+            "SELECT manifest FROM versions WHERE name = ? ORDER BY version DESC LIMIT 1",
+            [str(reference.name)],
+        )
+    row = connection.execute(sql, values).fetchone()
+    if row is None:
+        raise _unknown(connection, reference)
+    return parse_stored(row[0])
+
+
+def stored_version(connection: sqlite3.Connection, name: str, version: int) -> AdapterManifest | None:
+    """The manifest of one version, or None where there is none."""
+    row = connection.execute("SELECT manifest FROM versions WHERE name = ? AND version = ?", (name, version)).fetchone()
+    return parse_stored(row[0]) if row else None
+
+
+@lru_cache(maxsize=4096)
+def parse_stored(content: bytes) -> AdapterManifest:
+    """Parse a manifest of our own database. Manifests are immutable, so each is parsed once.
+
+    Raises:
+        RegistryError: it is damaged.
+    """
+    try:
+        return AdapterManifest.model_validate_json(content)
+    except ValidationError as error:
+        raise RegistryError("A manifest in the database is damaged. Run `adapterhub-lite doctor --rebuild`.") from error
+
+
+def insert_evaluation(connection: sqlite3.Connection, name: str, version: int, one: EvaluationRecord) -> None:
+    """Put one value where lists and filters find it."""
+    connection.execute(
+        "INSERT OR REPLACE INTO metrics VALUES (?, ?, ?, ?, ?, ?)",
+        (name, version, one.metric, one.data, one.adapter_value, one.base_value),
+    )
+
+
+def evaluations_of(connection: sqlite3.Connection, manifest: AdapterManifest) -> tuple[EvaluationRecord, ...]:
+    """Everything measured of a version, by its maker or here later, by metric and data."""
+    rows = connection.execute(
+        "SELECT metric, data, adapter_value, base_value FROM metrics WHERE name = ? AND version = ?"
+        " ORDER BY metric, data",
+        (manifest.name, manifest.version),
+    )
+    return tuple(
+        EvaluationRecord(metric=metric, data=data, adapter_value=ours, base_value=base)
+        for metric, data, ours, base in rows
+    )
+
+
+def _unknown(connection: sqlite3.Connection, reference: AdapterReference) -> UnknownNameError:
+    if reference.digest:
+        return UnknownNameError(f"There is no adapter with the digest {reference.digest} here; pull it first.")
+    name = str(reference.name)
+    versions = [
+        str(row[0])
+        for row in connection.execute("SELECT version FROM versions WHERE name = ? ORDER BY version", [name])
+    ]
+    if not versions:
+        return no_such_name(connection, name)
+    if reference.alias:
+        aliases = connection.execute("SELECT alias FROM aliases WHERE name = ? ORDER BY alias", [name])
+        return UnknownNameError.among(f"alias of {name!r} called", reference.alias, [row[0] for row in aliases])
+    gone = connection.execute(
+        "SELECT 1 FROM removed WHERE name = ? AND version = ?", (name, reference.version)
+    ).fetchone()
+    if gone:
+        return UnknownNameError(f"Version {reference.version} of {name!r} was removed; its number is not used again.")
+    return UnknownNameError.among(f"version of {name!r}", str(reference.version), versions[-20:])

@@ -1,4 +1,4 @@
-"""What the manifests cannot say (aliases, pins, removals, later evaluations) as lines of JSON, so that the database can be made again.
+"""What the manifests cannot say (aliases, pins, removals, later evaluations) as lines of JSON, from which the database can be rebuilt.
 
 A line is on disk before the database commits it. An entry that never committed is superseded by the next one with the
 same number.
@@ -6,6 +6,8 @@ same number.
 
 import json
 import os
+import sqlite3
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +15,7 @@ from pydantic import ValidationError
 
 from adapterhub_lite.adapter_format.manifest import EvaluationRecord
 from adapterhub_lite.adapter_format.record import StrictModel
-from adapterhub_lite.registry.store.durable import fsync_folder
+from adapterhub_lite.registry.store.files import fsync_folder
 
 JOURNAL_FILE = "journal.jsonl"
 
@@ -31,14 +33,14 @@ class JournalEntry(StrictModel):
     evaluation: EvaluationRecord | None = None
     at: str
 
-    def row(self) -> dict[str, object]:
-        """The entry as columns of the database, which keeps an evaluation in a table of its own."""
-        return self.model_dump(exclude={"evaluation"})
 
-
-def append_entry(home: Path, entry: JournalEntry) -> None:
-    """Write one line and wait until it is on disk. The caller holds the database's write lock."""
+def record_act(connection: sqlite3.Connection, home: Path, **act: object) -> None:
+    """Put one act into the journal: the line first, then the row that the caller's transaction commits."""
+    row = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'journal'").fetchone()
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    entry = JournalEntry.model_validate({"number": (row[0] if row else 0) + 1, "at": now, **act})
     line = json.dumps(entry.model_dump(mode="json", exclude_none=True), sort_keys=True).encode() + b"\n"
+    # The caller holds the database's write lock, so nobody else appends.
     with (home / JOURNAL_FILE).open("ab+") as file:
         if not file.tell():
             fsync_folder(home)
@@ -49,6 +51,15 @@ def append_entry(home: Path, entry: JournalEntry) -> None:
         file.write(line)
         file.flush()
         os.fsync(file.fileno())
+    insert_entry(connection, entry)
+
+
+def insert_entry(connection: sqlite3.Connection, entry: JournalEntry) -> None:
+    """Put an act that is in the journal's file into the database, which keeps evaluations in a table of its own."""
+    values = entry.model_dump(exclude={"evaluation"})
+    columns = ", ".join(values)
+    marks = ", ".join("?" * len(values))
+    connection.execute(f"INSERT INTO journal ({columns}) VALUES ({marks})", list(values.values()))  # noqa: S608
 
 
 def read_journal(home: Path) -> list[JournalEntry]:

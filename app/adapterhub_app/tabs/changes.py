@@ -53,8 +53,13 @@ def pull(backend: Backend, user: str | None, repo_id: str, revision: str, name: 
     def work(tell: Tell) -> str:
         backend.access.require_admin(user, "pull from a hub")
         _wanted(repo_id)
-        options = {"revision": revision.strip() or None, "name": name.strip() or None}
-        receipt = backend.registry.pull(repo_id.strip(), endpoint=backend.hub, progress=tell, **options)
+        receipt = backend.registry.pull(
+            repo_id.strip(),
+            revision=revision.strip() or None,
+            name=name.strip() or None,
+            endpoint=backend.hub,
+            progress=tell,
+        )
         manifest = receipt.manifest
         where = {"hub": "fetched and verified", "store": "was here already", "offline": "taken from here"}[
             receipt.source

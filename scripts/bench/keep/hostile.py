@@ -18,7 +18,7 @@ from typing import Any
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import AdapterHubError
 from adapterhub_lite.registry import AdapterRegistry
-from adapterhub_lite.registry.operations.importing import import_adapter
+from adapterhub_lite.registry.operations.intake import import_adapter
 from scripts.bench.report import RESULTS, write_result
 from tests.registry.check.hostile.case import Case
 from tests.registry.check.hostile.corpus import CASES
@@ -63,7 +63,7 @@ def refuse(case: Case, folder: Path, home: Path, base: ResolvedBase) -> dict[str
             if case.door == "add":
                 registry.add(folder, "sql", base=base)
             else:
-                import_adapter(registry, folder, base=base)
+                import_adapter(registry.store, folder, base=base)
             reason = None
         except AdapterHubError as error:
             reason = str(error)

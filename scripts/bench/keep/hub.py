@@ -83,8 +83,8 @@ def transfers(registry: AdapterRegistry, folder: Path, rounds: int) -> dict[str,
         with HubServer(folder / f"hub-{way}") as hub:
             for version in range(1, rounds + 1):
                 elsewhere = AdapterRegistry(folder / f"elsewhere-{way}-{version}")
-                push = lambda v=version: push_adapter(registry, f"large:{v}", REPO, endpoint=hub.url)  # noqa: E731
-                pull = lambda v=version, r=elsewhere: pull_adapter(r, REPO, revision=f"v{v}", endpoint=hub.url)  # noqa: E731
+                push = lambda v=version: push_adapter(registry.store, f"large:{v}", REPO, endpoint=hub.url)  # noqa: E731
+                pull = lambda v=version, r=elsewhere: pull_adapter(r.store, REPO, revision=f"v{v}", endpoint=hub.url)  # noqa: E731
                 pushes.append(timed(push, hub))
                 pulls.append(timed(pull, hub))
                 again.append(timed(push, hub))
@@ -120,16 +120,16 @@ def one_fault(
 ) -> dict[str, Any]:
     """The outcome with the fault in force: exactly one commit and tag, and bytes equal to what was published."""
     elsewhere, wanted = AdapterRegistry(scratch / "elsewhere"), registry.resolve("large:2")
-    push_adapter(registry, "large:1", REPO, endpoint=hub.url)
+    push_adapter(registry.store, "large:1", REPO, endpoint=hub.url)
     if doing == "pull":
-        push_adapter(registry, "large:2", REPO, endpoint=hub.url)
+        push_adapter(registry.store, "large:2", REPO, endpoint=hub.url)
     rule, error = hub.faults.add(kind, path, seconds=0.2), None
     started = time.perf_counter()
     try:
         if doing == "push":
-            push_adapter(registry, "large:2", REPO, endpoint=hub.url)
+            push_adapter(registry.store, "large:2", REPO, endpoint=hub.url)
         else:
-            pull_adapter(elsewhere, REPO, revision="v2", endpoint=hub.url)
+            pull_adapter(elsewhere.store, REPO, revision="v2", endpoint=hub.url)
     except AdapterHubError as failure:
         error = type(failure).__name__
     seconds = time.perf_counter() - started
@@ -137,7 +137,7 @@ def one_fault(
     hub.faults.clear()
     repo = HubRepo(REPO, endpoint=hub.url)
     published = sum(commit.text.startswith("large v2") for commit in repo.log(repo.head()))
-    verified = pull_adapter(elsewhere, REPO, revision="v2", endpoint=hub.url).manifest == wanted
+    verified = pull_adapter(elsewhere.store, REPO, revision="v2", endpoint=hub.url).manifest == wanted
     return {"struck": struck, "error": error, "commits_of_v2": published, "tagged": "v2" in repo.tags(),
             "pulled_as_published": verified, "seconds": seconds}  # fmt: skip
 
@@ -149,7 +149,9 @@ def publishers(registry: AdapterRegistry, folder: Path) -> dict[str, Any]:
 
         def all_at_once() -> None:
             versions = range(1, PUBLISHERS + 1)
-            receipts.extend(pool.map(lambda n: push_adapter(registry, f"large:{n}", REPO, endpoint=hub.url), versions))
+            receipts.extend(
+                pool.map(lambda n: push_adapter(registry.store, f"large:{n}", REPO, endpoint=hub.url), versions)
+            )
 
         row = timed(all_at_once, hub)
         repo = HubRepo(REPO, endpoint=hub.url)

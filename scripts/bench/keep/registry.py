@@ -19,7 +19,7 @@ from typing import Any
 from adapterhub_lite.adapter_format.manifest import EvaluationRecord, FileRecord, LoraRecord
 from adapterhub_lite.adapter_format.record import BaseRecord, DataRecord, MemoryRecord, TrainingRecord
 from adapterhub_lite.registry import AdapterManifest, AdapterRegistry
-from adapterhub_lite.registry.store.rows import insert_version, parse_stored
+from adapterhub_lite.registry.store.database import insert_version, parse_stored
 from scripts.bench.report import RESULTS, write_result
 
 NAMES = 20
@@ -63,7 +63,7 @@ def manifest(name: str, version: int) -> AdapterManifest:
 
 def fill(registry: AdapterRegistry, versions: int) -> None:
     """Put the rows in, in one transaction: adding is measured by itself."""
-    with registry.database.write() as connection:
+    with registry.store.write() as connection:
         for index in range(versions):
             insert_version(connection, manifest(f"task-{index % NAMES}", index // NAMES + 1), None)
     for index in range(NAMES):

@@ -13,11 +13,11 @@ from huggingface_hub import HfApi, ModelCard, snapshot_download
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adapterhub_lite.adapter_format.manifest import LOSS_FILE
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.hub_server import HubServer
 from adapterhub_lite.registry import AdapterManifest, AdapterRegistry
-from adapterhub_lite.registry.hub.card import HUB_ID, card_files, card_metadata, hub_id, render_card
-from adapterhub_lite.registry.hub.loss_plot import LOSS_FILE, draw_loss
+from adapterhub_lite.registry.hub.card import HUB_ID, card_files, card_metadata, draw_loss, hub_id, render_card
 
 
 @pytest.fixture

@@ -18,7 +18,9 @@ from adapterhub_lite.errors import (
 )
 from adapterhub_lite.hub_server import HubServer
 from adapterhub_lite.registry import AdapterRegistry
-from adapterhub_lite.registry.hub.push import pull_adapter, push_adapter, push_alias, remote_aliases
+from adapterhub_lite.registry.hub.aliases import push_alias, remote_aliases
+from adapterhub_lite.registry.hub.pull import pull_adapter
+from adapterhub_lite.registry.hub.push import push_adapter
 from tests.xet import need_xet
 
 REPO = "org/sql-lora"
@@ -59,9 +61,9 @@ def test_a_second_push_of_a_digest_does_nothing_and_says_so(
     registry: AdapterRegistry, adapter: Path, base: ResolvedBase, hub_server: HubServer
 ) -> None:
     registry.add(adapter, "sql", base=base)
-    first = push_adapter(registry, "sql", REPO, endpoint=hub_server.url)
+    first = push_adapter(registry.store, "sql", REPO, endpoint=hub_server.url)
     hub_server.faults.clear()
-    again = push_adapter(registry, "sql", REPO, endpoint=hub_server.url)
+    again = push_adapter(registry.store, "sql", REPO, endpoint=hub_server.url)
     assert (again.commit, again.tag, again.uploaded, again.commits_sent) == (first.commit, "v1", False, 0)
     assert not [exchange for exchange in hub_server.faults.log if "/commit/" in exchange.path]
 
@@ -111,14 +113,14 @@ def test_versions_are_tags_and_the_newest_is_pulled_by_default(
 ) -> None:
     registry.add(adapter, "sql", base=base)
     registry.add(other_adapter, "sql", base=base)
-    newer = push_adapter(registry, "sql:2", REPO, endpoint=hub_server.url)
-    older = push_adapter(registry, "sql:1", REPO, endpoint=hub_server.url)
-    assert pull_adapter(elsewhere, REPO, endpoint=hub_server.url).commit == newer.commit
-    assert pull_adapter(elsewhere, REPO, revision="v1", endpoint=hub_server.url).commit == older.commit
-    assert pull_adapter(elsewhere, REPO, revision=older.commit, endpoint=hub_server.url).manifest.version == 1
+    newer = push_adapter(registry.store, "sql:2", REPO, endpoint=hub_server.url)
+    older = push_adapter(registry.store, "sql:1", REPO, endpoint=hub_server.url)
+    assert pull_adapter(elsewhere.store, REPO, endpoint=hub_server.url).commit == newer.commit
+    assert pull_adapter(elsewhere.store, REPO, revision="v1", endpoint=hub_server.url).commit == older.commit
+    assert pull_adapter(elsewhere.store, REPO, revision=older.commit, endpoint=hub_server.url).manifest.version == 1
     assert {manifest.version for manifest in elsewhere.list("sql")} == {1, 2}
     with pytest.raises(UnknownNameError):
-        pull_adapter(elsewhere, REPO, revision="v7", endpoint=hub_server.url)
+        pull_adapter(elsewhere.store, REPO, revision="v7", endpoint=hub_server.url)
 
 
 @pytest.mark.parametrize("revision", ["../v1", "v1/../../x", "", "@7", "a b"])

@@ -33,7 +33,7 @@ def lived_in(registry: AdapterRegistry, adapter: Path, other_adapter: Path, base
 
 
 def _dump(registry: AdapterRegistry) -> dict[str, list[tuple[object, ...]]]:
-    connection = registry.database.read()
+    connection = registry.store.read()
     tables = ("names", "versions", "removed", "tags", "metrics", "aliases", "journal")
     return {table: sorted(connection.execute(f"SELECT * FROM {table}"), key=repr) for table in tables}
 

@@ -31,7 +31,7 @@ def test_the_folder_that_vllm_resolves(
     registry: AdapterRegistry, adapter: Path, other_adapter: Path, base: ResolvedBase, tmp_path: Path
 ) -> None:
     manifests = [registry.add(adapter, "sql", base=base), registry.add(other_adapter, "event", base=base)]
-    folders = export_vllm(registry, manifests, tmp_path / "cache")
+    folders = export_vllm(registry.store, manifests, tmp_path / "cache")
     assert folders == [tmp_path / "cache" / "sql", tmp_path / "cache" / "event"]
     for folder in folders:
         assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
@@ -39,9 +39,9 @@ def test_the_folder_that_vllm_resolves(
         found = json.loads((folder / "adapter_config.json").read_text())
         assert found["peft_type"] == "LORA" and found["base_model_name_or_path"] == base.model_id
     with pytest.raises(UsageError, match="not empty"):
-        export_vllm(registry, manifests[:1], tmp_path / "cache")
+        export_vllm(registry.store, manifests[:1], tmp_path / "cache")
     with pytest.raises(UsageError, match="one version of each"):
-        export_vllm(registry, [manifests[0], manifests[0]], tmp_path / "two")
+        export_vllm(registry.store, [manifests[0], manifests[0]], tmp_path / "two")
 
 
 @pytest.mark.parametrize("lora", [{"use_dora": True}, {"rank_pattern": {"q_proj": 2}}])
@@ -50,7 +50,7 @@ def test_what_vllm_cannot_serve_is_said(
 ) -> None:
     manifest = registry.add(make_adapter(**lora), "sql", base=base)
     with pytest.raises(ConfigurationError, match="not a plain LoRA"):
-        export_vllm(registry, [manifest], tmp_path / "cache")
+        export_vllm(registry.store, [manifest], tmp_path / "cache")
 
 
 def test_gguf_goes_through_the_converter(
@@ -61,18 +61,18 @@ def test_gguf_goes_through_the_converter(
     monkeypatch.delenv("LLAMA_CPP_CONVERTER", raising=False)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigurationError, match="not on the path"):
-        export_gguf(registry, manifest, out, base=base)
+        export_gguf(registry.store, manifest, out, base=base)
     script = tmp_path / "convert_lora_to_gguf.py"
     script.write_text(CONVERTER)
     monkeypatch.setenv("LLAMA_CPP_CONVERTER", str(script))
     with pytest.raises(ConfigurationError, match="no such base"):
-        export_gguf(registry, manifest, out, base=ResolvedBase("tiny", "tiny", tmp_path))
+        export_gguf(registry.store, manifest, out, base=ResolvedBase("tiny", "tiny", tmp_path))
     with pytest.raises(UsageError, match="on this machine"):
-        export_gguf(registry, manifest, out)
+        export_gguf(registry.store, manifest, out)
     assert not out.exists() and list(out.parent.iterdir()) == []
-    assert export_gguf(registry, manifest, out, base=base).read_bytes().startswith(b"GGUF")
+    assert export_gguf(registry.store, manifest, out, base=base).read_bytes().startswith(b"GGUF")
     with pytest.raises(UsageError, match="already"):
-        export_gguf(registry, manifest, out, base=base)
+        export_gguf(registry.store, manifest, out, base=base)
 
 
 @pytest.mark.skipif(
@@ -86,7 +86,7 @@ def test_the_real_converter_keeps_every_delta(
     from gguf import GGUFReader
 
     manifest = registry.add(make_adapter(seed=1, targets=("v_proj", "down_proj"), alpha=12), "sql", base=base)
-    made = GGUFReader(export_gguf(registry, manifest, tmp_path / "sql.gguf", base=base))
+    made = GGUFReader(export_gguf(registry.store, manifest, tmp_path / "sql.gguf", base=base))
     found = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in made.tensors}
     scaling = made.fields["adapter.lora.alpha"].contents() / manifest.lora.rank
     wanted = read_factors(registry.file(manifest, "adapter_model.safetensors"), manifest.lora)

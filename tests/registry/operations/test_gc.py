@@ -13,7 +13,8 @@ from adapterhub_lite.adapter_format.manifest import ParentRecord
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import IntegrityError, RegistryError, ResourceError, UnknownNameError, UsageError
 from adapterhub_lite.registry import AdapterRegistry
-from adapterhub_lite.registry.operations.importing import adapter_files, import_adapter
+from adapterhub_lite.registry.operations.export import adapter_files
+from adapterhub_lite.registry.operations.intake import import_adapter
 
 
 @pytest.fixture(scope="session")
@@ -36,10 +37,10 @@ def test_gc_keeps_what_anything_refers_to(registry: AdapterRegistry, six: list[P
         assert {name: reason.split(" ")[0] for name, reason in plan.kept.items()} == {
             "sql:1": "parent", "sql:2": "alias", "sql:3": "pinned", "sql:4": "held", "sql:6": "among",
         }  # fmt: skip
-        before = sum(path.stat().st_size for _, path in registry.objects)
+        before = sum(path.stat().st_size for _, path in registry.store.objects)
         assert len(registry.list()) == 6, "a plan changes nothing"
         assert registry.gc() == plan
-        assert before - sum(path.stat().st_size for _, path in registry.objects) == plan.freed_bytes > 0
+        assert before - sum(path.stat().st_size for _, path in registry.store.objects) == plan.freed_bytes > 0
     assert registry.examine().problems == ()
     registry.unpin("sql:3")
     assert registry.gc().versions == ("sql:3", "sql:4")
@@ -160,7 +161,7 @@ def test_leftovers_of_a_crash_are_swept(registry: AdapterRegistry, six: list[Pat
     (registry.home / "staging" / "dead").mkdir()
     (registry.home / "manifests" / "sql" / "2.json").write_bytes(b"{}")
     (registry.home / "manifests" / "sql" / ".3.json.x.tmp").write_bytes(b"half")
-    stray = registry.objects.path("ab" + "0" * 62)
+    stray = registry.store.objects.path("ab" + "0" * 62)
     stray.parent.mkdir(exist_ok=True)
     stray.write_bytes(b"half")
     assert len(registry.plan_gc().leftovers) == 3
@@ -178,8 +179,8 @@ def test_a_removed_version_may_come_back_as_itself(
     registry.remove("sql:1")
     registry.gc()
     with pytest.raises(IntegrityError):
-        adapter_files(registry, manifest)
-    assert import_adapter(registry, folder, base=base) == manifest
+        adapter_files(registry.store, manifest)
+    assert import_adapter(registry.store, folder, base=base) == manifest
     registry.rebuild()
     assert registry.resolve("sql:1") == manifest
     assert registry.examine().problems == ()

@@ -19,8 +19,8 @@ from adapterhub_lite.errors import (
 from adapterhub_lite.hub_server import HubServer
 from adapterhub_lite.merging import merge_adapters, merge_into_base
 from adapterhub_lite.registry import AdapterManifest, AdapterRegistry
-from adapterhub_lite.registry.operations.export import export_vllm
-from adapterhub_lite.registry.operations.importing import adapter_files, import_adapter
+from adapterhub_lite.registry.operations.export import adapter_files, export_vllm
+from adapterhub_lite.registry.operations.intake import import_adapter
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def parcel(
     manifest = registry.add(adapter, "sql", base=base, task="sql")
     folder = tmp_path / "parcel"
     folder.mkdir()
-    for name, path in adapter_files(registry, manifest).items():
+    for name, path in adapter_files(registry.store, manifest).items():
         shutil.copyfile(path, folder / name)
     return manifest, folder
 
@@ -47,18 +47,18 @@ def test_a_version_arrives_with_its_number_and_manifest(
     there: AdapterRegistry, parcel: tuple[AdapterManifest, Path], base: ResolvedBase
 ) -> None:
     manifest, folder = parcel
-    assert import_adapter(there, folder, base=base) == manifest
+    assert import_adapter(there.store, folder, base=base) == manifest
     assert there.resolve("sql:2") == manifest
-    assert import_adapter(there, folder, base=base) == manifest, "again changes nothing"
+    assert import_adapter(there.store, folder, base=base) == manifest, "again changes nothing"
     assert there.list() == [manifest]
-    renamed = import_adapter(there, folder, name="mine")
+    renamed = import_adapter(there.store, folder, name="mine")
     assert (renamed.reference, renamed.digest) == ("mine:2", manifest.digest)
 
 
 def test_the_next_local_version_comes_after(
     there: AdapterRegistry, parcel: tuple[AdapterManifest, Path], adapter: Path, base: ResolvedBase
 ) -> None:
-    import_adapter(there, parcel[1])
+    import_adapter(there.store, parcel[1])
     assert there.add(adapter, "sql", base=base).version == 3
 
 
@@ -68,7 +68,7 @@ def test_a_taken_number_is_refused(
     for _ in range(2):
         there.add(other_adapter, "sql", base=base)
     with pytest.raises(RegistryError, match="sql:2 is another adapter here"):
-        import_adapter(there, parcel[1])
+        import_adapter(there.store, parcel[1])
 
 
 def test_one_flipped_byte_is_found(there: AdapterRegistry, parcel: tuple[AdapterManifest, Path]) -> None:
@@ -78,7 +78,7 @@ def test_one_flipped_byte_is_found(there: AdapterRegistry, parcel: tuple[Adapter
         content[-3] ^= 1
         (folder / name).write_bytes(content)
         with pytest.raises(IntegrityError, match=name):
-            import_adapter(there, folder)
+            import_adapter(there.store, folder)
         content[-3] ^= 1
         (folder / name).write_bytes(content)
     assert there.list() == []
@@ -98,7 +98,7 @@ def test_what_is_damaged_here_is_neither_published_nor_exported_nor_merged(
     for attempt in (
         lambda: registry.push("sql", "org/sql", endpoint=hub_server.url),
         lambda: registry.export("sql", out),
-        lambda: export_vllm(registry, [manifest], out),
+        lambda: export_vllm(registry.store, [manifest], out),
         lambda: merge_adapters(["sql"], registry=registry, base=base),
         lambda: merge_into_base("sql", out, registry=registry, base=base),
     ):
@@ -129,14 +129,14 @@ def test_a_manifest_that_lies_is_refused(there: AdapterRegistry, parcel: tuple[A
     for lie in lies:
         _edit(folder, **lie)
         with pytest.raises(IntegrityError):
-            import_adapter(there, folder)
+            import_adapter(there.store, folder)
         (folder / "adapterhub.json").write_bytes(original)
     _edit(folder, schema_version=2)
     with pytest.raises(SchemaVersionError, match="Upgrade"):
-        import_adapter(there, folder)
+        import_adapter(there.store, folder)
     (folder / "adapterhub.json").unlink()
     with pytest.raises(IntegrityError, match=r"no adapterhub\.json"):
-        import_adapter(there, folder)
+        import_adapter(there.store, folder)
     assert there.list() == []
 
 
@@ -144,18 +144,18 @@ def test_what_was_expected_has_to_come(there: AdapterRegistry, parcel: tuple[Ada
     manifest, folder = parcel
     wrong = manifest.model_copy(update={"digest": "sha256:" + "1" * 64})
     with pytest.raises(IntegrityError, match="not the adapter expected"):
-        import_adapter(there, folder, expected=wrong)
-    assert import_adapter(there, folder, expected=manifest) == manifest
+        import_adapter(there.store, folder, expected=wrong)
+    assert import_adapter(there.store, folder, expected=manifest) == manifest
 
 
 def test_missing_and_extra_files_are_named(there: AdapterRegistry, parcel: tuple[AdapterManifest, Path]) -> None:
     (parcel[1] / "payload.pkl").write_bytes(b"cos\nsystem\n")
     with pytest.raises(AdapterRejectedError, match=r"payload\.pkl"):
-        import_adapter(there, parcel[1])
+        import_adapter(there.store, parcel[1])
     (parcel[1] / "payload.pkl").unlink()
     (parcel[1] / "adapter_model.safetensors").unlink()
     with pytest.raises(AdapterRejectedError, match="is missing"):
-        import_adapter(there, parcel[1])
+        import_adapter(there.store, parcel[1])
 
 
 def test_another_base_is_named(
@@ -167,4 +167,4 @@ def test_another_base_is_named(
     (moved / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
     (moved / ".fingerprint.json").unlink(missing_ok=True)
     with pytest.raises(BaseMismatchError, match=r"moved-base here has .*; what differs: config"):
-        import_adapter(there, parcel[1], base=ResolvedBase("moved-base", "moved-base", moved))
+        import_adapter(there.store, parcel[1], base=ResolvedBase("moved-base", "moved-base", moved))

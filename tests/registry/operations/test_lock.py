@@ -9,8 +9,9 @@ import pytest
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import DataError, IntegrityError, SchemaVersionError, UnknownNameError, UsageError
 from adapterhub_lite.registry import AdapterRegistry
-from adapterhub_lite.registry.operations.importing import import_adapter
-from adapterhub_lite.registry.operations.lock import Lock, pull_locked, read_lock, verify_lock, write_lock
+from adapterhub_lite.registry.hub.pull import pull_locked
+from adapterhub_lite.registry.operations.intake import import_adapter
+from adapterhub_lite.registry.operations.lock import Lock, read_lock, verify_lock, write_lock
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def locked(
     registry.add(adapter, "sql", base=home_base)
     registry.add(other_adapter, "event", base=home_base)
     registry.set_alias("sql", "prod", version=1)
-    write_lock(registry, ["sql@prod", "event", "sql:1"], tmp_path / "adapters.lock", sources={"sql": "org/sql"})
+    write_lock(registry.store, ["sql@prod", "event", "sql:1"], tmp_path / "adapters.lock", sources={"sql": "org/sql"})
     return tmp_path / "adapters.lock"
 
 
@@ -37,9 +38,9 @@ def test_a_lock_is_written_read_and_holds(registry: AdapterRegistry, locked: Pat
     lock = read_lock(locked)
     assert [(entry.reference, entry.source) for entry in lock.adapters] == [("event:1", None), ("sql:1", "org/sql")]
     assert set(lock.adapters[0].base.tokenizer) == {"tokenizer.json", "chat_template.jinja"}
-    assert verify_lock(registry, lock) == []
+    assert verify_lock(registry.store, lock) == []
     first = locked.read_bytes()
-    write_lock(registry, ["event", "sql"], locked, sources={"sql": "org/sql"})
+    write_lock(registry.store, ["event", "sql"], locked, sources={"sql": "org/sql"})
     assert locked.read_bytes() == first, "the same adapters are the same bytes"
 
 
@@ -47,21 +48,21 @@ def test_whatever_differs_is_named(registry: AdapterRegistry, locked: Path, home
     lock = read_lock(locked)
     tokenizer = home_base.folder / "chat_template.jinja"
     tokenizer.write_text(tokenizer.read_text() + " ")
-    assert all("has the fingerprint" in problem for problem in verify_lock(registry, lock))
+    assert all("has the fingerprint" in problem for problem in verify_lock(registry.store, lock))
     tokenizer.write_text(tokenizer.read_text()[:-1])
-    assert verify_lock(registry, lock) == []
+    assert verify_lock(registry.store, lock) == []
     path = registry.file(registry.resolve("sql"), "adapter_model.safetensors")
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.chmod(0o644)
     path.write_bytes(content)
-    assert [problem.split(" has the sha256")[0] for problem in verify_lock(registry, lock)] == [
+    assert [problem.split(" has the sha256")[0] for problem in verify_lock(registry.store, lock)] == [
         "sql:1: adapter_model.safetensors"
     ]
     path.unlink()
-    assert "missing or damaged" in verify_lock(registry, lock)[0]
+    assert "missing or damaged" in verify_lock(registry.store, lock)[0]
     shutil.rmtree(home_base.folder)
-    assert any("not on this machine" in problem for problem in verify_lock(registry, lock))
+    assert any("not on this machine" in problem for problem in verify_lock(registry.store, lock))
 
 
 def test_another_machine_is_brought_to_the_lock(
@@ -69,19 +70,19 @@ def test_another_machine_is_brought_to_the_lock(
 ) -> None:
     there = AdapterRegistry(tmp_path / "there")
     lock = read_lock(locked)
-    assert ["pull it" in problem for problem in verify_lock(there, lock, bases=[home_base])] == [True, True]
+    assert ["pull it" in problem for problem in verify_lock(there.store, lock, bases=[home_base])] == [True, True]
     for entry in lock.adapters:
         import_adapter(
-            there, registry.export(entry.digest, tmp_path / entry.name), expected=registry.resolve(entry.digest)
+            there.store, registry.export(entry.digest, tmp_path / entry.name), expected=registry.resolve(entry.digest)
         )
-    assert verify_lock(there, lock, bases=[home_base]) == []
+    assert verify_lock(there.store, lock, bases=[home_base]) == []
 
 
 def test_what_is_no_lock_is_said(registry: AdapterRegistry, locked: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="at least one"):
-        write_lock(registry, [])
+        write_lock(registry.store, [])
     with pytest.raises(UnknownNameError):
-        write_lock(registry, ["nobody"], locked)
+        write_lock(registry.store, ["nobody"], locked)
     with pytest.raises(UsageError, match="no lock"):
         read_lock(tmp_path / "nowhere")
     content = json.loads(locked.read_text())
@@ -102,16 +103,16 @@ def test_what_is_missing_is_pulled_and_nothing_else_taken(
     from adapterhub_lite.hub_server import HubServer
 
     manifest = registry.add(adapter, "sql", base=home_base)
-    lock = write_lock(registry, ["sql"], tmp_path / "adapters.lock", sources={"sql": "org/sql"})
+    lock = write_lock(registry.store, ["sql"], tmp_path / "adapters.lock", sources={"sql": "org/sql"})
     there = AdapterRegistry(tmp_path / "there")
     with HubServer(tmp_path / "hub") as hub:
         registry.push("sql", "org/sql", endpoint=hub.url)
-        assert pull_locked(there, lock, endpoint=hub.url) == [manifest]
-        assert pull_locked(there, lock, endpoint="http://127.0.0.1:9") == [], "nothing is missing any more"
+        assert pull_locked(there.store, lock, endpoint=hub.url) == [manifest]
+        assert pull_locked(there.store, lock, endpoint="http://127.0.0.1:9") == [], "nothing is missing any more"
         moved = lock.adapters[0].model_copy(update={"digest": "sha256:" + "0" * 64})
         with pytest.raises(IntegrityError, match="another adapter as v1 than the lock"):
-            pull_locked(AdapterRegistry(tmp_path / "third"), Lock(adapters=(moved,)), endpoint=hub.url)
+            pull_locked(AdapterRegistry(tmp_path / "third").store, Lock(adapters=(moved,)), endpoint=hub.url)
     assert AdapterRegistry(tmp_path / "third").list() == []
     alone = lock.adapters[0].model_copy(update={"source": None})
     with pytest.raises(UsageError, match="does not say where"):
-        pull_locked(AdapterRegistry(tmp_path / "third"), Lock(adapters=(alone,)))
+        pull_locked(AdapterRegistry(tmp_path / "third").store, Lock(adapters=(alone,)))

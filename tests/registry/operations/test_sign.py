@@ -8,7 +8,7 @@ import pytest
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import AdapterRejectedError, IntegrityError, UnknownNameError, UsageError
 from adapterhub_lite.registry import AdapterRegistry
-from adapterhub_lite.registry.operations.importing import import_adapter
+from adapterhub_lite.registry.operations.intake import import_adapter
 from adapterhub_lite.registry.operations.sign import generate_key
 
 
@@ -28,7 +28,7 @@ def there(tmp_path: Path) -> AdapterRegistry:
 
 def test_a_signature_travels_and_verifies(signed: tuple[str, Path], there: AdapterRegistry) -> None:
     public_key, folder = signed
-    import_adapter(there, folder, name="renamed")
+    import_adapter(there.store, folder, name="renamed")
     assert there.show("renamed").signed
     assert there.verify("renamed") is None, "valid, but nobody we know"
     there.trust.trust("ann", public_key)
@@ -43,16 +43,16 @@ def test_the_policy_refuses_the_unsigned_and_the_unknown(
     public_key, folder = signed
     there.trust.require(True)
     with pytest.raises(AdapterRejectedError, match="key that is not trusted"):
-        import_adapter(there, folder)
+        import_adapter(there.store, folder)
     unsigned = tmp_path / "unsigned"
     shutil.copytree(folder, unsigned)
     (unsigned / "adapterhub.sig.json").unlink()
     with pytest.raises(AdapterRejectedError, match="not signed"):
-        import_adapter(there, unsigned)
+        import_adapter(there.store, unsigned)
     there.trust.trust("ann", public_key)
-    assert import_adapter(there, folder).reference == "sql:1"
+    assert import_adapter(there.store, folder).reference == "sql:1"
     there.trust.require(False)
-    assert import_adapter(there, unsigned).reference == "sql:1"
+    assert import_adapter(there.store, unsigned).reference == "sql:1"
 
 
 def test_a_wrong_signature_is_refused_without_any_policy(signed: tuple[str, Path], there: AdapterRegistry) -> None:
@@ -63,12 +63,12 @@ def test_a_wrong_signature_is_refused_without_any_policy(signed: tuple[str, Path
     for wrong in (swapped, "{}", "[]", good.replace("ed25519", "none")):
         path.write_text(wrong)
         with pytest.raises(IntegrityError, match="signature"):
-            import_adapter(there, folder)
+            import_adapter(there.store, folder)
     path.write_text(good)
     manifest = folder / "adapterhub.json"
     manifest.write_text(manifest.read_text().replace('"task": null', '"task": "better"'))
     with pytest.raises(IntegrityError, match="not a signature over this manifest"):
-        import_adapter(there, folder)
+        import_adapter(there.store, folder)
 
 
 def test_verify_reads_every_byte(signed: tuple[str, Path], registry: AdapterRegistry) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import RegistryError
 from adapterhub_lite.registry import AdapterRegistry
-from adapterhub_lite.registry.operations.importing import import_adapter
+from adapterhub_lite.registry.operations.intake import import_adapter
 
 # How many acts a child lives through on the average, twice over: the instants fall into all kinds of them.
 ACTS_A_LIFE = 4
@@ -63,7 +63,7 @@ def work(
         elif act == "pull":
             name = f"pulled-{chance.randrange(10**9)}"
             tell("begin", "pull", name)
-            tell("done", "pull", name, import_adapter(registry, parcel, name=name, base=base).digest)
+            tell("done", "pull", name, import_adapter(registry.store, parcel, name=name, base=base).digest)
         elif act == "remove":
             version = chance.choice(versions)
             tell("begin", "remove", version)
@@ -133,7 +133,7 @@ def warm_up(registry: AdapterRegistry, adapters: list[Path], parcel: Path, base:
         for adapter in adapters:
             version = registry.add(adapter, "sql", base=base).version
         registry.set_alias("sql", "prod", version=version)
-        import_adapter(registry, parcel, base=base)
+        import_adapter(registry.store, parcel, base=base)
         registry.gc(keep_newest=3)
     return (time.monotonic() - start) / (len(adapters) + 3)
 

@@ -9,7 +9,7 @@ import pytest
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import AdapterHubError, AdapterRejectedError, BaseMismatchError, IntegrityError
 from adapterhub_lite.registry import AdapterRegistry
-from adapterhub_lite.registry.operations.importing import import_adapter
+from adapterhub_lite.registry.operations.intake import import_adapter
 from tests.registry.check.hostile.case import Case
 from tests.registry.check.hostile.corpus import CASES
 
@@ -41,14 +41,14 @@ def test_it_is_refused(
             if case.door == "add":
                 registry.add(folder, "sql", base=base)
             else:
-                import_adapter(registry, folder, base=base)
+                import_adapter(registry.store, folder, base=base)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert isinstance(caught.value, AdapterRejectedError | IntegrityError | BaseMismatchError)
     assert len(str(caught.value)) < 6000
     assert peak < BUDGET_BYTES
-    assert registry.list() == [] and list(registry.objects) == []
+    assert registry.list() == [] and list(registry.store.objects) == []
     assert not any((registry.home / "staging").iterdir())
 
 
@@ -70,4 +70,4 @@ def test_all_problems_come_in_one_report(
 
 def test_the_sound_ones_pass(registry: AdapterRegistry, adapter: Path, parcel: Path, base: ResolvedBase) -> None:
     registry.add(adapter, "mine", base=base)
-    import_adapter(registry, parcel, base=base)
+    import_adapter(registry.store, parcel, base=base)

@@ -1,46 +1,62 @@
-"""File contents under their sha256, immutable, shared between versions. Knows no adapters and no database.
+"""Files that are still there after a power cut, and file contents under their sha256. Knows no adapters and no database.
 
-Law of the folder: a file at its final name is complete and on disk. It is written aside, fsynced, renamed, and the
-folder fsynced.
+A name is on disk once its folder was fsynced, which holds for a folder's own name too. Hence the law of `objects/`: a
+file at its final name is complete and on disk. It is written aside, fsynced, renamed, and the folder fsynced.
 """
 
 import hashlib
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from adapterhub_lite.adapter_format.manifest import FileRecord
-from adapterhub_lite.registry.store.durable import fsync_folder, make_folder
-from adapterhub_lite.registry.store.locks import store_lock
 
 BLOCK_BYTES = 1 << 20
 
 
+def make_folder(folder: Path) -> None:
+    """Make `folder` and whatever is missing above it; again is no error."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        fsync_folder(folder.parent)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Put `content` at `path` in one step: written aside, fsynced, renamed, the folder fsynced."""
+    make_folder(path.parent)
+    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(aside).replace(path)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 class ObjectStore:
-    """`objects/` and `staging/` under a home folder."""
+    """`objects/` under a home folder: immutable contents, shared between versions."""
 
     def __init__(self, home: Path) -> None:
-        self.home = home
         self.root = home / "objects" / "sha256"
-        self.staging_root = home / "staging"
 
     def path(self, sha256: str) -> Path:
         """Where the content with this sha256 (64 hex digits) lies, whether it is there or not."""
         return self.root / sha256[:2] / sha256[2:]
-
-    @contextmanager
-    def staging(self) -> Iterator[Path]:
-        """A fresh folder on the same disk, gone at the end; collection waits for it."""
-        with store_lock(self.home, exclusive=False):
-            self.staging_root.mkdir(parents=True, exist_ok=True)
-            folder = Path(tempfile.mkdtemp(dir=self.staging_root))
-            try:
-                yield folder
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
 
     def adopt(self, path: Path) -> FileRecord:
         """Move the staged file at `path` to its final name, over a damaged one if need be; returns its record."""

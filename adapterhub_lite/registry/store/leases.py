@@ -1,53 +1,26 @@
-"""Locks between processes, on files under a home folder; the kernel lets go of them when a process dies."""
+"""Who is using what now: leases of running servers, and pulls that are under way. The kernel ends both with the process.
+
+Each is a lock on a file under a home folder, so a process that is killed leaves nothing that counts.
+"""
 
 import errno
 import fcntl
 import json
 import os
-import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from adapterhub_lite.errors import RegistryError
-from adapterhub_lite.registry.store.durable import make_folder
-
-LOCK_SECONDS = 60.0
-# Where pulls lay down what they fetch, a folder each, until it is whole.
+# Where pulls put what they fetch, one folder each, until it is complete; and the file whose lock a pull into a folder
+# holds: that folder's name and this.
 PULLS = "hub"
-
-
-@contextmanager
-def store_lock(home: Path, *, exclusive: bool) -> Iterator[None]:
-    """Hold the store: shared by those who add or move, exclusive for the one who collects or rebuilds.
-
-    Not re-entrant: a thread that holds it exclusively and asks again waits for itself.
-
-    Raises:
-        RegistryError: it was not free within a minute.
-    """
-    make_folder(home)
-    with (home / "store.lock").open("a") as file:
-        kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
-        deadline = time.monotonic() + LOCK_SECONDS
-        while not _try_lock(file, kind):
-            if time.monotonic() > deadline:
-                raise RegistryError(f"Other processes kept {home} busy for {LOCK_SECONDS:g} s. Try again.")
-            time.sleep(0.005)
-        yield
-
-
-def pull_lock(folder: Path) -> str:
-    """The file whose lock a pull into `folder` holds."""
-    return f"{folder}.lock"
+PULL_LOCK = ".lock"
 
 
 class Lease:
-    """A running server's word that it uses an adapter; it ends with `release`, the `with` block, the last reference to
-    it, or the process.
+    """A running server's statement that it uses an adapter. It ends with `release`, with its `with` block, with the last
+    reference to it, or with the process.
 
     `effective` is False in a read-only home, where no lease can be written, nor anything be collected.
     """
@@ -76,7 +49,7 @@ class Lease:
     def release(self) -> None:
         """End the lease; again is no error."""
         if self._file is not None:
-            # A process forked from the owner has this object too, but not the say.
+            # A process forked from the owner has this object too, but may not end the lease.
             if self._owner == os.getpid():
                 self._path.unlink(missing_ok=True)
             self._file.close()
@@ -97,25 +70,20 @@ class Lease:
 def leased_digests(home: Path, *, clear: bool = False) -> set[str]:
     """The digests that living processes hold.
 
-    With `clear`, which wants the store held exclusively, the leases of dead processes are cleared away.
+    With `clear`, for which the caller must hold the store exclusively, leases of dead processes are deleted.
     """
     held: set[str] = set()
     for path in (home / "leases").glob("*.json"):
         try:
             with path.open("r+") as file:
-                if not _try_lock(file, fcntl.LOCK_EX):
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
                     held.add(json.load(file)["digest"])
-                elif clear:
+                    continue
+                if clear:
                     path.unlink(missing_ok=True)
         except (FileNotFoundError, ValueError):
             # Just released, or just being written by one who holds the store.
             continue
     return held
-
-
-def _try_lock(file: IO[str], kind: int) -> bool:
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

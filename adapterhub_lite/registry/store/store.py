@@ -1,0 +1,222 @@
+"""The store: everything that lies under one home folder, and the few steps that all operations share.
+
+```
+home/objects/sha256/ab/cdef...     file contents, immutable, shared between versions
+home/manifests/NAME/N.json, .sig   what each version is, and who signed it
+home/journal.jsonl                 aliases, pins, removals, later evaluations
+home/registry.db                   the database, which can be rebuilt from those two
+home/trust.json  keys/             whose signatures count; own signing keys
+home/staging/  hub/  leases/       adapters on their way in, pulls under way, what servers hold
+```
+
+An operation is a function of a `Store`. A version becomes visible in one step: its objects are in place, its manifest
+is the last file written, and the COMMIT of the database is the moment.
+"""
+
+import errno
+import fcntl
+import shutil
+import sqlite3
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from adapterhub_lite.adapter_format.manifest import AdapterManifest, HexDigest
+from adapterhub_lite.adapter_format.record import StrictModel
+from adapterhub_lite.adapter_format.reference import AdapterReference
+from adapterhub_lite.errors import IntegrityError, RegistryError, ResourceError, UnknownNameError, UsageError
+from adapterhub_lite.registry.store.database import Database, find_manifest, insert_version
+from adapterhub_lite.registry.store.files import ObjectStore, file_record, make_folder, write_durably
+from adapterhub_lite.registry.store.journal import record_act
+
+LOCK_SECONDS = 60.0
+TRUST_FILE = "trust.json"
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+class TrustPolicy(StrictModel):
+    """The content of `trust.json`: whose signatures count (name -> public key), and whether one is required."""
+
+    schema_version: Literal[1] = 1
+    required: bool = False
+    keys: dict[str, HexDigest] = Field(default_factory=dict)
+
+
+class Store:
+    """What lies under `home`. One instance serves any number of threads."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.objects = ObjectStore(home)
+        self.database = Database(home)
+
+    @property
+    def trust(self) -> TrustPolicy:
+        """The policy now: by default nobody is trusted and nothing required.
+
+        Raises:
+            UsageError: the file is damaged; guessing a policy would be worse than stopping.
+        """
+        path = self.home / TRUST_FILE
+        try:
+            return TrustPolicy.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return TrustPolicy()
+        except ValidationError as error:
+            raise UsageError(f"{path} is not a trust policy. Mend it, or remove it to trust nobody.") from error
+
+    @contextmanager
+    def lock(self, *, exclusive: bool) -> Iterator[None]:
+        """Hold the store: shared by those who add or move, exclusive for the one who collects or rebuilds.
+
+        Not re-entrant: a thread that holds it exclusively and asks again waits for itself.
+
+        Raises:
+            RegistryError: it was not free within a minute.
+        """
+        make_folder(self.home)
+        with (self.home / "store.lock").open("a") as file:
+            kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
+            deadline = time.monotonic() + LOCK_SECONDS
+            while True:
+                try:
+                    fcntl.flock(file, kind | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise RegistryError(
+                            f"Other processes kept {self.home} busy for {LOCK_SECONDS:g} s. Try again."
+                        ) from None
+                    time.sleep(0.005)
+            yield
+
+    def read(self) -> sqlite3.Connection:
+        """A connection to read from."""
+        return self.database.read()
+
+    @contextmanager
+    def write(self, *, locked: bool = False) -> Iterator[sqlite3.Connection]:
+        """A transaction; rolled back when the block raises. `locked`: the caller holds the store's lock."""
+        with nullcontext() if locked else self.lock(exclusive=False), self.database.write() as connection:
+            yield connection
+
+    @contextmanager
+    def staging(self) -> Iterator[Path]:
+        """A fresh folder on the disk of the objects, gone at the end; collection waits for it."""
+        with self.lock(exclusive=False):
+            root = self.home / "staging"
+            root.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(dir=root))
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def resolve(self, reference: str | AdapterReference) -> AdapterManifest:
+        """The manifest that `name` (newest), `name:3`, `name@alias` or a digest names now.
+
+        Raises:
+            UnknownNameError: there is none.
+            ReferenceSyntaxError: not a reference.
+        """
+        return find_manifest(self.read(), AdapterReference.parse(reference))
+
+    def file(self, manifest: AdapterManifest, filename: str, *, verify: bool = False) -> Path:
+        """The immutable local file `filename` of a version; read it, never write to it.
+
+        With `verify` every byte is compared, as whatever hands a version on has to: a disk may rot.
+
+        Raises:
+            UnknownNameError: the version has no such file.
+            IntegrityError: it is not there, or has another size (with `verify`: other bytes).
+        """
+        record = manifest.files.get(filename)
+        if record is None:
+            raise UnknownNameError.among(f"file of {manifest.reference}", filename, sorted(manifest.files))
+        path = self.objects.path(record.sha256)
+        sound = path.is_file() and path.stat().st_size == record.size
+        if not sound or (verify and file_record(path) != record):
+            raise IntegrityError(
+                f"{filename} of {manifest.reference} is missing or damaged in {self.home}. Pull it again, or add it "
+                "again from where it came."
+            )
+        return path
+
+    def manifest_path(self, name: str, version: int) -> Path:
+        """Where the manifest of a version lies as a file; its signature lies beside it as `.sig`."""
+        return self.home / "manifests" / name / f"{version}.json"
+
+    def publish(
+        self, connection: sqlite3.Connection, manifest: AdapterManifest, signature: bytes | None = None
+    ) -> None:
+        """Make a version visible, once the caller commits; its objects are in place.
+
+        Raises:
+            RegistryError: the number belongs, or once belonged, to another adapter.
+        """
+        key = (manifest.name, manifest.version)
+        for table, state in (("versions", "is"), ("removed", "was")):
+            row = connection.execute(f"SELECT digest FROM {table} WHERE name = ? AND version = ?", key).fetchone()  # noqa: S608
+            if row and (state == "is" or row[0] != manifest.digest):
+                raise RegistryError(
+                    f"{manifest.reference} {state} another adapter here ({row[0]:.19}..., not {manifest.digest:.19}...). "
+                    "Take it in under another name."
+                )
+            if row:
+                # Otherwise a rebuild would take the removal in the journal for the last word.
+                record_act(connection, self.home, act="restore", name=manifest.name, version=manifest.version)
+        path = self.manifest_path(*key)
+        if signature is not None:
+            write_durably(path.with_suffix(".sig"), signature)
+        write_durably(path, manifest.to_bytes())
+        insert_version(connection, manifest, signature)
+
+    @contextmanager
+    def guard(self, doing: str) -> Iterator[None]:
+        """A block in which errors of the machine become one sentence about `doing`; see `machine_errors`."""
+        with machine_errors(doing, self.home):
+            yield
+
+
+@contextmanager
+def machine_errors(doing: str, home: Path) -> Iterator[None]:
+    """Turn errors of the machine inside the block into one sentence about `doing` (as in "add 'sql'").
+
+    Raises:
+        ResourceError: the disk is full, the folder read-only, or it cannot be read.
+        RegistryError: another process held the store for longer than the time-out, or the database is damaged.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(_os_text(error, doing, home)) from error
+    except sqlite3.Error as error:
+        text = str(error)
+        if "full" in text:
+            raise ResourceError(_os_text(OSError(errno.ENOSPC, ""), doing, home)) from error
+        if "readonly" in text or "unable to open" in text:
+            raise ResourceError(_os_text(OSError(errno.EROFS, ""), doing, home)) from error
+        if "disk I/O" in text:
+            raise ResourceError(f"Could not {doing}: the disk under {home} fails or is full ({text}).") from error
+        if "locked" in text or "busy" in text:
+            raise RegistryError(
+                f"Could not {doing}: another process holds the registry in {home}. Try again."
+            ) from error
+        raise RegistryError(
+            f"Could not {doing}: the database in {home} is damaged ({text}). Run `adapterhub-lite doctor --rebuild`."
+        ) from error
+
+
+def _os_text(error: OSError, doing: str, home: Path) -> str:
+    if error.errno in FULL:
+        return f"Could not {doing}: the disk under {home} is full. Nothing was changed; free some space and try again."
+    if error.errno in FORBIDDEN:
+        return f"Could not {doing}: {home} cannot be written to. Set ADAPTERHUB_HOME to a folder of your own."
+    where = f" ({Path(str(error.filename)).name})" if error.filename else ""
+    return f"Could not {doing} in {home}: {error.strerror or error}{where}."
