@@ -10,10 +10,9 @@ import time
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from adapterhub_lite.errors import AdapterHubError, HubError, HubUnreachableError, UnknownNameError, UsageError
-from adapterhub_lite.serving.adapters.sources import AdapterFiles, RegistrySource
+from adapterhub_lite.serving.adapters.sources import AdapterFiles, AdapterStore, PullReceipt, RegistrySource
 
 REFERENCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(:(?P<version>[1-9]\d*)|@(?P<alias>[\w.-]+))?")
 
@@ -27,19 +26,19 @@ class HubSource:
 
     def __init__(
         self,
-        registry: Any,
+        registry: AdapterStore,
         allowed: Sequence[str],
         *,
         retry_seconds: float = 30.0,
         refresh_seconds: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
-        **pull_options: Any,
+        endpoint: str | None = None,
     ) -> None:
         self._registry = registry
         self._local = RegistrySource(registry)
         self._allowed = tuple(allowed)
         self._retry, self._refresh, self._clock = retry_seconds, refresh_seconds, clock
-        self._options = pull_options
+        self._endpoint = endpoint
         self._lock = threading.Lock()
         self._pulling: dict[str, threading.Lock] = {}
         self._known: dict[str, tuple[str, float]] = {}
@@ -86,7 +85,7 @@ class HubSource:
 
     def _pull(self, reference: str, repo: str, revision: str | None) -> str:
         try:
-            receipt = self._registry.pull(repo, revision=revision, **self._options)
+            receipt = self._registry.pull(repo, revision=revision, endpoint=self._endpoint)
             self._trouble = None
             self._failed.pop(reference, None)
         except (HubError, UnknownNameError) as error:
@@ -95,13 +94,13 @@ class HubSource:
                 raise
             self._trouble = str(error)
             receipt = self._remembered(repo, revision, error)
-        here: str = receipt.manifest.reference
+        here = receipt.manifest.reference
         self._known[reference] = (here, self._clock() + self._refresh)
         return here
 
-    def _remembered(self, repo: str, revision: str | None, error: HubUnreachableError) -> Any:
-        """What an earlier pull of the same wish brought, perhaps by another process; or the error."""
+    def _remembered(self, repo: str, revision: str | None, error: HubUnreachableError) -> PullReceipt:
+        """What an earlier pull of the same reference brought, perhaps by another process; or the error."""
         try:
-            return self._registry.pull(repo, revision=revision, offline=True, **self._options)
+            return self._registry.pull(repo, revision=revision, offline=True, endpoint=self._endpoint)
         except AdapterHubError:
             raise error from None

@@ -75,9 +75,10 @@ class AdapterStore(Protocol):
         """Keep a version from being collected while it is in use."""
         ...
 
-    # The options are those of the registry's pull, handed through.
-    def pull(self, repo_id: str, **options: Any) -> PullReceipt:
-        """Take in a version from a hub."""
+    def pull(
+        self, repo_id: str, *, revision: str | None = None, endpoint: str | None = None, offline: bool = False
+    ) -> PullReceipt:
+        """Take in a version from a hub; `offline` asks only what an earlier pull left here."""
         ...
 
 
