@@ -3,8 +3,7 @@
 from adapterhub_lite.losses.causal import causal_lm_loss, lm_loss_of_logits
 from adapterhub_lite.losses.choice import LossChoice, choose_loss, head_mismatch
 from adapterhub_lite.losses.heads import Head, head_of
-from adapterhub_lite.losses.options import LossOptions
-from adapterhub_lite.losses.reference import full_cross_entropy
+from adapterhub_lite.losses.reference import LossOptions, full_cross_entropy
 from adapterhub_lite.losses.tiled import linear_cross_entropy
 
 __all__ = [

@@ -6,17 +6,19 @@ reference for the others. A head that tiles cannot read is called for its logits
 logits than we know of is asked for them ("model").
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from adapterhub_lite.errors import ConfigurationError, UnknownNameError
-from adapterhub_lite.losses.heads import KNOWN_FAMILIES, Head, head_of
+from adapterhub_lite.losses.heads import KNOWN_FAMILIES, CausalModel, Head, head_of
 from adapterhub_lite.losses.kernels import KERNELS, refuse_kernel
-from adapterhub_lite.losses.options import LossOptions
+from adapterhub_lite.losses.reference import LossOptions
 from adapterhub_lite.losses.rows import is_zero3, rows_shape
+
+RUNGS = (*KERNELS, "full", "tiled", "model")
+"""The ladder in order, best first; see `refusal`."""
 
 SMALL_LOGITS = 2**18
 """Logits (tokens x vocabulary) up to which the full loss is as fast as tiles; measured on a CPU."""
@@ -34,7 +36,7 @@ class LossChoice:
     rejected: tuple[tuple[str, str], ...] = ()
 
     def record(self) -> dict[str, str]:
-        """As the training record keeps it: `name`, `reason`, and `not <other>` for each rung that was left out."""
+        """As the training record keeps it: `name`, `reason`, and `not <other>` for each rung that was not taken."""
         return {"name": self.name, "reason": self.reason} | {f"not {name}": reason for name, reason in self.rejected}
 
 
@@ -62,7 +64,7 @@ class Situation:
 
 
 def choose_loss(
-    model: Any,
+    model: CausalModel,
     *,
     tokens: int,
     options: LossOptions | None = None,
@@ -72,46 +74,46 @@ def choose_loss(
 ) -> LossChoice:
     """Choose how the loss of `model` is computed when a step has up to `tokens` tokens.
 
-    A head of an unknown family, or of someone else's code, is compared once with the model's own logits on 8 tokens.
-    When they differ, nothing that is made of hidden states and head can be right, and the choice is "model": the loss
-    of the logits it returns.
-    `partitioned` says that ZeRO-3 will hold what is trained in parts, even where it does not yet.
+    A head of an unknown family, or of custom code, is compared once with the model's own logits on 8 tokens. When they
+    differ, nothing that is computed from hidden states and head can be right, and the choice is "model": the loss of the
+    logits it returns. `partitioned` says that ZeRO-3 will hold what is trained in parts,
+    even where it does not yet.
 
     Raises:
         ConfigurationError: `prefer` names an implementation that cannot run here; the text gives the reason.
         UnknownNameError: `prefer` is no implementation.
     """
     head = head or head_of(model)
-    mismatch = None if _is_known(model, head) else head_mismatch(model, head)
+    # The tests cover a known family in transformers' own code: a custom class may compute anything.
+    tested = head.family in KNOWN_FAMILIES and type(_inner(model)).__module__.startswith("transformers.models.")
+    mismatch = None if tested else head_mismatch(model, head)
     situation = Situation(head, tokens, options or LossOptions(), mismatch, partitioned)
     if prefer != "auto":
         if prefer not in RUNGS:
             raise UnknownNameError.among("loss implementation", prefer, ["auto", *RUNGS])
-        refusal = mismatch if prefer == "full" else RUNGS[prefer](situation)
-        if refusal is not None:
-            raise ConfigurationError(f"The loss {prefer!r} cannot be used: {refusal}. Use 'auto' or 'model'.")
+        why_not = mismatch if prefer == "full" else refusal(prefer, situation)
+        if why_not is not None:
+            raise ConfigurationError(f"The loss {prefer!r} cannot be used: {why_not}. Use 'auto' or 'model'.")
         return LossChoice(prefer, "asked for by name")
     rejected: list[tuple[str, str]] = []
-    for name, refuse in RUNGS.items():
-        refusal = refuse(situation)
-        if refusal is None:
+    for name in RUNGS:
+        why_not = refusal(name, situation)
+        if why_not is None:
             return LossChoice(name, _reason(name, situation), tuple(rejected))
-        rejected.append((name, refusal))
+        rejected.append((name, why_not))
     raise AssertionError("any model can be asked for its logits")
 
 
-def _is_known(model: Any, head: Head) -> bool:
-    """A family that the tests cover, in transformers' own code: a class of someone else's may do what it wants."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return head.family in KNOWN_FAMILIES and type(inner).__module__.startswith("transformers.models.")
+def _inner(model: Any) -> Any:  # a model of transformers, inside PEFT's wrapper or without one
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def head_mismatch(model: Any, head: Head) -> str | None:
+def head_mismatch(model: CausalModel, head: Head) -> str | None:
     """Compare the logits that `head` gives with the model's own on 8 tokens; a sentence when they differ.
 
     The hidden states are those of the trunk (`base_model`), which is what training hands to the loss.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = _inner(model)
     trunk = inner.base_model
     if trunk is inner:
         return f"{type(inner).__name__} has no trunk apart from its head"
@@ -137,6 +139,22 @@ def head_mismatch(model: Any, head: Head) -> str | None:
     return None
 
 
+def refusal(name: str, situation: Situation) -> str | None:
+    """Why the implementation `name` is not taken; None to take it."""
+    if name == "model":
+        return None
+    if situation.mismatch is not None:
+        return situation.mismatch
+    if name == "full":
+        if situation.unreadable:
+            return None
+        count = situation.tokens * rows_shape(situation.head.weight)[0]
+        return None if count <= SMALL_LOGITS else f"{count} logits would be held where tiles hold a part"
+    if situation.unreadable or name == "tiled":
+        return situation.unreadable
+    return refuse_kernel(name, situation.head, situation.device, situation.options)
+
+
 def _reason(name: str, situation: Situation) -> str:
     if name == "model":
         return str(situation.mismatch)
@@ -147,33 +165,3 @@ def _reason(name: str, situation: Situation) -> str:
         low = "with the LoRA on the head trained" if situation.head.low_rank() else "any device, every option"
         return f"tiles over the valid tokens: {low}"
     return "its kernel runs on this GPU, covers every option asked for, and agrees with the tiles"
-
-
-def _refuse_full(situation: Situation) -> str | None:
-    if situation.mismatch or situation.unreadable:
-        return situation.mismatch
-    count = situation.tokens * rows_shape(situation.head.weight)[0]
-    return None if count <= SMALL_LOGITS else f"{count} logits would be held where tiles hold a part"
-
-
-def _refuse_tiled(situation: Situation) -> str | None:
-    return situation.mismatch or situation.unreadable
-
-
-def _refuse_kernel(name: str) -> Callable[[Situation], str | None]:
-    def refuse(situation: Situation) -> str | None:
-        unread = _refuse_tiled(situation)
-        if unread is not None:
-            return unread
-        return refuse_kernel(name, situation.head, situation.device, situation.options)
-
-    return refuse
-
-
-RUNGS: dict[str, Callable[[Situation], str | None]] = {
-    **{name: _refuse_kernel(name) for name in KERNELS},
-    "full": _refuse_full,
-    "tiled": _refuse_tiled,
-    "model": lambda situation: None,
-}
-"""The ladder in order: name -> a function that gives the reason for refusing it, or None to take it."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,17 @@ KNOWN_FAMILIES = frozenset(
     )
 )
 """Model types whose logits are known to be what `head_of` says: a test compares each with the model's own."""
+
+
+class CausalModel(Protocol):
+    """What a head is found by: a causal language model of transformers, or PEFT's wrapper around one."""
+
+    @property
+    def config(self) -> Any:  # a config of transformers: its fields differ by family
+        """The model's config."""
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The module that makes the logits."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,15 @@ class Head:
     @property
     def plain(self) -> nn.Module:
         """The module that holds the weight: inside a LoRA layer the base, in modules_to_save the active copy."""
-        return _unwrap(self.module)
+        module: Any = self.module  # a wrapper of PEFT, known by its attributes
+        copies = getattr(module, "modules_to_save", None)
+        if isinstance(copies, nn.ModuleDict):
+            active = [name for name in module.active_adapters if name in copies]
+            module = module.original_module if module.disable_adapters or not active else copies[active[0]]
+        while hasattr(module, "base_layer"):
+            module = module.base_layer
+        assert isinstance(module, nn.Module)
+        return module
 
     @property
     def weight(self) -> Tensor:
@@ -70,7 +89,7 @@ class Head:
 
     def low_rank(self) -> tuple["LowRankPair", ...]:
         """The active LoRA pairs on the head, unmerged, in the order the layer adds them."""
-        layer: Any = self.module
+        layer: Any = self.module  # a LoRA layer of PEFT, known by its attributes
         if not _is_lora(layer) or layer.disable_adapters or layer.merged:
             return ()
         return tuple(
@@ -92,7 +111,7 @@ class Head:
 
     def _no_linear_map(self) -> str | None:
         plain = self.plain
-        layer: Any = self.module
+        layer: Any = self.module  # as in `low_rank`
         if _is_lora(layer) and self.low_rank():
             if any(name in layer.lora_variant for name in layer.active_adapters):
                 return "a LoRA variant such as DoRA on the head is more than a low-rank sum"
@@ -108,13 +127,13 @@ class Head:
         return None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (n, V) of hidden states (n, D) by the module itself: whatever it is, it is asked."""
+        """Logits (n, V) of hidden states (n, D) by the module itself, whatever it computes."""
         return self._finished(self.module(hidden))
 
     @contextmanager
     def opened(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Yield `logits`, for evaluation. A head that is split over processes is gathered once, and none of its modules
-        is run, however often each process asks: ZeRO-3 counts the modules, and wants as many of all processes."""
+        """Yield `logits`, for evaluation. A head that is split over processes is gathered once and none of its modules is
+        run, so that each process may ask as often as it needs: ZeRO-3 expects all processes to run the same modules."""
         if self._no_linear_map() or not any(is_zero3(x) or is_sharded(x) for x in self._parameters()):
             yield self.logits
             return
@@ -185,8 +204,8 @@ class LowRankPair:
         return states
 
 
-def head_of(model: Any) -> Head:
-    """Find the output head of a causal language model (a PEFT wrapper is seen through).
+def head_of(model: CausalModel) -> Head:
+    """Find the output head of a causal language model, also of one that PEFT wraps.
 
     Raises:
         ConfigurationError: the model has no output head.
@@ -196,31 +215,15 @@ def head_of(model: Any) -> Head:
         raise ConfigurationError(f"{type(model).__name__} has no output embeddings: a causal language model is needed.")
     config = model.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(module, softcap or None, _logit_scale(config), getattr(config, "model_type", None))
+    # The factor on the logits under the names that families give it: Cohere's, Falcon-H1's, Granite's and MiniCPM3's.
+    names = ("logit_scale", "lm_head_multiplier")
+    scale = next((float(value) for name in names if (value := getattr(config, name, None)) is not None), 1.0)
+    divisor = getattr(config, "logits_scaling", None)
+    if divisor is not None and all(getattr(config, name, None) is None for name in names):
+        # HyperCLOVA X multiplies by what Granite and MiniCPM3 divide by.
+        scale = float(divisor) if config.model_type == "hyperclovax" else 1.0 / float(divisor)
+    return Head(module, softcap or None, scale, getattr(config, "model_type", None))
 
 
-def _logit_scale(config: Any) -> float:
-    """The factor on the logits under the names that families give it: Cohere, Falcon-H1, Granite, MiniCPM3."""
-    for name in ("logit_scale", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            return float(getattr(config, name))
-    scaling = getattr(config, "logits_scaling", None)
-    if scaling is None:
-        return 1.0
-    # HyperCLOVA X multiplies by what Granite and MiniCPM3 divide by.
-    return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
-
-
-def _is_lora(module: Any) -> bool:
+def _is_lora(module: nn.Module) -> bool:
     return hasattr(module, "base_layer") and hasattr(module, "lora_A")
-
-
-def _unwrap(module: Any) -> nn.Module:
-    copies = getattr(module, "modules_to_save", None)
-    if isinstance(copies, nn.ModuleDict):
-        active = [name for name in module.active_adapters if name in copies]
-        module = module.original_module if module.disable_adapters or not active else copies[active[0]]
-    while hasattr(module, "base_layer"):
-        module = module.base_layer
-    assert isinstance(module, nn.Module)
-    return module

@@ -1,7 +1,7 @@
 """The Triton kernels of others: when one may be used, and the call. Knows torch; imports them only when asked.
 
-A kernel is believed once it has agreed with our tiles on this GPU, with this head: some round more than their dtype
-has to, leave out small gradients, or change what an argument means from version to version.
+A kernel is used only after it has agreed with our tiles on this GPU, with this head: some round more than their dtype
+requires, leave out small gradients, or change what an argument means from version to version.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from adapterhub_lite.losses.heads import Head
-from adapterhub_lite.losses.options import LossOptions
-from adapterhub_lite.losses.reference import reduce_losses
+from adapterhub_lite.losses.reference import LossOptions, reduce_losses
 from adapterhub_lite.losses.rows import is_quantised, is_sharded, is_zero3
 from adapterhub_lite.losses.tiled import tiled_cross_entropy
 
@@ -42,16 +41,16 @@ def refuse_kernel(name: str, head: Head, device: torch.device, options: LossOpti
         "z-loss": options.z_loss,
         "a logit scale": head.logit_scale != 1.0,
     }
-    unsupported = [name for name, wanted in asked.items() if wanted]
+    unsupported = [option for option, used in asked.items() if used]
     if unsupported:
         return f"not used together with {', '.join(unsupported)}"
     if head.weight.dtype == torch.float16:
-        return "its gradients are made before a gradient scaler's factor is known"
+        return "its gradients are computed before a gradient scaler's factor is known"
     try:
         _kernel(name)
     except (ImportError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
-    return _disagreement(name, head)
+    return disagreement(name, head)
 
 
 def run_kernel(
@@ -63,7 +62,7 @@ def run_kernel(
         ImportError: the package is gone since the choice was made.
     """
     kernel, asked = _kernel(name), {"ignore_index": options.ignore_index, "softcap": head.softcap}
-    # Liger makes its gradients in forward, and must make them again where each loss has a weight of its own.
+    # Liger computes its gradients in forward, and has to recompute them where each loss has a weight of its own.
     at_once = name == "liger" and options.reduction == "sum" and token_weights is None
     reduction = "sum" if at_once else "none"
     if name == "liger":
@@ -82,7 +81,7 @@ def _kernel(name: str) -> Callable[..., Any]:
     return found
 
 
-def _disagreement(name: str, head: Head) -> str | None:
+def disagreement(name: str, head: Head) -> str | None:
     """Loss and gradients of a few random tokens by the kernel and by our tiles; a sentence when they differ."""
     weight = head.weight
     draw = torch.Generator(weight.device).manual_seed(0)

@@ -1,290 +1,375 @@
-"""The two passes over the tiles: statistics (with the hidden gradient where nothing else is trained), and gradients.
+"""The mathematics of the loss, and the passes over tiles of logits that compute it. Knows torch, nothing of autograd.
 
-Nothing here knows autograd. The target's own logit is computed apart, in the wide dtype, and its term is left out of
-the tile sums: a confident token's gradient is then p - 1 without cancellation, even with bf16 products.
+For one token with hidden state h and target y, over the vocabulary j = 1..V:
+
+    z_j  = w_j . h + b_j                              raw logit
+    x_j  = s z_j                                      logit scale s (Cohere, Granite, Falcon-H1)
+    l_j  = c tanh(x_j / c)                            soft cap c (Gemma 2, arXiv:2408.00118); l = x without one
+    lse  = log sum_j exp(l_j),  p_j = exp(l_j - lse)
+    loss = lse - (1 - e) l_y - (e / V) sum_j l_j      label smoothing e (arXiv:1512.00567)
+           + q lse^2                                  z-loss q (PaLM, arXiv:2204.02311)
+
+    dloss/dl_j = (1 + 2 q lse) p_j - e / V - (1 - e) [j = y]
+    dloss/dz_j = dloss/dl_j  s  (1 - (l_j / c)^2)     the last factor is the slope of the cap
+    dloss/dh   = sum_j dloss/dz_j w_j,    dloss/dw_j = dloss/dz_j h,    dloss/db_j = dloss/dz_j
+
+How they are computed without the (N, V) logits (Cut Cross-Entropy, arXiv:2411.09009), one tile (tokens, columns) at a time:
+
+- Online softmax (arXiv:1805.02867). With m the largest logit so far, the sum of exp(l_j - m) is multiplied by
+  exp(m_old - m_new) whenever m grows, and so is the sum of exp(l_j - m) slope_j w_j: of the gradient by h only the factor
+  s (1 + 2 q lse) / sum is missing until the end. So one pass gives loss and gradient. The exception is smoothing together
+  with a cap, whose term (e / V) slope_j w_j would need a product of its own (`LossOptions.linear`).
+- The target apart. l_y is computed in the wide dtype, and its term is left out of all tiles: what is left gives
+  1 - p_y = sum of the others / sum (`one_minus_p`) without cancellation, so that a confident token keeps its gradient,
+  which is -(1 - p_y), even where products are in bf16.
+- The fp16 lift. exp(l_j - m) is at most 1, and fp16 loses what is below 2^-24: on its way into a product in fp16 it is
+  multiplied by 2^14 (the largest fp16 number is near 2^16), and the sum is divided by it.
+- The upstream gradient, and with it the factor of a gradient scaler, is multiplied in the wide dtype before anything is
+  rounded.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from adapterhub_lite.losses.options import LossOptions
+from adapterhub_lite.loss_sizes import panel_shape, tile_shape
+from adapterhub_lite.losses.reference import LossOptions
 from adapterhub_lite.losses.rows import RowReader
 from adapterhub_lite.losses.tiles import (
     HALF_LIFT,
     Panel,
     TileBuffers,
+    cap_slope,
     exponential_,
     finish_logits,
-    product_dtype,
+    set_targets,
     spans,
-    tile_shape,
     wide_dtype,
 )
 
 
 @dataclass(frozen=True)
+class Block:
+    """Some rows of the head: `columns` of the vocabulary, their weight (v, D), and their bias (v,) or None."""
+
+    columns: slice
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
 class Problem:
-    """n valid tokens against a head: hidden (n, D), targets (n,), `vocabulary` rows, bias (V,) or None."""
+    """n valid tokens against a head: hidden (n, D) in the dtype of the products, targets (n,), V rows, bias (V,)."""
 
     hidden: Tensor
     targets: Tensor
+    read: RowReader
     vocabulary: int
     bias: Tensor | None
     options: LossOptions
 
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of sums, losses and gradients."""
+        return wide_dtype(self.hidden.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is computed."""
+        return self.hidden.device
+
+    def blocks(self, step: int) -> Iterator[Block]:
+        """The head in blocks of `step` rows, read once each."""
+        for columns in spans(self.vocabulary, step):
+            yield Block(
+                columns,
+                self.read(columns).to(self.hidden.dtype),
+                None if self.bias is None else self.bias[columns],
+            )
+
+    def buffers(self) -> TileBuffers:
+        """Buffers for one pass over all tokens."""
+        shape = tile_shape(len(self.targets), self.vocabulary, self.device.type, self.options.chunk_tokens)
+        return TileBuffers(shape, self.hidden.dtype, self.device)
+
+    def zeros(self, *shape: int) -> Tensor:
+        """A sum that begins."""
+        return torch.zeros(shape, dtype=self.wide, device=self.device)
+
 
 @dataclass(frozen=True)
-class Statistics:
-    """What the first pass leaves, each (n,) in the wide dtype; `gradient` is (n, D) for an upstream gradient of one.
+class TokenStatistics:
+    """What the second pass needs of the first, each (n,) in the wide dtype; `one_minus_p` is 1 - p of the target."""
 
-    `doubt` is 1 - p of the target, summed from the others: near p = 1 the subtraction would leave nothing.
-    `pulls` is there where a gradient is made.
-    """
-
-    losses: Tensor
     logsumexp: Tensor
     target_logits: Tensor
-    doubt: Tensor
-    gradient: Tensor | None
-    pulls: "Pulls | None" = None
+    one_minus_p: Tensor
 
 
 @dataclass(frozen=True)
-class Pulls:
-    """The gradient of a token's loss by its logits, each (n,): share * exp(logit - largest) for all but the target,
-    `own` for the target, and -label_smoothing / V for everyone. A soft cap's slope is in `own`, not in `share`."""
+class LogitGradient:
+    """slope_j dloss/dl_j of each token, (n,) each: `scale` slope_j exp(l_j - `largest`) for all but the target,
+    `target` for the target, and -e / V for both. The fp16 lift is in `scale`; the logit scale is not."""
 
     largest: Tensor
-    share: Tensor
-    own: Tensor
+    scale: Tensor
+    target: Tensor
 
 
-class _Running:
-    """Sums over the vocabulary so far, kept relative to the largest logit so far; the target itself is left out."""
+@dataclass(frozen=True)
+class FirstPass:
+    """What the first pass gives. Where a gradient was asked for, `logit_gradient`, and `hidden_gradient` (n, D) for an
+    upstream gradient of one."""
 
-    def __init__(self, tokens: int, columns: int, dtype: torch.dtype, device: torch.device, gradient: bool) -> None:
-        self.largest = torch.full((tokens,), torch.finfo(dtype).min, dtype=dtype, device=device)
-        self.exponentials = torch.zeros(tokens, dtype=dtype, device=device)
-        self.logits = torch.zeros(tokens, dtype=dtype, device=device)
-        self.gradient = torch.zeros((tokens, columns), dtype=dtype, device=device) if gradient else None
-        self.rows = torch.zeros(columns, dtype=dtype, device=device)
-
-
-def statistics(problem: Problem, read: RowReader, *, gradient: bool, kept: Panel | None = None) -> Statistics:
-    """One pass over the tiles: losses, log-sum-exp and, if asked, the gradient of the hidden states.
-
-    The gradient needs no second pass because it is linear in exp(logit - max) once the sum is known; that holds for
-    every option but label smoothing together with a soft cap. `kept`, made for at least as many tokens, is filled
-    with the exponentials, for a gradient by the head.
-    """
-    hidden, targets, options = problem.hidden, problem.targets, problem.options
-    wide, device = wide_dtype(hidden.dtype), hidden.device
-    hidden = hidden.to(product_dtype(hidden.dtype, device))
-    if kept is None:
-        shape = tile_shape(len(targets), problem.vocabulary, device, options.chunk_tokens)
-        buffers = TileBuffers(shape, hidden.dtype, device)
-    else:
-        shape, buffers = kept.shape, kept.buffers
-        kept.begin(len(targets))
-    running = _Running(len(targets), hidden.shape[1], wide, device, gradient)
-    target_rows = torch.empty_like(hidden)
-    for columns in spans(problem.vocabulary, shape.vocabulary):
-        block = read(columns).to(hidden.dtype)
-        bias = None if problem.bias is None else problem.bias[columns]
-        inside = ((targets >= columns.start) & (targets < columns.stop)).nonzero().squeeze(1)
-        target_rows[inside] = block[targets[inside] - columns.start]
-        if options.label_smoothing and gradient:
-            running.rows += block.sum(0, dtype=wide)
-        for part in spans(len(targets), shape.tokens):
-            _add_tile(problem, running, buffers, hidden[part], block, bias, part, columns, kept)
-    target_bias = None if problem.bias is None else problem.bias[targets]
-    target_logits = finish_logits(_row_dots(hidden, target_rows, wide, shape.tokens), target_bias, options)
-    return _finish(problem, running, target_rows, target_logits, pulls_wanted=gradient or kept is not None)
+    losses: Tensor
+    statistics: TokenStatistics
+    hidden_gradient: Tensor | None = None
+    logit_gradient: LogitGradient | None = None
 
 
-def _add_tile(
-    problem: Problem,
-    running: _Running,
-    buffers: TileBuffers,
-    hidden: Tensor,
-    block: Tensor,
-    bias: Tensor | None,
-    part: slice,
-    columns: slice,
-    kept: Panel | None,
-) -> None:
-    options = problem.options
-    tile = buffers.logits(hidden, block, bias, options)
-    if options.label_smoothing:
-        running.logits[part] += tile.sum(1)
-    _set_targets(tile, problem.targets[part], columns, -torch.inf)
-    largest = torch.maximum(running.largest[part], tile.amax(1))
-    shrink = torch.exp(running.largest[part] - largest)
-    running.largest[part] = largest
-    used = running.gradient is not None or kept is not None
-    slope = _cap_slope(tile, options) if used else None
-    exponential_(tile.sub_(largest[:, None]))
-    running.exponentials[part] = running.exponentials[part] * shrink + tile.sum(1)
-    if not used:
-        return
-    if slope is not None:
-        tile.mul_(slope)
-    if buffers.dtype == torch.float16:
-        tile.mul_(HALF_LIFT)
-    narrow = buffers.narrowed(tile) if kept is None else kept.keep(tile, columns, largest)
-    if running.gradient is not None:
-        buffers.add_product(running.gradient[part].mul_(shrink[:, None]), narrow, block)
+@dataclass(frozen=True)
+class Wanted:
+    """Which gradients are computed. `columns` of the head's rows: all of them, those of a LoRA pair, or None."""
 
-
-def _finish(
-    problem: Problem, running: _Running, target_rows: Tensor, target_logits: Tensor, *, pulls_wanted: bool
-) -> Statistics:
-    options, others = problem.options, running.exponentials
-    smooth = options.label_smoothing
-    largest = torch.maximum(running.largest, target_logits)
-    shrink = torch.exp(running.largest - largest)
-    others = others * shrink
-    own = torch.exp(target_logits - largest)
-    total = others + own
-    logsumexp = largest + total.log()
-    losses = (largest - target_logits) + total.log()
-    if smooth:
-        losses = losses + smooth * (target_logits - (running.logits / problem.vocabulary))
-    if options.z_loss:
-        losses = losses + options.z_loss * logsumexp.square()
-    if not pulls_wanted:
-        return Statistics(losses, logsumexp, target_logits, others / total, None)
-    factor = 1 + 2 * options.z_loss * logsumexp
-    lift = HALF_LIFT if target_rows.dtype == torch.float16 else 1.0
-    coefficient = (factor - 1) * own / total - others / total + smooth
-    slope = _cap_slope(target_logits, options)
-    coefficient = coefficient if slope is None else coefficient * slope
-    pulls = Pulls(largest, factor / (total * lift), coefficient)
-    gradient = running.gradient
-    if gradient is not None:
-        gradient.mul_((pulls.share * shrink)[:, None])
-        for part in spans(len(gradient), 1024):
-            gradient[part].addcmul_(target_rows[part].to(gradient.dtype), coefficient[part, None])
-        if smooth:
-            gradient.sub_(running.rows * (smooth / problem.vocabulary))
-        if options.logit_scale != 1.0:
-            gradient.mul_(options.logit_scale)
-    return Statistics(losses, logsumexp, target_logits, others / total, gradient, pulls)
+    hidden: bool
+    columns: slice | None
+    bias: bool
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """Gradients of the weighted sum of losses: hidden (n, D), rows (V, d) and bias (V,), each None if not asked."""
+    """Gradients of the weighted sum of losses: hidden (n, D), rows (V, d) and bias (V,), each None if not asked for."""
 
     hidden: Tensor | None
     rows: Tensor | None
     bias: Tensor | None
 
 
-def gradients(
-    problem: Problem,
-    read: RowReader,
-    known: Statistics,
-    upstream: Tensor,
-    *,
-    hidden_wanted: bool,
-    rows_wanted: tuple[slice, torch.dtype] | None,
-    bias_wanted: bool,
-) -> Gradients:
-    """The second pass: every tile again, weighed by `upstream` (n,) before anything is rounded.
+def first_pass(problem: Problem, *, gradient: bool, panel: Panel | None = None) -> FirstPass:
+    """One pass over the tiles: losses, log-sum-exp and, if asked for, the gradient of the hidden states.
 
-    `rows_wanted` gives the columns of the head that are trained (all of them, or those of a LoRA pair) and the dtype
-    of their gradient.
+    A `panel`, for at least as many tokens, is filled with the exponentials, from which the head's gradient is made.
     """
-    options, targets = problem.options, problem.targets
-    wide, device = wide_dtype(problem.hidden.dtype), problem.hidden.device
-    hidden = problem.hidden.to(product_dtype(problem.hidden.dtype, device))
-    shape = tile_shape(len(targets), problem.vocabulary, device, options.chunk_tokens)
-    buffers = TileBuffers(shape, hidden.dtype, device)
-    pulls = _target_pulls(problem, known, upstream)
+    buffers = problem.buffers() if panel is None else panel.buffers
+    if panel is not None:
+        panel.begin(len(problem.targets))
+    sums = _Sums(problem, buffers, gradient, panel)
+    for block in problem.blocks(buffers.shape.vocabulary):
+        sums.begin_block(block)
+        for part in spans(len(problem.targets), buffers.shape.tokens):
+            sums.add_tile(block, part)
+    return sums.finished()
+
+
+class _Sums:
+    """The first pass: sums over the vocabulary so far, relative to the largest logit so far, the target left out."""
+
+    def __init__(self, problem: Problem, buffers: TileBuffers, gradient: bool, panel: Panel | None) -> None:
+        self.problem, self.buffers, self.panel = problem, buffers, panel
+        tokens, columns = problem.hidden.shape
+        self.largest = problem.zeros(tokens).fill_(torch.finfo(problem.wide).min)
+        self.exponentials = problem.zeros(tokens)
+        self.logits = problem.zeros(tokens)
+        self.hidden_gradient = problem.zeros(tokens, columns) if gradient else None
+        self.rows = problem.zeros(columns)
+        self.target_rows = torch.empty_like(problem.hidden)
+
+    def begin_block(self, block: Block) -> None:
+        """Take from the rows of the head what is not taken tile by tile."""
+        targets, columns = self.problem.targets, block.columns
+        inside = ((targets >= columns.start) & (targets < columns.stop)).nonzero().squeeze(1)
+        self.target_rows[inside] = block.weight[targets[inside] - columns.start]
+        if self.problem.options.label_smoothing and self.hidden_gradient is not None:
+            self.rows += block.weight.sum(0, dtype=self.rows.dtype)
+
+    def add_tile(self, block: Block, part: slice) -> None:
+        """Add the tokens `part` against the block."""
+        problem, options = self.problem, self.problem.options
+        tile = self.buffers.logits(problem.hidden[part], block.weight, block.bias, options)
+        if options.label_smoothing:
+            self.logits[part] += tile.sum(1)
+        set_targets(tile, problem.targets[part], block.columns, -torch.inf)
+        largest = torch.maximum(self.largest[part], tile.amax(1))
+        shrink = torch.exp(self.largest[part] - largest)
+        self.largest[part] = largest
+        used = self.hidden_gradient is not None or self.panel is not None
+        slope = cap_slope(tile, options) if used else None
+        exponential_(tile.sub_(largest[:, None]))
+        self.exponentials[part] = self.exponentials[part] * shrink + tile.sum(1)
+        if not used:
+            return
+        if slope is not None:
+            tile.mul_(slope)
+        if self.buffers.dtype == torch.float16:
+            tile.mul_(HALF_LIFT)
+        narrow = self.buffers.narrowed(tile) if self.panel is None else self.panel.keep(tile, block.columns, largest)
+        if self.hidden_gradient is not None:
+            self.buffers.add_product(self.hidden_gradient[part].mul_(shrink[:, None]), narrow, block.weight)
+
+    def finished(self) -> FirstPass:
+        """Put the target to the sums, and make of them what was asked for."""
+        problem, options = self.problem, self.problem.options
+        target_logits = self._target_logits()
+        largest = torch.maximum(self.largest, target_logits)
+        others = self.exponentials * torch.exp(self.largest - largest)
+        target = torch.exp(target_logits - largest)
+        total = others + target
+        logsumexp = largest + total.log()
+        losses = (largest - target_logits) + total.log()
+        if options.label_smoothing:
+            losses = losses + options.label_smoothing * (target_logits - self.logits / problem.vocabulary)
+        if options.z_loss:
+            losses = losses + options.z_loss * logsumexp.square()
+        statistics = TokenStatistics(logsumexp, target_logits, others / total)
+        if self.hidden_gradient is None and self.panel is None:
+            return FirstPass(losses, statistics)
+        factor = 1 + 2 * options.z_loss * logsumexp
+        of_target = (factor - 1) * target / total - statistics.one_minus_p + options.label_smoothing
+        slope = cap_slope(target_logits, options)
+        lift = HALF_LIFT if self.buffers.dtype == torch.float16 else 1.0
+        logit_gradient = LogitGradient(
+            largest, factor / (total * lift), of_target if slope is None else of_target * slope
+        )
+        return FirstPass(losses, statistics, self._hidden_gradient(logit_gradient), logit_gradient)
+
+    def _target_logits(self) -> Tensor:
+        """l_y (n,) in the wide dtype, without a wide copy of all states and rows."""
+        problem = self.problem
+        found = problem.zeros(len(problem.targets))
+        for part in spans(len(found), self.buffers.shape.tokens):
+            found[part] = (problem.hidden[part].to(found.dtype) * self.target_rows[part].to(found.dtype)).sum(1)
+        return finish_logits(found, None if problem.bias is None else problem.bias[problem.targets], problem.options)
+
+    def _hidden_gradient(self, of_logits: LogitGradient) -> Tensor | None:
+        """The sums over the vocabulary as dloss/dh, in place."""
+        gradient, options = self.hidden_gradient, self.problem.options
+        if gradient is None:
+            return None
+        gradient.mul_((of_logits.scale * torch.exp(self.largest - of_logits.largest))[:, None])
+        for part in spans(len(gradient), 1024):
+            gradient[part].addcmul_(self.target_rows[part].to(gradient.dtype), of_logits.target[part, None])
+        if options.label_smoothing:
+            gradient.sub_(self.rows * (options.label_smoothing / self.problem.vocabulary))
+        return gradient.mul_(options.logit_scale) if options.logit_scale != 1.0 else gradient
+
+
+def second_pass(
+    problem: Problem, statistics: TokenStatistics, upstream: Tensor, wanted: Wanted, rows_dtype: torch.dtype
+) -> Gradients:
+    """Every tile recomputed and turned into gradients, weighted by `upstream` (n,) before anything is rounded.
+
+    The gradient of the head's rows is returned in `rows_dtype`, so that there is no second, wide copy of it.
+    """
+    targets, buffers = problem.targets, problem.buffers()
+    of_targets = _gradient_of_targets(problem, statistics, upstream)
+    width = 0 if wanted.columns is None else wanted.columns.stop - wanted.columns.start
     found = Gradients(
-        torch.zeros(hidden.shape, dtype=wide, device=device) if hidden_wanted else None,
-        None if rows_wanted is None else _zero_rows(problem.vocabulary, *rows_wanted, device),
-        torch.zeros(problem.vocabulary, dtype=wide, device=device) if bias_wanted else None,
+        problem.zeros(*problem.hidden.shape) if wanted.hidden else None,
+        problem.zeros(problem.vocabulary, width).to(rows_dtype) if wanted.columns else None,
+        problem.zeros(problem.vocabulary) if wanted.bias else None,
     )
-    trained = slice(0, 0) if rows_wanted is None else rows_wanted[0]
-    for columns in spans(problem.vocabulary, shape.vocabulary):
-        block = read(columns).to(hidden.dtype)
-        bias = None if problem.bias is None else problem.bias[columns]
-        for_rows = None if found.rows is None else torch.zeros_like(found.rows[columns], dtype=wide)
-        for part in spans(len(targets), shape.tokens):
-            tile = buffers.logits(hidden[part], block, bias, options)
-            _to_gradient(tile, problem, known, upstream, part, columns)
-            own = ((targets[part] >= columns.start) & (targets[part] < columns.stop)).nonzero().squeeze(1) + part.start
-            local, pull = targets[own] - columns.start, pulls[own]
+    trained = wanted.columns or slice(0, 0)
+    for block in problem.blocks(buffers.shape.vocabulary):
+        columns = block.columns
+        of_rows = None if found.rows is None else problem.zeros(columns.stop - columns.start, width)
+        for part in spans(len(targets), buffers.shape.tokens):
+            tile = buffers.logits(problem.hidden[part], block.weight, block.bias, problem.options)
+            _to_gradient(tile, problem, statistics, part)
+            tile.mul_((upstream[part] * problem.options.logit_scale)[:, None])
+            set_targets(tile, targets[part], columns, 0.0)
+            here = ((targets[part] >= columns.start) & (targets[part] < columns.stop)).nonzero().squeeze(1) + part.start
+            local, of_target = targets[here] - columns.start, of_targets[here]
             narrow = buffers.narrowed(tile)
             if found.bias is not None:
-                found.bias[columns].add_(tile.sum(0)).index_add_(0, local, pull)
+                found.bias[columns].add_(tile.sum(0)).index_add_(0, local, of_target)
             if found.hidden is not None:
-                buffers.add_product(found.hidden[part], narrow, block)
-                found.hidden.index_add_(0, own, block[local] * pull[:, None])
-            if for_rows is not None:
-                buffers.add_product(for_rows, narrow.t(), hidden[part, trained])
-                for_rows.index_add_(0, local, hidden[own, trained] * pull[:, None])
-        if for_rows is not None and found.rows is not None:
-            found.rows[columns] = for_rows
+                buffers.add_product(found.hidden[part], narrow, block.weight)
+                found.hidden.index_add_(0, here, block.weight[local] * of_target[:, None])
+            if of_rows is not None:
+                buffers.add_product(of_rows, narrow.t(), problem.hidden[part, trained])
+                of_rows.index_add_(0, local, problem.hidden[here, trained] * of_target[:, None])
+        if of_rows is not None and found.rows is not None:
+            found.rows[columns] = of_rows
     return found
 
 
-def _zero_rows(vocabulary: int, trained: slice, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.zeros((vocabulary, trained.stop - trained.start), dtype=dtype, device=device)
-
-
-def _target_pulls(problem: Problem, known: Statistics, upstream: Tensor) -> Tensor:
-    """Gradient (n,) by each target's own product; apart from the tiles, so that p - 1 is not rounded with them."""
+def _to_gradient(tile: Tensor, problem: Problem, statistics: TokenStatistics, part: slice) -> None:
+    """Turn a tile of logits into slope_j dloss/dl_j in place, right for all but the targets."""
     options = problem.options
-    smooth = options.label_smoothing
-    pulls = smooth - smooth / problem.vocabulary - known.doubt
+    slope = cap_slope(tile, options)
+    exponential_(tile.sub_(statistics.logsumexp[part, None]))
     if options.z_loss:
-        pulls = pulls + 2 * options.z_loss * known.logsumexp * (1 - known.doubt)
-    slope = _cap_slope(known.target_logits, options)
-    return pulls * upstream * options.logit_scale * (1.0 if slope is None else slope)
-
-
-def _to_gradient(
-    tile: Tensor, problem: Problem, known: Statistics, upstream: Tensor, part: slice, columns: slice
-) -> None:
-    """Turn a tile of logits into the gradient by hidden @ weight.T + bias, in place; the targets' own entries are 0."""
-    options = problem.options
-    slope = _cap_slope(tile, options)
-    exponential_(tile.sub_(known.logsumexp[part, None]))
-    if options.z_loss:
-        tile.mul_((1 + 2 * options.z_loss * known.logsumexp[part])[:, None])
+        tile.mul_((1 + 2 * options.z_loss * statistics.logsumexp[part])[:, None])
     if options.label_smoothing:
         tile.sub_(options.label_smoothing / problem.vocabulary)
     if slope is not None:
         tile.mul_(slope)
-    tile.mul_((upstream[part] * options.logit_scale)[:, None])
-    _set_targets(tile, problem.targets[part], columns, 0.0)
 
 
-def _columns_of(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Column of each target in the block, clamped, and whether it is inside; (t, 1) each. No device to host copy."""
-    local = (targets - columns.start)[:, None]
-    return local.clamp(0, columns.stop - columns.start - 1), (local >= 0) & (local < columns.stop - columns.start)
+def _gradient_of_targets(problem: Problem, statistics: TokenStatistics, upstream: Tensor) -> Tensor:
+    """upstream dloss/dz_y (n,): apart from the tiles, so that p - 1 is not rounded with them."""
+    options, one_minus_p = problem.options, statistics.one_minus_p
+    gradient = options.label_smoothing - options.label_smoothing / problem.vocabulary - one_minus_p
+    if options.z_loss:
+        gradient = gradient + 2 * options.z_loss * statistics.logsumexp * (1 - one_minus_p)
+    slope = cap_slope(statistics.target_logits, options)
+    return gradient * upstream * options.logit_scale * (1.0 if slope is None else slope)
 
 
-def _set_targets(tile: Tensor, targets: Tensor, columns: slice, value: float) -> None:
-    """Put `value` where a row's target lies inside the block."""
-    column, inside = _columns_of(targets, columns)
-    tile.scatter_(1, column, tile.gather(1, column).masked_fill_(inside, value))
+def takes_one_pass(options: LossOptions, products: torch.dtype) -> bool:
+    """Whether `weighted_loss` can be used: in fp16, hidden states times a token's weight would leave its range."""
+    return options.linear and products != torch.float16
 
 
-def _cap_slope(logits: Tensor, options: LossOptions) -> Tensor | None:
-    """Derivative of c * tanh(x / c), from the capped logits; None without a cap. A left-out target gives -inf."""
-    if options.softcap is None:
-        return None
-    return 1 - (logits / options.softcap).clamp(-1, 1).square()
+def weighted_loss(problem: Problem, weights: Tensor, wanted: Wanted) -> tuple[Tensor, Gradients]:
+    """The sum over n tokens of `weights` (n,) times loss, a scalar, with its gradients, all in the wide dtype.
+
+    Three products instead of the four of two passes. It holds where each token's weight in the loss is known beforehand,
+    as in a sum or a mean: a panel of tokens is taken through the whole vocabulary, its exponentials are kept, and its
+    part of the head's gradient is made from them.
+    """
+    shape = panel_shape(len(weights), problem.vocabulary, problem.device.type, problem.options.chunk_tokens)
+    panel = Panel(TileBuffers(shape, problem.hidden.dtype, problem.device), problem.vocabulary)
+    by_hidden = torch.empty(problem.hidden.shape, dtype=problem.wide, device=problem.device) if wanted.hidden else None
+    head, loss = _HeadSums(problem, wanted), problem.zeros()
+    for part in spans(len(weights), shape.tokens):
+        some = replace(problem, hidden=problem.hidden[part], targets=problem.targets[part])
+        first = first_pass(some, gradient=wanted.hidden, panel=panel)
+        loss += (first.losses * weights[part]).sum()
+        if by_hidden is not None and first.hidden_gradient is not None:
+            torch.mul(first.hidden_gradient, weights[part, None], out=by_hidden[part])
+        assert first.logit_gradient is not None
+        head.add(some, panel, first.logit_gradient, weights[part] * problem.options.logit_scale)
+    return loss, Gradients(by_hidden, head.rows, head.bias)
 
 
-def _row_dots(left: Tensor, right: Tensor, dtype: torch.dtype, step: int) -> Tensor:
-    """Row by row inner products (n,) in `dtype`, without a wide copy of both inputs."""
-    dots = [(left[part].to(dtype) * right[part].to(dtype)).sum(1) for part in spans(len(left), step)]
-    return torch.cat(dots) if dots else torch.zeros(0, dtype=dtype, device=left.device)
+class _HeadSums:
+    """The gradients of the head's rows (V, d) and bias (V,), summed over panels of tokens."""
+
+    def __init__(self, problem: Problem, wanted: Wanted) -> None:
+        self.columns = wanted.columns
+        width = 0 if wanted.columns is None else wanted.columns.stop - wanted.columns.start
+        self.rows = problem.zeros(problem.vocabulary, width) if wanted.columns else None
+        self.bias = problem.zeros(problem.vocabulary) if wanted.bias else None
+
+    def add(self, problem: Problem, panel: Panel, of_logits: LogitGradient, weights: Tensor) -> None:
+        """Add a panel's tokens, weighted; the logit scale is in `weights` (t,)."""
+        inputs = problem.hidden if self.columns is None else problem.hidden[:, self.columns]
+        for columns, exponentials, largest in panel.blocks:
+            scale = weights * of_logits.scale * torch.exp(largest - of_logits.largest)
+            if self.rows is not None:
+                scaled = (inputs * scale[:, None]).to(inputs.dtype)
+                panel.buffers.add_product(self.rows[columns], exponentials.t(), scaled)
+            if self.bias is not None:
+                self.bias[columns] += torch.mv(exponentials.t().to(scale.dtype), scale)
+        of_target = weights * of_logits.target
+        # The term -e / V of label smoothing is the same for all rows.
+        smoothing = weights * (problem.options.label_smoothing / problem.vocabulary)
+        if self.rows is not None:
+            self.rows.index_add_(0, problem.targets, inputs * of_target[:, None])
+            if problem.options.label_smoothing:
+                self.rows.sub_((inputs * smoothing[:, None]).sum(0))
+        if self.bias is not None:
+            self.bias.index_add_(0, problem.targets, of_target).sub_(smoothing.sum())

@@ -1,10 +1,63 @@
-"""The plain loss on the full logits: what every other implementation is compared with. Knows torch only."""
+"""What the loss is: its options, and the plain loss on the full logits that every other implementation is compared with.
+
+The formulas stand at the top of `passes`. Knows torch only.
+"""
+
+from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adapterhub_lite.losses.options import LossOptions
+from adapterhub_lite.errors import ConfigurationError
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The options of one cross entropy, shared by every implementation.
+
+    With z = hidden @ weight.T + bias, the logits are s * z (`logit_scale`), then c * tanh(s * z / c) (`softcap`, Gemma
+    2, arXiv:2408.00118). The loss of a token is (1 - e) * nll + e * mean over the vocabulary (`label_smoothing`), plus
+    `z_loss` * logsumexp ** 2 (PaLM, arXiv:2204.02311). Targets equal to `ignore_index` give no loss and no gradient.
+    `chunk_tokens` fixes how many tokens a tile has.
+    """
+
+    ignore_index: int = -100
+    reduction: str = "mean"
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    chunk_tokens: int | None = None
+
+    @property
+    def linear(self) -> bool:
+        """Whether a gradient is linear in the exponentials of the logits, so that one pass can compute it."""
+        return not (self.softcap and self.label_smoothing)
+
+    def __post_init__(self) -> None:
+        if self.reduction not in REDUCTIONS:
+            raise ConfigurationError(f"reduction must be one of {', '.join(REDUCTIONS)}, not {self.reduction!r}.")
+        if self.softcap is not None and self.softcap <= 0:
+            raise ConfigurationError(f"softcap must be positive or None, not {self.softcap}.")
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ConfigurationError(f"label_smoothing must be in [0, 1), not {self.label_smoothing}.")
+        if self.z_loss < 0:
+            raise ConfigurationError(f"z_loss must not be negative, not {self.z_loss}.")
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
+            raise ConfigurationError(f"chunk_tokens must be a positive number of tokens, not {self.chunk_tokens}.")
+
+
+class LossKeywords(TypedDict, total=False):
+    """The fields of `LossOptions` that the head of a model does not fix, and `reduction` aside."""
+
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    chunk_tokens: int | None
 
 
 def full_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: LossOptions) -> Tensor:
@@ -45,7 +98,7 @@ def losses_of_logits(logits: Tensor, targets: Tensor, options: LossOptions) -> T
 
 
 def reduce_losses(losses: Tensor, valid: Tensor, reduction: str, token_weights: Tensor | None) -> Tensor:
-    """Weigh losses (N,) and reduce them; the mean divides by the sum of the valid tokens' weights, never by zero."""
+    """Weight losses (N,) and reduce them; the mean divides by the sum of the valid tokens' weights, never by zero."""
     if token_weights is not None:
         losses = losses * token_weights
     if reduction == "none":

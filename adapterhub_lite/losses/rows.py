@@ -1,6 +1,6 @@
 """Where the rows of a head come from: plain, partitioned over processes, or quantised. Knows torch; others by shape.
 
-`open_rows(weight)` gathers or unpacks as little as it can, for one pass, and yields a reader of row blocks.
+`open_rows(weight)` gathers or dequantises as little as it can, for one pass, and yields a reader of row blocks.
 """
 
 from collections.abc import Callable, Iterator
@@ -45,21 +45,25 @@ def rows_shape(weight: Tensor) -> tuple[int, int]:
 
 @contextmanager
 def open_rows(weight: Tensor) -> Iterator[RowReader]:
-    """Yield a reader of row blocks. Partitioned weights are gathered here, and let go at the end: once a pass.
+    """Yield a reader of row blocks. Partitioned weights are gathered here, once per pass, and freed at the end.
 
     Every process of the group must enter, because gathering is collective.
     """
     if is_zero3(weight):
         with held_whole([weight]):
-            yield _plain(weight.detach())
+            yield _reader(weight.detach())
     elif is_sharded(weight):
-        yield _plain(weight.detach().full_tensor())  # type: ignore[attr-defined]
+        yield _reader(weight.detach().full_tensor())  # type: ignore[attr-defined]
     elif getattr(weight, "quant_state", None) is not None:
         yield _four_bit(weight)
     elif getattr(weight, "SCB", None) is not None:
-        yield _eight_bit(weight)
+        # LLM.int8 (arXiv:2208.07339): one scale per row, the largest value of the row over 127.
+        int8: Any = weight  # a parameter of bitsandbytes, which has no types
+        codes = int8.CB if getattr(int8, "CB", None) is not None else int8.data
+        scales = int8.SCB.float() / 127.0
+        yield lambda part: codes[part].float() * scales[part, None]
     else:
-        yield _plain(weight.detach())
+        yield _reader(weight.detach())
 
 
 @contextmanager
@@ -76,33 +80,26 @@ def held_whole(parameters: list[Tensor]) -> Iterator[None]:
         yield
 
 
-def whole(parameter: Any) -> Tensor:
-    """All of a small parameter, as a bias or a LoRA matrix. A DTensor is gathered, and its gradient goes back averaged
+def whole(parameter: Tensor) -> Tensor:
+    """All of a small parameter, such as a bias or a LoRA matrix. A DTensor is gathered, and its gradient goes back averaged
     over the processes, as FSDP2 does it; what ZeRO-3 holds in parts is copied, and gets no gradient."""
-    found: Tensor = parameter
     if is_zero3(parameter):
         with held_whole([parameter]):
-            found = parameter.detach().clone()
-    elif is_sharded(parameter):
-        from torch.distributed.tensor import Partial
+            return parameter.detach().clone()
+    if is_sharded(parameter):
+        from torch.distributed.tensor import DTensor, Partial
 
-        found = parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
-    return found
+        assert isinstance(parameter, DTensor)
+        return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
+    return parameter
 
 
-def _plain(weight: Tensor) -> RowReader:
+def _reader(weight: Tensor) -> RowReader:
     return lambda part: weight[part]
 
 
-def _eight_bit(weight: Any) -> RowReader:
-    """LLM.int8 (arXiv:2208.07339): one scale a row, the largest value of the row over 127."""
-    codes = weight.CB if getattr(weight, "CB", None) is not None else weight.data
-    scales = weight.SCB.float() / 127.0
-    return lambda part: codes[part].float() * scales[part, None]
-
-
-def _four_bit(weight: Any) -> RowReader:
-    """Blocks of bitsandbytes' nf4 or fp4. The scales, themselves quantised, are unpacked once; the weights in parts."""
+def _four_bit(weight: Any) -> RowReader:  # a parameter of bitsandbytes, which has no types
+    """Blocks of bitsandbytes' nf4 or fp4. The scales, themselves quantised, are dequantised once, the weights in parts."""
     from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
 
     state = weight.quant_state
@@ -113,8 +110,7 @@ def _four_bit(weight: Any) -> RowReader:
     packed = weight.data.view(torch.uint8).reshape(-1)
     per_row = max(1, state.blocksize // columns) if columns % state.blocksize else 1
     if (columns * per_row) % state.blocksize:
-        whole = dequantize_4bit(weight.data, state)
-        return _plain(whole)
+        return _reader(dequantize_4bit(weight.data, state))
 
     def read(part: slice) -> Tensor:
         start = part.start - part.start % per_row

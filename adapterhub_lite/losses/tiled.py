@@ -1,12 +1,13 @@
-"""Cross entropy of a linear head without its logits, on any device. Knows torch only.
+"""Cross entropy of a linear head without its logits, on any device: what autograd sees. Knows torch only.
 
-Three ways, one interface. Where only the hidden states are trained, one pass over the tiles gives the losses and their
-gradient, kept in fp32 for an upstream gradient of one and scaled in backward. Where the head is trained too and the
-losses are summed, so does one pass over panels of tokens (`head_gradient`). For the rest the forward pass keeps only
-the log-sum-exp and backward makes the tiles again. In all, the upstream gradient (and with it the factor of a gradient
-scaler) is multiplied before anything is rounded.
+Three ways, one interface; `passes` has the mathematics. Where only the hidden states are trained, one pass over the
+tiles gives the losses and their gradient, kept in fp32 for an upstream gradient of one and scaled in backward. Where the
+head is trained too and the losses are summed, so does one pass over panels of tokens. For the rest the forward pass keeps
+only the log-sum-exp and backward recomputes the tiles.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,21 +15,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from adapterhub_lite.errors import ConfigurationError
-from adapterhub_lite.losses.head_gradient import in_one_pass, weighed_loss
-from adapterhub_lite.losses.options import LossOptions, check_shapes, check_targets
-from adapterhub_lite.losses.passes import Problem, Statistics, gradients, statistics
-from adapterhub_lite.losses.reference import mean_divisor, reduce_losses
-from adapterhub_lite.losses.rows import (
-    RowReader,
-    is_quantised,
-    is_sharded,
-    is_zero3,
-    open_rows,
-    rows_shape,
-    whole,
+from adapterhub_lite.errors import ConfigurationError, UsageError
+from adapterhub_lite.losses.passes import (
+    Problem,
+    TokenStatistics,
+    Wanted,
+    first_pass,
+    second_pass,
+    takes_one_pass,
+    weighted_loss,
 )
-from adapterhub_lite.losses.tiles import spans, wide_dtype
+from adapterhub_lite.losses.reference import LossOptions, mean_divisor, reduce_losses
+from adapterhub_lite.losses.rows import is_quantised, is_sharded, is_zero3, open_rows, rows_shape, whole
+from adapterhub_lite.losses.tiles import product_dtype, spans, wide_dtype
 
 
 def linear_cross_entropy(
@@ -50,8 +49,8 @@ def linear_cross_entropy(
 
     Args:
         hidden: (N, D), any floating dtype.
-        weight: (V, D); its gradient is computed only where it is wanted, as that of `bias` (V,). A DTensor or a
-            ZeRO-3 parameter is gathered in forward and in backward; a bitsandbytes one is unpacked in blocks.
+        weight: (V, D); a gradient is computed only where it requires one, as for `bias` (V,). A DTensor or a ZeRO-3
+            parameter is gathered in forward and in backward; a bitsandbytes one is dequantised in blocks.
         targets: (N,) int64; positions equal to `ignore_index` cost nothing, and give no loss and no gradient.
         reduction: `mean` divides by the sum of the valid tokens' weights (1 each without `token_weights`).
         softcap: see `LossOptions`, as for the next three.
@@ -85,14 +84,18 @@ def tiled_cross_entropy(
 
     `hidden` is then (N, D + r). This is how a LoRA on the head is trained: z = [h, s * A h] @ [W, B].T exactly, so
     that B gets its gradient here and A through the hidden states.
+
+    Raises:
+        ConfigurationError: a trained head that ZeRO-3 holds in parts.
+        UsageError: as `linear_cross_entropy`.
     """
-    trained = [x for x in (weight, bias) if x is not None and x.requires_grad]
-    if any(is_zero3(x) for x in trained):
+    if any(x is not None and x.requires_grad and is_zero3(x) for x in (weight, bias)):
         raise ConfigurationError(
             "A trained head under ZeRO-3 cannot be read outside its module: use the full loss, ZeRO-2, or freeze it."
         )
     bias = None if bias is None else whole(bias)
-    check_shapes(hidden, rows_shape(weight), targets, bias, token_weights, extra)
+    shape = rows_shape(weight)
+    check_shapes(shape, hidden=hidden, targets=targets, bias=bias, token_weights=token_weights, extra=extra)
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     if weight.requires_grad and is_sharded(weight):
@@ -101,172 +104,196 @@ def tiled_cross_entropy(
     index = valid.nonzero().squeeze(1)
     everything = len(index) == len(targets)
     kept = targets if everything else targets[index]
-    check_targets(kept, rows_shape(weight)[0])
+    check_targets(kept, shape[0])
     if not everything:
         hidden = hidden.index_select(0, index)
-    frozen = _Frozen(weight) if is_quantised(weight) or not weight.requires_grad else None
-    head = (hidden, frozen, weight if weight.requires_grad else None, bias, extra, kept)
-    if options.reduction != "none" and _head_is_trained(weight, bias, extra):
-        problem = Problem(hidden, kept, rows_shape(weight)[0], bias, options)
-        if in_one_pass(problem):
-            shares = hidden.new_ones(len(index), dtype=wide_dtype(hidden.dtype))
-            total = _WeighedSum.apply(
-                *head, shares if token_weights is None else shares * token_weights[index], options
-            )
-            return total if options.reduction == "sum" else total / mean_divisor(valid, token_weights).to(total.dtype)
-    losses = _TiledLosses.apply(*head, replace(options, reduction="none"), torch.is_grad_enabled())
+    frozen = weight if is_quantised(weight) or not weight.requires_grad else None
+    head = (weight if weight.requires_grad else None, bias, extra)
+    trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
+    products = product_dtype(hidden.dtype, hidden.device)
+    if trained and options.reduction != "none" and takes_one_pass(options, products):
+        shares = hidden.new_ones(len(index), dtype=wide_dtype(hidden.dtype))
+        weights = shares if token_weights is None else shares * token_weights[index]
+        total = _WeightedSum.apply(hidden, *head, _Constants(kept, options, frozen), weights)
+        return total if options.reduction == "sum" else total / mean_divisor(valid, token_weights).to(total.dtype)
+    each = _Constants(kept, replace(options, reduction="none"), frozen)
+    losses = _TokenLosses.apply(hidden, *head, each, torch.is_grad_enabled())
     if not everything:
         losses = torch.zeros(targets.shape, dtype=losses.dtype, device=losses.device).index_put((index,), losses)
     return reduce_losses(losses, valid, options.reduction, token_weights)
 
 
-def _head_is_trained(*parameters: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in parameters)
+def check_shapes(
+    head: tuple[int, int],
+    *,
+    hidden: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    token_weights: Tensor | None,
+    extra: Tensor | None,
+) -> None:
+    """Refuse tensors that do not fit together, naming every misfit at once; `head` is the weight's (V, D).
+
+    Raises:
+        UsageError: not hidden (N, D), targets (N,) int64, bias (V,), token_weights (N,), extra (V, r).
+    """
+    vocabulary, columns = head[0], head[1] + (0 if extra is None else extra.shape[-1])
+    problems = []
+    if hidden.dim() != 2 or hidden.shape[1] != columns or not hidden.is_floating_point():
+        problems.append(f"hidden (N, {columns}) came as {tuple(hidden.shape)} {hidden.dtype}")
+    if targets.dtype != torch.int64 or targets.shape != hidden.shape[:1]:
+        problems.append(f"targets (N,) int64 came as {tuple(targets.shape)} {targets.dtype}")
+    if bias is not None and bias.shape != (vocabulary,):
+        problems.append(f"bias ({vocabulary},) came as {tuple(bias.shape)}")
+    if token_weights is not None and token_weights.shape != targets.shape:
+        problems.append(f"token_weights (N,) came as {tuple(token_weights.shape)}")
+    if extra is not None and (extra.dim() != 2 or extra.shape[0] != vocabulary):
+        problems.append(f"extra ({vocabulary}, r) came as {tuple(extra.shape)}")
+    if problems:
+        raise UsageError("The tensors of linear_cross_entropy do not fit together: " + "; ".join(problems) + ".")
+
+
+def check_targets(targets: Tensor, vocabulary: int) -> None:
+    """Refuse valid targets outside [0, vocabulary): without the check they would read another token's row.
+
+    Raises:
+        UsageError: a target, not ignored, is outside the vocabulary.
+    """
+    if targets.numel():
+        low, high = (int(x) for x in torch.aminmax(targets))
+        if low < 0 or high >= vocabulary:
+            raise UsageError(f"targets must be in [0, {vocabulary}) or ignore_index, not {low if low < 0 else high}.")
 
 
 @dataclass(frozen=True)
-class _Frozen:
-    """A weight that autograd shall not see: it may be a DTensor, empty outside its module, or packed bytes."""
+class _Constants:
+    """What autograd does not see: targets (n,), options, and a frozen head's weight, None for a trained one.
 
-    weight: Tensor
+    A frozen weight may be a DTensor, empty outside its module, or packed bytes.
+    """
 
+    targets: Tensor
+    options: LossOptions
+    frozen: Tensor | None
 
-class _TiledLosses(torch.autograd.Function):
-    """Losses (n,) of n valid tokens, in the wide dtype."""
+    @contextmanager
+    def problem(
+        self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, extra: Tensor | None
+    ) -> Iterator[Problem]:
+        """The problem of one pass, while the head's rows can be read."""
+        held = weight if self.frozen is None else self.frozen
+        assert held is not None
+        with open_rows(held) as read:
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        frozen: _Frozen | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        extra: Tensor | None,
-        targets: Tensor,
-        options: LossOptions,
-        training: bool,
-    ) -> Tensor:
-        rows = frozen.weight if frozen is not None else weight
-        assert rows is not None
-        wanted = ctx.needs_input_grad
-        head_trained = wanted[2] or wanted[3] or wanted[4]
-        one_pass = wanted[0] and not head_trained and options.linear
-        problem = Problem(hidden, targets, rows_shape(rows)[0], bias, options)
-        with open_rows(rows) as read:
-            known = statistics(problem, _with_extra(read, extra), gradient=training and one_pass)
-        ctx.frozen, ctx.options, ctx.one_pass, ctx.dtype = frozen, options, one_pass, hidden.dtype
-        if training and one_pass:
-            ctx.save_for_backward(known.gradient)
-        elif training:
-            ctx.save_for_backward(
-                hidden, weight, bias, extra, targets, known.logsumexp, known.target_logits, known.doubt
-            )
-        return known.losses
+            def joined(part: slice) -> Tensor:
+                rows = read(part)
+                return rows if extra is None else torch.cat([rows, extra[part].to(rows.dtype)], 1)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> Any:
-        if ctx.one_pass:
-            (unit,) = ctx.saved_tensors
-            return _scaled(unit, upstream[:, None], ctx.dtype), *[None] * 7
-        hidden, weight, bias, extra, targets, logsumexp, target_logits, doubt = ctx.saved_tensors
-        rows = ctx.frozen.weight if ctx.frozen is not None else weight
-        known = Statistics(upstream, logsumexp, target_logits, doubt, None)
-        problem = Problem(hidden, targets, rows_shape(rows)[0], bias, ctx.options)
-        wanted = ctx.needs_input_grad
-        columns = _trained_columns(wanted, hidden, extra)
-        trained = None if columns is None else (columns, (weight if wanted[2] else extra).dtype)
-        with open_rows(rows) as read:
-            found = gradients(
-                problem,
-                _with_extra(read, extra),
-                known,
-                upstream,
-                hidden_wanted=wanted[0],
-                rows_wanted=trained,
-                bias_wanted=wanted[3],
-            )
-        by_weight, by_extra = _split(found.rows, wanted, None if weight is None else weight.shape[1])
-        by_bias = None if found.bias is None else found.bias.to(bias.dtype)
-        by_hidden = None if found.hidden is None else found.hidden.to(hidden.dtype)
-        return by_hidden, None, by_weight, by_bias, by_extra, None, None, None
+            states = hidden.to(product_dtype(hidden.dtype, hidden.device))
+            yield Problem(states, self.targets, joined, rows_shape(held)[0], bias, self.options)
 
 
-class _WeighedSum(torch.autograd.Function):
-    """The sum of n valid tokens' losses times their weights (n,), with a trained head; a scalar in the wide dtype."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        frozen: _Frozen | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        extra: Tensor | None,
-        targets: Tensor,
-        token_weights: Tensor,
-        options: LossOptions,
-    ) -> Tensor:
-        rows = frozen.weight if frozen is not None else weight
-        assert rows is not None
-        wanted = ctx.needs_input_grad
-        with open_rows(rows) as read:
-            found = weighed_loss(
-                Problem(hidden, targets, rows_shape(rows)[0], bias, options),
-                _with_extra(read, extra),
-                token_weights,
-                hidden_wanted=wanted[0],
-                rows_wanted=_trained_columns(wanted, hidden, extra),
-                bias_wanted=wanted[3],
-            )
-        ctx.save_for_backward(found.gradients.hidden, found.gradients.rows, found.gradients.bias)
-        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias, extra)]
-        ctx.columns = None if weight is None else weight.shape[1]
-        return found.loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> Any:
-        hidden, rows, bias = ctx.saved_tensors
-        by_weight, by_extra = _split(rows, ctx.needs_input_grad, ctx.columns)
-        units = (hidden, by_weight, bias, by_extra)
-        scaled = [None if x is None else _scaled(x, upstream, to) for x, to in zip(units, ctx.dtypes, strict=True)]
-        return scaled[0], None, *scaled[1:], None, None, None
+def _wanted(needed: tuple[bool, ...], hidden: Tensor, extra: Tensor | None) -> Wanted:
+    """What of (hidden, weight, bias, extra) gets a gradient; of the rows [weight, extra], all where the weight does."""
+    columns = None
+    if needed[1]:
+        columns = slice(0, hidden.shape[1])
+    elif needed[3] and extra is not None:
+        columns = slice(hidden.shape[1] - extra.shape[1], hidden.shape[1])
+    return Wanted(needed[0], columns, needed[2])
 
 
-def _scaled(unit: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def _split(rows: Tensor | None, needed: tuple[bool, ...], columns: int | None) -> tuple[Tensor | None, Tensor | None]:
+    """Gradient of the head's rows as (weight, extra), each None where it is not trained."""
+    if rows is None or not needed[1]:
+        return None, rows
+    return rows[:, :columns], rows[:, columns:] if needed[3] else None
+
+
+def _scaled(unit: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
     """unit * factor, multiplied in the wide dtype and rounded once; in parts, so that no second wide copy is held."""
+    if unit is None:
+        return None
     scaled = torch.empty(unit.shape, dtype=dtype, device=unit.device)
     for part in spans(len(unit), 4096):
         torch.mul(unit[part], factor[part] if factor.dim() else factor, out=scaled[part])
     return scaled
 
 
-def _trained_columns(wanted: Any, hidden: Tensor, extra: Tensor | None) -> slice | None:
-    """Columns of [weight, extra] that get a gradient: all where the weight does, else those of `extra`."""
-    if wanted[2]:
-        return slice(0, hidden.shape[1])
-    if wanted[4]:
-        assert extra is not None
-        return slice(hidden.shape[1] - extra.shape[1], hidden.shape[1])
-    return None
+class _TokenLosses(torch.autograd.Function):
+    """Losses (n,) of n valid tokens, in the wide dtype."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # autograd's context takes whatever attributes it is given
+        hidden: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        extra: Tensor | None,
+        constants: _Constants,
+        training: bool,
+    ) -> Tensor:
+        wanted = _wanted(ctx.needs_input_grad, hidden, extra)
+        head_trained = wanted.columns is not None or wanted.bias
+        one_pass = wanted.hidden and not head_trained and constants.options.linear
+        with constants.problem(hidden, weight, bias, extra) as problem:
+            first = first_pass(problem, gradient=training and one_pass)
+        ctx.constants, ctx.one_pass, ctx.dtype = constants, one_pass, hidden.dtype
+        if training and one_pass:
+            ctx.save_for_backward(first.hidden_gradient)
+        elif training:
+            kept = first.statistics
+            ctx.save_for_backward(hidden, weight, bias, extra, kept.logsumexp, kept.target_logits, kept.one_minus_p)
+        return first.losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.one_pass:
+            return _scaled(ctx.saved_tensors[0], upstream[:, None], ctx.dtype), None, None, None, None, None
+        hidden, weight, bias, extra, *statistics = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        # The gradient of the rows comes in the dtype of what it belongs to.
+        rows_dtype = next((x.dtype for x, need in ((weight, needed[1]), (extra, needed[3])) if need), None)
+        with ctx.constants.problem(hidden, weight, bias, extra) as problem:
+            found = second_pass(
+                problem,
+                TokenStatistics(*statistics),
+                upstream,
+                _wanted(needed, hidden, extra),
+                rows_dtype or problem.wide,
+            )
+        by_weight, by_extra = _split(found.rows, needed, None if weight is None else weight.shape[1])
+        by_bias = None if found.bias is None else found.bias.to(bias.dtype)
+        by_hidden = None if found.hidden is None else found.hidden.to(hidden.dtype)
+        return by_hidden, by_weight, by_bias, by_extra, None, None
 
 
-def _split(rows: Tensor | None, wanted: Any, columns: int | None) -> tuple[Tensor | None, Tensor | None]:
-    """Gradient of the head's rows as (weight, extra): whichever is trained."""
-    if rows is None:
-        return None, None
-    if not wanted[2]:
-        return None, rows
-    return (rows[:, :columns], rows[:, columns:]) if wanted[4] else (rows[:, :columns], None)
+class _WeightedSum(torch.autograd.Function):
+    """The sum of n valid tokens' losses times their weights (n,), with a trained head; a scalar in the wide dtype."""
 
+    @staticmethod
+    def forward(
+        ctx: Any,  # as above
+        hidden: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        extra: Tensor | None,
+        constants: _Constants,
+        token_weights: Tensor,
+    ) -> Tensor:
+        wanted = _wanted(ctx.needs_input_grad, hidden, extra)
+        with constants.problem(hidden, weight, bias, extra) as problem:
+            loss, found = weighted_loss(problem, token_weights, wanted)
+        ctx.save_for_backward(found.hidden, found.rows, found.bias)
+        ctx.dtypes = [hidden.dtype if x is None else x.dtype for x in (hidden, weight, bias, extra)]
+        ctx.columns = None if weight is None else weight.shape[1]
+        return loss
 
-def _with_extra(read: RowReader, extra: Tensor | None) -> RowReader:
-    if extra is None:
-        return read
-
-    def joined(part: slice) -> Tensor:
-        rows = read(part)
-        return torch.cat([rows, extra[part].to(rows.dtype)], 1)
-
-    return joined
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, rows, bias = ctx.saved_tensors
+        by_weight, by_extra = _split(rows, ctx.needs_input_grad, ctx.columns)
+        units = (hidden, by_weight, bias, by_extra)
+        return (*(_scaled(x, upstream, to) for x, to in zip(units, ctx.dtypes, strict=True)), None, None)

@@ -1,56 +1,19 @@
-"""One tile of logits at a time: its size, its buffers, its products. Knows torch only.
+"""One tile of logits at a time: its buffers and its products. Knows torch only.
 
 A tile is (tokens, vocabulary). The vocabulary is the outer loop, so that a block of the head is read, gathered or
-dequantised once a pass whatever the number of tokens. Buffers are allocated once a pass and reused.
+dequantised once per pass, whatever the number of tokens. Buffers are allocated once per pass and reused.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from adapterhub_lite.losses.options import LossOptions
+from adapterhub_lite.loss_sizes import TileShape
+from adapterhub_lite.losses.reference import LossOptions
 
-# Measured with scripts/bench/train/loss.py --tiles: below these the products are too small to be fast, above them the tile
-# leaves the cache. Those of the accelerators are set by memory alone: 200 MB of tile buffers.
-CPU_TOKENS, CPU_ELEMENTS = 1024, 2**21
-LEAST_VOCABULARY = 512
-ACCELERATOR_TOKENS, ACCELERATOR_ELEMENTS = 4096, 2**25
-
-# Exponentials kept from one pass to the next where the head is trained: 128 MB in bf16 on a CPU, 256 MB elsewhere.
-CPU_PANEL, ACCELERATOR_PANEL = 2**26, 2**27
-
-# Keeps exp(logit - max) in fp16 range: below 2 ** -24 it would be lost, and it is never above 1.
 HALF_LIFT = 2.0**14
-
-
-@dataclass(frozen=True)
-class TileShape:
-    """How many tokens and how many rows of the head are handled at once."""
-
-    tokens: int
-    vocabulary: int
-
-
-def tile_shape(tokens: int, vocabulary: int, device: torch.device, chunk_tokens: int | None = None) -> TileShape:
-    """Choose the tile of a problem with `tokens` valid tokens; `chunk_tokens` fixes its first side."""
-    on_cpu = device.type == "cpu"
-    limit, elements = (CPU_TOKENS, CPU_ELEMENTS) if on_cpu else (ACCELERATOR_TOKENS, ACCELERATOR_ELEMENTS)
-    rows = max(1, min(tokens, chunk_tokens or limit))
-    return TileShape(rows, max(1, min(vocabulary, _even(max(LEAST_VOCABULARY, elements // rows)))))
-
-
-def _even(side: int) -> int:
-    """Round down to whole vector registers, where there is anything to round."""
-    return side - side % 64 if side >= 64 else side
-
-
-def panel_shape(tokens: int, vocabulary: int, device: torch.device, chunk_tokens: int | None = None) -> TileShape:
-    """As `tile_shape`, with so few tokens that their exponentials over the whole vocabulary can be kept."""
-    elements = CPU_PANEL if device.type == "cpu" else ACCELERATOR_PANEL
-    most = _even(max(1, elements // vocabulary))
-    return tile_shape(tokens, vocabulary, device, min(most, chunk_tokens or most))
+"""The factor on exponentials that are rounded to fp16; see the formulas in `passes`."""
 
 
 def spans(length: int, step: int) -> Iterator[slice]:
@@ -70,10 +33,10 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 class TileBuffers:
-    """Buffers of one pass, each seen as (tokens, vocabulary) or (tokens, D) of the tile at hand."""
+    """Buffers of one pass, each seen as (tokens, vocabulary) or (tokens, D) of the current tile."""
 
     def __init__(self, shape: TileShape, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype, self.device = dtype, device
+        self.shape, self.dtype, self.device = shape, dtype, device
         self.narrow_products = dtype != wide_dtype(dtype) and device.type != "cuda"
         size = shape.tokens * shape.vocabulary
         self._wide = torch.empty(size, dtype=wide_dtype(dtype), device=device)
@@ -81,16 +44,16 @@ class TileBuffers:
         self._partial = torch.empty(0, dtype=dtype, device=device)
         self._wide_partial = torch.empty(0, dtype=self._wide.dtype, device=device)
 
-    def logits(self, hidden: Tensor, block: Tensor, bias: Tensor | None, options: LossOptions) -> Tensor:
+    def logits(self, hidden: Tensor, rows: Tensor, bias: Tensor | None, options: LossOptions) -> Tensor:
         """Scaled, soft-capped logits (t, v) in the wide dtype. The buffer is overwritten by the next call."""
-        shape = hidden.shape[0], block.shape[0]
+        shape = hidden.shape[0], rows.shape[0]
         logits = self._wide[: shape[0] * shape[1]].view(shape)
         if self.narrow_products:
-            logits.copy_(torch.mm(hidden, block.t(), out=self._narrow[: logits.numel()].view(shape)))
+            logits.copy_(torch.mm(hidden, rows.t(), out=self._narrow[: logits.numel()].view(shape)))
         elif self.dtype == logits.dtype:
-            torch.mm(hidden, block.t(), out=logits)
+            torch.mm(hidden, rows.t(), out=logits)
         else:
-            torch.mm(hidden, block.t(), out_dtype=logits.dtype, out=logits)
+            torch.mm(hidden, rows.t(), out_dtype=logits.dtype, out=logits)
         return finish_logits(logits, bias, options)
 
     def narrowed(self, gradient: Tensor) -> Tensor:
@@ -106,7 +69,7 @@ class TileBuffers:
         elif not self.narrow_products:
             total.add_(torch.mm(left, right, out_dtype=total.dtype))
         else:
-            # Both buffers are kept: a sum of unlike dtypes would make a new one each time, page by page.
+            # Both buffers are kept: a sum of unlike dtypes would allocate a new one each time, page by page.
             if self._partial.numel() < total.numel():
                 self._partial = torch.empty(total.numel(), dtype=self.dtype, device=self.device)
                 self._wide_partial = torch.empty(total.numel(), dtype=total.dtype, device=self.device)
@@ -117,21 +80,21 @@ class TileBuffers:
 class Panel:
     """The exponentials of some tokens over the whole vocabulary, block by block, in the dtype of the products.
 
-    With them the head's gradient needs no second product of hidden states and head. Made once, filled again and again.
+    With them the head's gradient needs no second product of hidden states and head. Allocated once, filled repeatedly.
     """
 
-    def __init__(self, shape: TileShape, vocabulary: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.shape, self.buffers = shape, TileBuffers(shape, dtype, device)
-        self._store = torch.empty(shape.tokens * vocabulary, dtype=dtype, device=device)
+    def __init__(self, buffers: TileBuffers, vocabulary: int) -> None:
+        self.buffers = buffers
+        self._store = torch.empty(buffers.shape.tokens * vocabulary, dtype=buffers.dtype, device=buffers.device)
         self.begin(0)
 
     def begin(self, tokens: int) -> None:
-        """Forget what is kept; the next blocks have `tokens` rows."""
+        """Forget the blocks; the next ones have `tokens` rows."""
         self._tokens = tokens
         self.blocks: list[tuple[slice, Tensor, Tensor]] = []
 
     def keep(self, exponentials: Tensor, columns: slice, largest: Tensor) -> Tensor:
-        """Copy a tile (t, v), made relative to `largest` (t,), and return the copy."""
+        """Copy a tile (t, v), computed relative to `largest` (t,), and return the copy."""
         start = columns.start * self._tokens
         block = self._store[start : start + exponentials.numel()].view(exponentials.shape).copy_(exponentials)
         self.blocks.append((columns, block, largest))
@@ -149,7 +112,25 @@ def finish_logits(products: Tensor, bias: Tensor | None, options: LossOptions) -
     return products
 
 
+def cap_slope(logits: Tensor, options: LossOptions) -> Tensor | None:
+    """Derivative of c * tanh(x / c), from the capped logits; None without a cap. An excluded target is -inf: slope 0."""
+    if options.softcap is None:
+        return None
+    return 1 - (logits / options.softcap).clamp(-1, 1).square()
+
+
 def exponential_(exponents: Tensor) -> Tensor:
-    """exp in place, for exponents of at most about 0. Below e ** -80 all is one: results that are denormal numbers take
-    a processor a hundred times as long (31 ns instead of 0.3, measured on a CPU with MKL), and none of them counts."""
+    """exp in place, for exponents of at most about 0.
+
+    All below e ** -80 become e ** -80: denormal results take a processor a hundred times as long (31 ns instead of 0.3,
+    measured on a CPU with MKL), and none of them counts.
+    """
     return exponents.clamp_(min=-700.0 if exponents.dtype == torch.float64 else -80.0).exp_()
+
+
+def set_targets(tile: Tensor, targets: Tensor, columns: slice, value: float) -> None:
+    """Put `value` where a row's target lies inside the block; without a copy from device to host."""
+    local = (targets - columns.start)[:, None]
+    width = columns.stop - columns.start
+    column, inside = local.clamp(0, width - 1), (local >= 0) & (local < width)
+    tile.scatter_(1, column, tile.gather(1, column).masked_fill_(inside, value))

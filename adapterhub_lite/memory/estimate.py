@@ -11,6 +11,7 @@ import torch
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import ConfigurationError, UnknownNameError
 from adapterhub_lite.home import adapterhub_home
+from adapterhub_lite.loss_sizes import LossSize, frozen_head_bytes, trained_head_bytes
 from adapterhub_lite.memory.heap import SLACK_BYTES
 from adapterhub_lite.memory.presets import MemoryPreset, find_preset
 from adapterhub_lite.memory.tracing import ModelShape, StepBytes, TracedStep, model_shape, trace_step
@@ -21,12 +22,8 @@ OVERHEAD_BYTES = {"cpu": 650 * 2**20, "cuda": 600 * 2**20}
 # Of a CPU's activations, what the C heap keeps beside them, in holes between what lives: the slope of measured peaks over
 # 0.1 to 2.2 GB of activations, in bf16 and fp32. Presets that save memory trim the heap.
 HEAP_SHARE = 0.45
-# Of the loss's tiles: products in the base's dtype and sums in fp32 of 2 ** 21 (CPU) or 2 ** 25 (GPU) logits.
-TILE_LOGITS = {"cpu": 2**21, "cuda": 2**25}
 # Of the proof before the first step: tokens whose logits are all there, as the model itself makes them.
 PROVEN_TOKENS = 96
-# Of the loss with a trained head: exponentials that are kept.
-PANEL_LOGITS = {"cpu": 2**26, "cuda": 2**27}
 NF4_CONSTANTS = 1 / 64 + 4 / (64 * 256)
 COMPONENTS = (
     "weights", "quantization", "adapter", "gradients", "optimizer", "activations", "loss", "temporary", "overhead",
@@ -238,15 +235,9 @@ def _weight_bytes(shape: ModelShape, preset: MemoryPreset) -> tuple[int, int]:
 
 def loss_bytes(shape: ModelShape, preset: MemoryPreset, workload: Workload) -> int:
     """What the loss has at its worst: tiles of logits, the states' gradient in fp32, and what a trained head adds."""
-    tokens, size = workload.batch_size * workload.sequence_length, preset.torch_dtype.itemsize
-    logits = min(tokens * shape.vocabulary, TILE_LOGITS.get(workload.device, 2**25))
-    needed = logits * (4 + size % 4) + tokens * shape.hidden * (4 + 3 * size)
-    if preset.trains != "lora":
-        # The head's gradient in fp32, beside it exponentials over the whole vocabulary for some tokens at a time, and
-        # when these are gone the gradient as it is handed on.
-        panel = min(tokens * shape.vocabulary, PANEL_LOGITS.get(workload.device, 2**27))
-        needed += shape.head_parameters * 4 + max(panel, shape.head_parameters) * size
-    return needed
+    tokens = workload.batch_size * workload.sequence_length
+    size = LossSize(tokens, shape.vocabulary, shape.hidden, preset.torch_dtype.itemsize, workload.device)
+    return frozen_head_bytes(size) + (trained_head_bytes(size) if preset.trains != "lora" else 0)
 
 
 def _head_gradient_bytes(shape: ModelShape, preset: MemoryPreset) -> int:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapterhub_lite.losses import LossOptions, full_cross_entropy, tiles
+from adapterhub_lite.loss_sizes import LIMITS, TileLimits
+from adapterhub_lite.losses import LossOptions, full_cross_entropy
 from adapterhub_lite.losses.tiled import tiled_cross_entropy
 
 
@@ -95,9 +96,8 @@ class Case:
 def tiles_of(tokens: int, vocabulary: int) -> Iterator[None]:
     """Tiles of at most (tokens, about vocabulary), so that a small problem is cut into many."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "CPU_TOKENS", tokens)
-        patch.setattr(tiles, "CPU_ELEMENTS", tokens * vocabulary)
-        patch.setattr(tiles, "LEAST_VOCABULARY", 1)
+        small = TileLimits(tokens, tokens * vocabulary, LIMITS["cpu"].panel, least_vocabulary=1)
+        patch.setitem(LIMITS, "cpu", small)
         yield
 
 

@@ -1,6 +1,7 @@
 """Which implementation is taken, and the reason that the training record keeps."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +21,7 @@ from adapterhub_lite.losses import (
     full_cross_entropy,
     head_of,
 )
-from adapterhub_lite.losses.choice import RUNGS, Situation
+from adapterhub_lite.losses.choice import Situation, refusal
 from adapterhub_lite.losses.kernels import KERNELS
 
 
@@ -93,12 +94,12 @@ class TestKernelRungs:
     def test_an_import_error_is_reported(self, situation: Any, rung: str, monkeypatch: pytest.MonkeyPatch) -> None:
         package = KERNELS[rung][0]
         monkeypatch.setitem(sys.modules, package, None)
-        reason = RUNGS[rung](situation(Head(nn.Linear(8, 9, bias=False))))
+        reason = refusal(rung, situation(Head(nn.Linear(8, 9, bias=False))))
         assert reason is not None and "Error" in reason and package.split(".")[0] in reason
 
     def test_what_a_kernel_does_not_do_is_named(self, situation: Any, install: Any) -> None:
         install("cut_cross_entropy", plain_kernel)
-        refuse = RUNGS["cut_cross_entropy"]
+        refuse = partial(refusal, "cut_cross_entropy")
         plain = nn.Linear(8, 9, bias=False)
         assert refuse(situation(Head(plain))) is None
         assert refuse(situation(Head(plain, softcap=2.0))) is None
@@ -117,7 +118,7 @@ class TestKernelRungs:
         def breaks(*tensors: Any, **options: Any) -> Any:
             raise RuntimeError("no such instruction")
 
-        refuse, head = RUNGS["cut_cross_entropy"], Head(nn.Linear(8, 9, bias=False), softcap=1.0)
+        refuse, head = partial(refusal, "cut_cross_entropy"), Head(nn.Linear(8, 9, bias=False), softcap=1.0)
         for kernel, reason in ((forgets_the_cap, "away"), (rounds, "away"), (breaks, "no such instruction")):
             install("cut_cross_entropy", kernel)
             assert reason in refuse(situation(head))

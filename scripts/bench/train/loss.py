@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adapterhub_lite.losses import linear_cross_entropy, tiles
+from adapterhub_lite.loss_sizes import LIMITS, TileLimits
+from adapterhub_lite.losses import linear_cross_entropy
 from scripts.bench.report import RESULTS, describe_machine, write_result
 from scripts.bench.train.loss_plot import plot
 
@@ -234,7 +235,7 @@ def sweep_tiles(problem: Problem, rounds: int, device: torch.device) -> list[dic
     seconds: dict[tuple[int, int], list[float]] = {side: [] for side in sides}
     for _ in range(rounds):
         for tokens, vocabulary in sides:
-            tiles.CPU_TOKENS, tiles.CPU_ELEMENTS = tokens, tokens * vocabulary
+            LIMITS["cpu"] = TileLimits(tokens, tokens * vocabulary, LIMITS["cpu"].panel)
             seconds[tokens, vocabulary].append(one_step(linear_cross_entropy, inputs)[0])
     return [
         {"tokens": t, "vocabulary": v, "best": round(min(x), 4), "median": round(median(x), 4)}
