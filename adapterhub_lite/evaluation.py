@@ -110,10 +110,13 @@ def compare_losses(
 
     Rows beyond 2,048 tokens are cut. Each row is read alone, so that the logits of one is all there is in memory.
     """
-    from adapterhub_lite.training.data.tokenization import prepare_rows
+    from adapterhub_lite.bases.encoding import end_tokens
+    from adapterhub_lite.training.data.preparation import Preparation
+    from adapterhub_lite.training.data.tokenization import Limits
 
     with _both_models(registry, manifest, base) as (model, tokenizer):
-        table = prepare_rows([dict(row) for row in rows], tokenizer, max_length=MOST_TOKENS, overlong="truncate").table
+        preparation = Preparation(tokenizer, Limits(MOST_TOKENS, "truncate"), end_tokens(tokenizer, base.folder))
+        table = preparation.rows([dict(row) for row in rows]).table
         with model.disable_adapter():
             plain = _mean_loss(model, table)
         adapted = _mean_loss(model, table)

@@ -19,7 +19,8 @@ from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import NonFiniteLossError, OutOfMemoryError
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
 from adapterhub_lite.training.data.collation import PackedCollator, PaddedCollator, unpack
-from adapterhub_lite.training.data.tokenization import prepare_rows, prepare_sets, row_lengths
+from adapterhub_lite.training.data.preparation import Preparation
+from adapterhub_lite.training.data.tokenization import Limits, row_lengths
 from adapterhub_lite.training.distributed import sharded
 from adapterhub_lite.training.evaluation import EvaluationSums, without_repeats
 from adapterhub_lite.training.generation import GeneratedMetrics
@@ -71,8 +72,8 @@ class AdapterTrainer(Trainer):
     ) -> None:
         before = PeakMemory.before(args.device, model)
         opened = open_base(model, base, processing_class)
-        limits: Any = {"tokenizer": opened.tokenizer, "max_length": args.max_length, "overlong": args.overlong}
-        self.rows = prepare_rows(train_dataset, **limits)
+        self.preparation = Preparation(opened.tokenizer, Limits(args.max_length, args.overlong), opened.ends())
+        self.rows = self.preparation.rows(train_dataset)
         self.generated_metrics = generated_metrics
         with sharded.built_whole(args):
             choice = choose_memory(
@@ -97,7 +98,7 @@ class AdapterTrainer(Trainer):
             assembly.model,
             args,
             train_dataset=self.rows.table,
-            eval_dataset=prepare_sets(eval_dataset, **limits),
+            eval_dataset=self.preparation.sets(eval_dataset),
             processing_class=opened.tokenizer,
             **trainer_keywords,
         )

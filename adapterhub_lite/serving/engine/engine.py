@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from adapterhub_lite.bases import load_base_model, load_tokenizer, resolve_base
+from adapterhub_lite.bases.encoding import encode_prompt
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.serving.adapters.hub_source import HubSource
 from adapterhub_lite.serving.adapters.pool import AdapterPool, Tier
@@ -264,7 +265,7 @@ class InferenceEngine:
                     raise ConfigurationError(f"The base's chat template refused the messages: {error}") from error
                 ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
             else:
-                ids = self.tokenizer.encode(request.prompt or "")
+                ids = encode_prompt(self.tokenizer, request.prompt or "")
         if not ids:
             raise ConfigurationError(
                 "The prompt is empty, so there is nothing to go on from. Give at least one character."

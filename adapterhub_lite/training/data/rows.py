@@ -1,152 +1,128 @@
-"""Training rows: from a JSONL or parquet file, a Hub data set or a list to one table, checked row by row.
-
-Knows the three shapes a row may have and where each row came from; knows no tokenizer.
-"""
+"""Training rows: from whatever holds them to one table in one of three shapes, checked row by row. Knows no tokenizer."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, Features, IterableDataset, Json, Value
 
 from adapterhub_lite.errors import DataError
+from adapterhub_lite.training.data.files import Found, read_hub, read_path, read_table
+from adapterhub_lite.training.data.shapes import CHAT_KEYS, WANTED, Columns, normalized
+from adapterhub_lite.training.data.tables import TableWriter
 
-SHAPES: dict[str, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "prompt and completion": ("prompt", "completion"),
-    "text": ("text",),
-}
-WANTED = "`messages`, or `prompt` and `completion`, or `text`"
+logger = logging.getLogger(__name__)
 # The column that remembers `file:line` through every shuffle and selection, for errors raised later.
 SOURCE_COLUMN = "source"
+# What tells a table of checked rows from one of the user's own.
+DESCRIPTION = "rows checked by adapterhub_lite"
+SHAPES = (("messages",), ("prompt", "completion"), ("text",))
+ROWS_AT_A_TIME = 1000
+Formatting = Callable[[Mapping[str, Any]], Any]  # a function of the user's: a row of theirs -> a row, or its text
 
 
-def load_rows(source: str | Path | Dataset | Iterable[Mapping[str, Any]], *, split: str = "train") -> Dataset:
-    """Return the rows of `source` as one table, each row checked; nothing is written to disk for a file.
+def load_rows(
+    source: Any,
+    *,
+    split: str = "train",
+    config: str | None = None,
+    columns: Columns | None = None,
+    formatting_func: Formatting | None = None,
+) -> Dataset:
+    """Return the rows of `source` as one table, each row checked; memory stays that of a batch.
 
-    `source` is the path of a JSONL or parquet file, a Hub data set id (its `split` is taken), a `Dataset` or any iterable of
-    mappings. All rows have one shape: `messages` (a list of `{"role", "content"}` with an assistant turn),
-    `prompt` and `completion`, or `text`. The result has these columns and `source` (where the row came from).
+    `source` is the path of a JSONL, JSON, CSV, TSV or parquet file, a folder of such files, a data set's id on the Hub
+    (its `config` and `split` are taken), a `datasets` table, a pandas frame, or any iterable of mappings. All rows have
+    one shape; those of others (ShareGPT, Alpaca, question and answer) become `messages`. `columns` names columns where
+    the names do not say it; `formatting_func` makes a row, or its text, of each row of your own.
+
+    The result has the columns `messages`, or `prompt` and `completion`, or `text`; `tools`, `documents` and
+    `chat_template_kwargs` where a row has them; and `source` (where the row came from).
 
     Raises:
-        DataError: no such file, a line that is not JSON, or a row of the wrong shape; names file and line.
+        DataError: no such file, a line that cannot be read, or a row that cannot be used; names file, line and key.
     """
-    if isinstance(source, Dataset):
-        return _as_table(((f"row {i}", row) for i, row in enumerate(source)), "the data set")
+    found, name = _found_in(source, split, config)
+    return _as_table(_formatted(found, formatting_func), name, columns or Columns())
+
+
+def _found_in(source: Any, split: str, config: str | None) -> tuple[Found, str]:
+    if isinstance(source, Dataset | IterableDataset):
+        return read_table(source), "the data set"
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
-        if path.is_file():
-            read = _read_parquet if path.suffix == ".parquet" else _read_jsonl
-            return _as_table(read(path), str(path))
+        if path.exists():
+            return read_path(path, split), str(path)
         if path.suffix or isinstance(source, Path) or str(source).count("/") > 1:
-            raise DataError(f"There is no file {path}. Give a JSONL or parquet file, rows with {WANTED}.")
-        return _from_hub(str(source), split)
-    return _as_table(((f"row {i}", row) for i, row in enumerate(source)), "the list of rows")
+            raise DataError(f"There is no file {path}. Give a JSONL, CSV or parquet file with {WANTED}.")
+        return read_hub(str(source), config, split), str(source)
+    if hasattr(source, "to_dict") and hasattr(source, "columns"):
+        return read_table(Dataset.from_pandas(source, preserve_index=False)), "the data frame"
+    return ((f"row {i}", row) for i, row in enumerate(source)), "the list of rows"
 
 
-def _from_hub(name: str, split: str) -> Dataset:
-    try:
-        table = load_dataset(name, split=split)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{name!r} is no file here, and as a data set (split {split!r}) it could not be loaded: {error} "
-            "Check the spelling and the network, or give a JSONL file."
-        ) from error
-    if isinstance(table, IterableDataset):
-        raise DataError(f"{name!r} is streamed; pass it to the trainer's train_dataset after tokenising it yourself.")
-    return _as_table(((f"{name}[{split}] row {i}", row) for i, row in enumerate(table)), name)
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8 JSONL.") from error
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
+def _formatted(found: Found, function: Formatting | None) -> Found:
+    for where, row in found:
+        if function is None:
+            yield where, row
             continue
-        where = f"{path}, line {number}"
         try:
-            yield where, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{where}: wanted one JSON object, found {_short(line)} ({error.msg}). "
-                "Write one whole JSON object a line (JSONL)."
-            ) from error
+            made = function(row)
+        except Exception as error:  # a function of the user's may raise anything
+            raise DataError(f"{where}: formatting_func failed: {type(error).__name__}: {error}.") from error
+        yield where, {"text": made} if isinstance(made, str) else made
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    from pyarrow import ArrowInvalid
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        batches = ParquetFile(path).iter_batches()
-        for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
-            yield f"{path}, row {number}", row
-    except ArrowInvalid as error:
-        raise DataError(f"{path} is not a parquet file: {error}.") from error
-
-
-def _as_table(rows: Iterable[tuple[str, Any]], name: str) -> Dataset:
-    columns: dict[str, list[Any]] = {}
-    shape: str | None = None
-    for where, row in rows:
-        found = _shape_of(where, row)
-        shape = shape or found
-        if found != shape:
-            raise DataError(f"{where}: wanted {shape} as in the rows before, found {found}. Split the file by shape.")
-        _check(where, row, found)
-        for key in SHAPES[found]:
-            columns.setdefault(key, []).append(_turns(row[key]) if isinstance(row[key], list) else row[key])
-        columns.setdefault(SOURCE_COLUMN, []).append(where)
-    if shape is None:
+def _as_table(rows: Found, name: str, columns: Columns) -> Dataset:
+    unused: dict[str, str] = {}
+    made = _same_shape(rows, columns, unused)
+    first = next(made, None)
+    if first is None:
         raise DataError(f"There are no rows in {name}. Give at least one, with {WANTED}.")
-    return Dataset.from_dict(columns)
+    keys = [*shape_of(first[1]), *(CHAT_KEYS if not isinstance(first[1].get("text"), str) else ())]
+    as_json = {key for key in keys if key in CHAT_KEYS or not isinstance(first[1][key], str)}
+    features = {key: Json() if key in as_json else Value("string") for key in keys} | {SOURCE_COLUMN: Value("string")}
+    writer, seen = TableWriter(Features(features), DESCRIPTION), set(first[1])
+    rest = chain([first], made)
+    while batch := list(islice(rest, ROWS_AT_A_TIME)):
+        seen.update(*(row for _, row in batch))
+        values = {key: [_text(row.get(key)) if key in as_json else row[key] for _, row in batch] for key in keys}
+        writer.write({**values, SOURCE_COLUMN: [where for where, _ in batch]})
+    if unused:
+        listed = "; ".join(f"{key!r} (first in {where})" for key, where in sorted(unused.items())[:10])
+        logger.warning(f"Of the rows in {name} these columns are not used: {listed}.")
+    return writer.finish().remove_columns([key for key in keys if key not in seen])
 
 
-def _shape_of(where: str, row: Any) -> str:
-    if not isinstance(row, Mapping):
-        raise DataError(f"{where}: wanted a JSON object with {WANTED}, found {_short(row)}.")
-    for shape, keys in SHAPES.items():
-        if all(key in row for key in keys):
-            return shape
-    found = ", ".join(repr(str(key)) for key in row) or "no keys at all"
-    raise DataError(f"{where}: wanted {WANTED}, found {found}. Rename the keys.")
+def _text(value: Any) -> str | None:
+    return None if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def _check(where: str, row: Mapping[str, Any], shape: str) -> None:
-    if shape == "messages":
-        _check_turns(where, row["messages"])
-        if not any(turn["role"] == "assistant" for turn in row["messages"]):
+def _same_shape(rows: Found, columns: Columns, unused: dict[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    first: tuple[tuple[str, ...], list[type]] | None = None
+    for where, row in rows:
+        made, extra = normalized(where, row, columns)
+        for key in extra:
+            unused.setdefault(key, where)
+        shape = shape_of(made)
+        kinds = [type(made[key]) for key in shape]
+        first = first or (shape, kinds)
+        if (shape, kinds) != first:
             raise DataError(
-                f"{where}: wanted at least one turn with role 'assistant' to learn from, found roles "
-                f"{[turn['role'] for turn in row['messages']]}. Add the answer, or remove the row."
+                f"{where}: expected {' and '.join(first[0])} as in the rows before, found {' and '.join(shape)}"
+                f"{' of another kind (text or turns)' if shape == first[0] else ''}. Split the file by shape."
             )
-        return
-    for key in SHAPES[shape]:
-        value = row[key]
-        if shape == "prompt and completion" and isinstance(value, list):
-            _check_turns(where, value)
-        elif not isinstance(value, str) or not (value or key == "prompt"):
-            raise DataError(f"{where}: wanted text under {key!r}, found {_short(value)}.")
-    if shape == "prompt and completion" and isinstance(row["prompt"], list) != isinstance(row["completion"], list):
-        raise DataError(f"{where}: wanted prompt and completion both as text or both as turns; make them alike.")
+        yield where, made
 
 
-def _check_turns(where: str, turns: Any) -> None:
-    if not isinstance(turns, list) or not turns:
-        raise DataError(f"{where}: wanted a list of turns with 'role' and 'content', found {_short(turns)}.")
-    for turn in turns:
-        good = isinstance(turn, Mapping) and all(isinstance(turn.get(key), str) for key in ("role", "content"))
-        if not good:
-            raise DataError(f"{where}: wanted turns with text under 'role' and 'content', found {_short(turn)}.")
+def is_checked(table: Dataset) -> bool:
+    """Whether `load_rows` made this table."""
+    return table.info.description == DESCRIPTION and SOURCE_COLUMN in table.column_names
 
 
-def _turns(turns: list[Mapping[str, Any]]) -> list[dict[str, str]]:
-    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return repr(text if len(text) <= 60 else text[:57] + "...")
+def shape_of(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Which of the three shapes a normalized row has."""
+    return next(keys for keys in SHAPES if keys[0] in row)

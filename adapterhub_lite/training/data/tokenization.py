@@ -1,44 +1,143 @@
-"""From rows to token ids and labels, with the loss on the assistant's tokens alone. Knows no model.
+"""From rows to token ids and labels, with the loss on what the assistant writes and nowhere else. Knows no model.
 
-A chat template with `{% generation %}` markers says itself which tokens are the assistant's. Without markers the
-template is rendered up to each turn, and what an assistant turn adds after its header is what is learned: exactly the
-tokens that the model will have to produce after the prompt that inference gives it.
+A row becomes one text or several (`chats`); texts are encoded a batch at a time, each once and as a whole, and a label is
+learned where its token stands for a character that is learned.
 """
 
 import hashlib
 import logging
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from adapterhub_lite.errors import ConfigurationError, DataError
-from adapterhub_lite.training.data.rows import SOURCE_COLUMN, load_rows
-from adapterhub_lite.training.distributed.launch import launched
+from adapterhub_lite.bases.encoding import (
+    EncodedText,
+    encode_after,
+    encode_texts,
+    end_tokens,
+    missing_front,
+    tokens_around,
+)
+from adapterhub_lite.errors import DataError
+from adapterhub_lite.training.data.chats import ChatLayout, Example, Span
+from adapterhub_lite.training.data.rows import SOURCE_COLUMN
+from adapterhub_lite.training.data.tables import TableWriter, column_batches, says
 
 logger = logging.getLogger(__name__)
 IGNORED = -100
-Overlong = Literal["refuse", "truncate", "drop"]
-Turns = list[dict[str, str]]
+Overlong = Literal["refuse", "truncate", "truncate_start", "drop"]
+Unlearnable = Literal["refuse", "drop"]
+ROWS_AT_A_TIME = 500
+WEIGHTS_COLUMN = "token_weights"
+COLUMNS = {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "length": Value("int32")}
+WEIGHTS = {WEIGHTS_COLUMN: List(Value("float32"))}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long a row may be in tokens, and what becomes of a longer one.
+
+    `truncate` cuts its end, `truncate_start` its beginning (but for the tokens that every text begins with). A row of
+    which nothing is left to learn is refused or dropped, as `unlearnable` says.
+    """
+
+    max_length: int
+    overlong: Overlong = "refuse"
+    unlearnable: Unlearnable = "refuse"
 
 
 @dataclass(frozen=True)
 class TokenizedRows:
-    """A table with `input_ids`, `labels` and `length` a row, and what was done to rows beyond the limit."""
+    """A table with `input_ids`, `labels` and `length` a row, and what was done to rows beyond the limit.
 
-    table: Any
+    `ways` counts the examples by how they were laid out: "marks", "whole", "per turn"; plain text counts as "text".
+    """
+
+    table: Any  # a Dataset; a stream goes through as it came
     truncated: int = 0
     dropped: int = 0
+    ways: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
         """The sha256 over every token id and label, in order."""
         return rows_fingerprint(self.table)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One example as it is trained: `labels` are -100 where nothing is learned, `weights` count in the loss.
+
+    The first `front` tokens stand in front of whatever is encoded, such as BOS.
+    """
+
+    ids: list[int]
+    labels: list[int]
+    weights: list[float]
+    front: int = 0
+
+    def fitted(self, most: int, overlong: Overlong) -> "Tokens":
+        """The first `most` tokens, or with "truncate_start" the last; a BOS stays in front."""
+        if overlong == "truncate":
+            return Tokens(self.ids[:most], self.labels[:most], self.weights[:most])
+        front = self.front if self.front < most else 0
+        last = slice(len(self.ids) - most + front, None)
+        return Tokens(
+            self.ids[:front] + self.ids[last],
+            self.labels[:front] + self.labels[last],
+            self.weights[:front] + self.weights[last],
+            front,
+        )
+
+    @property
+    def teaches(self) -> bool:
+        """Whether any label is left to learn; the first token of a row is predicted by nothing."""
+        return any(label != IGNORED for label in self.labels[1:])
+
+
+class Fitted:
+    """Fits examples into the limits, and counts what it did.
+
+    Of rows that were tokenised elsewhere, only what a cut leaves is looked at: the proof of a run looks at the rest.
+    """
+
+    def __init__(self, limits: Limits, *, tokenized: bool = False) -> None:
+        self.limits, self.tokenized = limits, tokenized
+        self.truncated = self.dropped = 0
+
+    def fit(self, examples: Iterable[tuple[str, Tokens]]) -> Iterator[Tokens]:
+        """Yield the examples that stay, cut where they had to be.
+
+        Raises:
+            DataError: one is too long, or nothing of it is left to learn, and that is to be refused.
+        """
+        most = self.limits.max_length
+        for where, tokens in examples:
+            kept, too_long = tokens, len(tokens.ids) > most
+            if too_long and self.limits.overlong == "refuse":
+                raise DataError(
+                    f"{where}: expected at most {most} tokens, found {len(tokens.ids)}. Raise max_length, shorten the "
+                    "row, or say overlong='truncate', 'truncate_start' or 'drop'."
+                )
+            if too_long and self.limits.overlong == "drop":
+                self.dropped += 1
+                continue
+            if too_long:
+                kept = tokens.fitted(most, self.limits.overlong)
+            if kept.teaches or (self.tokenized and not too_long):
+                self.truncated += too_long
+                yield kept
+            elif self.limits.unlearnable == "drop":
+                self.dropped += 1
+            else:
+                raise DataError(
+                    f"{where}: no token is left to learn from: the assistant's turn is empty or lies beyond "
+                    f"max_length={most}. Raise max_length, remove the row, or say unlearnable='drop'."
+                )
 
 
 def rows_fingerprint(table: Dataset) -> str:
@@ -49,127 +148,171 @@ def rows_fingerprint(table: Dataset) -> str:
     return digest.hexdigest()
 
 
-def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the sha256 of the chat template that `tokenizer` carries, or of nothing where it has none."""
-    return hashlib.sha256(str(tokenizer.chat_template or "").encode()).hexdigest()
+class RowTokenizer:
+    """Makes examples of rows for one tokenizer. `ends` are the ids that end an answer; None takes the tokenizer's EOS."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        ends: Iterable[int] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        ignore: frozenset[str] = frozenset(),
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.ends = frozenset(end_tokens(tokenizer) if ends is None else ends)
+        self.front = tokens_around(tokenizer)[0]
+        self.markers = frozenset(tokenizer.all_special_ids)
+        names = [str(tokenizer.convert_ids_to_tokens(end) or "") for end in self.ends]
+        self.layout = ChatLayout(tokenizer, [name for name in names if name], arguments=arguments, ignore=ignore)
+        self.ways: dict[str, int] = {}
+        self.prefills: dict[str, str] = {}
+
+    def tell(self) -> None:
+        """Say once what of the rows a person should know: keys that are not read, and answers that begin otherwise."""
+        if self.layout.unread:
+            named = "; ".join(f"{key!r} (first in {where})" for key, where in sorted(self.layout.unread.items()))
+            logger.warning(f"The chat template does not read these keys of turns: {named}.")
+        for prefill, where in self.prefills.items():
+            logger.warning(
+                f"Asked for an answer, the chat template begins it with {prefill!r}, and the answers of these rows do not "
+                f"begin so (first in {where}). Ask with the template's arguments that leave it out, or give rows with "
+                "reasoning_content."
+            )
+
+    def examples(self, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[tuple[str, Tokens]]:
+        """Yield (where, tokens) of each example of `rows`, (where, row) pairs in one of the three shapes.
+
+        Raises:
+            DataError: a row cannot be laid out, or teaches nothing.
+        """
+        laid_out = [(where, example) for where, row in rows for example in self._texts(where, row)]
+        cuts = [[at for span in example.spans for at in (span.start, span.end)] for _, example in laid_out]
+        prompts = [example.text[: example.spans[0].start] for _, example in laid_out if example.way == "completion"]
+        try:
+            encoded = encode_texts(self.tokenizer, [example.text for _, example in laid_out], cuts)
+            asked = iter(encode_texts(self.tokenizer, prompts))
+        except ValueError as error:
+            raise DataError(f"{rows[0][0]}: {error}.") from error
+        for (where, example), found in zip(laid_out, encoded, strict=True):
+            self.ways[example.way] = self.ways.get(example.way, 0) + 1
+            if example.prefill:
+                self.prefills.setdefault(example.prefill, where)
+            if example.way == "text":
+                yield where, self._document([], missing_front(self.front, found.ids) + found.ids)
+            elif example.way == "completion":
+                yield where, self._completion(example, found.ids, next(asked).ids)
+            else:
+                yield where, self._chat(example, found)
+
+    def _texts(self, where: str, row: Mapping[str, Any]) -> list[Example]:
+        if isinstance(row.get("text"), str):
+            return [Example(row["text"], (Span(0, len(row["text"])),), "text")]
+        if isinstance(row.get("completion"), str):
+            whole = row["prompt"] + row["completion"]
+            return [Example(whole, (Span(len(row["prompt"]), len(whole)),), "completion")]
+        examples = self.layout.examples(row, where)
+        if not examples:
+            raise DataError(f"{where}: no turn is to be learned: each has the weight 0. Remove the row.")
+        return examples
+
+    def _chat(self, example: Example, found: EncodedText) -> Tokens:
+        """A token is learned that stands for a learned character; a marker only if none of it lies before them."""
+        labels, weights = [IGNORED] * len(found.ids), [1.0] * len(found.ids)
+        for span in example.spans:
+            for index in range(bisect_right(found.ends, span.start), len(found.ids)):
+                if found.starts[index] >= span.end:
+                    break
+                if found.starts[index] >= span.start or found.ids[index] not in self.markers:
+                    labels[index], weights[index] = found.ids[index], span.weight
+        return Tokens(found.ids, labels, weights, self._front_of(found.ids))
+
+    def _completion(self, example: Example, whole: list[int], prompt: list[int]) -> Tokens:
+        """The prompt is encoded as it is when it is asked; a token across the border is one that is never seen then."""
+        asked = missing_front(self.front, prompt) + prompt
+        whole = missing_front(self.front, whole) + whole
+        if whole[: len(asked)] == asked:
+            return self._document(asked, whole[len(asked) :])
+        return self._document(asked, encode_after(self.tokenizer, example.text[example.spans[0].start :]))
+
+    def _document(self, prompt: list[int], learned: list[int]) -> Tokens:
+        """With one end token: none is added where the text ends in one already, but for white space after it."""
+        end = self.tokenizer.eos_token_id
+        written = next((token for token in reversed(learned) if str(self.tokenizer.decode([token])).strip()), None)
+        if end is not None and written not in self.ends:
+            learned = [*learned, end]
+        ids = prompt + learned
+        return Tokens(ids, [IGNORED] * len(prompt) + learned, [1.0] * len(ids), self._front_of(ids))
+
+    def _front_of(self, ids: list[int]) -> int:
+        return len(self.front) if ids[: len(self.front)] == self.front else 0
 
 
 def tokenize_rows(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int, overlong: Overlong = "refuse"
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    overlong: Overlong = "refuse",
+    unlearnable: Unlearnable = "refuse",
+    ends: Iterable[int] | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    ignore: frozenset[str] = frozenset(),
+    progress: Callable[[int], None] | None = None,
 ) -> TokenizedRows:
-    """Tokenise every row; labels are -100 except on the tokens to be learned.
+    """Tokenise every row of a table that `load_rows` made; labels are -100 except on the tokens to be learned.
 
     Learned are the assistant's turns of `messages` with the token that ends each, the `completion` with the end token,
-    or all of `text`. A row beyond `max_length` tokens is refused, truncated on the right, or dropped, as asked.
+    or all of `text`. A chat that its template lays out differently once more turns follow becomes several examples.
+    `ends` are the ids that end an answer (the tokenizer's EOS without it), `arguments` go to the template with every
+    row, `ignore` names keys that may be lost; `progress` is told how many rows are done. The table has a column
+    `token_weights` where a turn counts neither 0 nor 1.
 
     Raises:
         DataError: a row is too long (and `overlong` is "refuse"), or nothing of it is left to learn; the tokenizer
-            has no chat template, or one that cannot show which tokens are the assistant's.
+            has no chat template, or one that the row does not come out of whole.
     """
-    columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": []}
-    truncated = dropped = 0
-    for row in rows:
-        where = row.get(SOURCE_COLUMN, "a row")
-        ids, labels = _tokenize_row(row, tokenizer, where)
-        if len(ids) > max_length:
-            if overlong == "refuse":
-                raise DataError(
-                    f"{where}: wanted at most {max_length} tokens, found {len(ids)}. Raise max_length, shorten the "
-                    "row, or say overlong='truncate' or 'drop'."
-                )
-            truncated, dropped = truncated + (overlong == "truncate"), dropped + (overlong == "drop")
-            if overlong == "drop":
-                continue
-            ids, labels = ids[:max_length], labels[:max_length]
-        if all(label == IGNORED for label in labels[1:]):
-            raise DataError(
-                f"{where}: no token is left to learn from: the assistant's turn is empty or lies beyond "
-                f"max_length={max_length}. Raise max_length, or remove the row."
-            )
-        for key, value in (("input_ids", ids), ("labels", labels), ("length", len(ids))):
-            columns[key].append(value)
-    if not columns["length"]:
+    maker = RowTokenizer(tokenizer, ends=ends, arguments=arguments, ignore=ignore)
+    fitted = Fitted(Limits(max_length, overlong, unlearnable))
+    # A column that is rarely there: only files that speak of weights can need it.
+    columns = {**COLUMNS, **(WEIGHTS if _speaks_of_weights(rows) else {})}
+    writer, done, weighted = TableWriter(Features(columns)), 0, False
+    for batch in column_batches(rows, ROWS_AT_A_TIME):
+        named = named_rows(batch)
+        found = list(fitted.fit(maker.examples(named)))
+        weighted = weighted or any(weight != 1.0 for tokens in found for weight in tokens.weights)
+        values = {
+            "input_ids": [tokens.ids for tokens in found],
+            "labels": [tokens.labels for tokens in found],
+            "length": [len(tokens.ids) for tokens in found],
+            WEIGHTS_COLUMN: [tokens.weights for tokens in found],
+        }
+        writer.write({name: values[name] for name in columns})
+        done += len(named)
+        if progress is not None:
+            progress(done)
+    table = writer.finish()
+    if not len(table):
         raise DataError(
-            f"All {dropped} rows are longer than max_length={max_length} and were dropped. Raise max_length."
+            f"All {fitted.dropped} rows are longer than max_length={max_length} and were dropped. Raise max_length."
         )
-    return TokenizedRows(Dataset.from_dict(columns), truncated, dropped)
+    maker.tell()
+    unneeded = [name for name in WEIGHTS if name in columns and not weighted]
+    return TokenizedRows(table.remove_columns(unneeded), fitted.truncated, fitted.dropped, dict(maker.ways))
 
 
-def _tokenize_row(
-    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, where: str
-) -> tuple[list[int], list[int]]:
-    if "text" in row:
-        ids = [*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id]
-        return ids, list(ids)
-    if "prompt" in row and isinstance(row["prompt"], str):
-        # Apart, because inference tokenises the prompt alone: a merge across the border would never be seen there.
-        prompt = tokenizer(row["prompt"])["input_ids"]
-        completion = [
-            *tokenizer(row["completion"], add_special_tokens=False)["input_ids"],
-            tokenizer.eos_token_id,
-        ]
-        return prompt + completion, [IGNORED] * len(prompt) + completion
-    turns = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
-    learn_from = 0 if "messages" in row else len(row["prompt"])
-    return _tokenize_chat(turns, learn_from, tokenizer, where)
+def named_rows(batch: Mapping[str, Sequence[Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """(where, row) of each row of a batch of columns."""
+    columns = dict(batch)
+    places = columns.pop(SOURCE_COLUMN)
+    return [
+        (place, {name: values[index] for name, values in columns.items() if values[index] is not None})
+        for index, place in enumerate(places)
+    ]
 
 
-def _tokenize_chat(
-    turns: Turns, learn_from: int, tokenizer: PreTrainedTokenizerBase, where: str
-) -> tuple[list[int], list[int]]:
-    template = tokenizer.chat_template
-    if not template:
-        raise DataError(
-            f"{where}: the tokenizer has no chat template, so chats cannot be laid out. "
-            "Set tokenizer.chat_template, or give rows with prompt and completion."
-        )
-    if learn_from == 0 and isinstance(template, str) and re.search(r"\{%-?\s*generation\s*-?%\}", template):
-        marked: Any = tokenizer.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
-        ids = list(marked["input_ids"])
-        masks = marked["assistant_masks"]
-        return ids, [token if mask else IGNORED for token, mask in zip(ids, masks, strict=True)]
-    ids, labels = [], []
-    for text, learned in _pieces(turns, learn_from, tokenizer, where):
-        piece = tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids += piece
-        labels += _until_end(piece, tokenizer.eos_token_id) if learned else [IGNORED] * len(piece)
-    return ids, labels
-
-
-def _pieces(
-    turns: Turns, learn_from: int, tokenizer: PreTrainedTokenizerBase, where: str
-) -> Iterator[tuple[str, bool]]:
-    """Cut the rendered chat into (text, learned) pieces at the borders of each learned assistant turn."""
-    whole = _render(turns, tokenizer)
-    done = 0
-    for index, turn in enumerate(turns):
-        if turn["role"] != "assistant" or index < learn_from:
-            continue
-        header = _render(turns[:index], tokenizer, add_generation_prompt=True)
-        through = _render(turns[: index + 1], tokenizer)
-        if not (whole.startswith(header) and whole.startswith(through) and len(through) > len(header) >= done):
-            raise DataError(
-                f"{where}: the chat template lays out turn {index + 1} differently once more turns follow, and has no "
-                "{% generation %} markers, so the assistant's tokens cannot be told apart. "
-                "Give the tokenizer a training template with markers (trl.get_training_chat_template has those of many "
-                "families), or rows with prompt and completion."
-            )
-        yield whole[done : len(header)], False
-        yield whole[len(header) : len(through)], True
-        done = len(through)
-    if done < len(whole):
-        yield whole[done:], False
-
-
-def _render(turns: Turns, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False) -> str:
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
-    return str(text)
-
-
-def _until_end(piece: Sequence[int], end: int | None) -> list[int]:
-    """Labels of an assistant's piece up to its last end token; what a template puts after that is not learned."""
-    last = max((i for i, token in enumerate(piece) if token == end), default=len(piece) - 1)
-    return [token if i <= last else IGNORED for i, token in enumerate(piece)]
+def _speaks_of_weights(rows: Dataset) -> bool:
+    return any(says(rows, name, '"weight"') for name in ("messages", "completion") if name in rows.column_names)
 
 
 def row_lengths(table: Any) -> list[int]:
@@ -178,58 +321,3 @@ def row_lengths(table: Any) -> list[int]:
     if not isinstance(table, Dataset) or "input_ids" not in names:
         return []
     return list(table["length"]) if "length" in names else [len(ids) for ids in table["input_ids"]]
-
-
-def prepare_rows(
-    rows: Any, tokenizer: PreTrainedTokenizerBase, *, max_length: int, overlong: Overlong
-) -> TokenizedRows:
-    """Tokenise what are still rows, and warn of how many were cut or left out; tables that have `input_ids` stay.
-
-    Streams and None stay as they are, too.
-
-    Raises:
-        DataError: a row is not what was wanted.
-    """
-    if isinstance(rows, Dataset):
-        if "input_ids" in rows.column_names:
-            return TokenizedRows(_with_positions(rows))
-        table = rows if SOURCE_COLUMN in rows.column_names else load_rows(rows)
-    elif isinstance(rows, str | Path | list):
-        table = load_rows(rows)
-    else:
-        return TokenizedRows(rows)
-    found = tokenize_rows(table, tokenizer, max_length=max_length, overlong=overlong)
-    for count, done in ((found.truncated, "truncated"), (found.dropped, "dropped")):
-        if count:
-            logger.warning(f"{count} of {len(table)} rows are longer than max_length={max_length} and were {done}.")
-    return found
-
-
-def _with_positions(table: Dataset) -> Dataset:
-    """What TRL's `pack_dataset` wrote as `seq_lengths`, in the words that models know: positions that begin again."""
-    if "seq_lengths" not in table.column_names or "position_ids" in table.column_names:
-        return table
-
-    def positions(row: dict[str, Any]) -> dict[str, list[int]]:
-        return {"position_ids": [place for length in row["seq_lengths"] for place in range(length)]}
-
-    return table.map(positions, remove_columns=["seq_lengths"], keep_in_memory=True)
-
-
-def prepare_sets(rows: Any, tokenizer: PreTrainedTokenizerBase, *, max_length: int, overlong: Overlong) -> Any:
-    """`prepare_rows` of one evaluation set, or of each in a dict by name: the tables alone.
-
-    Raises:
-        ConfigurationError: a packed table, and several processes.
-        DataError: a row is not what was wanted.
-    """
-    if isinstance(rows, dict):
-        prepare = partial(prepare_sets, tokenizer=tokenizer, max_length=max_length, overlong=overlong)
-        return {name: prepare(one) for name, one in rows.items()}
-    table = prepare_rows(rows, tokenizer, max_length=max_length, overlong=overlong).table
-    if launched() and "position_ids" in (getattr(table, "column_names", None) or ()):
-        raise ConfigurationError(
-            "Processes that share an evaluation tell repeated rows by their number, and a packed row holds several "
-            "sequences. Give the evaluation rows unpacked."
-        )
-    return table

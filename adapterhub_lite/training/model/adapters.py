@@ -14,6 +14,7 @@ from peft.utils import get_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from adapterhub_lite.bases import ResolvedBase, load_base_model, load_tokenizer, resolve_base
+from adapterhub_lite.bases.encoding import end_tokens
 from adapterhub_lite.bases.load import no_progress_bars
 from adapterhub_lite.errors import ConfigurationError, ResourceError
 from adapterhub_lite.memory import TARGETS, MemoryPreset, give_back_freed_memory, prepare_for_training
@@ -32,6 +33,14 @@ class OpenedBase:
     def source(self) -> Any:
         """What says most about the model now: itself in memory, else the base it will be read from."""
         return self.base if self.model is None else self.model
+
+    def ends(self) -> frozenset[int]:
+        """The ids that end an answer, for this base: its own and the tokenizer's."""
+        model = self.model
+        configs = [self.base.folder] if self.base else []
+        return end_tokens(
+            self.tokenizer, *configs, getattr(model, "generation_config", None), getattr(model, "config", None)
+        )
 
 
 def open_base(model: Any, base: ResolvedBase | None, tokenizer: PreTrainedTokenizerBase | None) -> OpenedBase:

@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from adapterhub_lite.adapter_format.record import RECORD_FILE, BaseRecord, DataRecord, MemoryRecord, TrainingRecord
 from adapterhub_lite.bases import ResolvedBase
+from adapterhub_lite.bases.chat_template import template_digest
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
-from adapterhub_lite.training.data.tokenization import rows_fingerprint, template_digest
+from adapterhub_lite.training.data.tokenization import rows_fingerprint
 from adapterhub_lite.training.run.measurement import describe_hardware
 
 if TYPE_CHECKING:

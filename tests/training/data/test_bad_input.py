@@ -9,7 +9,8 @@ from datasets import Dataset, IterableDataset
 
 from adapterhub_lite.errors import ConfigurationError, DataError, ProofFailedError
 from adapterhub_lite.training.data.collation import PackedCollator, PaddedCollator
-from adapterhub_lite.training.data.tokenization import prepare_sets
+from adapterhub_lite.training.data.preparation import Preparation
+from adapterhub_lite.training.data.tokenization import Limits
 from adapterhub_lite.training.run.proof import check_rows
 
 
@@ -92,13 +93,13 @@ def test_padding_of_somebody_elses_making_is_left_out(collator: Any) -> None:
     assert {k: v.tolist() for k, v in collator(padded).items()} == {k: v.tolist() for k, v in collator(plain).items()}
 
 
-def test_packed_evaluation_rows_are_for_one_process(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_evaluation_rows_are_for_one_process(byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = Dataset.from_list([{"input_ids": [1, 2, 3, 4], "labels": [1, 2, 3, 4], "seq_lengths": [2, 2]}])
-    limits: Any = {"max_length": 64, "overlong": "refuse"}
-    assert prepare_sets({"near": packed}, None, **limits)["near"]["position_ids"] == [[0, 1, 0, 1]]
+    preparation = Preparation(byte_tokenizer, Limits(64))
+    assert preparation.sets({"near": packed})["near"]["position_ids"] == [[0, 1, 0, 1]]
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigurationError, match="Give the evaluation rows unpacked"):
-        prepare_sets(packed, None, **limits)
+        preparation.sets(packed)
 
 
 def gradients(trainer: Any) -> dict[str, torch.Tensor]:

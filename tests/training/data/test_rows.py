@@ -64,12 +64,12 @@ def test_a_line_separator_inside_a_string_does_not_end_the_line(tmp_path: Path) 
     ("line", "words"),
     [
         ("{not json", ["line 2", "one JSON object", "'{not json'"]),
-        ('["a", "b"]', ["line 2", "wanted a JSON object"]),
-        ('{"question": "a"}', ["line 2", "`messages`", "'question'"]),
+        ('["a", "b"]', ["line 2", "expected an object"]),
+        ('{"subject": "a"}', ["line 2", "`messages`", "'subject'"]),
         ('{"messages": []}', ["line 2", "a list of turns"]),
         ('{"messages": [{"role": "user"}]}', ["line 2", "'role' and 'content'"]),
         ('{"messages": [{"role": "user", "content": "a"}]}', ["line 2", "role 'assistant'", "['user']"]),
-        ('{"text": "a"}', ["line 2", "wanted messages", "found text"]),
+        ('{"text": "a"}', ["line 2", "expected messages", "found text"]),
     ],
 )
 def test_a_bad_line_is_named_with_what_was_wanted(line: str, words: list[str], tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_all_of_a_text_is_learned_with_an_end(byte_tokenizer: Any) -> None:
 
 def test_a_row_beyond_the_limit_is_refused_truncated_or_dropped_and_counted(byte_tokenizer: Any) -> None:
     rows = load_rows([{"text": "short"}, {"text": "much too long"}])
-    with pytest.raises(DataError, match="row 1: wanted at most 8 tokens, found 14"):
+    with pytest.raises(DataError, match="row 1: expected at most 8 tokens, found 14"):
         tokenize_rows(rows, byte_tokenizer, max_length=8)
     cut = tokenize_rows(rows, byte_tokenizer, max_length=8, overlong="truncate")
     assert (cut.truncated, cut.dropped, cut.table["length"]) == (1, 0, [6, 8])
@@ -79,7 +79,10 @@ def test_a_row_with_nothing_left_to_learn_is_refused(byte_tokenizer: Any) -> Non
     ("template", "words"),
     [
         (None, "no chat template"),
-        ("{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}", "laid out|lays out turn 2"),
+        (
+            "{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}",
+            "lays out the turns before turn 2 in another way",
+        ),
     ],
 )
 def test_a_template_that_cannot_show_the_assistants_tokens_is_refused(

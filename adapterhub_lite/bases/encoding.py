@@ -1,0 +1,130 @@
+"""From a text to token ids, once for training and serving: which special tokens stand around it, and where each token lies.
+
+A tokenizer's post-processor may put tokens around whatever it encodes (BOS, `[CLS]`, EOS). What a model reads has them
+once: in front of a document, never in its middle, and the end token only where an answer or a document ends.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Texts that no tokenizer is known to merge with what follows them, tried in this order by `encode_after`.
+SEPARATORS = ("\n", "|", "=", ";")
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """Token ids of a text, without tokens around it; token i stands for the characters `starts[i]` to `ends[i]`."""
+
+    ids: list[int]
+    starts: list[int]
+    ends: list[int]
+
+
+def encode_texts(
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], cuts: Sequence[Sequence[int]] | None = None
+) -> list[EncodedText]:
+    """Encode each text as it stands: special tokens that are written in it are themselves, none are added.
+
+    A tokenizer without offsets (one in Python) is asked for the text up to each of `cuts` (character positions, one
+    list per text), so that positions are exact at the cuts and nowhere else.
+
+    Raises:
+        ValueError: such a tokenizer encodes a text up to a cut otherwise than the whole of it.
+    """
+    if not texts:
+        return []
+    if not tokenizer.is_fast:
+        return [_encode_in_parts(tokenizer, text, cuts[i] if cuts is not None else ()) for i, text in enumerate(texts)]
+    found = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return [
+        EncodedText(ids, *_positions(offsets))
+        for ids, offsets in zip(found["input_ids"], found["offset_mapping"], strict=True)
+    ]
+
+
+def _positions(offsets: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    """Starts and ends without gaps: the white space that a byte-level tokenizer trims off belongs to its token."""
+    starts, ends, reached = [], [], 0
+    for start, end in offsets:
+        starts.append(min(start, reached))
+        reached = max(reached, end)
+        ends.append(reached)
+    return starts, ends
+
+
+def _encode_in_parts(tokenizer: Any, text: str, cuts: Sequence[int]) -> EncodedText:
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    starts, ends, before = [], [], 0
+    for start, end in pairwise(sorted({0, *cuts, len(text)})):
+        part: list[int] = tokenizer.encode(text[:end], add_special_tokens=False) if end < len(text) else ids
+        if ids[: len(part)] != part:
+            raise ValueError(
+                "this tokenizer has no offsets and encodes a text otherwise when more follows; take its fast version"
+            )
+        starts += [start] * (len(part) - before)
+        ends += [end] * (len(part) - before)
+        before = len(part)
+    return EncodedText(ids, starts, ends)
+
+
+def tokens_around(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer puts before and behind a text it encodes with special tokens."""
+    bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full: list[int] = tokenizer("a")["input_ids"]
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start], full[start + len(bare) :]
+    return [], []
+
+
+def encode_prompt(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """Encode a text that a model goes on from: BOS (or what the tokenizer puts in front) once, no end token.
+
+    A text that begins with these tokens already, such as a rendered chat, gets no second ones.
+    """
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return missing_front(tokens_around(tokenizer)[0], ids) + ids
+
+
+def missing_front(front: Sequence[int], ids: Sequence[int]) -> list[int]:
+    """Which of the tokens `front` are still missing before `ids`."""
+    for count in range(len(front), 0, -1):
+        if list(ids[:count]) == list(front[-count:]):
+            return list(front[:-count])
+    return list(front)
+
+
+def encode_after(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """Encode a text that follows another one: without the space that SentencePiece puts before what it takes for a beginning."""
+    for separator in SEPARATORS:
+        (found,) = encode_texts(tokenizer, [separator + text], [[len(separator)]])
+        cut = next((i for i, start in enumerate(found.starts) if start >= len(separator)), len(found.ids))
+        if cut and found.ends[cut - 1] == len(separator):
+            return found.ids[cut:]
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def end_tokens(tokenizer: "PreTrainedTokenizerBase", *configs: Any) -> frozenset[int]:
+    """The ids that end an answer: the tokenizer's EOS, and those of the model's `configs` (generation and model).
+
+    A folder among `configs` stands for the two files in it.
+    """
+    found: set[int] = set()
+    for source in (tokenizer, *configs):
+        values = _ends_in(source) if isinstance(source, Path) else [getattr(source, "eos_token_id", None)]
+        for value in values:
+            found.update([value] if isinstance(value, int) else value or [])
+    return frozenset(found)
+
+
+def _ends_in(folder: Path) -> list[Any]:
+    files = [folder / name for name in ("generation_config.json", "config.json")]
+    return [json.loads(path.read_bytes()).get("eos_token_id") for path in files if path.is_file()]

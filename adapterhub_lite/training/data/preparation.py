@@ -1,0 +1,213 @@
+"""What the trainer is given, made ready for it: rows are tokenised, tables of tokens cut to the limits, streams as they come."""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from adapterhub_lite.errors import ConfigurationError, DataError
+from adapterhub_lite.training.data.files import without_none
+from adapterhub_lite.training.data.rows import is_checked, load_rows
+from adapterhub_lite.training.data.shapes import Columns, normalized
+from adapterhub_lite.training.data.tables import TableWriter
+from adapterhub_lite.training.data.tokenization import (
+    COLUMNS,
+    IGNORED,
+    WEIGHTS,
+    WEIGHTS_COLUMN,
+    Fitted,
+    Limits,
+    RowTokenizer,
+    TokenizedRows,
+    Tokens,
+    tokenize_rows,
+)
+from adapterhub_lite.training.distributed.launch import launched
+
+logger = logging.getLogger(__name__)
+MASKS = frozenset({"assistant_masks", "completion_mask"})
+PER_TOKEN = ("labels", "attention_mask", WEIGHTS_COLUMN, *MASKS)
+READ_COLUMNS = frozenset({"input_ids", "position_ids", "seq_lengths", "length", *PER_TOKEN})
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How rows become tokens in one run. `arguments` go to the chat template with every row."""
+
+    tokenizer: PreTrainedTokenizerBase
+    limits: Limits
+    ends: frozenset[int] | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    columns: Columns = field(default_factory=Columns)
+
+    def rows(self, rows: Any) -> TokenizedRows:
+        """Tokenise what are still rows, and warn of how many were cut or left out; None stays None.
+
+        A table that has `input_ids` is cut to the limits, and its masks become labels. A stream is made ready row by
+        row as it is read.
+
+        Raises:
+            DataError: a row cannot be used.
+        """
+        if rows is None or not _holds_rows(rows):
+            return TokenizedRows(rows)
+        if isinstance(rows, IterableDataset):
+            return TokenizedRows(self._stream(rows))
+        if isinstance(rows, Dataset) and "input_ids" in rows.column_names:
+            return self._told(self._tokenized(rows), len(rows))
+        table = rows if isinstance(rows, Dataset) and is_checked(rows) else load_rows(rows, columns=self.columns)
+        found = tokenize_rows(
+            table,
+            self.tokenizer,
+            max_length=self.limits.max_length,
+            overlong=self.limits.overlong,
+            unlearnable=self.limits.unlearnable,
+            ends=self.ends,
+            arguments=self.arguments,
+            ignore=self.columns.ignore,
+        )
+        return self._told(found, len(table))
+
+    def sets(self, rows: Any) -> Any:
+        """`rows` of one evaluation set, or of each in a dict by name: the tables alone.
+
+        Raises:
+            ConfigurationError: a packed table, and several processes.
+            DataError: a row cannot be used.
+        """
+        if isinstance(rows, dict):
+            return {name: self.sets(one) for name, one in rows.items()}
+        table = self.rows(rows).table
+        if launched() and "position_ids" in (getattr(table, "column_names", None) or ()):
+            raise ConfigurationError(
+                "Processes that share an evaluation tell repeated rows by their number, and a packed row holds several "
+                "sequences. Give the evaluation rows unpacked."
+            )
+        return table
+
+    def _told(self, found: TokenizedRows, rows: int) -> TokenizedRows:
+        for count, done in ((found.truncated, "truncated"), (found.dropped, "dropped")):
+            if count:
+                most = self.limits.max_length
+                logger.warning(f"{count} of {rows} rows are longer than max_length={most} and were {done}.")
+        return found
+
+    def _tokenized(self, table: Dataset) -> TokenizedRows:
+        unread = sorted(set(table.column_names) - READ_COLUMNS)
+        if unread:
+            logger.warning(f"Of the tokenised rows these columns are not used: {', '.join(unread)}.")
+        names = set(table.column_names)
+        packed = bool(names & {"seq_lengths", "position_ids"})
+        fits = max(_lengths(table), default=0) <= self.limits.max_length
+        if fits and not names & MASKS and (not packed or "position_ids" in names):
+            return TokenizedRows(table)
+        if packed:
+            return TokenizedRows(self._packed(table))
+        fitted, weighted = Fitted(self.limits, tokenized=True), WEIGHTS_COLUMN in names
+        writer = TableWriter(Features({**COLUMNS, **(WEIGHTS if weighted else {})}))
+        before = 0
+        for batch in table.iter(batch_size=1000):
+            rows = [{name: values[i] for name, values in batch.items()} for i in range(len(batch["input_ids"]))]
+            found = list(
+                fitted.fit((f"row {before + i}", tokens_of(row, f"row {before + i}")) for i, row in enumerate(rows))
+            )
+            values = {
+                "input_ids": [tokens.ids for tokens in found],
+                "labels": [tokens.labels for tokens in found],
+                "length": [len(tokens.ids) for tokens in found],
+                WEIGHTS_COLUMN: [tokens.weights for tokens in found],
+            }
+            writer.write({name: values[name] for name in writer.names})
+            before += len(rows)
+        return TokenizedRows(writer.finish(), fitted.truncated, fitted.dropped)
+
+    def _packed(self, table: Dataset) -> Dataset:
+        """What TRL's `pack_dataset` wrote as `seq_lengths`, in the words that models know: positions that begin again."""
+        most = self.limits.max_length
+
+        def with_positions(row: dict[str, Any]) -> dict[str, Any]:
+            lengths = row.get("seq_lengths")
+            positions = row.get("position_ids") or [place for length in lengths or () for place in range(length)]
+            longest = max(positions, default=0) + 1
+            if longest > most:
+                raise DataError(
+                    f"A packed row holds a sequence of {longest} tokens, expected at most {most}. Raise max_length, or "
+                    "cut the rows before they are packed."
+                )
+            labels = tokens_of(row).labels
+            return {"position_ids": positions, "labels": labels}
+
+        drop = [name for name in ("seq_lengths", *MASKS) if name in table.column_names]
+        return table.map(with_positions, remove_columns=drop)
+
+    def _stream(self, stream: IterableDataset) -> IterableDataset:
+        first = next(iter(stream), None)
+        if first is None:
+            raise DataError("The stream holds no rows. Give at least one.")
+        tokenized, told = "input_ids" in first, set[str]()
+        fitted = Fitted(self.limits, tokenized=tokenized)
+        maker = RowTokenizer(self.tokenizer, ends=self.ends, arguments=self.arguments, ignore=self.columns.ignore)
+
+        def ready(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
+            rows = [
+                (f"row {number} of the stream", {name: values[i] for name, values in batch.items()})
+                for i, number in enumerate(numbers)
+            ]
+            if tokenized:
+                examples: Iterable[tuple[str, Tokens]] = ((where, tokens_of(row, where)) for where, row in rows)
+            else:
+                examples = maker.examples([(where, self._checked(where, row, told)) for where, row in rows])
+            found = list(fitted.fit(examples))
+            made: dict[str, list[Any]] = {
+                "input_ids": [one.ids for one in found],
+                "labels": [one.labels for one in found],
+            }
+            # A key that the first row did not have cannot be taken away, only emptied.
+            return {**{name: [None] * len(found) for name in set(batch) - set(first)}, **made}
+
+        return stream.map(ready, with_indices=True, batched=True, batch_size=32, remove_columns=list(first))
+
+    def _checked(self, where: str, row: Mapping[str, Any], told: set[str]) -> dict[str, Any]:
+        made, unused = normalized(where, without_none(dict(row)), self.columns)
+        if unused - told:
+            logger.warning(f"Of the stream these columns are not used: {', '.join(sorted(unused - told))} ({where}).")
+            told |= unused
+        return made
+
+
+def tokens_of(row: Mapping[str, Any], where: str = "a row") -> Tokens:
+    """The tokens of a row that was tokenised elsewhere: without padding, and without labels that its masks leave out.
+
+    Raises:
+        DataError: a column of it has another length than `input_ids`.
+    """
+    ids = list(row["input_ids"])
+    columns = {name: list(row[name]) for name in PER_TOKEN if row.get(name) is not None}
+    wrong = next((name for name, values in columns.items() if len(values) != len(ids)), None)
+    if wrong is not None:
+        raise DataError(
+            f"{where}: {wrong!r} has {len(columns[wrong])} values, expected one for each of {len(ids)} tokens."
+        )
+    labels = columns.get("labels", ids)
+    for name in MASKS & set(columns):
+        labels = [label if kept else IGNORED for label, kept in zip(labels, columns[name], strict=True)]
+    weights = columns.get(WEIGHTS_COLUMN, [1.0] * len(ids))
+    kept = [index for index, real in enumerate(columns.get("attention_mask", [1] * len(ids))) if real]
+    return Tokens([ids[i] for i in kept], [labels[i] for i in kept], [weights[i] for i in kept])
+
+
+def _lengths(table: Dataset) -> Iterator[int]:
+    if "position_ids" in table.column_names:
+        return (max(places, default=-1) + 1 for places in table["position_ids"])
+    if "seq_lengths" in table.column_names:
+        return (max(lengths, default=0) for lengths in table["seq_lengths"])
+    return (len(ids) for ids in table["input_ids"])
+
+
+def _holds_rows(data: Any) -> bool:
+    """Whether these are rows; a data set of the user's own class gives batches as it likes."""
+    return isinstance(data, str | Path | list | tuple | Dataset | IterableDataset) or hasattr(data, "to_dict")
