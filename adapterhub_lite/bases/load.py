@@ -30,11 +30,11 @@ def load_base_model(
     dtype: "torch.dtype | None" = None,
     device: "str | torch.device" = "cpu",
     quantization_config: Any = None,
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
 ) -> "PreTrainedModel":
     """Load the causal language model in `folder`, in evaluation mode; safetensors only, no code from the folder.
 
-    `dtype` None keeps the one it was saved in.
+    `dtype` None keeps the one it was saved in; `attn_implementation` None lets transformers choose what the family has.
     """
     import torch
     from transformers import AutoModelForCausalLM

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from adapterhub_lite.errors import AdapterRejectedError
 
@@ -35,13 +36,20 @@ class Family:
 def find_families(model: nn.Module) -> tuple[Family, ...]:
     """Return the families of linear modules inside the repeated layers of `model`, the output head left out.
 
-    8-bit and 4-bit layers count: bitsandbytes derives them from `nn.Linear`.
+    8-bit and 4-bit layers count: bitsandbytes derives them from `nn.Linear`. So does GPT-2's `Conv1D`, whose weight is
+    transposed; its LoRA pairs are not.
     """
     found: dict[tuple[str, int, int], list[str]] = {}
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear) and re.search(r"\.\d+\.", path):
-            key = (re.sub(r"\.\d+\.", ".{}.", path), module.in_features, module.out_features)
-            found.setdefault(key, []).append(path)
+        if not re.search(r"\.\d+\.", path):
+            continue
+        if isinstance(module, nn.Linear):
+            shape = module.in_features, module.out_features
+        elif isinstance(module, Conv1D):
+            shape = module.nx, module.nf
+        else:
+            continue
+        found.setdefault((re.sub(r"\.\d+\.", ".{}.", path), *shape), []).append(path)
     return tuple(Family(name, i, o, tuple(paths)) for (name, i, o), paths in found.items())
 
 

@@ -25,14 +25,23 @@ class Scheduler:
     prompt, and `idle_chunk` while more requests wait for their first token than for their next. Short prompts that come
     to many who write are read in a step of their own, which is a fraction of the others': one step in `alone_every` at
     most, and only while nobody waits for a row, since what they win in time all together lose in throughput.
+    With `whole_prompts` each prompt is read in one piece, the oldest first.
     """
 
     def __init__(
-        self, rows: int, max_queue: int, *, busy_chunk: int = 64, idle_chunk: int = 256, alone_every: int = 4
+        self,
+        rows: int,
+        max_queue: int,
+        *,
+        whole_prompts: bool = False,
+        busy_chunk: int = 64,
+        idle_chunk: int = 256,
+        alone_every: int = 4,
     ) -> None:
         self.rows: list[GenerationSequence | None] = [None] * rows
         self.waiting: deque[GenerationSequence] = deque()
         self._max_queue = max_queue
+        self._whole_prompts = whole_prompts
         self._busy_chunk = busy_chunk
         self._idle_chunk = idle_chunk
         self._alone_every = alone_every
@@ -95,7 +104,10 @@ class Scheduler:
             # Larger pieces cost less a token: while most are still reading, that is what brings everybody on soonest.
             budget = self._busy_chunk if len(writing) >= len(reading) else self._idle_chunk
             counts = {sequence.row: 1 for sequence in writing}
-            if reading:
+            if reading and self._whole_prompts:
+                oldest = min(reading, key=lambda sequence: sequence.admitted)
+                counts[oldest.row] = oldest.left
+            elif reading:
                 counts |= share_prompt_tokens(reading, budget)
         return [
             RowSlice(sequence.row, sequence.computed, sequence.upcoming(counts[sequence.row]))
@@ -122,7 +134,7 @@ class EngineCore:
     def __init__(self, runner: ModelRunner, end_tokens: frozenset[int], *, max_queue: int) -> None:
         self._runner = runner
         self._end_tokens = end_tokens
-        self._scheduler = Scheduler(runner.rows, max_queue)
+        self._scheduler = Scheduler(runner.rows, max_queue, whole_prompts=runner.whole_prompts)
         self._changed = threading.Condition()
         self._closed = False
         self.steps = 0
@@ -208,13 +220,10 @@ class EngineCore:
                     sequence.end(error)
             admitted = scheduler.admit()
         for sequence, old_row in scheduler.compact():
-            self._runner.cache.move(old_row, sequence.row, sequence.computed)
-            self._runner.lora.leave(old_row)
-            self._runner.lora.place(sequence.row, sequence.route.parts)
+            self._runner.move(old_row, sequence.row, sequence.route.parts, sequence.computed)
         for sequence in admitted:
             started = time.perf_counter()
-            self._runner.cache.reserve(len(sequence.prompt_ids) + sequence.limit)
-            self._runner.lora.place(sequence.row, sequence.route.parts)
+            self._runner.admit(sequence.row, sequence.route.parts, len(sequence.prompt_ids) + sequence.limit)
             sequence.admitted = time.perf_counter()
             sequence.placing = sequence.admitted - started
         return True
@@ -247,7 +256,7 @@ class EngineCore:
         sequence.end(failure)
 
     def _leave(self, sequence: GenerationSequence) -> None:
-        self._runner.lora.leave(sequence.row)
+        self._runner.leave(sequence.row)
         self._scheduler.leave(sequence)
 
     def _advance(self, sequence: GenerationSequence, logits: torch.Tensor) -> None:

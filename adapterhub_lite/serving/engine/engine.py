@@ -1,6 +1,19 @@
 """The engine: one thread owns one frozen base, and answers requests for many adapters in one batch.
 
-Callers resolve and load adapters in their own threads; the engine's thread only ever computes steps.
+The life of a request:
+
+1. `submit`, on the caller's thread: the prompt is tokenized; the pool resolves the adapter argument (`adapters/split`,
+   `adapters/sources`), loads what is missing into a slot (`adapters/slots`) and holds it there: a `Route`.
+2. It waits in the queue of the scheduler (`core`), a `GenerationSequence` (`sequence`).
+3. The engine's thread gives it a row. The runner (`model/runner`) routes the row to the adapter's weights.
+4. Each step computes some tokens of every row in one forward pass: pieces of prompts, and one token for each row that
+   writes. Keys and values stay in the row (`model/kv_cache`); each row gets its own LoRA delta (`model/lora_*`).
+5. When its last known token is computed, the row's logits give the next token (`sampling`), whose text goes to the
+   caller's outbox at once.
+6. At an end token, a stop string or its length it leaves the row and releases the adapter; the caller's
+   `GenerationHandle` gets the result, with its receipt. Errors, time-outs and cancelling end it the same way.
+
+Before any request, `from_base` proves that all this computes what the base's own `generate` does (`model/proof`).
 """
 
 import threading
@@ -17,6 +30,7 @@ import torch
 from adapterhub_lite.bases import load_base_model, load_tokenizer, resolve_base
 from adapterhub_lite.bases.encoding import encode_prompt
 from adapterhub_lite.errors import ConfigurationError
+from adapterhub_lite.home import adapterhub_home
 from adapterhub_lite.serving.adapters.hub_source import HubSource
 from adapterhub_lite.serving.adapters.pool import AdapterPool, Tier
 from adapterhub_lite.serving.adapters.slots import ResidentAdapter
@@ -26,6 +40,7 @@ from adapterhub_lite.serving.engine.probe_check import Verify, check_probes
 from adapterhub_lite.serving.engine.request import EngineStatus, GenerationRequest, GenerationResult
 from adapterhub_lite.serving.engine.sampling import Sampler
 from adapterhub_lite.serving.engine.sequence import ChunkStream, GenerationHandle, GenerationSequence, TextStream
+from adapterhub_lite.serving.model.proof import Verdict, proven
 from adapterhub_lite.serving.model.runner import ModelRunner
 
 
@@ -44,6 +59,7 @@ class InferenceEngine:
         base_fingerprint: str,
         *,
         source: AdapterSource | None = None,
+        verdict: Verdict | None = None,
         max_slots: int = 64,
         max_host: int = 64,
         max_rank: int = 16,
@@ -53,6 +69,7 @@ class InferenceEngine:
         self.base_fingerprint = base_fingerprint
         self.tokenizer = tokenizer
         self._runner = runner
+        self._verdict = verdict
         self._pool = AdapterPool(
             source or FolderSource(),
             runner.families,
@@ -90,7 +107,8 @@ class InferenceEngine:
 
         Raises:
             UnknownNameError: no such base.
-            ConfigurationError: a base or a setting that cannot be served.
+            ConfigurationError: a setting that cannot be used, or a base whose own `generate` the engine does not
+                reproduce; the text says what differs.
         """
         if max_rows < 1:
             raise ConfigurationError(f"max_rows is {max_rows}, wanted at least 1.")
@@ -106,8 +124,10 @@ class InferenceEngine:
         source: AdapterSource = FolderSource()
         if registry is not None:
             source = HubSource(registry, pull) if pull else RegistrySource(registry)
-        runner = ModelRunner(model, rows=max_rows, native=native)
-        return cls(runner, load_tokenizer(resolved.folder), resolved.fingerprint, source=source, **options)
+        runner, verdict = proven(model, resolved.fingerprint, adapterhub_home(home), rows=max_rows, native=native)
+        return cls(
+            runner, load_tokenizer(resolved.folder), resolved.fingerprint, source=source, verdict=verdict, **options
+        )
 
     def generate(self, request: GenerationRequest) -> GenerationResult:
         """Answer one request; it shares its steps with whatever else runs.
@@ -237,6 +257,9 @@ class InferenceEngine:
             loads=slots.loads,
             evictions=slots.evictions,
             splits=self.splits(),
+            forward=str(self._runner.kind),
+            difference=None if self._verdict is None else self._verdict.difference,
+            reasons=() if self._verdict is None else self._verdict.reasons,
         )
 
     def base_digest(self) -> str:

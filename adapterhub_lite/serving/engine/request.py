@@ -133,6 +133,10 @@ class EngineStatus:
     """How an engine does. `can_pull` is None without a hub, False while the hub cannot be reached: what is on this
     machine is served all the same. `steps`, `tokens`, `loads` and `evictions` count since the start; `splits` maps a
     reference to (candidate, share).
+
+    `forward` is how the base is computed: "lean" and "packed" are batches, "row by row" and "recomputed" are slower and
+    for families that cannot be batched exactly; `reasons` say why no faster way is. `difference` is the largest from
+    the model's own logits, relative to their size, that was found at start; None where nothing was compared.
     """
 
     can_serve: bool
@@ -146,3 +150,6 @@ class EngineStatus:
     loads: int
     evictions: int
     splits: dict[str, tuple[str, float]]
+    forward: str = ""
+    difference: float | None = None
+    reasons: tuple[str, ...] = ()

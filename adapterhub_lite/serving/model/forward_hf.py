@@ -1,7 +1,7 @@
-"""The plain forward pass: the model's own code of transformers, with the lora put around its linear layers.
+"""The packed forward pass in the model's own code of transformers, with each row's LoRA added to its linear layers.
 
-For any causal language model whose attention goes through transformers' attention interface, plain, 8-bit or 4-bit.
-It is what the lean pass in `fused` is held against.
+For causal language models whose attention goes through transformers' attention interface, plain, 8-bit or 4-bit. It is
+what the lean pass in `forward_llama` is held against. Hooks only: `close` leaves the model as it was.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from adapterhub_lite.serving.model.lora_torch import LoraBank
 ATTENTION = "adapterhub_rows"
 
 
-def _attention(
+def rows_attention(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -28,44 +28,42 @@ def _attention(
     scaling: float | None = None,
     row_cache: KVCache | None = None,
     sliding_window: int | None = None,
+    # Whatever else a family hands to its attention; what would change the result is refused below.
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend over the rows' own caches; query, key, value are (1, heads, T, head_dim), the result (1, T, heads, d)."""
-    assert row_cache is not None, "the model was called around the runner"
-    if options.get("softcap") is not None or options.get("s_aux") is not None:
-        raise ConfigurationError("This base caps its attention scores or adds sinks, which the engine cannot serve.")
+    if row_cache is None:
+        raise ConfigurationError("the attention of this base does not pass on what it is given")
+    for name in ("softcap", "s_aux", "position_bias"):
+        if options.get(name) is not None:
+            raise ConfigurationError(f"the attention of this base uses {name}")
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     layer: int = module.layer_idx  # type: ignore[assignment]
     return row_cache.attend(layer, q, k, v, scaling, sliding_window)[None], None
 
 
-AttentionInterface.register(ATTENTION, _attention)
-
-
-class BankLinear(nn.Module):
-    """A frozen linear layer of any kind with the lora's delta added; (1, T, in) -> (1, T, out)."""
-
-    def __init__(self, inner: nn.Module, lora: LoraBank, group: int, layer: int) -> None:
-        super().__init__()
-        self.inner, self._lora, self._group, self._layer = inner, lora, group, layer
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.inner(x)
-        self._lora.add(self._group, self._layer, x.flatten(0, -2), y.view(-1, y.shape[-1]))
-        return y
+AttentionInterface.register(ATTENTION, rows_attention)
 
 
 class HFForward:
-    """Computes steps by calling `model`, whose linear layers and attention function it puts its own around."""
+    """Computes packed steps by calling `model` with an attention function of ours and hooks on its linear layers."""
 
-    def __init__(
-        self, model: PreTrainedModel, lora: LoraBank, cache: KVCache, groups: tuple[tuple[Family, ...], ...]
-    ) -> None:
-        self._model, self._cache = model, cache
-        for number, (family,) in enumerate(groups):
-            for layer, path in enumerate(family.paths):
-                model.set_submodule(path, BankLinear(model.get_submodule(path), lora, number, layer))
+    def __init__(self, model: PreTrainedModel, lora: LoraBank, cache: KVCache, families: tuple[Family, ...]) -> None:
+        self._model, self._lora, self._cache = model, lora, cache
+        self._tokens = 0
+        self._attention: str = model.config._attn_implementation
+        self._hooks = [
+            model.get_submodule(path).register_forward_hook(self._adding(group, layer))
+            for group, family in enumerate(families)
+            for layer, path in enumerate(family.paths)
+        ]
         model.set_attn_implementation(ATTENTION)
+
+    def close(self) -> None:
+        """Take hooks and attention function away."""
+        for hook in self._hooks:
+            hook.remove()
+        self._model.set_attn_implementation(self._attention)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Nothing of its own: the model's tensors are where they were."""
@@ -73,6 +71,7 @@ class HFForward:
 
     def forward(self, step: Step) -> torch.Tensor:
         """Return the logits (rows that want them, vocabulary)."""
+        self._tokens = step.token_ids.shape[0]
         out = self._model(
             input_ids=step.token_ids[None],
             position_ids=step.positions[None],
@@ -82,3 +81,12 @@ class HFForward:
         )
         logits: torch.Tensor = out.logits[0]
         return logits
+
+    def _adding(self, group: int, layer: int) -> Any:  # torch's own type of a hook
+        def add(_module: nn.Module, inputs: tuple[torch.Tensor, ...], y: torch.Tensor) -> None:
+            x = inputs[0].flatten(0, -2)
+            if x.shape[0] != self._tokens:
+                raise ConfigurationError(f"a linear layer is given {x.shape[0]} of the step's {self._tokens} tokens")
+            self._lora.add(group, layer, x, y.view(-1, y.shape[-1]))
+
+        return add

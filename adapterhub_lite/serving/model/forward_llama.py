@@ -97,6 +97,8 @@ def can_fuse(model: PreTrainedModel) -> bool:
         and config.hidden_act == "silu"
         and getattr(config, "sliding_window", None) is None
         and not getattr(config, "use_sliding_window", False)
+        # Frequencies by the length of a row would be one for all the rows of a step.
+        and config.rope_parameters["rope_type"] not in ("dynamic", "longrope")
     )
 
 

@@ -17,8 +17,8 @@ from adapterhub_lite.serving.model.batch import Run, Step
 USUAL_RANK = 16
 
 
-class LoraBank(Protocol):
-    """What a forward pass needs of a bank: rows routed to adapters, and their deltas added beside the frozen layers."""
+class RowAdapters(Protocol):
+    """Which adapters the rows are answered with."""
 
     def place(self, row: int, parts: Parts) -> None:
         """Route `row` to the sum of `parts`; no parts is the base."""
@@ -35,6 +35,10 @@ class LoraBank(Protocol):
     def begin(self, step: Step) -> None:
         """Compute the routing of a step, for all its layers."""
         ...
+
+
+class LoraBank(RowAdapters, Protocol):
+    """What a packed forward pass needs: each row's delta added to the outputs of the frozen layers."""
 
     def add(self, group: int, layer: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Add each row's own delta to y in place, from x (T, in); return y (T, the outs of the group side by side)."""

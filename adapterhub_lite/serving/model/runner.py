@@ -1,72 +1,134 @@
-"""The frozen base with a lora and a cache beside it: packed steps in, logits out, by the leanest pass that fits it."""
+"""The frozen base with LoRA and state for each row: packed steps in, logits out, by one of four forward passes."""
 
 import hashlib
+from enum import StrEnum
 
 import torch
 from transformers import PreTrainedModel
 
 from adapterhub_lite.errors import ConfigurationError
-from adapterhub_lite.serving.adapters.weights import Family, find_families
+from adapterhub_lite.serving.adapters.weights import Family, Parts, find_families
 from adapterhub_lite.serving.model.batch import RowSlice, Step, pack
 from adapterhub_lite.serving.model.forward_hf import HFForward
 from adapterhub_lite.serving.model.forward_llama import LlamaForward, can_fuse, fused_groups
+from adapterhub_lite.serving.model.forward_rows import RowForward
 from adapterhub_lite.serving.model.kv_cache import KVCache, NativeAttention
 from adapterhub_lite.serving.model.lora_native import NativeLora
-from adapterhub_lite.serving.model.lora_torch import LoraBank, TorchLora
+from adapterhub_lite.serving.model.lora_torch import LoraBank, RowAdapters, TorchLora
 from adapterhub_lite.serving.model.native import row_attention, row_products
 
 
-class ModelRunner:
-    """A base model that only ever computes packed steps. Not thread-safe: one thread owns it.
+class ForwardKind(StrEnum):
+    """How steps are computed, the fastest first."""
 
-    `fused` None chooses the lean pass where it computes the same; False always takes the model's own code. `native`
-    None has adapters and short attention computed by compiled code on a CPU where there is a compiler; False never.
+    LEAN = "lean"
+    PACKED = "packed"
+    ROWS = "row by row"
+    RECOMPUTED = "recomputed"
+
+
+class ModelRunner:
+    """A base model that only ever computes steps. Not thread-safe: one thread owns it.
+
+    `kind` None chooses the lean pass for the classes it is written for, else the packed one; `proof.prove` finds the
+    first that computes what the model does. `native` None has adapters and short attention computed by compiled code
+    on a CPU where there is a compiler; False never.
 
     Raises:
-        ConfigurationError: no linear layers, or `native` is True and there is no compiled code for this base.
+        ConfigurationError: `native` is True and there is no compiled code for this base.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, rows: int, fused: bool | None = None, native: bool | None = None
+        self, model: PreTrainedModel, *, rows: int, kind: ForwardKind | None = None, native: bool | None = None
     ) -> None:
         self.model = model.requires_grad_(False)
         self.device = model.device
         self.rows = rows
         self.families: tuple[Family, ...] = find_families(model)
-        if not self.families:
-            raise ConfigurationError(f"{type(model).__name__} has no linear layers that adapters could be put beside.")
         config = model.config.get_text_config()
         self.max_length: int = getattr(config, "max_position_embeddings", None) or 1 << 20
-        self.fused = can_fuse(model) if fused is None else fused
-        groups = fused_groups(self.families) if self.fused else tuple((family,) for family in self.families)
-        compiled = _may_compile(model, native)
-        self.lora: LoraBank = _make_bank(model, groups, rows, compiled)
-        kernel = row_attention() if compiled else None
-        direct = None if kernel is None else NativeAttention(kernel)
-        self.cache = KVCache(config.num_hidden_layers, rows, device=self.device, direct=direct)
+        self.kind = kind or (ForwardKind.LEAN if can_fuse(model) else ForwardKind.PACKED)
         self._tensors: dict[str, torch.Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
-        self._pass = (
-            LlamaForward(model, self.lora, self.cache)
-            if self.fused
-            else HFForward(model, self.lora, self.cache, groups)
-        )
+        self.cache: KVCache | RowForward
+        self.lora: RowAdapters
+        self._pass: LlamaForward | HFForward | RowForward
+        if self.kind in (ForwardKind.ROWS, ForwardKind.RECOMPUTED):
+            keeps_state = self.kind == ForwardKind.ROWS
+            self._pass = self.cache = RowForward(model, self.families, rows, keeps_state=keeps_state)
+            self.lora = self._pass.lora
+        else:
+            self._pass = self._packed(model, native)
         for name in self._pass.tensors():
             self._tensors.pop(name, None)
         if getattr(model, "is_quantized", False):
             # bitsandbytes puts 4-bit weights into another layout at their first use: before anybody takes a digest.
             self.forward(pack([RowSlice(0, 0, [0])], self.device))
 
+    def _packed(self, model: PreTrainedModel, native: bool | None) -> LlamaForward | HFForward:
+        lean = self.kind == ForwardKind.LEAN
+        groups = fused_groups(self.families) if lean else tuple((family,) for family in self.families)
+        # float16 is computed in on a GPU only, so there is no compiled code for it.
+        fits = model.device.type == "cpu" and model.dtype in (torch.float32, torch.bfloat16)
+        products = row_products() if fits and native is not False else None
+        if native and products is None:
+            raise ConfigurationError(
+                "There is no compiled code for this base: it needs a CPU, fp32 or bf16 and a compiler."
+            )
+        lora: LoraBank
+        if products is not None:
+            lora = NativeLora(groups, self.rows, products)
+        else:
+            # Products in float32 are faster than in bfloat16 on a CPU, which converts small bf16 matrices at each call.
+            dtype = torch.float32 if model.device.type == "cpu" else model.dtype
+            lora = TorchLora(groups, self.rows, dtype=dtype, device=model.device)
+        self.lora = lora
+        kernel = row_attention() if products is not None else None
+        direct = None if kernel is None else NativeAttention(kernel)
+        layers = model.config.get_text_config().num_hidden_layers
+        self.cache = KVCache(layers, self.rows, device=self.device, direct=direct)
+        if lean:
+            return LlamaForward(model, lora, self.cache)
+        return HFForward(model, lora, self.cache, self.families)
+
+    @property
+    def whole_prompts(self) -> bool:
+        """Whether a prompt has to be computed in one piece: not every kind of state takes several tokens later on."""
+        return self.kind == ForwardKind.ROWS
+
     @torch.inference_mode()
     def forward(self, step: Step) -> torch.Tensor:
         """Compute a step; logits (rows of the step that want them, vocabulary) in float32, in the order of rows."""
         self.lora.begin(step)
-        self.cache.begin(step)
+        if isinstance(self.cache, KVCache):
+            self.cache.begin(step)
         return self._pass.forward(step).float()
+
+    def admit(self, row: int, parts: Parts, length: int) -> None:
+        """Give a row to a request of at most `length` tokens, answered with the sum of `parts`."""
+        self.cache.reserve(length)
+        self.lora.place(row, parts)
+
+    def move(self, source: int, target: int, parts: Parts, length: int) -> None:
+        """Move a request of `length` computed tokens to another row."""
+        self.cache.move(source, target, length)
+        self.lora.leave(source)
+        self.lora.place(target, parts)
+
+    def leave(self, row: int) -> None:
+        """A request is over: drop its adapter, and its state where that is an object of its own."""
+        self.lora.leave(row)
+        if isinstance(self.cache, RowForward):
+            self.cache.spoil(row)
 
     def idle(self) -> None:
         """Give back memory that only long requests needed. Only when no row is in use."""
         self.cache.shrink()
         self.lora.shrink()
+
+    def close(self) -> None:
+        """Leave the model as it was; impossible after the lean pass, which takes its weights."""
+        assert not isinstance(self._pass, LlamaForward), "the lean pass has taken the model's weights"
+        self._pass.close()
 
     def base_digest(self) -> str:
         """The sha256 over the base's weights as they are in memory now, the same whichever pass is used."""
@@ -80,22 +142,3 @@ class ModelRunner:
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
-
-
-def _may_compile(model: PreTrainedModel, native: bool | None) -> bool:
-    """Whether compiled code computes the rows' own work. float16 is computed in on a GPU only, so it is not for that."""
-    fits = model.device.type == "cpu" and model.dtype in (torch.float32, torch.bfloat16)
-    if native and not (fits and row_products()):
-        raise ConfigurationError(
-            "There is no compiled code for this base: it needs a CPU, fp32 or bf16 and a compiler."
-        )
-    return fits and native is not False
-
-
-def _make_bank(model: PreTrainedModel, groups: tuple[tuple[Family, ...], ...], rows: int, compiled: bool) -> LoraBank:
-    products = row_products() if compiled else None
-    if products is not None:
-        return NativeLora(groups, rows, products)
-    # Products in float32 are faster than in bfloat16 on a CPU, which converts small bf16 matrices at each call.
-    dtype = torch.float32 if model.device.type == "cpu" else model.dtype
-    return TorchLora(groups, rows, dtype=dtype, device=model.device)

@@ -13,7 +13,7 @@ from adapterhub_lite.serving.adapters.sources import FolderSource
 from adapterhub_lite.serving.adapters.weights import AdapterWeights, Part, read_adapter_weights
 from adapterhub_lite.serving.model.batch import RowSlice, pack
 from adapterhub_lite.serving.model.native import find_compiler
-from adapterhub_lite.serving.model.runner import ModelRunner
+from adapterhub_lite.serving.model.runner import ForwardKind, ModelRunner
 
 IDS = [[7, 8, 9], [40, 41], list(range(60, 90)), [5], [9, 8, 7, 6, 5, 4], [100] * 9, [3, 4]]
 
@@ -28,7 +28,8 @@ def runner(request: pytest.FixtureRequest, tiny_base: Path) -> ModelRunner:
     if "compiled" in request.param and find_compiler() is None:
         pytest.skip("no C compiler on this machine")
     model = load_base_model(tiny_base, dtype=torch.float32)
-    return ModelRunner(model, rows=len(IDS), fused="fused" in request.param, native="compiled" in request.param)
+    kind = ForwardKind.LEAN if "fused" in request.param else ForwardKind.PACKED
+    return ModelRunner(model, rows=len(IDS), kind=kind, native="compiled" in request.param)
 
 
 def run(runner: ModelRunner, slices: list[RowSlice]) -> torch.Tensor:
@@ -100,16 +101,16 @@ def test_larger_ranks_and_blends_refill_the_rows_that_are_in_use(
 
 def test_both_passes_hold_the_same_base(tiny_base: Path) -> None:
     digests = {
-        ModelRunner(load_base_model(tiny_base, dtype=dtype), rows=1, fused=fused).base_digest()
-        for fused in (True, False)
+        ModelRunner(load_base_model(tiny_base, dtype=dtype), rows=1, kind=kind).base_digest()
+        for kind in (ForwardKind.LEAN, ForwardKind.PACKED)
         for dtype in (torch.float32,)
     }
     assert len(digests) == 1
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_a_changed_base_has_another_digest(tiny_base: Path, fused: bool) -> None:
-    runner = ModelRunner(load_base_model(tiny_base, dtype=torch.bfloat16), rows=1, fused=fused)
+@pytest.mark.parametrize("kind", [ForwardKind.LEAN, ForwardKind.PACKED])
+def test_a_changed_base_has_another_digest(tiny_base: Path, kind: ForwardKind) -> None:
+    runner = ModelRunner(load_base_model(tiny_base, dtype=torch.bfloat16), rows=1, kind=kind)
     before = runner.base_digest()
     with torch.inference_mode():
         runner._tensors["model.norm.weight"].data[0] += 1
@@ -143,7 +144,7 @@ def test_other_models_compute_what_they_compute_alone(kind: str, tmp_path: Path)
     plain = load_base_model(folder, dtype=torch.float32)
     truths = [plain(input_ids=torch.tensor([ids])).logits[0, -1] for ids in IDS[:4]]
     runner = ModelRunner(load_base_model(folder, dtype=torch.float32), rows=4)
-    assert runner.fused == (kind == "qwen2")
+    assert (runner.kind == ForwardKind.LEAN) == (kind == "qwen2")
     logits = run(runner, [RowSlice(row, 0, ids) for row, ids in enumerate(IDS[:4])])
     torch.testing.assert_close(logits, torch.stack(truths), atol=1e-4, rtol=1e-4)
 
@@ -192,7 +193,7 @@ def test_bank_over_quantised_layers(kind: str, wider: tuple[Path, Path]) -> None
 
     peft = PeftModel.from_pretrained(load(), adapter).eval()
     runner = ModelRunner(load(), rows=2)
-    assert not runner.fused
+    assert runner.kind == ForwardKind.PACKED
     before = runner.base_digest()
     runner.lora.place(1, (Part(read(runner, adapter)),))
     logits = run(runner, [RowSlice(row, 0, IDS[2]) for row in range(2)])

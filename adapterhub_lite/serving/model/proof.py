@@ -1,0 +1,303 @@
+"""The proof at start: a base is served only after the engine has reproduced the model's own `generate`.
+
+A few random rows are answered by the model itself, one of them with a random adapter. The engine is then given the
+same rows as it will get real ones: prompts in pieces, rows in one batch, one joining late, one leaving early and
+another moving into its place, across the edge of a sliding window. Its logits must be the model's, token for token.
+
+The ways to compute are tried from the fastest to the most general; the first that is equal serves the base. None equal:
+the base is refused, with what differs. A verdict holds for one base, one setting and one set of versions, and is kept.
+"""
+
+import hashlib
+import json
+import logging
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from adapterhub_lite.errors import ConfigurationError
+from adapterhub_lite.serving.adapters.weights import AdapterWeights, Family, FamilyWeights, Part, Parts, find_families
+from adapterhub_lite.serving.model.batch import RowSlice, pack
+from adapterhub_lite.serving.model.forward_llama import can_fuse
+from adapterhub_lite.serving.model.forward_rows import RowForward, greedy_settings
+from adapterhub_lite.serving.model.runner import ForwardKind, ModelRunner
+
+logger = logging.getLogger(__name__)
+# A difference is the root mean square of it over that of the logits. float32 rounds to about 1e-6 of them, sixteen bits
+# to about 1e-2; a forgotten state, mask or adapter gives 0.1 and more.
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
+TOLERANCE_16_BITS = 0.06
+PROMPTS = (6, 21, 11)  # tokens
+WRITTEN = 4
+# Windows are narrowed to this for the proof, so that a row of 25 tokens crosses the edge of one of 4,096.
+NARROW = 16
+WINDOWS = ("sliding_window", "attention_chunk_size")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a base is computed. `difference` is the largest found, at most `tolerance`; `reasons` say why no faster way is.
+
+    `kind` is empty for a base that cannot be served.
+    """
+
+    kind: str
+    difference: float
+    tolerance: float
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model itself makes of a row: prompt, tokens written, and the logits (written, vocabulary) of each."""
+
+    prompt: list[int]
+    tokens: list[int]
+    logits: torch.Tensor
+    parts: Parts = ()
+
+
+def prove(
+    model: PreTrainedModel, *, rows: int, native: bool | None = None, kinds: Sequence[ForwardKind] | None = None
+) -> tuple[ModelRunner, Verdict]:
+    """Return a runner that computes what `model` does, with its verdict. `kinds` are those to try, in order.
+
+    Raises:
+        ConfigurationError: no way is equal to the model itself; the text says what differs.
+    """
+    model.requires_grad_(False)
+    tolerance = _tolerance(model)
+    reasons: list[str] = []
+    with narrow_windows(model), torch.inference_mode(), quiet_transformers():
+        try:
+            answers = own_answers(model)
+        except Exception as error:
+            raise ConfigurationError(
+                f"{type(model).__name__} cannot be served: transformers' own generate fails on it, with "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        found = None
+        for kind in kinds or candidates(model):
+            runner = None
+            try:
+                runner = ModelRunner(model, rows=rows, kind=kind, native=native)
+                worst = max(difference(runner, answers[: min(rows, len(answers))]), 0.0)
+                if worst <= tolerance:
+                    found = runner, Verdict(str(kind), worst, tolerance, tuple(reasons))
+                    break
+                reasons.append(
+                    f"{kind}: logits differ by {worst:.2g} of their size, at most {tolerance:.2g} is rounding"
+                )
+            except ConfigurationError as error:
+                if native:
+                    raise
+                reasons.append(f"{kind}: {error}")
+            except Exception as error:
+                logger.debug("The %s pass fails on this base.", kind, exc_info=True)
+                reasons.append(f"{kind}: {type(error).__name__}: {error}"[:300])
+            if kind == ForwardKind.LEAN:
+                break  # it has taken the model's weights
+            if runner is not None:
+                runner.close()
+    if found is None:
+        raise ConfigurationError(refusal(type(model).__name__, reasons))
+    found[0].idle()
+    return found
+
+
+def refusal(name: str, reasons: Sequence[str]) -> str:
+    """The sentence for a base that cannot be served."""
+    return (
+        f"{name} is not served: the engine does not compute what the model itself does. {'; '.join(reasons)}. "
+        "Use transformers' generate for this base, with the adapter loaded by PEFT."
+    )
+
+
+def candidates(model: PreTrainedModel) -> list[ForwardKind]:
+    """The ways that may be right for a base, the fastest first."""
+    if can_fuse(model):
+        return [ForwardKind.LEAN]
+    general = [ForwardKind.ROWS, ForwardKind.RECOMPUTED]
+    return general if depends_on_length(model) else [ForwardKind.PACKED, *general]
+
+
+def depends_on_length(model: PreTrainedModel) -> bool:
+    """Whether rotary frequencies depend on how long a row is: rows of one step would then change each other's."""
+
+    def kinds(value: object) -> set[str]:
+        if not isinstance(value, dict):
+            return set()
+        own = {str(value.get("rope_type"))}
+        return own.union(*map(kinds, value.values()))
+
+    config = model.config.get_text_config()
+    return bool(kinds(getattr(config, "rope_parameters", None)) & {"dynamic", "longrope"})
+
+
+def own_answers(model: PreTrainedModel) -> list[Answer]:
+    """What the model's own `generate` says to random prompts; the second is answered with a random adapter too."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary: int = model.config.get_text_config().vocab_size
+    prompts = [torch.randint(vocabulary, (1, length), generator=generator).to(model.device) for length in PROMPTS]
+    families = find_families(model)
+    hooks = RowForward(model, families, rows=1)
+    try:
+        answers = []
+        for number, ids in enumerate(prompts):
+            parts = (Part(random_adapter(families, model, generator)),) if families and number == 1 else ()
+            hooks.lora.place(0, parts)
+            hooks.lora.use(0)
+            # Typed as one of several outputs, by which arguments decide.
+            out: Any = model.generate(  # type: ignore[operator]
+                ids, attention_mask=torch.ones_like(ids), output_logits=True, return_dict_in_generate=True,
+                **greedy_settings(WRITTEN),
+            )  # fmt: skip
+            written = out.sequences[0, ids.shape[1] :].tolist()
+            answers.append(Answer(ids[0].tolist(), written, torch.cat(out.logits).float().cpu(), parts))
+        return answers
+    finally:
+        hooks.close()
+
+
+def random_adapter(families: Sequence[Family], model: PreTrainedModel, generator: torch.Generator) -> AdapterWeights:
+    """A LoRA of rank 2 on every linear layer, large enough to be seen in the logits."""
+
+    def pairs(family: Family) -> FamilyWeights:
+        layers = len(family.paths)
+        a = torch.randn(layers, 2, family.in_features, generator=generator) / family.in_features**0.5
+        b = torch.randn(layers, 2, family.out_features, generator=generator) * 0.1
+        return FamilyWeights(tuple(range(layers)), a, b, torch.ones(layers, 1, 1))
+
+    made = {family.name: pairs(family) for family in families}
+    return AdapterWeights(made, 2, sum(len(family.paths) for family in families)).to(model.device)
+
+
+def difference(runner: ModelRunner, answers: Sequence[Answer]) -> float:
+    """The largest relative difference between the runner's logits and the model's own, of rows that share steps."""
+    rows = dict(enumerate(answers))  # row -> its answer
+    computed = dict.fromkeys(rows, 0)
+    worst = 0.0
+    for row, answer in rows.items():
+        runner.admit(row, answer.parts, len(answer.prompt) + WRITTEN)
+    for step in range(100):
+        slices = []
+        for row, answer in sorted(rows.items()):
+            known, at = answer.prompt + answer.tokens[:-1], computed[row]
+            left = len(answer.prompt) - at
+            # Prompts in pieces of 7, the last row a step late; then a token at a time.
+            piece = 1 if left <= 0 else left if runner.whole_prompts else min(left, 7)
+            if not (row == len(answers) - 1 > 0 and step == 0):
+                slices.append(RowSlice(row, at, known[at : at + piece]))
+        logits = runner.forward(pack(slices, runner.device)).cpu()
+        for part, own in zip(slices, logits, strict=True):
+            answer = rows[part.row]
+            computed[part.row] += len(part.token_ids)
+            index = computed[part.row] - len(answer.prompt)
+            if index >= 0:
+                worst = max(worst, relative_difference(own, answer.logits[index]))
+            if index == WRITTEN - 1:
+                runner.leave(part.row)
+                del rows[part.row]
+        for hole in range(len(rows)):
+            if hole not in rows:
+                last = max(rows)
+                runner.move(last, hole, rows[last].parts, computed[last])
+                rows[hole], computed[hole] = rows.pop(last), computed[last]
+        if not rows:
+            return worst
+    raise AssertionError("every row ends")
+
+
+def relative_difference(found: torch.Tensor, own: torch.Tensor) -> float:
+    """Root mean square of the difference over that of the model's logits, their mean left out; infinite for NaN."""
+    scale = (own - own.mean()).square().mean().sqrt().clamp_min(1e-12)
+    value = float((found - own).square().mean().sqrt() / scale)
+    return value if value == value else float("inf")
+
+
+def _tolerance(model: PreTrainedModel) -> float:
+    exact = not getattr(model, "is_quantized", False)
+    return TOLERANCE.get(model.dtype, TOLERANCE_16_BITS) if exact else TOLERANCE_16_BITS
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from warning about what is only tried; its setting is put back afterwards."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+@contextmanager
+def narrow_windows(model: PreTrainedModel) -> Iterator[None]:
+    """Make every sliding window that is wider than `NARROW` that narrow, in modules and configuration, for a while."""
+    changed: list[tuple[Any, str, int]] = []
+    holders = {id(one): one for one in (model.config, model.config.get_text_config(), *model.modules())}
+    for holder in holders.values():
+        for name in WINDOWS:
+            value = getattr(holder, name, None)
+            if type(value) is int and value > NARROW:
+                changed.append((holder, name, value))
+                setattr(holder, name, NARROW)
+    try:
+        yield
+    finally:
+        for holder, name, value in changed:
+            setattr(holder, name, value)
+
+
+_verdicts: dict[str, Verdict] = {}
+
+
+def proven(
+    model: PreTrainedModel, fingerprint: str, home: Path, *, rows: int, native: bool | None = None
+) -> tuple[ModelRunner, Verdict]:
+    """`prove`, or the verdict that was found before for this base, these settings and versions. Raises as `prove`."""
+    known = [fingerprint, str(model.dtype), str(model.device.type), rows > 1, native, can_fuse(model), _versions()]
+    quantization = getattr(model.config, "quantization_config", None)
+    key = hashlib.sha256(json.dumps([*known, str(quantization)]).encode()).hexdigest()
+    file = home / "verdicts" / f"{key}.json"
+    verdict = _verdicts.get(key) or read_verdict(file)
+    if verdict is not None and verdict.kind:
+        return ModelRunner(model, rows=rows, kind=ForwardKind(verdict.kind), native=native), verdict
+    runner, verdict = prove(model, rows=rows, native=native)
+    _verdicts[key] = verdict
+    # A home that cannot be written costs the proof at the next start, and nothing else.
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(asdict(verdict)))
+    return runner, verdict
+
+
+def read_verdict(file: Path) -> Verdict | None:
+    """A verdict from an earlier start; None where there is none, or none that can be read."""
+    try:
+        read = json.loads(file.read_text())
+        return Verdict(str(ForwardKind(read["kind"])), read["difference"], read["tolerance"], tuple(read["reasons"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@cache
+def _versions() -> str:
+    """What a verdict depends on besides the base: the packages that compute, this code, and the processor."""
+    digest = hashlib.sha256(platform.machine().encode())
+    for package in ("torch", "transformers", "bitsandbytes"):
+        with suppress(PackageNotFoundError):
+            digest.update(f"{package} {version(package)}".encode())
+    for source in sorted(Path(__file__).parent.glob("*.*")):
+        if source.suffix in (".py", ".c", ".h"):
+            digest.update(source.read_bytes())
+    return digest.hexdigest()

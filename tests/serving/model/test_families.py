@@ -1,0 +1,84 @@
+"""Every family that transformers has is served as its own `generate` answers, or refused when it is loaded."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapterhub_lite.serving import GenerationRequest, InferenceEngine
+from tests.serving.model.families import FAMILIES, build
+
+PROMPTS = (
+    "Hi",
+    "SELECT name FROM users WHERE age > 30 AND city",
+    "Once upon a time, in a village by the sea, there lived an old man with his three",
+)
+# Which end early, and so leave the batch while others go on.
+WRITTEN = (12, 5, 9)
+
+
+def plain_adapter(base: Path, folder: Path, seed: int, rank: int) -> Path:
+    """A PEFT adapter on the linear layers of a base, its B random so that it changes every answer."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    head = model.get_output_embeddings()
+    targets = sorted(
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
+    )
+    wrapped = get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15)
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+def own_answer(base: Path, adapter: Path | None, ids: list[int], written: int) -> list[int]:
+    """The tokens that transformers and PEFT write themselves."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter).eval()
+    prompt = torch.tensor([ids])
+    out = model.generate(
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=written, do_sample=False,
+        eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    answer: list[int] = out[0, len(ids) :].tolist()
+    return answer
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`:UserWarning")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_served_as_its_own_generate_answers(family: str, tmp_path: Path, byte_tokenizer: Any) -> None:
+    try:
+        base = build(family, tmp_path / "base", byte_tokenizer)
+        own_answer(base, None, [1, 2, 3], 2)
+    except Exception as error:
+        pytest.skip(f"transformers itself cannot run it in this size: {type(error).__name__}: {str(error)[:80]}")
+    adapters = [None, *(plain_adapter(base, tmp_path / f"r{rank}", rank, rank) for rank in (8, 4))]
+    with InferenceEngine.from_base(base, dtype="float32", end_tokens=frozenset(), device="cpu") as engine:
+        asked = [
+            (adapter, prompt, written, engine.submit(GenerationRequest(prompt, adapter=adapter, max_new_tokens=written)))
+            for (prompt, written), adapter in itertools.product(zip(PROMPTS, WRITTEN, strict=True), adapters)
+        ]
+        answers = [handle.result() for *_, handle in asked]
+        print(family, engine.status().forward, engine.status().reasons)
+    for (adapter, prompt, written, _), answer in zip(asked, answers, strict=True):
+        own = own_answer(base, adapter, byte_tokenizer.encode(prompt), written)
+        assert list(answer.token_ids) == own, (family, adapter, prompt)
