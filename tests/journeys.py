@@ -18,17 +18,19 @@ PACKAGE = str(ROOT / "adapterhub_lite") + "/"
 
 @contextmanager
 def files_entered() -> Iterator[list[str]]:
-    """Yield a list that the block fills: paths under `adapterhub_lite/`, in the order of first entry.
+    """Yield a list that fills while the block runs: paths under `adapterhub_lite/`, in the order of first entry.
 
-    Threads that started before the block are not seen, because a profile function belongs to its thread.
+    Threads that started before the block are not seen, because a profile function belongs to its thread; start them
+    inside, and `clear()` the list where the call begins.
     """
-    found: dict[str, None] = {}
     entered: list[str] = []
 
     def note(frame: FrameType, event: str, _argument: Any) -> None:
         code = frame.f_code
         if event == "call" and code.co_filename.startswith(PACKAGE) and code.co_name != "<module>":
-            found.setdefault(code.co_filename.removeprefix(PACKAGE))
+            name = code.co_filename.removeprefix(PACKAGE)
+            if name not in entered:
+                entered.append(name)
 
     threading.setprofile(note)
     sys.setprofile(note)
@@ -37,4 +39,3 @@ def files_entered() -> Iterator[list[str]]:
     finally:
         sys.setprofile(None)
         threading.setprofile(None)  # type: ignore[arg-type] # None takes it away; typeshed does not say so
-        entered += found

@@ -12,8 +12,7 @@ import torch
 
 from adapterhub_lite.errors import EngineClosedError, QueueFullError, ServingError
 from adapterhub_lite.serving.engine.request import GenerationChunk
-from adapterhub_lite.serving.engine.sampling import token_logprob
-from adapterhub_lite.serving.engine.sequence import GenerationSequence
+from adapterhub_lite.serving.engine.sequence import GenerationSequence, token_logprob
 from adapterhub_lite.serving.model.batch import RowSlice, pack
 from adapterhub_lite.serving.model.runner import ModelRunner
 

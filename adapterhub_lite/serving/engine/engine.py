@@ -8,7 +8,7 @@ The life of a request:
 3. The engine's thread gives it a row. The runner (`model/runner`) routes the row to the adapter's weights.
 4. Each step computes some tokens of every row in one forward pass: pieces of prompts, and one token for each row that
    writes. Keys and values stay in the row (`model/kv_cache`); each row gets its own LoRA delta (`model/lora_*`).
-5. When its last known token is computed, the row's logits give the next token (`sampling`), whose text goes to the
+5. When its last known token is computed, the row's logits give the next token (`sequence`), whose text goes to the
    caller's outbox at once.
 6. At an end token, a stop string or its length it leaves the row and releases the adapter; the caller's
    `GenerationHandle` gets the result, with its receipt. Errors, time-outs and cancelling end it the same way.
@@ -38,8 +38,13 @@ from adapterhub_lite.serving.adapters.sources import AdapterSource, FolderSource
 from adapterhub_lite.serving.engine.core import EngineCore
 from adapterhub_lite.serving.engine.probe_check import Verify, check_probes
 from adapterhub_lite.serving.engine.request import EngineStatus, GenerationRequest, GenerationResult
-from adapterhub_lite.serving.engine.sampling import Sampler
-from adapterhub_lite.serving.engine.sequence import ChunkStream, GenerationHandle, GenerationSequence, TextStream
+from adapterhub_lite.serving.engine.sequence import (
+    ChunkStream,
+    GenerationHandle,
+    GenerationSequence,
+    Sampler,
+    TextStream,
+)
 from adapterhub_lite.serving.model.proof import Verdict, proven
 from adapterhub_lite.serving.model.runner import ModelRunner
 

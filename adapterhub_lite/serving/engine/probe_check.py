@@ -15,8 +15,7 @@ from adapterhub_lite.errors import BaseMismatchError, UsageError
 from adapterhub_lite.serving.adapters.pool import AdapterPool, Route
 from adapterhub_lite.serving.engine.core import EngineCore
 from adapterhub_lite.serving.engine.request import GenerationRequest
-from adapterhub_lite.serving.engine.sampling import Sampler
-from adapterhub_lite.serving.engine.sequence import GenerationHandle, GenerationSequence, TextStream
+from adapterhub_lite.serving.engine.sequence import GenerationHandle, GenerationSequence, Sampler, TextStream
 from adapterhub_lite.serving.model.runner import ModelRunner
 
 Verify = Literal["files", "probes"]

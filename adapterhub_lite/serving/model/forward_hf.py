@@ -4,6 +4,7 @@ For causal language models whose attention goes through transformers' attention 
 what the lean pass in `forward_llama` is held against. Hooks only: `close` leaves the model as it was.
 """
 
+import threading
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from adapterhub_lite.serving.model.kv_cache import KVCache
 from adapterhub_lite.serving.model.lora_torch import LoraBank
 
 ATTENTION = "adapterhub_rows"
+# The cache of the step that this thread computes.
+_now = threading.local()
 
 
 def rows_attention(
@@ -26,20 +29,20 @@ def rows_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    row_cache: KVCache | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     # Whatever else a family hands to its attention; what would change the result is refused below.
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend over the rows' own caches; query, key, value are (1, heads, T, head_dim), the result (1, T, heads, d)."""
-    if row_cache is None:
-        raise ConfigurationError("the attention of this base does not pass on what it is given")
-    for name in ("softcap", "s_aux", "position_bias"):
-        if options.get(name) is not None:
-            raise ConfigurationError(f"the attention of this base uses {name}")
+    if options.get("position_bias") is not None:
+        raise ConfigurationError("the attention of this base adds a bias by position")
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     layer: int = module.layer_idx  # type: ignore[assignment]
-    return row_cache.attend(layer, q, k, v, scaling, sliding_window)[None], None
+    # Not every family hands its attention what the model was called with.
+    cache: KVCache = _now.cache
+    return cache.attend(layer, q, k, v, scaling, sliding_window, softcap=softcap, sinks=s_aux)[None], None
 
 
 AttentionInterface.register(ATTENTION, rows_attention)
@@ -72,12 +75,12 @@ class HFForward:
     def forward(self, step: Step) -> torch.Tensor:
         """Return the logits (rows that want them, vocabulary)."""
         self._tokens = step.token_ids.shape[0]
+        _now.cache = self._cache
         out = self._model(
             input_ids=step.token_ids[None],
             position_ids=step.positions[None],
             use_cache=False,
             logits_to_keep=step.last,
-            row_cache=self._cache,
         )
         logits: torch.Tensor = out.logits[0]
         return logits

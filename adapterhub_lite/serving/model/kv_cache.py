@@ -49,6 +49,7 @@ class KVCache:
         self._clean = [0] * rows
         self._step: Step | None = None
         self._flat = torch.empty(0)
+        # By the run's first token.
         self._masks: dict[tuple[int, int | None, torch.dtype], torch.Tensor] = {}
 
     def reserve(self, length: int) -> None:
@@ -113,31 +114,36 @@ class KVCache:
         value: torch.Tensor,
         scaling: float | None,
         window: int | None = None,
+        *,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Store key and value (T, kv_heads, head_dim) and attend with query (T, heads, head_dim).
 
         Returns (T, heads, head_dim). Each row sees its own tokens up to the query's position, and of those only the
-        last `window` where one is given.
+        last `window` where one is given. `softcap` c makes a score s into c tanh(s / c) (Gemma 2, arXiv:2408.00118);
+        `sinks` (heads,) are scores that take part in the softmax and have no value (gpt-oss).
         """
         step = self._step
         assert step is not None, "begin() was not called"
         keys, values = self._store(layer, key, value)
         out = torch.empty(query.shape[0], query.shape[1], value.shape[2], dtype=query.dtype, device=query.device)
-        if self._direct is not None:
+        plain = softcap is None and sinks is None
+        if self._direct is not None and plain:
             self._direct.attend(query, keys, values, out, scaling, window)
         kv_heads = key.shape[1]
-        for number, run in enumerate(self._runs):
+        for run in self._runs if plain else step.runs:
             n, length = run.count, run.query_length
             # -> (n, kv, group * q, d): heads that share keys become more queries, and no key is repeated
             q = query[run.tokens].view(n, length, kv_heads, -1, query.shape[2]).permute(0, 2, 3, 1, 4)
             group = q.shape[2]
-            got = torch.nn.functional.scaled_dot_product_attention(
-                q.reshape(n, kv_heads, group * length, query.shape[2]),
-                keys[run.rows, : run.kv_length].transpose(1, 2),
-                values[run.rows, : run.kv_length].transpose(1, 2),
-                attn_mask=self._mask(number, run, group, window, query),
-                scale=scaling,
-            )
+            q = q.reshape(n, kv_heads, group * length, query.shape[2])
+            k, v = (store[run.rows, : run.kv_length].transpose(1, 2) for store in (keys, values))
+            mask = self._mask(run, group, window, query)
+            if plain:
+                got = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+            else:
+                got = capped_attention(q, k, v, mask, scaling, softcap, sinks)
             back = got.view(n, kv_heads, group, length, -1).permute(0, 3, 1, 2, 4)
             out[run.tokens].view(n, length, kv_heads, group, -1).copy_(back)
         return out
@@ -156,9 +162,9 @@ class KVCache:
             pair.append(held)
         return pair[0], pair[1]
 
-    def _mask(self, number: int, run: Run, group: int, window: int | None, query: torch.Tensor) -> torch.Tensor:
+    def _mask(self, run: Run, group: int, window: int | None, query: torch.Tensor) -> torch.Tensor:
         """Additive mask (n, 1, group * q, kv): -inf where a query must not look. Shared by the layers of a step."""
-        found = self._masks.get((number, window, query.dtype))
+        found = self._masks.get((run.tokens.start, window, query.dtype))
         if found is None:
             kv = torch.arange(run.kv_length, device=query.device)
             starts = torch.tensor(run.starts, device=query.device)
@@ -168,7 +174,7 @@ class KVCache:
                 hidden |= kv <= at[:, :, None] - window
             mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill_(hidden, -torch.inf)
             found = mask[:, None].repeat(1, 1, group, 1)
-            self._masks[number, window, query.dtype] = found
+            self._masks[run.tokens.start, window, query.dtype] = found
         return found
 
 
@@ -188,6 +194,30 @@ class _Tensors(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("kind", "heads", "kv_heads", "key_dim", "value_dim")),
         ("scaling", ctypes.c_float),
     )
+
+
+def capped_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention with soft caps or sinks, which PyTorch's own has not; (n, kv_heads, group * q, head_dim) as query."""
+    scores = query @ keys.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores + mask
+    if sinks is None:
+        return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype) @ values
+    n, kv_heads, queries, _ = query.shape
+    group = sinks.shape[0] // kv_heads
+    # Queries lie head by head: (kv_heads, group, q).
+    column = sinks.view(kv_heads, group, 1).expand(kv_heads, group, queries // group).reshape(1, kv_heads, queries, 1)
+    joined = torch.cat((scores, column.to(scores.dtype).expand(n, -1, -1, -1)), dim=-1)
+    return torch.softmax(joined, dim=-1, dtype=torch.float32)[..., :-1].to(query.dtype) @ values
 
 
 class NativeAttention:

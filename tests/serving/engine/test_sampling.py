@@ -8,7 +8,7 @@ import torch
 
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
-from adapterhub_lite.serving.engine.sampling import Sampler, token_logprob
+from adapterhub_lite.serving.engine.sequence import Sampler, token_logprob
 
 LOGITS = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
 

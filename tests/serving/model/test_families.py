@@ -1,6 +1,7 @@
 """Every family that transformers has is served as its own `generate` answers, or refused when it is loaded."""
 
 import itertools
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,21 +46,37 @@ def plain_adapter(base: Path, folder: Path, seed: int, rank: int) -> Path:
     return folder
 
 
-def own_answer(base: Path, adapter: Path | None, ids: list[int], written: int) -> list[int]:
-    """The tokens that transformers and PEFT write themselves."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+class Own:
+    """What transformers and PEFT write themselves."""
 
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter).eval()
-    prompt = torch.tensor([ids])
-    out = model.generate(
-        input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=written, do_sample=False,
-        eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    answer: list[int] = out[0, len(ids) :].tolist()
-    return answer
+    def __init__(self, base: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self._model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+
+    def take(self, adapters: list[Path]) -> None:
+        """Load the adapters, each under its folder's name."""
+        from peft import PeftModel
+
+        for adapter in adapters:
+            if isinstance(self._model, PeftModel):
+                self._model.load_adapter(adapter, adapter.name)
+            else:
+                self._model = PeftModel.from_pretrained(self._model, adapter, adapter_name=adapter.name)
+        self._model.eval()
+
+    def answer(self, adapter: Path | None, ids: list[int], written: int) -> list[int]:
+        """The tokens that follow `ids`, by `generate`."""
+        prompt = torch.tensor([ids])
+        if adapter is not None:
+            self._model.set_adapter(adapter.name)
+        with nullcontext() if adapter or not hasattr(self._model, "disable_adapter") else self._model.disable_adapter():
+            out = self._model.generate(
+                input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=written, do_sample=False,
+                eos_token_id=None, pad_token_id=0,
+            )  # fmt: skip
+        answer: list[int] = out[0, len(ids) :].tolist()
+        return answer
 
 
 @pytest.mark.slow
@@ -68,17 +85,24 @@ def own_answer(base: Path, adapter: Path | None, ids: list[int], written: int) -
 def test_a_family_is_served_as_its_own_generate_answers(family: str, tmp_path: Path, byte_tokenizer: Any) -> None:
     try:
         base = build(family, tmp_path / "base", byte_tokenizer)
-        own_answer(base, None, [1, 2, 3], 2)
+        own = Own(base)
+        own.answer(None, [1, 2, 3], 2)
     except Exception as error:
         pytest.skip(f"transformers itself cannot run it in this size: {type(error).__name__}: {str(error)[:80]}")
-    adapters = [None, *(plain_adapter(base, tmp_path / f"r{rank}", rank, rank) for rank in (8, 4))]
+    adapters = [*(plain_adapter(base, tmp_path / f"r{rank}", rank, rank) for rank in (8, 4))]
+    own.take(adapters)
     with InferenceEngine.from_base(base, dtype="float32", end_tokens=frozenset(), device="cpu") as engine:
         asked = [
-            (adapter, prompt, written, engine.submit(GenerationRequest(prompt, adapter=adapter, max_new_tokens=written)))
-            for (prompt, written), adapter in itertools.product(zip(PROMPTS, WRITTEN, strict=True), adapters)
+            (
+                adapter,
+                prompt,
+                written,
+                engine.submit(GenerationRequest(prompt, adapter=adapter, max_new_tokens=written)),
+            )
+            for (prompt, written), adapter in itertools.product(zip(PROMPTS, WRITTEN, strict=True), [None, *adapters])
         ]
         answers = [handle.result() for *_, handle in asked]
         print(family, engine.status().forward, engine.status().reasons)
     for (adapter, prompt, written, _), answer in zip(asked, answers, strict=True):
-        own = own_answer(base, adapter, byte_tokenizer.encode(prompt), written)
-        assert list(answer.token_ids) == own, (family, adapter, prompt)
+        expected = own.answer(adapter, byte_tokenizer.encode(prompt), written)
+        assert list(answer.token_ids) == expected, (family, adapter, prompt)
