@@ -19,6 +19,7 @@ ALLOWED = {
     "home": set(),
     "setting": set(),
     "quiet": set(),
+    "web": {"errors"},
     "adapter_format": {"errors"},
     "bases": {"errors", "home", "adapter_format"},
     "tasks": {"errors"},
@@ -29,8 +30,8 @@ ALLOWED = {
     "recipe": {"errors", "setting"},
     "registry": FOUNDATION,
     "merging": FOUNDATION | {"registry"},
-    "serving": FOUNDATION | {"registry"},
-    "hub_server": {"errors"},
+    "serving": FOUNDATION | {"registry", "web"},
+    "hub_server": {"errors", "web"},
     "diagnosis": FOUNDATION | {"memory"},
     "evaluation": FOUNDATION | {"tasks", "training", "registry", "serving"},
 }

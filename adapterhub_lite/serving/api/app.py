@@ -1,16 +1,17 @@
 """The OpenAI-compatible routes over an engine. `model` is the base, a reference or a blend.
 
-Reading order: settings, auth, errors, engine_protocol, observe, dispatch, schema, middleware, admin, this file, server.
+Reading order: settings, auth, errors, engine_protocol, shares, observe, dispatch, schema, middleware, admin, this file,
+server.
 """
 
-import uuid
+import html
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import Depends, FastAPI, Header, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from adapterhub_lite.errors import ConfigurationError
@@ -20,15 +21,20 @@ from adapterhub_lite.serving.api.admin import admin_routes
 from adapterhub_lite.serving.api.auth import Caller, KeyRing
 from adapterhub_lite.serving.api.dispatch import Dispatcher, ResolvedModel, until_disconnect
 from adapterhub_lite.serving.api.engine_protocol import Engine
-from adapterhub_lite.serving.api.errors import ApiRefusal, error_event, install_error_handlers
-from adapterhub_lite.serving.api.middleware import BodyLimit
-from adapterhub_lite.serving.api.observe import AccessLog
+from adapterhub_lite.serving.api.errors import ApiRefusal, error_event, install_error_handlers, refuse
+from adapterhub_lite.serving.api.middleware import Authenticate, BodyLimit
+from adapterhub_lite.serving.api.observe import AccessLog, Series
 from adapterhub_lite.serving.api.schema import ChatRequest, CompletionRequest, Sampling
 from adapterhub_lite.serving.api.settings import ServerSettings
 from adapterhub_lite.serving.engine.request import GenerationChunk, GenerationRequest, GenerationResult
+from adapterhub_lite.web.browsers import BrowserGuard
+from adapterhub_lite.web.connections import ConnectionLimits, HeaderLimit
 
 Json = dict[str, Any]
 CHAT_TOKENS = 256
+ABOUT = "OpenAI-compatible; each answer names the bytes that made it."
+# Asked by load balancers, which have no key.
+PUBLIC = ("/health", "/ready")
 
 
 class EventStream(StreamingResponse):
@@ -58,23 +64,25 @@ class Api:
     """The handlers. Each resolves the model, builds the engine's requests, and writes the answer in OpenAI's format."""
 
     def __init__(self, dispatcher: Dispatcher, keys: KeyRing) -> None:
-        self.dispatcher, self.keys, self.settings, self.draining = dispatcher, keys, dispatcher.settings, False
+        self.dispatcher, self.keys, self.settings = dispatcher, keys, dispatcher.settings
 
-    def caller(self, request: Request, authorization: Annotated[str | None, Header()] = None) -> Caller:
-        """The caller by its key. Raises ApiRefusal 401 for a missing or wrong key."""
-        found = self.keys.caller(authorization)
-        if found is None:
-            problem = "is not known" if authorization else "is missing"
-            raise ApiRefusal(401, f"The API key {problem}: send 'Authorization: Bearer <key>'.", "invalid_api_key")
-        request.state.caller = found.label
-        return found
+    def caller(self, request: Request) -> Caller:
+        """The caller, by the key it gave. Raises ApiRefusal 403 for the key that only reads metrics."""
+        caller: Caller = request.state.caller
+        if caller.metrics_only:
+            raise ApiRefusal(403, "This key reads /metrics and nothing else.", "metrics_only")
+        return caller
 
-    def admin(self, request: Request, authorization: Annotated[str | None, Header()] = None) -> Caller:
-        """The admin, or ApiRefusal: 401 without a key, 403 with another's, or where there is no admin."""
-        found = self.caller(request, authorization)
-        if not found.admin:
+    def admin(self, request: Request) -> Caller:
+        """The admin, or ApiRefusal 403 with another's key, or where there is no admin."""
+        caller = self.caller(request)
+        if not caller.admin:
             raise ApiRefusal(403, "This needs the admin key that the file of keys names.", "admin_only")
-        return found
+        return caller
+
+    def _tenant(self, request: Request, caller: Caller) -> str:
+        """Who shares of the server are counted for: the key, without keys the address."""
+        return (request.client.host if request.client else "unknown") if self.keys.open else caller.label
 
     async def _resolve(self, model: str, caller: Caller) -> ResolvedModel:
         return await self.dispatcher.run(partial(self.dispatcher.resolve, model, caller, through_split=True))
@@ -105,10 +113,10 @@ class Api:
         messages = [message.plain() for message in body.messages]
         asked = self._generation(body, resolved, body.token_limit, messages=messages, logprobs=body.alternatives)
         if body.stream:
-            return await self._stream(request, body, resolved, asked, "chat.completion.chunk")
-        with self.dispatcher.admit():
+            return await self._stream(request, caller, body, resolved, asked, "chat.completion.chunk")
+        with self.dispatcher.admit(caller, self._tenant(request, caller)):
             results = await self.dispatcher.answer(request, [asked])
-        self._count(request, resolved, results)
+        self._count(request, caller, resolved, results)
         answer = schema.envelope("chat.completion", request.state.id, body.model, resolved)
         answer |= {"choices": [schema.chat_choice(results[0], self._decode)], "usage": schema.usage(results)}
         return JSONResponse(answer, headers=resolved.headers())
@@ -123,25 +131,28 @@ class Api:
         if body.stream:
             if len(asked) != 1:
                 raise ApiRefusal(400, "A stream answers one prompt at a time.", "invalid_value", param="prompt")
-            return await self._stream(request, body, resolved, asked[0], "text_completion")
-        with self.dispatcher.admit():
+            return await self._stream(request, caller, body, resolved, asked[0], "text_completion")
+        with self.dispatcher.admit(caller, self._tenant(request, caller), len(asked)):
             results = await self.dispatcher.answer(request, asked)
-        self._count(request, resolved, results)
+        self._count(request, caller, resolved, results)
         answer = schema.envelope("text_completion", request.state.id, body.model, resolved)
         choices = [schema.completion_choice(index, result, self._decode) for index, result in enumerate(results)]
         return JSONResponse(answer | {"choices": choices, "usage": schema.usage(results)}, headers=resolved.headers())
 
-    def _count(self, request: Request, resolved: ResolvedModel, results: Sequence[GenerationResult]) -> None:
+    def _count(
+        self, request: Request, caller: Caller, resolved: ResolvedModel, results: Sequence[GenerationResult]
+    ) -> None:
         for result in results:
-            self.dispatcher.metrics.answered(resolved.check(result))
+            self.dispatcher.count(caller, self._tenant(request, caller), resolved.check(result))
         request.state.adapter = resolved.adapter
         request.state.usage = schema.usage(results)
 
     async def _stream(
-        self, request: Request, body: Sampling, resolved: ResolvedModel, asked: GenerationRequest, kind: str
-    ) -> Response:
+        self, request: Request, caller: Caller, body: Sampling, resolved: ResolvedModel, asked: GenerationRequest,
+        kind: str,
+    ) -> Response:  # fmt: skip
         admission = ExitStack()
-        admission.enter_context(self.dispatcher.admit())
+        admission.enter_context(self.dispatcher.admit(caller, self._tenant(request, caller)))
         chunks = self.dispatcher.stream(asked)
         try:
             # The first chunk is awaited here, so that what fails at once still has its HTTP status.
@@ -151,12 +162,12 @@ class Api:
             admission.close()
             raise
 
-        events = self._events(request, body, resolved, kind, first, chunks)
+        events = self._events(request, caller, body, resolved, kind, first, chunks)
         return EventStream(events, chunks, admission, resolved.headers())
 
     async def _events(
-        self, request: Request, body: Sampling, resolved: ResolvedModel, kind: str, chunk: GenerationChunk,
-        chunks: AsyncIterator[GenerationChunk],
+        self, request: Request, caller: Caller, body: Sampling, resolved: ResolvedModel, kind: str,
+        chunk: GenerationChunk, chunks: AsyncIterator[GenerationChunk],
     ) -> AsyncGenerator[str]:  # fmt: skip
         """`chunk` and then `chunks` as server-sent events, an error as the last of them."""
         head, chat = schema.envelope(kind, request.state.id, body.model, resolved), kind.startswith("chat")
@@ -169,7 +180,7 @@ class Api:
             while chunk.result is None:
                 yield schema.event(head | {"choices": [piece(chunk.text)]})
                 chunk = await anext(chunks)
-            self._count(request, resolved, [chunk.result])
+            self._count(request, caller, resolved, [chunk.result])
             reason, details = chunk.result.finish_reason, logprobs(chunk.result.logprobs, self._decode)
             yield schema.event(head | {"choices": [piece(chunk.text, reason=reason, logprobs=details)]})
             if body.stream_options and body.stream_options.include_usage:
@@ -201,17 +212,28 @@ class Api:
         receipt = {"adapter_digest": digest, "base_fingerprint": self.dispatcher.engine.base_fingerprint}
         return {"id": name, "object": "model", "created": 0, "owned_by": "adapterhub-lite", "receipt": receipt}
 
+    def health(self) -> JSONResponse:
+        """GET /health: 200 while the process can do its work; 503 when its engine has ended, and it ends too."""
+        ended = self.dispatcher.engine.ended()
+        return JSONResponse({"status": "engine ended" if ended else "ok"}, 503 if ended else 200)
+
     def ready(self) -> JSONResponse:
         """GET /ready: 200 while requests are taken; 503 while the server drains, and when the engine has ended."""
         engine = self.dispatcher.engine.status()
-        state = "draining" if self.draining else "ready" if engine.can_serve else "engine ended"
+        state = "draining" if self.dispatcher.draining else "ready" if engine.can_serve else "engine ended"
         counts = {"resident": engine.resident, "waiting": engine.waiting, "can_pull": engine.can_pull}
         return JSONResponse({"status": state, **counts}, 200 if state == "ready" else 503)
 
-    def metrics(self) -> Response:
-        """GET /metrics."""
-        self.dispatcher.metrics.update(self.dispatcher.engine.status())
-        return Response(self.dispatcher.metrics.text(), media_type="text/plain; version=0.0.4")
+    def metrics(self, request: Request) -> Response:
+        """GET /metrics: everything to the admin's and the metrics key, and without keys; to another key its own."""
+        caller: Caller = request.state.caller
+        series: Series = self.dispatcher.metrics
+        if self.keys.open or caller.admin or caller.metrics_only:
+            self.dispatcher.metrics.draining.set(int(self.dispatcher.draining))
+            self.dispatcher.metrics.update(self.dispatcher.engine.status(), dict(self.dispatcher.shares.in_work))
+        else:
+            series = self.dispatcher.metrics.own(caller.label)
+        return Response(series.text(), media_type="text/plain; version=0.0.4")
 
 
 def create_api(
@@ -224,13 +246,18 @@ def create_api(
     """
     if "/" not in settings.base_name and any(settings.base_name == one.name for one in registry.list()):
         raise ConfigurationError(f"{settings.base_name!r} is the name of an adapter too; give the base another name.")
-    app = FastAPI(title="adapterhub-lite", description="OpenAI-compatible; each answer names the bytes that made it.")
+    # FastAPI's own pages of documentation load scripts from elsewhere.
+    app = FastAPI(title="adapterhub-lite", description=ABOUT, docs_url=None, redoc_url=None)
     api = Api(Dispatcher(engine, registry, settings), keys or KeyRing.read(settings.keys))
     app.state.api = api
     _add_routes(app, api)
     install_error_handlers(app)
+    # The last one added is the first to see a request.
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
-    app.add_middleware(AccessLog, metrics=api.dispatcher.metrics, new_id=lambda: uuid.uuid4().hex)
+    app.add_middleware(Authenticate, keys=api.keys, public=PUBLIC)
+    app.add_middleware(BrowserGuard, hosts=settings.own_hosts, content_types=("application/json",), refuse=refuse)
+    app.add_middleware(HeaderLimit, limits=ConnectionLimits(), refuse=refuse)
+    app.add_middleware(AccessLog, metrics=api.dispatcher.metrics)
     return app
 
 
@@ -254,9 +281,24 @@ def _add_routes(app: FastAPI, api: Api) -> None:
     def model(name: str, caller: Caller = user) -> Json:
         return api.model(name, caller)
 
-    @app.get("/health")
-    def health() -> Json:
-        return {"status": "ok"}
-
+    app.get("/health")(api.health)
     app.get("/ready")(api.ready)
-    app.get("/metrics", dependencies=[user])(api.metrics)
+    app.get("/metrics")(api.metrics)
+
+    @app.get("/docs", include_in_schema=False)
+    def docs() -> HTMLResponse:
+        return HTMLResponse(documentation(app), headers={"Content-Security-Policy": "default-src 'none'"})
+
+
+def documentation(app: FastAPI) -> str:
+    """A page that lists the routes with their fields, without any script."""
+    schemas = app.openapi().get("components", {}).get("schemas", {})
+    parts = [f"<!doctype html><title>{app.title}</title><h1>{app.title}</h1><p>{html.escape(app.description)}</p>"]
+    for path, methods in app.openapi()["paths"].items():
+        for method, route in methods.items():
+            text = html.escape(route.get("description") or route.get("summary") or "")
+            parts.append(f"<h2>{method.upper()} {html.escape(path)}</h2><p>{text}</p>")
+            body = route.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
+            fields = schemas.get(body.get("$ref", "").rpartition("/")[2], {}).get("properties", {})
+            parts.append("<ul>" + "".join(f"<li>{html.escape(field)}</li>" for field in fields) + "</ul>")
+    return "".join(parts) + '<p>The same for programs: <a href="/openapi.json">/openapi.json</a>.</p>'

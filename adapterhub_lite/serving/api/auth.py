@@ -1,20 +1,54 @@
-"""Who may use which adapter. Keys are kept and compared as sha256, and never written anywhere."""
+"""Who may use what. Keys are kept and compared as sha256, and never written anywhere.
+
+The file of keys is read again when it changes, so that a key can be given or taken away while the server runs.
+"""
 
 import hashlib
+import logging
+import os
+import stat
+import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from adapterhub_lite.adapter_format.record import StrictModel
 from adapterhub_lite.errors import ConfigurationError
 
+logger = logging.getLogger("adapterhub.keys")
+FORM = (
+    '{"keys": {"<key>": ["<adapter name>", ...]}, "admin": "<key>", "metrics": "<key>"}, with "*" for every adapter; '
+    'or {"adapters": [...], "requests_in_work": 8, "tokens_per_minute": 20000} for a key with limits'
+)
+Key = Annotated[str, Field(min_length=1, max_length=512)]
+
+
+class KeyRights(StrictModel):
+    """What one key opens, and its limits; None is no limit of its own."""
+
+    adapters: tuple[str, ...] = ()
+    requests_in_work: int | None = Field(default=None, ge=1)
+    tokens_per_minute: int | None = Field(default=None, ge=1)
+
 
 class KeyFile(StrictModel):
-    """The file of keys: key -> names of the adapters it may use ("*" for all), and the admin's key."""
+    """The file of keys: key -> names of the adapters it opens ("*" for all) or its rights, and two keys with duties.
 
-    keys: dict[str, tuple[str, ...]] = Field(default_factory=dict)
-    admin: str | None = None
+    `admin` may change what is served; `metrics` may read the metrics of everybody and nothing else.
+    """
+
+    keys: dict[Key, tuple[str, ...] | KeyRights] = Field(default_factory=dict)
+    admin: Key | None = None
+    metrics: Key | None = None
+
+    @model_validator(mode="after")
+    def _one_duty_each(self) -> "KeyFile":
+        named = [key for key in (*self.keys, self.admin, self.metrics) if key is not None]
+        if len(named) != len(set(named)):
+            raise ValueError("a key is named twice; each has one duty")
+        return self
 
 
 @dataclass(frozen=True)
@@ -24,47 +58,100 @@ class Caller:
     label: str
     adapters: frozenset[str] | None = None
     admin: bool = False
+    metrics_only: bool = False
+    requests_in_work: int | None = None
+    tokens_per_minute: int | None = None
 
     def may_use(self, name: str) -> bool:
-        """Whether this caller may use the adapter of this name; the bare base is everybody's."""
+        """Whether this caller may use the adapter of this name; the bare base is open to every key."""
         return self.adapters is None or name in self.adapters
 
 
 class KeyRing:
-    """The keys in force. Without any, everybody may use every adapter, and nobody is admin."""
+    """The keys in force. Without any, everybody may use every adapter, and nobody is admin. Thread-safe."""
 
     def __init__(self, file: KeyFile | None = None) -> None:
-        self._callers: dict[bytes, Caller] = {}
         self.open = file is None
-        for key, names in (file.keys if file else {}).items():
-            self._callers[_hashed(key)] = Caller(_label(key), None if "*" in names else frozenset(names))
-        if file and file.admin:
-            self._callers[_hashed(file.admin)] = Caller(_label(file.admin), None, admin=True)
+        self._path: Path | None = None
+        self._stamp: tuple[int, ...] = ()
+        self._lock = threading.Lock()
+        self._callers = _callers(file or KeyFile())
 
     @classmethod
     def read(cls, path: Path | None) -> "KeyRing":
         """Read a file of keys; None gives an open ring.
 
         Raises:
-            ConfigurationError: it cannot be read, or is not such a file.
+            ConfigurationError: it cannot be read, is not such a file, or others on this machine can read it.
         """
         if path is None:
             return cls()
-        try:
-            return cls(KeyFile.model_validate_json(path.read_bytes()))
-        except (OSError, ValidationError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error.errors()[0]["msg"]
-            raise ConfigurationError(
-                f"{path} is not a file of keys ({reason}): wanted "
-                '{"keys": {"<key>": ["<adapter name>", ...]}, "admin": "<key>"}, with "*" for every adapter.'
-            ) from error
+        ring = cls(_read(path))
+        ring._path, ring._stamp = path, _stamp(path.stat())
+        return ring
+
+    def refresh(self, *, forced: bool = False) -> None:
+        """Read the file again if it has changed. A file that cannot be used changes nothing, and is logged."""
+        if self._path is None:
+            return
+        with self._lock:
+            try:
+                stamp = _stamp(self._path.stat())
+            except OSError:
+                stamp = ()
+            if stamp == self._stamp and not forced:
+                return
+            # Whatever comes of it: it is looked at again when it changes again.
+            self._stamp = stamp
+            try:
+                self._callers = _callers(_read(self._path))
+                logger.warning("The file of keys was read again: %d keys are in force.", len(self._callers))
+            except ConfigurationError as error:
+                logger.error("%s The keys read before stay in force.", error)
 
     def caller(self, authorization: str | None) -> Caller | None:
         """Who an Authorization header stands for; None when it is nobody."""
+        if self.open:
+            return Caller("anyone")
+        self.refresh()
         scheme, _, key = (authorization or "").partition(" ")
         # Looked up by hash: how long it takes tells nothing about the keys.
-        found = self._callers.get(_hashed(key.strip())) if scheme.lower() == "bearer" else None
-        return found or (Caller("anyone") if self.open else None)
+        return self._callers.get(_hashed(key.strip())) if scheme.lower() == "bearer" else None
+
+
+def _read(path: Path) -> KeyFile:
+    try:
+        with path.open("rb") as stream:
+            found = os.fstat(stream.fileno())
+            content = stream.read()
+    except OSError as error:
+        raise ConfigurationError(f"The file of keys {path} cannot be read ({error.strerror}).") from error
+    if os.name == "posix" and found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise ConfigurationError(f"Others on this machine can use the keys in {path}. Run: chmod 600 {path}")
+    try:
+        return KeyFile.model_validate_json(content)
+    except ValidationError as error:
+        reason = error.errors(include_input=False)[0]["msg"]
+        raise ConfigurationError(f"{path} is not a file of keys ({reason}): wanted {FORM}.") from error
+
+
+def _stamp(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode
+
+
+def _callers(file: KeyFile) -> dict[bytes, Caller]:
+    callers = {}
+    for key, given in file.keys.items():
+        rights = given if isinstance(given, KeyRights) else KeyRights(adapters=given)
+        adapters = None if "*" in rights.adapters else frozenset(rights.adapters)
+        callers[_hashed(key)] = Caller(
+            _label(key), adapters, requests_in_work=rights.requests_in_work, tokens_per_minute=rights.tokens_per_minute
+        )
+    if file.admin:
+        callers[_hashed(file.admin)] = Caller(_label(file.admin), admin=True)
+    if file.metrics:
+        callers[_hashed(file.metrics)] = Caller(_label(file.metrics), frozenset(), metrics_only=True)
+    return callers
 
 
 def _hashed(key: str) -> bytes:

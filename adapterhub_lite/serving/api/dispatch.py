@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, contextmanager, suppress
+from contextlib import ExitStack, aclosing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,15 +17,16 @@ from fastapi import Request
 
 from adapterhub_lite.adapter_format.manifest import AdapterManifest
 from adapterhub_lite.adapter_format.reference import AdapterReference
-from adapterhub_lite.errors import QueueFullError, RequestCancelledError, ServingError
+from adapterhub_lite.errors import RequestCancelledError, ServingError, UnknownNameError
 from adapterhub_lite.serving.adapters.slots import ResidentAdapter
 from adapterhub_lite.serving.adapters.sources import AdapterStore
 from adapterhub_lite.serving.adapters.split import parse_blend
 from adapterhub_lite.serving.api.auth import Caller
 from adapterhub_lite.serving.api.engine_protocol import Answer, Engine
 from adapterhub_lite.serving.api.errors import ApiRefusal
-from adapterhub_lite.serving.api.observe import Metrics
+from adapterhub_lite.serving.api.observe import BoundedLabels, Metrics
 from adapterhub_lite.serving.api.settings import ServerSettings
+from adapterhub_lite.serving.api.shares import Shares
 from adapterhub_lite.serving.engine.request import GenerationChunk, GenerationRequest, GenerationResult
 
 T = TypeVar("T")
@@ -75,8 +76,10 @@ class Dispatcher:
 
     def __init__(self, engine: Engine, store: AdapterStore, settings: ServerSettings) -> None:
         self.engine, self.store, self.settings, self.metrics = engine, store, settings, Metrics()
-        self._pool = ThreadPoolExecutor(settings.max_concurrent + 4, thread_name_prefix="adapterhub-request")
-        self._in_work = 0
+        self.shares, self.draining = Shares(settings.max_concurrent), False
+        # One for each prompt that may be in work, and some for look-ups; they are started when they are needed.
+        self._pool = ThreadPoolExecutor(2 * settings.max_concurrent + 4, thread_name_prefix="adapterhub-request")
+        self._loaded = BoundedLabels()
         self._served = frozenset(AdapterReference.parse(reference).name for reference in settings.references)
 
     def close(self) -> None:
@@ -98,14 +101,19 @@ class Dispatcher:
         `through_split` counts as a request: the caller needs the right to what was asked for, not to the candidate.
 
         Raises:
-            ReferenceSyntaxError, UnknownNameError: no such version; a path never is a reference.
+            ReferenceSyntaxError: not a reference; a path never is one.
             ApiRefusal: the caller may not use it (403), or it is not served here (404).
         """
         parsed = AdapterReference.parse(reference)
         if parsed.name is not None:
             self._require(parsed.name, caller)
         chosen = self.engine.choose(str(parsed)) if through_split else str(parsed)
-        manifest = self.store.resolve(str(chosen))
+        try:
+            manifest = self.store.resolve(str(chosen))
+        except UnknownNameError:
+            # The registry's own text lists what there is, which is not every caller's business.
+            text = f"There is no adapter {reference!r} here."
+            raise ApiRefusal(404, text, "model_not_found", param="model") from None
         if chosen == str(parsed):
             self._require(manifest.name, caller)
         return manifest
@@ -114,7 +122,7 @@ class Dispatcher:
         if not caller.may_use(name):
             raise ApiRefusal(403, f"This key may not use the adapter {name!r}.", "adapter_not_allowed", param="model")
         if not self.serves(name):
-            served = ", ".join(sorted(map(str, self._served)))
+            served = ", ".join(sorted(str(one) for one in self._served if one and caller.may_use(one))) or "the base"
             raise ApiRefusal(404, f"{name!r} is not served here. Served: {served}.", "model_not_found", param="model")
 
     def resolve(self, model: str, caller: Caller, *, through_split: bool = False) -> ResolvedModel:
@@ -138,17 +146,31 @@ class Dispatcher:
         return ResolvedModel("+".join(digests), "+".join(names), "+".join(digests), base)
 
     @contextmanager
-    def admit(self) -> Iterator[None]:
-        """Count one request as in work. Raises QueueFullError when the limit is reached."""
-        if self._in_work >= self.settings.max_concurrent:
-            raise QueueFullError(f"{self._in_work} requests are in work, which is the limit. Try again in a second.")
-        self._in_work += 1
-        self.metrics.in_work.inc()
-        try:
+    def admit(self, caller: Caller, tenant: str, prompts: int = 1) -> Iterator[None]:
+        """Count the prompts of one request as in work.
+
+        Raises:
+            ApiRefusal: 429 when the tenant must come back later, 503 while the server drains.
+        """
+        if self.draining:
+            text = "This server is shutting down and takes no new requests; another one does."
+            raise ApiRefusal(503, text, "shutting_down", retry_after=max(1, self.settings.drain_seconds))
+        with ExitStack() as taken:
+            try:
+                taken.enter_context(self.shares.take(caller, tenant, prompts))
+            except ApiRefusal as refusal:
+                if refusal.status == 429:
+                    self.metrics.turned_away(tenant)
+                raise
             yield
-        finally:
-            self._in_work -= 1
-            self.metrics.in_work.dec()
+
+    def count(self, caller: Caller, tenant: str, result: GenerationResult) -> None:
+        """Count a finished answer, for everybody and for its caller."""
+        self.metrics.answered(result)
+        self.metrics.spent(tenant, result)
+        self.shares.spend(caller, result.usage.total_tokens)
+        if caller.label == tenant:
+            self.metrics.own(tenant).answered(result)
 
     async def answer(self, http: Request, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
         """Answer all of `requests`; a client that disconnects cancels them."""
@@ -200,7 +222,7 @@ class Dispatcher:
         """Bring an adapter into memory, timed."""
         manifest, started = self.manifest(reference, caller), time.perf_counter()
         loaded = self.engine.load(manifest.reference)
-        self.metrics.load.labels(manifest.reference).observe(time.perf_counter() - started)
+        self.metrics.load.labels(self._loaded(manifest.reference)).observe(time.perf_counter() - started)
         return loaded
 
 

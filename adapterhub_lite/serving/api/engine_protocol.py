@@ -70,6 +70,10 @@ class Engine(Protocol):
         """Whether it can serve, and its counts."""
         ...
 
+    def ended(self) -> bool:
+        """Whether it will never compute again. Cheap: asked every second."""
+        ...
+
     def choose(self, reference: str) -> str | Path:
         """Return the reference, or the candidate of its split, whichever the next request gets."""
         ...

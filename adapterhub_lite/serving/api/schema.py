@@ -5,10 +5,10 @@ Unknown fields and what cannot be done are refused, never ignored.
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Collection, Sequence
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_validator
 
 from adapterhub_lite.adapter_format.record import StrictModel
 from adapterhub_lite.serving.api.dispatch import ResolvedModel
@@ -16,6 +16,14 @@ from adapterhub_lite.serving.engine.request import GenerationResult, TokenLogpro
 
 Json = dict[str, Any]
 Decode = Callable[[int], str]
+MOST_PROMPTS = 16
+# Fields of OpenAI's that clients send as null when they aren't used; with any other value they are refused.
+UNUSED = frozenset({
+    "audio", "function_call", "functions", "guided_json", "logit_bias", "metadata", "modalities", "parallel_tool_calls",
+    "prediction", "prompt_cache_key", "reasoning_effort", "safety_identifier", "service_tier", "store", "tool_choice",
+    "tools", "verbosity", "web_search_options",
+})  # fmt: skip
+UNUSED_OF_MESSAGES = frozenset({"annotations", "audio", "function_call", "reasoning_content", "refusal", "tool_calls"})
 
 
 def _encodable(text: str) -> str:
@@ -37,6 +45,13 @@ class WireModel(StrictModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
+def without_nulls(data: Any, unused: Collection[str], known: Collection[str]) -> Any:
+    """`data` without the fields that are null, where that means "not given"; an unknown field stays, to be refused."""
+    if not isinstance(data, dict):
+        return data
+    return {key: value for key, value in data.items() if value is not None or key not in {*unused, *known}}
+
+
 class TextPart(WireModel):
     """A piece of a message's content; only text is understood."""
 
@@ -50,6 +65,16 @@ class ChatMessage(WireModel):
     role: Literal["system", "user", "assistant", "developer"]
     content: Text | tuple[TextPart, ...]
     name: Text | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nulls(cls, data: Any) -> Any:  # whatever JSON holds
+        if isinstance(data, dict):
+            # An answer of ours, or of another server, sent back as it was received.
+            data = {
+                key: value for key, value in data.items() if not (key in UNUSED_OF_MESSAGES and value in (None, []))
+            }
+        return without_nulls(data, (), {"name"})
 
     def plain(self) -> dict[str, str]:
         """Role and content as the chat template takes them."""
@@ -87,6 +112,17 @@ class Sampling(WireModel):
     frequency_penalty: float | None = Field(None, ge=0, le=0, strict=True)
     user: Text | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _nulls(cls, data: Any) -> Any:  # whatever JSON holds
+        return without_nulls(data, UNUSED, cls.model_fields.keys() - {"model", "messages", "prompt"})
+
+    @model_validator(mode="after")
+    def _usage_of_streams(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is for streams; set stream too, or leave it out")
+        return self
+
     @field_validator("stop")
     @classmethod
     def _no_empty_stop(cls, stop: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
@@ -110,6 +146,12 @@ class ChatRequest(Sampling):
     top_logprobs: int | None = Field(None, ge=0, le=20, strict=True)
     response_format: TextFormat | None = None
 
+    @model_validator(mode="after")
+    def _alternatives_of_logprobs(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        return self
+
     @property
     def token_limit(self) -> int | None:
         """The limit on new tokens, by either of its names."""
@@ -124,12 +166,19 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """POST /v1/completions."""
 
-    prompt: Text | Annotated[tuple[Text, ...], Field(min_length=1, max_length=16)]
+    prompt: Text | Annotated[tuple[Text, ...], Field(min_length=1)]
     max_tokens: int | None = Field(None, ge=1, strict=True)
     logprobs: int | None = Field(None, ge=0, le=5, strict=True)
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
     suffix: None = None
+
+    @field_validator("prompt")
+    @classmethod
+    def _bounded_prompts(cls, prompt: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not isinstance(prompt, str) and len(prompt) > MOST_PROMPTS:
+            raise ValueError(f"a request has at most {MOST_PROMPTS} prompts, these are {len(prompt)}")
+        return prompt
 
     @property
     def token_limit(self) -> int | None:

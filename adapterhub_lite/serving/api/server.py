@@ -1,52 +1,85 @@
-"""The server as a process: listens, serves until told to stop, lets its requests finish, closes the engine."""
+"""The server as a process: listens, serves until it is told to stop, lets its requests finish, closes what it holds.
 
+SIGTERM drains: for `drain_seconds` the server still listens, `/ready` says 503 so that a load balancer sees it, and new
+work is refused with Retry-After; then it stops listening, and ends when the running requests have ended, each of which
+has its own time limit. SIGINT (Ctrl+C) skips the wait for load balancers. A second signal ends at once. SIGHUP reads
+the file of keys again.
+"""
+
+import math
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
-from typing import Any
+from types import FrameType, TracebackType
 
 import uvicorn
 
-from adapterhub_lite.errors import ResourceError
+from adapterhub_lite.errors import EngineClosedError, ResourceError
 from adapterhub_lite.serving.adapters.sources import AdapterStore
-from adapterhub_lite.serving.api.app import create_api
+from adapterhub_lite.serving.api.app import Api, create_api
 from adapterhub_lite.serving.api.auth import Caller, KeyRing
 from adapterhub_lite.serving.api.engine_protocol import Engine
 from adapterhub_lite.serving.api.observe import log_to_stderr
 from adapterhub_lite.serving.api.settings import ServerSettings
+from adapterhub_lite.web.connections import ConnectionLimits
+
+TICKS_PER_LOOK = 10
+# Time in which /health can be seen to say that the engine has ended, before the process ends too.
+ENDED_SECONDS = 3.0
 
 
 class _Uvicorn(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, on_stop: Callable[[], None]) -> None:
+    """uvicorn with the signals above, which also stops when the engine has ended."""
+
+    def __init__(self, config: uvicorn.Config, api: Api) -> None:
         super().__init__(config)
-        self._on_stop = on_stop
+        self._api = api
+        self._stop_at = math.inf
+        self.engine_ended = False
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT stop the server and nothing else: code after `run()` is still reached."""
+        """Handle the signals while serving, and nothing else: code after `run()` is still reached."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {one: signal.signal(one, self.handle_exit) for one in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {signal.SIGINT: self.handle_exit, signal.SIGTERM: self.handle_exit}
+        if hasattr(signal, "SIGHUP"):
+            handlers[signal.SIGHUP] = lambda *_: self._api.keys.refresh(forced=True)
+        before = {one: signal.signal(one, handler) for one, handler in handlers.items()}
         try:
             yield
         finally:
             for one, handler in before.items():
                 signal.signal(one, handler)
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain at the first signal, end at the second."""
+        if self._api.dispatcher.draining:
+            self.should_exit = self.force_exit = True
+            return
+        self._api.dispatcher.draining = True
+        wait = self._api.settings.drain_seconds if sig == signal.SIGTERM else 0
+        self._stop_at = time.monotonic() + wait
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: whether to stop listening now."""
+        if counter % TICKS_PER_LOOK == 0 and not self.engine_ended and self._api.dispatcher.engine.ended():
+            self.engine_ended = True
+            self._stop_at = min(self._stop_at, time.monotonic() + ENDED_SECONDS)
+        return await super().on_tick(counter) or time.monotonic() >= self._stop_at
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Mark the server as draining before it waits for the requests in work."""
-        self._on_stop()
+        """Say that nothing more is taken, then wait for the requests in work."""
+        self._api.dispatcher.draining = True
         await super().shutdown(sockets)
 
 
 class ApiServer:
     """An engine on a port. `run()` serves in this thread until SIGTERM or SIGINT; a `with` block serves in another.
-
-    Stopping drains: no new connections are taken, requests in work get `drain_seconds`, what is left then is cut off.
 
     Raises:
         ResourceError: the port is taken.
@@ -56,7 +89,8 @@ class ApiServer:
     def __init__(
         self, engine: Engine, registry: AdapterStore, settings: ServerSettings, keys: KeyRing | None = None
     ) -> None:
-        self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        self._socket = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             self._socket.bind((settings.host, settings.port))
@@ -67,29 +101,42 @@ class ApiServer:
             ) from error
         try:
             self.app = create_api(engine, registry, settings, keys)
-            self.api = self.app.state.api
+            self.api: Api = self.app.state.api
             for reference in settings.references:
                 self.api.dispatcher.load(reference, Caller("start", admin=True))
         except BaseException:
             self._socket.close()
             raise
-        self.url = f"http://{settings.host}:{self._socket.getsockname()[1]}"
-        quiet: dict[str, Any] = {"log_level": "warning", "access_log": False, "lifespan": "off"}
-        config = uvicorn.Config(self.app, timeout_graceful_shutdown=settings.drain_seconds, **quiet)
-        self._server = _Uvicorn(config, self._drain)
+        host = f"[{settings.host}]" if family == socket.AF_INET6 else settings.host
+        self.url = f"http://{host}:{self._socket.getsockname()[1]}"
+        limits = ConnectionLimits(
+            first_byte_seconds=settings.header_seconds, header_seconds=settings.header_seconds,
+            body_seconds=settings.body_seconds, idle_seconds=settings.idle_seconds,
+            unread_seconds=settings.unread_seconds, connections=settings.max_connections,
+            per_address=settings.max_connections_per_address,
+        )  # fmt: skip
+        config = uvicorn.Config(
+            self.app, log_config=None, access_log=False, lifespan="off", proxy_headers=False, server_header=False,
+            # What is left in work at a stop has its own limit of time; this is for what does not keep to it.
+            timeout_graceful_shutdown=math.ceil(settings.timeout_seconds) + 5, **limits.uvicorn_options(),
+        )  # fmt: skip
+        self._server = _Uvicorn(config, self.api)
         self._thread = threading.Thread(target=self._server.run, args=([self._socket],), daemon=True)
 
-    def _drain(self) -> None:
-        self.api.draining = True
-
     def run(self) -> None:
-        """Serve until SIGTERM or SIGINT, with the log on standard error; returns when everything has ended."""
+        """Serve until SIGTERM or SIGINT, with the log on standard error; returns when everything has ended.
+
+        Raises:
+            EngineClosedError: the engine ended by itself.
+        """
         log_to_stderr()
         self._socket.listen(1024)
         try:
             self._server.run([self._socket])
         finally:
             self._close()
+        if self._server.engine_ended:
+            raise EngineClosedError("The engine ended and could not be restarted; the log has the reason.")
 
     def _close(self) -> None:
         self.api.dispatcher.close()

@@ -185,6 +185,10 @@ class ClusterEngine:
             splits=self.splits(),
         )
 
+    def ended(self) -> bool:
+        """Never: Ray replaces a replica whose engine has ended."""
+        return False
+
     def choose(self, reference: str) -> str | Path:
         """Return `reference` or the candidate of its split, whichever the next request gets."""
         return self._splits.choose(reference)

@@ -267,6 +267,10 @@ class InferenceEngine:
             reasons=() if self._verdict is None else self._verdict.reasons,
         )
 
+    def ended(self) -> bool:
+        """Whether it will never compute again: it was closed, or failed."""
+        return not self._core.alive
+
     def base_digest(self) -> str:
         """The sha256 over the base's weights as they are in memory now."""
         return self._runner.base_digest()

@@ -12,6 +12,7 @@ import pytest
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.serving import InferenceEngine
+from adapterhub_lite.serving.api import server as server_module
 from adapterhub_lite.serving.api.auth import KeyFile, KeyRing
 from adapterhub_lite.serving.api.server import ApiServer
 from adapterhub_lite.serving.api.settings import ServerSettings
@@ -145,16 +146,20 @@ def test_metrics_count_by_what_answered(serve: Serve) -> None:
     text = httpx.get(f"{server.url}/metrics").text
     assert 'adapterhub_tokens_total{adapter="sql:1",kind="completion"} 2.0' in text
     assert 'adapterhub_time_to_first_token_seconds_count{adapter="event:1"} 1.0' in text
-    assert 'adapterhub_requests_total{adapter="base",route="/v1/completions",status="404"} 1.0' in text
-    for line in ("requests_in_work 0.0", "requests_in_rows 0.0", "requests_waiting 0.0"):
+    assert 'adapterhub_requests_total{adapter="none",route="/v1/completions",status="404"} 1.0' in text
+    for line in ("prompts_in_work 0.0", "requests_in_rows 0.0", "requests_waiting 0.0"):
         assert f"adapterhub_{line}" in text
     resident = len(server.api.dispatcher.engine.resident())
     assert f"adapterhub_adapters_resident {float(resident)}" in text and resident
 
 
 def test_ready_is_said_by_the_engine_too(
-    serve: Serve, make_engine: Callable[..., InferenceEngine], registry: AdapterRegistry
+    serve: Serve,
+    make_engine: Callable[..., InferenceEngine],
+    registry: AdapterRegistry,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(server_module, "ENDED_SECONDS", 600.0)
     engine = make_engine(registry=registry)
     server, client = serve(engine=engine)
     client.completions.create(model="sql@prod", **ASK)
@@ -166,7 +171,8 @@ def test_ready_is_said_by_the_engine_too(
     engine.close()
     got = httpx.get(f"{server.url}/ready")
     assert (got.status_code, got.json()["status"]) == (503, "engine ended")
-    assert httpx.get(f"{server.url}/health").status_code == 200
+    health = httpx.get(f"{server.url}/health")
+    assert (health.status_code, health.json()) == (503, {"status": "engine ended"})
     with pytest.raises(openai.InternalServerError) as caught:
         client.completions.create(model="sql@prod", **ASK)
     assert caught.value.status_code == 503
@@ -176,6 +182,7 @@ def test_ready_is_said_by_the_engine_too(
 def test_a_file_of_keys_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "keys.json"
     path.write_text(text)
+    path.chmod(0o600)
     with pytest.raises(ConfigurationError, match="not a file of keys"):
         KeyRing.read(path)
 

@@ -18,6 +18,7 @@ import pytest
 
 from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
+from adapterhub_lite.serving.api.auth import Caller
 from adapterhub_lite.serving.api.server import ApiServer
 
 Serve = Callable[..., tuple[ApiServer, openai.OpenAI]]
@@ -28,7 +29,7 @@ LENGTHS = (3, 12)
 
 def idle(server: ApiServer) -> bool:
     """Wait until nothing is in work; the server itself says so."""
-    return any("adapterhub_requests_in_work 0.0" in httpx.get(f"{server.url}/metrics").text for _ in range(2000))
+    return any("adapterhub_prompts_in_work 0.0" in httpx.get(f"{server.url}/metrics").text for _ in range(2000))
 
 
 @pytest.fixture(scope="session")
@@ -125,7 +126,7 @@ def test_who_hangs_up_frees_the_place(
     body = json.dumps({"model": "sql", "prompt": "x", "max_tokens": 400, "temperature": 1, "stream": stream}).encode()
     for _ in range(3):
         with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as raw:
-            head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
             head += f"Content-Length: {len(body)}\r\n\r\n"
             raw.sendall(head.encode() + body)
             if stream:
@@ -134,7 +135,7 @@ def test_who_hangs_up_frees_the_place(
     assert len(handles) == 3 or not stream, "who hangs up at once may come before the engine is asked"
 
     def let_go() -> bool:
-        given_up = all(handle._job.cancelled.is_set() for handle in handles)
+        given_up = all(handle._sequence.cancelled.is_set() for handle in handles)
         return given_up and idle(server) and not any(one.uses for one in shared_engine.resident())
 
     # The engine does at its next step.
@@ -169,7 +170,7 @@ def test_too_many_at_once_are_told_to_come_back(serve: Serve) -> None:
     server, _ = serve(max_concurrent=1)
     body = {"model": "sql", "prompt": "x", "max_tokens": 2, "temperature": 0}
     for stream in (False, True):
-        with server.api.dispatcher.admit():
+        with server.api.dispatcher.admit(Caller("anyone"), "127.0.0.1"):
             got = httpx.post(f"{server.url}/v1/completions", json={**body, "stream": stream})
             assert (got.status_code, got.headers["retry-after"]) == (429, "1")
         assert httpx.post(f"{server.url}/v1/completions", json={**body, "stream": stream}).status_code == 200
@@ -205,6 +206,7 @@ SERVE = """
 import sys
 from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.serving import InferenceEngine
+from adapterhub_lite.serving.api.auth import Caller
 from adapterhub_lite.serving.api.server import ApiServer
 from adapterhub_lite.serving.api.settings import ServerSettings
 registry = AdapterRegistry(sys.argv[1])
