@@ -13,6 +13,9 @@ from adapterhub_lite.errors import (
 )
 from adapterhub_lite.registry.hub.client import WRITE_TRIES, HubRepo, Patience
 
+# Some ten thousand aliases.
+ALIASES_BYTES = 1 << 20
+
 
 def remote_aliases(repo_id: str, *, endpoint: str | None = None, token: str | None = None) -> dict[str, int]:
     """The aliases on the hub: alias -> version."""
@@ -25,8 +28,8 @@ def aliases_at(repo: HubRepo, sha: str) -> dict[str, int]:
     if ALIASES_FILE not in repo.files(sha):
         return {}
     try:
-        found = json.loads(repo.read(sha, ALIASES_FILE))
-    except ValueError:
+        found = json.loads(repo.read(sha, ALIASES_FILE, size=ALIASES_BYTES))
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or not all(is_alias(key) and type(value) is int for key, value in found.items()):
         raise IntegrityError(f"{ALIASES_FILE} of {repo.id} is not a table of aliases and versions. Mend it by hand.")

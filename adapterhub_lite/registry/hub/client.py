@@ -12,13 +12,16 @@ from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 
-from adapterhub_lite.errors import HubUnreachableError
+from adapterhub_lite.errors import HubError, HubUnreachableError
+from adapterhub_lite.registry.hub.bounds import ANSWER_BYTES, SLACK_BYTES, HubBounds, bounded
 from adapterhub_lite.registry.hub.errors import CAUGHT, ConflictError, MissingRepoError, RestError, translate
 
 T = TypeVar("T")
 TRIES = 5
 WRITE_TRIES = 20
 LONGEST_REST_SECONDS = 60.0
+# A commit asks for each large file's address, and for each part of it.
+COMMIT_REQUESTS = 100_000
 
 
 @dataclass(frozen=True)
@@ -124,18 +127,27 @@ class HubRepo:
             entry.path: RemoteFile(entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id) for entry in entries
         }
 
-    def download(self, sha: str, name: str, folder: Path) -> Path:
-        """Fetch one file of a commit into `folder` as a plain file; one that is complete there is not fetched again."""
+    def download(self, sha: str, name: str, folder: Path, *, size: int) -> Path:
+        """Fetch one file of a commit into `folder` as a plain file; one that is complete there is not fetched again.
+
+        `size` is what was promised, or the most that is taken, in bytes.
+
+        Raises:
+            HubError: the hub sends more than that.
+        """
         found = self._read(
             f"download {name}", self._api.hf_hub_download,
-            self.id, name, revision=sha, local_dir=folder, cache_dir=folder / ".shared",
+            self.id, name, revision=sha, local_dir=folder, cache_dir=folder / ".shared", most=size,
         )  # fmt: skip
         return Path(found)
 
-    def read(self, sha: str, name: str) -> bytes:
-        """One small file of a commit."""
+    def read(self, sha: str, name: str, *, size: int) -> bytes:
+        """One small file of a commit, of at most `size` bytes."""
         with TemporaryDirectory(prefix="adapterhub-") as folder:
-            return self.download(sha, name, Path(folder)).read_bytes()
+            content = self.download(sha, name, Path(folder), size=size).read_bytes()
+        if len(content) > size:
+            raise HubError(f"{name} of {self.id} has {len(content)} bytes, at most {size} are read.")
+        return content
 
     def commit(
         self, parent: str, title: str, description: str, added: Mapping[str, Path | bytes], gone: Sequence[str]
@@ -147,7 +159,8 @@ class HubRepo:
             HubUnreachableError: no answer; the commit may have landed all the same.
         """
         operations = [CommitOperationAdd(name, str(c) if isinstance(c, Path) else c) for name, c in added.items()]
-        with self._translated("commit"):
+        limits = HubBounds(f"commit to {self.id}", self.endpoint, requests=COMMIT_REQUESTS, own_host_only=False)
+        with self._translated("commit"), bounded(limits):
             done = self._api.create_commit(
                 self.id, [*operations, *(CommitOperationDelete(name) for name in gone)],
                 commit_message=title, commit_description=description, parent_commit=parent,
@@ -162,12 +175,16 @@ class HubRepo:
             if self.tags().get(name) != sha:
                 raise
 
-    def _read(self, doing: str, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    def _read(self, doing: str, call: Callable[..., T], *args: Any, most: int | None = None, **kwargs: Any) -> T:
+        """Call the client, within bounds: for a file its size `most`, else what any answer may have."""
         # Downloads are tried again inside the client already, with long waits of their own.
-        tries = 2 if call == self._api.hf_hub_download else TRIES
+        tries = TRIES if most is None else 2
         for attempt in range(tries):
+            limit = ANSWER_BYTES if most is None else most + SLACK_BYTES
+            # A file may lie with another host than the hub's; nothing else does.
+            limits = HubBounds(f"{doing} of {self.id}", self.endpoint, limit=limit, own_host_only=most is None)
             try:
-                with self._translated(doing):
+                with self._translated(doing), bounded(limits):
                     return call(*args, **kwargs)
             except HubUnreachableError as error:
                 if attempt == tries - 1:
@@ -184,8 +201,9 @@ class HubRepo:
 
     def _identity(self) -> dict[str, Any] | None:
         try:
-            return dict(self._api.whoami())
-        except CAUGHT:
+            with bounded(HubBounds("ask who the token stands for", self.endpoint)):
+                return dict(self._api.whoami())
+        except (HubError, *CAUGHT):
             return None
 
 

@@ -30,7 +30,7 @@ from adapterhub_lite.errors import (
 
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 # What the client raises when it reads an answer that is JSON, but not the one it expects.
-GARBLED = (LookupError, TypeError, AttributeError)
+GARBLED = (LookupError, TypeError, AttributeError, RecursionError)
 CAUGHT = (httpx2.HTTPError, OSError, RuntimeError, ValueError, EntryNotFoundError, *GARBLED)
 
 

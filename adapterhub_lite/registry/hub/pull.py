@@ -201,7 +201,7 @@ def _pull_verified(asked: _Pull, sha: str, tag: str | None, folder: Path) -> Pul
 
 def _take_in(asked: _Pull, sha: str, tag: str | None, folder: Path) -> PullReceipt:
     repo, expected = asked.repo, asked.expected
-    manifest = read_manifest(repo.download(sha, MANIFEST_FILE, folder).read_bytes())
+    manifest = read_manifest(repo.download(sha, MANIFEST_FILE, folder, size=ALLOWED_SIZES[MANIFEST_FILE]).read_bytes())
     if tag not in (None, f"v{manifest.version}"):
         raise IntegrityError(f"{repo.id} says {tag}, its manifest says v{manifest.version}. Do not trust it.")
     if expected is not None and (manifest.digest, manifest.files) != (expected.digest, expected.files):
@@ -217,7 +217,7 @@ def _take_in(asked: _Pull, sha: str, tag: str | None, folder: Path) -> PullRecei
     _check_promise(manifest, {name: file.size for name, file in listed.items()})
     for name in names:
         asked.tell(f"fetching {name}, {listed[name].size} bytes")
-        repo.download(sha, name, folder)
+        repo.download(sha, name, folder, size=listed[name].size)
     plain = folder / "adapter"
     shutil.rmtree(plain, ignore_errors=True)
     plain.mkdir()
@@ -281,7 +281,7 @@ def _adopt(asked: _Pull, sha: str, folder: Path) -> PullReceipt:
         if listed[name].size > ALLOWED_SIZES[name]:
             raise AdapterRejectedError(repo.id, [f"{name} has {listed[name].size} bytes: too many"])
         asked.tell(f"fetching {name}, {listed[name].size} bytes")
-        fetched = repo.download(sha, name, folder)
+        fetched = repo.download(sha, name, folder, size=listed[name].size)
         if not listed[name].holds(fetched):
             shutil.rmtree(folder, ignore_errors=True)
             raise IntegrityError(f"{name} of {repo.id} did not arrive as the hub lists it. Pull again.")

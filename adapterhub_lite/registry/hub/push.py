@@ -19,7 +19,7 @@ from adapterhub_lite.adapter_format.manifest import (
 )
 from adapterhub_lite.adapter_format.reference import AdapterReference
 from adapterhub_lite.errors import HubPermissionError, IntegrityError, PublishConflictError
-from adapterhub_lite.registry.check.survey import ALLOWED_FILES
+from adapterhub_lite.registry.check.survey import ALLOWED_FILES, ALLOWED_SIZES
 from adapterhub_lite.registry.hub.card import card_files
 from adapterhub_lite.registry.hub.client import WRITE_TRIES, HubRepo, Patience, RemoteCommit
 from adapterhub_lite.registry.hub.errors import ConflictError
@@ -140,7 +140,7 @@ def _digest_at(repo: HubRepo, sha: str) -> str | None:
     if MANIFEST_FILE not in repo.files(sha):
         return None
     try:
-        return read_manifest(repo.read(sha, MANIFEST_FILE)).digest
+        return read_manifest(repo.read(sha, MANIFEST_FILE, size=ALLOWED_SIZES[MANIFEST_FILE])).digest
     except IntegrityError:
         return None
 
