@@ -82,7 +82,7 @@ class TextStream:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
-        self._stop = tuple(stop)
+        self._stop = [StopString(text) for text in stop]
         self._ids: list[int] = []
         self._prefix = 0
         self._read = 0
@@ -120,20 +120,43 @@ class TextStream:
     def _give(self, piece: str) -> str:
         """Pass on what cannot be the beginning of a stop string."""
         pending = self._held + piece
-        found = [at for at in (pending.find(stop) for stop in self._stop) if at >= 0]
-        if found:
-            self.stopped = True
-            given, self._held = pending[: min(found)], ""
+        for at, character in enumerate(piece, len(self._held)):
+            complete = [len(stop.text) for stop in self._stop if stop.advance(character)]
+            if complete:
+                self.stopped = True
+                given, self._held = pending[: at + 1 - max(complete)], ""
+                break
         else:
-            keep = max((overlap(pending, stop) for stop in self._stop), default=0)
+            keep = max((stop.matched for stop in self._stop), default=0)
             given, self._held = pending[: len(pending) - keep], pending[len(pending) - keep :]
         self.text += given
         return given
 
 
-def overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`, short of the whole of it."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
+class StopString:
+    """Follows one stop string through a text. `matched` is the length of the longest end of the text that begins it.
+
+    Knuth, Morris and Pratt's matcher: a character costs constant time on average, however long the stop string is, and
+    its table grows only as far as the text matches.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.matched = 0
+        # _shorter[n - 1]: the length of the longest end of text[:n], short of the whole, that begins the text.
+        self._shorter = [0]
+
+    def advance(self, character: str) -> bool:
+        """Take the next character; True when the stop string ends with it."""
+        self.matched = self._after(self.matched, character)
+        if self.matched > len(self._shorter):
+            self._shorter.append(self._after(self._shorter[-1], self.text[len(self._shorter)]))
+        return self.matched == len(self.text)
+
+    def _after(self, matched: int, character: str) -> int:
+        while matched and self.text[matched] != character:
+            matched = self._shorter[matched - 1]
+        return matched + (self.text[matched] == character)
 
 
 class Outbox:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
-from adapterhub_lite.serving.engine.sequence import TextStream
+from adapterhub_lite.serving.engine.sequence import StopString, TextStream
 
 
 def pieces(tokenizer: Any, text: bytes, stop: tuple[str, ...] = ()) -> tuple[list[str], TextStream]:
@@ -55,6 +55,42 @@ def test_nothing_past_the_first_stop_string(byte_tokenizer: Any, text: str, stop
     wanted = min(text[: ends[0]].find(s) for s in stop if s in text[: ends[0]]) if ends else len(text)
     assert "".join(given_out) == stream.text == text[:wanted]
     assert stream.stopped == bool(ends)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text("ab", max_size=40), stop=st.text("ab", min_size=1, max_size=12))
+def test_a_stop_string_is_followed_as_searching_would(text: str, stop: str) -> None:
+    follower = StopString(stop)
+    for end, character in enumerate(text, 1):
+        ends = follower.advance(character)
+        assert ends == text[:end].endswith(stop)
+        if ends:
+            return
+        begun = [n for n in range(min(end, len(stop) - 1) + 1) if stop.startswith(text[end - n : end])]
+        assert follower.matched == max(begun)
+
+
+def test_long_stop_strings_cost_no_more_than_short_ones() -> None:
+    """Counted, not timed: what a text costs grows with its length, not with that of the stop strings."""
+
+    def reads(length: int) -> int:
+        counted = CountedText("a" * (length - 1) + "b")
+        follower = StopString(counted)
+        for character in "a" * 2000:
+            follower.advance(character)
+        return counted.reads
+
+    assert reads(60_000) <= 6 * 2000 and reads(1000) <= 8 * 2000
+
+
+class CountedText(str):
+    """A text that counts how often one of its characters is read."""
+
+    reads = 0
+
+    def __getitem__(self, key: Any) -> str:
+        self.reads += 1
+        return super().__getitem__(key)
 
 
 def test_stop_string_ends_the_answer(engine: InferenceEngine) -> None:
