@@ -5,9 +5,9 @@ memory; nothing of requests, rows or threads of the engine.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from weakref import WeakSet
 
 import torch
 
-from adapterhub_lite.errors import BaseMismatchError, QueueFullError, RequestTimeoutError
+from adapterhub_lite.errors import BaseMismatchError, IntegrityError, QueueFullError, RequestTimeoutError
 from adapterhub_lite.serving.adapters.slots import AdapterSlots, HostTier, ResidentAdapter, SlotRequest
 from adapterhub_lite.serving.adapters.sources import AdapterFiles, AdapterSource
 from adapterhub_lite.serving.adapters.split import Splits, parse_blend
@@ -59,6 +59,7 @@ class AdapterPool:
         self._device = device
         self._max_rank = max_rank
         self._host = HostTier(max_host)
+        self._damaged = 0
         # A version in memory can be asked for again, so it stays in the store until its last copy here is gone.
         self._holds: WeakSet[AbstractContextManager[Any]] = WeakSet()
         self._prefetcher = ThreadPoolExecutor(1, thread_name_prefix="adapterhub-prefetch")
@@ -123,7 +124,8 @@ class AdapterPool:
         Raises:
             BaseMismatchError: they were made for another base.
         """
-        files = self.source.locate(reference)
+        with self._counting_damage():
+            files = self.source.locate(reference)
         if files.base_fingerprint not in (None, self._base_fingerprint):
             raise BaseMismatchError(
                 f"{files.name} was made for the base {str(files.base_fingerprint)[:12]}, this engine serves "
@@ -131,9 +133,23 @@ class AdapterPool:
             )
         return files
 
+    @property
+    def damaged(self) -> int:
+        """How often bytes were not the recorded ones, on disk or in host memory; they were never answered with."""
+        return self._damaged + self._host.damaged
+
+    @contextmanager
+    def _counting_damage(self) -> Iterator[None]:
+        try:
+            yield
+        except IntegrityError:
+            self._damaged += 1
+            raise
+
     def close(self) -> None:
         """Stop prefetching, and let the store have what was held."""
         self._prefetcher.shutdown(wait=False, cancel_futures=True)
+        self._host.close()
         for hold in list(self._holds):
             hold.__exit__(None, None, None)
 
@@ -143,9 +159,15 @@ class AdapterPool:
             if weights is None:
                 hold = files.hold()
                 self._holds.add(hold)
-                weights = read_adapter_weights(
-                    files.weights, self._families, files.scaling_of, max_rank=self._max_rank, subject=files.name
-                )
+                with self._counting_damage():
+                    weights = read_adapter_weights(
+                        files.weights,
+                        self._families,
+                        files.scaling_of,
+                        max_rank=self._max_rank,
+                        subject=files.name,
+                        sha256=files.sha256,
+                    )
                 weights = replace(weights, hold=hold)
                 self._host.put(files.digest, weights)
             return weights.to(self._device)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from adapterhub_lite.errors import QueueFullError
@@ -206,17 +207,24 @@ def _view(slot: Slot, weights: AdapterWeights) -> ResidentAdapter:
 
 
 class HostTier:
-    """At most `capacity` adapters by digest, the least recently used goes first. Thread-safe."""
+    """At most `capacity` adapters by digest, the least recently used goes first. Thread-safe.
+
+    Each is kept with a checksum; what does not have it any more when it is taken out is forgotten, and counted in
+    `damaged`.
+    """
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._lock = threading.Lock()
-        self._held: OrderedDict[str, AdapterWeights] = OrderedDict()
+        self._held: OrderedDict[str, tuple[AdapterWeights, Future[int]]] = OrderedDict()
+        # Whoever puts something in does not wait for its checksum.
+        self._summing = ThreadPoolExecutor(1, thread_name_prefix="adapterhub-checksum")
+        self.damaged = 0
 
     def put(self, digest: str, weights: AdapterWeights) -> None:
         """Keep weights, and let the oldest go."""
         with self._lock:
-            self._held[digest] = weights
+            self._held[digest] = (weights, self._summing.submit(weights.checksum))
             self._held.move_to_end(digest)
             while len(self._held) > self._capacity:
                 self._held.popitem(last=False)
@@ -228,12 +236,21 @@ class HostTier:
             if found is None:
                 return None
             self._held.move_to_end(digest)
-        return replace(found, load_id=next_load_id())
+        weights, checksum = found
+        if weights.checksum() != checksum.result():
+            self.damaged += 1
+            self.drop(digest)
+            return None
+        return replace(weights, load_id=next_load_id())
 
     def drop(self, digest: str) -> None:
         """Forget an adapter."""
         with self._lock:
             self._held.pop(digest, None)
+
+    def close(self) -> None:
+        """Let the thread end."""
+        self._summing.shutdown(wait=False)
 
     def __contains__(self, digest: str) -> bool:
         with self._lock:

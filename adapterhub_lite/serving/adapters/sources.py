@@ -26,7 +26,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 class AdapterFiles:
     """An adapter on disk. `digest` names its bytes; `scaling_of` gives the scale of a module path.
 
-    `base_fingerprint` is None where nobody recorded it, `probes` where the folder has none. `hold` keeps the store from
+    `sha256` is what the bytes of `weights` must have. `base_fingerprint` is None where nobody recorded it, `probes`
+    where the folder has none. `hold` keeps the store from
     removing the files until what it gives is left or forgotten.
     """
 
@@ -37,6 +38,7 @@ class AdapterFiles:
     base_fingerprint: str | None = None
     hold: Callable[[], AbstractContextManager[Any]] = nullcontext
     probes: Path | None = None
+    sha256: str | None = None
 
 
 class PullReceipt(Protocol):
@@ -133,6 +135,7 @@ class FolderSource:
             weights,
             lambda module: config_scaling(config, module),
             probes=probes if probes.is_file() else None,
+            sha256=weights_digest,
         )
 
     def _digest(self, path: Path) -> str:
@@ -172,6 +175,7 @@ class RegistrySource:
             manifest.base.fingerprint,
             lambda: self._registry.hold(manifest),
             self._registry.file(manifest, PROBES_FILE) if PROBES_FILE in manifest.files else None,
+            manifest.files[WEIGHTS_FILE].sha256,
         )
 
 

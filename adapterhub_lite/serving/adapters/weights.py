@@ -4,10 +4,13 @@ The layers of a model repeat one shape, so the pairs of one projection over all 
 adapter into a row of the bank is then a copy per projection, not per layer.
 """
 
+import hashlib
 import itertools
 import math
 import re
+import zlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,9 +20,10 @@ from safetensors.torch import load
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from adapterhub_lite.errors import AdapterRejectedError
+from adapterhub_lite.errors import AdapterRejectedError, IntegrityError
 
 PREFIX = "base_model.model."
+REPAIR = "Pull it again, or add it again from where it came; `adapterhub-lite doctor` lists all that is damaged."
 TENSOR = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
 
 
@@ -67,6 +71,8 @@ class FamilyWeights:
     scale: torch.Tensor
 
 
+# Hashes while another thread parses; it is started at the first load.
+_hashing = ThreadPoolExecutor(2, thread_name_prefix="adapterhub-hash")
 next_load_id = itertools.count(1).__next__
 
 
@@ -88,6 +94,14 @@ class AdapterWeights:
     def nbytes(self) -> int:
         """Bytes held in memory."""
         return sum(t.nbytes for f in self.families.values() for t in (f.a, f.b, f.scale))
+
+    def checksum(self) -> int:
+        """A checksum of the tensors as they are in host memory now, against bits that flip there (CRC-32)."""
+        value = 0
+        for name in sorted(self.families):
+            for tensor in (self.families[name].a, self.families[name].b, self.families[name].scale):
+                value = zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data, value)
+        return value
 
     def to(self, device: torch.device | str) -> "AdapterWeights":
         """The same load on another device; on its own device, the same tensors."""
@@ -116,15 +130,41 @@ def read_adapter_weights(
     *,
     max_rank: int,
     subject: str,
+    sha256: str | None = None,
 ) -> AdapterWeights:
     """Read `path` (safetensors, PEFT's names) for the linear modules in `families`; nothing in it is executed.
 
-    `scaling_of` gives the scale of a module path such as "model.layers.0.self_attn.q_proj".
+    `scaling_of` gives the scale of a module path such as "model.layers.0.self_attn.q_proj". With `sha256` the very
+    bytes that become tensors are hashed, on another thread while they are taken apart.
 
     Raises:
-        AdapterRejectedError: unreadable, not for these modules, no module matches, a half pair, a rank above
+        IntegrityError: the bytes do not have that sha256, or the disk cannot read them.
+        AdapterRejectedError: no safetensors, not for these modules, no module matches, a half pair, a rank above
             `max_rank`, a wrong shape, or values that are not finite. All reasons are listed.
     """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise IntegrityError(f"The weights of {subject} cannot be read: {error.strerror}. {REPAIR}") from error
+    if sha256 is None:
+        return _parse_weights(content, path, families, scaling_of, max_rank, subject)
+    hashing = _hashing.submit(lambda: hashlib.sha256(content).hexdigest())
+    try:
+        return _parse_weights(content, path, families, scaling_of, max_rank, subject)
+    finally:
+        # In any case: damaged bytes are damaged, whatever else is wrong with them.
+        if hashing.result() != sha256:
+            raise IntegrityError(f"The weights of {subject} are not the recorded bytes any more. {REPAIR}")
+
+
+def _parse_weights(
+    content: bytes,
+    path: Path,
+    families: Sequence[Family],
+    scaling_of: Callable[[str], float],
+    max_rank: int,
+    subject: str,
+) -> AdapterWeights:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             # Shapes stand in the header: nothing is read before they are known to be what the base needs.
@@ -133,11 +173,12 @@ def read_adapter_weights(
         if problems:
             raise AdapterRejectedError(subject, problems)
         # Not by file.get_tensor: safetensors 0.8 never gives back 60 bytes of each tensor got so, which adds up.
-        tensors = load(path.read_bytes())
+        tensors = load(content)
         if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != shapes:
             raise AdapterRejectedError(subject, [f"{path.name} changed while it was read"])
     except (SafetensorError, OSError) as error:
-        raise AdapterRejectedError(subject, [f"{path.name} cannot be read: {error}"]) from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise AdapterRejectedError(subject, [f"{path.name} cannot be read: {reason}"]) from error
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         module, part = _parse(name)

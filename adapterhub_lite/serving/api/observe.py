@@ -126,6 +126,7 @@ class Metrics(Series):
                 ("requests_waiting", "Requests that wait for a row now"),
                 ("adapter_loads", "Loads since the engine's start"),
                 ("adapter_evictions", "Evictions since the engine's start"),
+                ("damaged_loads", "Loads refused because the bytes were not the recorded ones"),
                 ("engine_serving", "1 while the engine computes"),
             )
         }
@@ -139,6 +140,7 @@ class Metrics(Series):
             ("requests_waiting", status.waiting),
             ("adapter_loads", status.loads),
             ("adapter_evictions", status.evictions),
+            ("damaged_loads", status.damaged),
             ("engine_serving", int(status.can_serve)),
         ):
             self._engine[name].set(value)

@@ -182,6 +182,7 @@ class ClusterEngine:
             resident=total("resident"),
             loads=total("loads"),
             evictions=total("evictions"),
+            damaged=total("damaged"),
             splits=self.splits(),
         )
 

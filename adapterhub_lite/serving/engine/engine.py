@@ -261,6 +261,7 @@ class InferenceEngine:
             resident=len(slots.resident()),
             loads=slots.loads,
             evictions=slots.evictions,
+            damaged=self._pool.damaged,
             splits=self.splits(),
             forward=str(self._runner.kind),
             difference=None if self._verdict is None else self._verdict.difference,

@@ -131,7 +131,8 @@ class GenerationChunk:
 @dataclass(frozen=True)
 class EngineStatus:
     """How an engine does. `can_pull` is None without a hub, False while the hub cannot be reached: what is on this
-    machine is served all the same. `steps`, `tokens`, `loads` and `evictions` count since the start; `splits` maps a
+    machine is served all the same. `steps`, `tokens`, `loads`, `evictions` and `damaged`
+    (bytes that were not the recorded ones when they were loaded) count since the start; `splits` maps a
     reference to (candidate, share).
 
     `forward` is how the base is computed: "lean" and "packed" are batches, "row by row" and "recomputed" are slower and
@@ -149,6 +150,7 @@ class EngineStatus:
     resident: int
     loads: int
     evictions: int
+    damaged: int
     splits: dict[str, tuple[str, float]]
     forward: str = ""
     difference: float | None = None
