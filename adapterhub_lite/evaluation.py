@@ -164,7 +164,7 @@ def compare_on_harness(
 def _answers(engine: "InferenceEngine", adapter: str | None, rows: Rows, tokens: int) -> list[tuple[str, str]]:
     """(wanted, found) of each row, asked as training learns it: a `prompt` as it stands, turns by the chat template."""
     from adapterhub_lite.serving import GenerationRequest
-    from adapterhub_lite.training.exact_match import question_of
+    from adapterhub_lite.training.evaluation import question_of
 
     requests, wanted = [], []
     for row in rows:

@@ -26,8 +26,7 @@ ALLOWED = {
     "loss_sizes": set(),
     "losses": FOUNDATION | {"loss_sizes"},
     "memory": FOUNDATION | {"loss_sizes"},
-    "training": FOUNDATION | {"losses", "memory", "recipe", "tasks"},
-    "recipe": {"errors", "setting"},
+    "training": FOUNDATION | {"losses", "memory", "tasks"},
     "registry": FOUNDATION,
     "merging": FOUNDATION | {"registry"},
     "serving": FOUNDATION | {"registry", "web"},
@@ -39,11 +38,18 @@ ALLOWED = {
 LEVELS = {
     "registry": (("store",), ("check",), ("operations",), ("hub",), ("registry",)),
     "serving": (("adapters",), ("model",), ("engine",), ("api",), ("cluster",)),
-    "training": (("arguments",), ("data", "model", "distributed"), ("run",), ("evaluation", "trainer"), ("recipe",)),
+    "training": (
+        ("settings",),
+        ("arguments", "evaluation"),
+        ("data", "model", "distributed"),
+        ("run",),
+        ("trainer",),
+        ("recipe",),
+    ),
     "cli": (("output", "options"), ("train", "keep", "share", "serve", "bench", "doctor"), ("main",)),
 }
 # Rooms whose files still import each other in a circle. Empty this; never add to it.
-CIRCULAR = {"training"}
+CIRCULAR: set[str] = set()
 LAZY_AT_IMPORT = ("torch", "transformers", "peft", "gradio", "datasets", "huggingface_hub")
 
 
@@ -132,7 +138,10 @@ def test_every_room_is_in_the_table() -> None:
     assert rooms - {"__init__", "__main__", "cli"} == set(ALLOWED)
 
 
-@pytest.mark.parametrize("module", ["adapterhub_lite", "adapterhub_lite.cli.main", "adapterhub_lite.registry"])
+@pytest.mark.parametrize(
+    "module",
+    ["adapterhub_lite", "adapterhub_lite.cli.main", "adapterhub_lite.registry", "adapterhub_lite.training.settings"],
+)
 def test_starting_imports_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print(*[m for m in {LAZY_AT_IMPORT!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

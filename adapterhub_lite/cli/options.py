@@ -57,14 +57,19 @@ def build_settings(settings: type[Settings], given: dict[str, Any], config: Path
     Raises:
         ConfigurationError: the file cannot be read, or has a key or a value that the dataclass does not know.
     """
+    from pydantic import TypeAdapter, ValidationError
+
     known = get_type_hints(settings)
     from_file = _read_yaml(config) if config else {}
     unknown = sorted(set(from_file) - set(known))
     if unknown:
         raise ConfigurationError(f"{config}: unknown setting {', '.join(unknown)}. Known: {', '.join(sorted(known))}.")
     for key, value in from_file.items():
-        if not isinstance(value, known[key]) and not (known[key] is float and isinstance(value, int)):
-            raise ConfigurationError(f"{config}: {key} is {value!r}, wanted {known[key]}.")
+        try:
+            TypeAdapter(known[key]).validate_python(value, strict=True)
+        except ValidationError as error:
+            expected = getattr(known[key], "__name__", None) or str(known[key])
+            raise ConfigurationError(f"{config}: {key} is {value!r}, expected {expected}.") from error
     return settings(**{**from_file, **given})
 
 

@@ -1,116 +1,55 @@
-"""What a run may be told, once: every `TrainingArguments` field, and the fields of an adapter's run."""
+"""The arguments of a run: `TrainingArguments` with the settings of an adapter, and defaults that suit one machine."""
 
 import os
-import re
 from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
 
 from adapterhub_lite.errors import ConfigurationError
+from adapterhub_lite.training.settings import TARGET_GROUPS, RunSettings, problems_of
 
-INITS = r"default|gaussian|orthogonal|pissa|pissa_niter_\d+"
-OVERLONG = ("refuse", "truncate", "drop")
+
+def _with_default(name: str, value: object) -> Any:
+    """The field `name` of `TrainingArguments`, help and all, with another default."""
+    return field(default=value, metadata=TrainingArguments.__dataclass_fields__[name].metadata)
 
 
 @dataclass
-class AdapterTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with defaults that suit a LoRA on one machine, and the fields of the LoRA itself.
+class AdapterTrainingArguments(RunSettings, TrainingArguments):
+    """`TrainingArguments` with the settings of a LoRA (`RunSettings`) and other defaults for a few of its own.
 
     Raises:
         ConfigurationError: a value that cannot be, or two that contradict each other.
     """
 
-    learning_rate: float = field(default=1e-3, metadata={"help": "The initial learning rate of the adapter."})
-    lr_scheduler_type: Any = field(default="cosine", metadata={"help": "The shape of the learning rate over the run."})
-    warmup_steps: float = field(default=0.05, metadata={"help": "Steps of warm-up, or below 1 a share of the run."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows a step on each device."})
-    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Rows an evaluation step on each device."})
-    logging_steps: float = field(default=1, metadata={"help": "Steps between two lines of metrics.jsonl."})
-    save_steps: float = field(default=50, metadata={"help": "Steps between two checkpoints."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept; the oldest goes first."})
-    report_to: Any = field(default="none", metadata={"help": "Integrations to report to."})
-    disable_tqdm: bool | None = field(default=True, metadata={"help": "The rich progress bar stands in for tqdm."})
-    dataloader_pin_memory: bool = field(
-        default_factory=torch.cuda.is_available, metadata={"help": "Pin batches for a faster copy to a GPU."}
-    )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Look for parameters without gradients in each step; the proof has done it."}
-    )
-    rank: int = field(default=8, metadata={"help": "The rank of each LoRA pair."})
-    alpha: int | None = field(
-        default=None,
-        metadata={"help": "The LoRA's alpha; the update is scaled by alpha / rank. None is twice the rank."},
-    )
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of each LoRA pair."})
-    target_modules: Any = field(
-        default="all-linear",
-        metadata={"help": "The linear layers that get a LoRA: all-linear, attention, mlp, or a list of names."},
-    )
-    use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(rank) (rsLoRA)."})
-    use_dora: bool = field(default=False, metadata={"help": "Learn each weight's magnitude apart (DoRA)."})
-    loraplus_lr_ratio: float | None = field(
-        default=None, metadata={"help": "Learning rate of B over that of A (LoRA+); None is one rate for both."}
-    )
-    init_lora: str = field(
-        default="default",
-        metadata={"help": "How A and B begin: default, gaussian, orthogonal, pissa or pissa_niter_N."},
-    )
-    memory_preset: str = field(
-        default="auto", metadata={"help": "A memory preset by name; auto plans one for this machine and these rows."}
-    )
-    base_dtype: str | None = field(
-        default=None, metadata={"help": "The dtype the base is loaded in (float32, ...); None is that of the preset."}
-    )
-    on_out_of_memory: Literal["stop", "replan"] = field(
-        default="stop",
-        metadata={"help": "When memory runs out: stop and say what fits, or replan with less and go on."},
-    )
-    max_length: int = field(default=1024, metadata={"help": "The longest row in tokens."})
-    overlong: Literal["refuse", "truncate", "drop"] = field(
-        default="refuse", metadata={"help": "What becomes of longer rows: refuse, truncate (on the right) or drop."}
-    )
-    loss_chunk_tokens: int | None = field(
-        default=None, metadata={"help": "Tokens a tile of the loss; None lets the loss choose."}
-    )
-    loss_backend: str = field(
-        default="auto", metadata={"help": "Which loss: auto, tiled, full, model, cut_cross_entropy or liger."}
-    )
-    padding_free: bool = field(
-        default=True, metadata={"help": "Lay the rows of a batch end to end, without padding, where the model can."}
-    )
-    fast_lora: bool = field(default=True, metadata={"help": "Use the leaner LoRA step where a layer allows it."})
-    proof: bool = field(default=True, metadata={"help": "Prove data, loss and gradients in the first two steps."})
-    preflight: bool = field(default=True, metadata={"help": "Try the longest batch before the first step."})
-    show_progress: bool = field(default=True, metadata={"help": "Show the progress bar on the terminal."})
+    lr_scheduler_type: SchedulerType | str = _with_default("lr_scheduler_type", "cosine")
+    per_device_eval_batch_size: int = _with_default("per_device_eval_batch_size", 16)
+    logging_steps: float = _with_default("logging_steps", 1)
+    save_total_limit: int | None = _with_default("save_total_limit", 2)
+    # The rich progress bar stands in for tqdm.
+    disable_tqdm: bool | None = _with_default("disable_tqdm", True)
+    # The proof has looked for parameters without gradients.
+    ddp_find_unused_parameters: bool | None = _with_default("ddp_find_unused_parameters", False)
 
     def __post_init__(self) -> None:
-        problems = []
         if not hasattr(self, "set_by_hand"):
             self.set_by_hand = _changed(self)
+        if isinstance(self.target_modules, list) and self.target_modules[:1] in [[name] for name in TARGET_GROUPS]:
+            # A command line gives a list; alone, the name of a group stands for the group.
+            self.target_modules = self.target_modules[0]
         if self.alpha is None:
             self.alpha = 2 * self.rank
-        if self.rank < 1 or self.alpha < 1:
-            problems.append(f"rank and alpha must be positive, not {self.rank} and {self.alpha}")
-        if self.on_out_of_memory not in ("stop", "replan"):
-            problems.append(f"on_out_of_memory must be stop or replan, not {self.on_out_of_memory!r}")
+        problems = problems_of({one.name: getattr(self, one.name) for one in fields(RunSettings)})
         if self.base_dtype is not None and not isinstance(getattr(torch, self.base_dtype, None), torch.dtype):
-            problems.append(f"base_dtype must be a dtype of torch such as float32, not {self.base_dtype!r}")
-        if self.loraplus_lr_ratio is not None and self.loraplus_lr_ratio <= 0:
-            problems.append(f"loraplus_lr_ratio must be positive, not {self.loraplus_lr_ratio}")
-        if not re.fullmatch(INITS, self.init_lora):
-            problems.append(
-                f"init_lora must be default, gaussian, orthogonal, pissa or pissa_niter_N, not {self.init_lora!r}"
-            )
-        if self.overlong not in OVERLONG:
-            problems.append(f"overlong must be one of {', '.join(OVERLONG)}, not {self.overlong!r}")
-        if self.max_length < 2:
-            problems.append(f"max_length must be at least 2 tokens, not {self.max_length}")
-        if not 0.0 <= self.lora_dropout < 1.0:
-            problems.append(f"lora_dropout must be in [0, 1), not {self.lora_dropout}")
+            problems.append(f"base_dtype is {self.base_dtype!r}, expected a dtype of torch such as float32")
         if problems:
             raise ConfigurationError("The training arguments cannot be used: " + "; ".join(problems) + ".")
+        if not torch.cuda.is_available():
+            # Pinning speeds up the copy to a GPU; without one torch warns in every epoch.
+            self.dataloader_pin_memory = False
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
             # Without it each process would take itself for the only one.
             self.use_cpu = True
@@ -122,9 +61,9 @@ class AdapterTrainingArguments(TrainingArguments):
         except ValueError as error:
             raise ConfigurationError(f"The training arguments cannot be used: {error}") from error
 
-    def changed(self, **values: Any) -> "AdapterTrainingArguments":
+    def changed(self, **values: object) -> "AdapterTrainingArguments":
         """A copy with other values, which still knows what was set by hand in the original."""
-        made = replace(self, **values)
+        made: AdapterTrainingArguments = replace(self, **values)  # type: ignore[arg-type]
         made.set_by_hand = self.set_by_hand
         return made
 

@@ -1,66 +1,172 @@
-"""Evaluation as sums: loss, token accuracy and entropy of the valid tokens, a tile of logits at a time.
+"""Exact-match evaluation of generated text, and answers of the model in training by a plain greedy loop.
 
-What is gathered from several processes are four numbers, never logits.
+Serving is another room: whoever has an engine hands its `generate` in.
 """
 
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from adapterhub_lite.losses import Head
-from adapterhub_lite.training.data.collation import count_rows, learn_only_first
-from adapterhub_lite.training.data.tokenization import IGNORED
+from adapterhub_lite.errors import DataError
 
-TILE_TOKENS = 128
-
-
-@dataclass
-class EvaluationSums:
-    """Sums over the valid tokens of every batch so far: tokens, loss, tokens guessed right, entropy (nats)."""
-
-    sums: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
-
-    def add(self, head: Head | None, hidden: Tensor, goals: Tensor) -> Tensor:
-        """Take in hidden states (tokens, D) with their goals (tokens,), -100 ignored; returns the sum of the loss.
-
-        Without a head, `hidden` are finished logits (tokens, V)."""
-        valid = goals != IGNORED
-        states, wanted = hidden[valid], goals[valid]
-        batch = torch.zeros(4, dtype=torch.float64)
-        with nullcontext(lambda logits: logits) if head is None else head.opened() as logits_of:
-            for start in range(0, len(wanted), TILE_TOKENS):
-                part = slice(start, start + TILE_TOKENS)
-                batch += _tile(logits_of(states[part]).float(), wanted[part])
-        self.sums += batch
-        return batch[1]
-
-    def metrics(self, prefix: str) -> dict[str, float]:
-        """The means over all valid tokens: `_loss`, `_token_accuracy`, `_entropy`, and how many there were."""
-        tokens, loss, correct, entropy = self.sums.tolist()
-        count = max(tokens, 1.0)
-        return {
-            f"{prefix}_loss": loss / count,
-            f"{prefix}_token_accuracy": correct / count,
-            f"{prefix}_entropy": entropy / count,
-            f"{prefix}_tokens": tokens,
-        }
+Turns = list[dict[str, str]]
+BATCH_ROWS = 16
+SHOWN = 3
 
 
-def without_repeats(accelerator: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    """Ignore the rows that a loader repeated to give every process as many: they were evaluated already."""
-    remainder = accelerator.gradient_state.remainder
-    if accelerator.num_processes == 1 or not accelerator.gradient_state.end_of_dataloader or remainder <= 0:
-        return batch
-    rows = count_rows(batch)
-    return learn_only_first(batch, min(rows, max(0, remainder - accelerator.process_index * rows)))
+@dataclass(frozen=True)
+class Example:
+    """One question with the answer that was wanted and the one that came."""
+
+    prompt: str
+    wanted: str
+    found: str
 
 
-def _tile(logits: Tensor, wanted: Tensor) -> Tensor:
-    log_probabilities = logits.log_softmax(-1)
-    loss = -log_probabilities.gather(1, wanted[:, None]).sum()
-    correct = (logits.argmax(-1) == wanted).sum()
-    entropy = -(log_probabilities.exp() * log_probabilities).sum()
-    return torch.tensor([len(wanted), loss.item(), correct.item(), entropy.item()], dtype=torch.float64)
+@dataclass(frozen=True)
+class ExactMatch:
+    """How many answers were right, word for word, and the first few wrong ones."""
+
+    correct: int
+    total: int
+    examples: tuple[Example, ...]
+
+    @property
+    def share(self) -> float:
+        """The share of right answers, 0 to 1."""
+        return self.correct / self.total
+
+
+def evaluate_exact_match(
+    generate: Callable[[list[Turns]], Sequence[str]],
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    normalize: Callable[[str], str] = str.strip,
+    batch_rows: int = BATCH_ROWS,
+    also: Callable[[str, str], object] | None = None,
+) -> ExactMatch:
+    """Ask `generate` for the last assistant turn of each row and compare it, after `normalize`, with the row's own.
+
+    `generate` takes chats (each a list of turns that ends with the user's) and returns one answer a chat, in order;
+    it gets `batch_rows` chats at a time. `also` is called with (wanted, found)
+    of every row, for metrics of your own. Rows carry `messages`, or `prompt` and `completion`; a prompt that is a string
+    is asked as a user's turn, though training takes it as raw text (the `eval` verb asks it raw).
+
+    Raises:
+        DataError: a row does not end with an assistant turn, or `generate` returned another number of answers.
+    """
+    correct = total = 0
+    wrong: list[Example] = []
+    questions = [question_of(row) for row in rows]
+    for start in range(0, len(questions), batch_rows):
+        batch = questions[start : start + batch_rows]
+        answers = _answers(generate, batch)
+        for (turns, wanted), found in zip(batch, answers, strict=True):
+            right = normalize(found) == normalize(wanted)
+            correct, total = correct + right, total + 1
+            if not right and len(wrong) < SHOWN:
+                wrong.append(Example(turns[-1]["content"], wanted, found))
+            if also is not None:
+                also(wanted, found)
+    if not total:
+        raise DataError("There are no rows to evaluate on. Give at least one.")
+    return ExactMatch(correct, total, tuple(wrong[:SHOWN]))
+
+
+def question_of(row: Mapping[str, Any]) -> tuple[Turns, str]:
+    """The chat of a row up to its last answer, and that answer.
+
+    Raises:
+        DataError: the row does not end with an assistant turn.
+    """
+    if "messages" in row:
+        turns = list(row["messages"])
+        if len(turns) < 2 or turns[-1]["role"] != "assistant":
+            raise DataError(
+                "Exact match wants rows that end with an assistant turn. Remove the turns after the answer."
+            )
+        return turns[:-1], turns[-1]["content"]
+    if "prompt" in row and isinstance(row["prompt"], str):
+        return [{"role": "user", "content": row["prompt"]}], row["completion"]
+    if "prompt" in row:
+        return list(row["prompt"]), row["completion"][-1]["content"]
+    raise DataError(f"Exact match wants messages, or prompt and completion, found {', '.join(map(repr, row))}.")
+
+
+def _answers(generate: Callable[[list[Turns]], Sequence[str]], batch: list[tuple[Turns, str]]) -> Sequence[str]:
+    answers = generate([turns for turns, _ in batch])
+    if len(answers) != len(batch):
+        raise DataError(
+            f"generate was given {len(batch)} chats and returned {len(answers)} answers; one each is wanted."
+        )
+    return answers
+
+
+Judge = Callable[[str, str], float]
+
+
+@torch.no_grad()
+def generate_answers(
+    model: Any, tokenizer: PreTrainedTokenizerBase, chats: list[Turns], max_new_tokens: int = 64
+) -> list[str]:
+    """Return the greedy answer to each chat, in order; all chats are one batch, padded on the left."""
+    prompts = [tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) for turns in chats]
+    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    longest = max(len(row) for row in ids)
+    device = next(model.parameters()).device
+    pad = tokenizer.pad_token_id
+    batch = torch.tensor([[pad] * (longest - len(row)) + row for row in ids], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=device)
+    was_training = model.training
+    model.eval()
+    try:
+        found = model.generate(
+            input_ids=batch,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=pad,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    finally:
+        model.train(was_training)
+    return [str(text) for text in tokenizer.batch_decode(found[:, longest:], skip_special_tokens=True)]
+
+
+class GeneratedMetrics:
+    """Metrics on the text that the model in training writes: the share of exact answers, and those of your own.
+
+    `rows` are asked a batch at a time, and each answer is judged as it comes: never a stack of logits. `judges` are
+    further metrics by name: each takes (wanted, found) and returns a number; the mean is kept. Pass an instance as the
+    trainer's `generated_metrics`; it is asked in each evaluation, also in each of several sets.
+    """
+
+    def __init__(
+        self,
+        rows: Iterable[Mapping[str, Any]],
+        judges: Mapping[str, Judge] | None = None,
+        *,
+        max_new_tokens: int = 64,
+    ) -> None:
+        self.rows = list(rows)
+        self.judges = dict(judges or {})
+        self.max_new_tokens = max_new_tokens
+
+    def measure(self, model: Any, tokenizer: PreTrainedTokenizerBase, prefix: str) -> dict[str, float]:
+        """Let `model` answer; returns `<prefix>_exact_match` (0 to 1) and the mean of each judge."""
+        sums = dict.fromkeys(self.judges, 0.0)
+
+        def generate(chats: list[Turns]) -> list[str]:
+            return generate_answers(model, tokenizer, chats, self.max_new_tokens)
+
+        def judge(wanted: str, found: str) -> None:
+            for name, one in self.judges.items():
+                sums[name] += one(wanted, found)
+
+        match = evaluate_exact_match(generate, self.rows, also=judge)
+        means = {f"{prefix}_{name}": total / match.total for name, total in sums.items()}
+        return {f"{prefix}_exact_match": match.share, **means}

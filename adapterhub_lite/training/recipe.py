@@ -13,14 +13,14 @@ from transformers.trainer_utils import get_last_checkpoint
 from adapterhub_lite.adapter_format.record import TrainingRecord, read_record
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import ConfigurationError, RunStoppedError
-from adapterhub_lite.recipe import REPORTERS, TrainingRecipe
 from adapterhub_lite.tasks import get_task
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
 from adapterhub_lite.training.data.rows import load_rows
+from adapterhub_lite.training.settings import REPORTERS, TrainingRecipe
 from adapterhub_lite.training.trainer import AdapterTrainer
 
-# Rows drawn from an example task at the most; longer runs see them again.
-MOST_TASK_ROWS = 2000
+# Rows drawn from an example task by default, and at the most; longer runs see them again.
+TASK_ROWS, MOST_TASK_ROWS = 320, 2000
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,10 @@ def rows_for(data: str | None, task: str | None, recipe: TrainingRecipe) -> tupl
         raise ConfigurationError("Give either --data (a JSONL file or a Hub id) or --task (an example task).")
     if data is not None:
         return load_rows(data), Path(data).name if Path(data).exists() else data
-    wanted = recipe.steps * recipe.batch_size * recipe.accumulation
+    # By epochs, a task is as long as its rows are drawn.
+    count = TASK_ROWS if recipe.steps < 0 else recipe.steps * recipe.batch_size * recipe.accumulation
     example = get_task(str(task))
-    return example.rows(min(wanted, MOST_TASK_ROWS), seed=recipe.seed), f"adapterhub-lite/tasks/{example.name}"
+    return example.rows(min(count, MOST_TASK_ROWS), seed=recipe.seed), f"adapterhub-lite/tasks/{example.name}"
 
 
 def train_adapter(
@@ -89,29 +90,13 @@ def train_adapter(
 
 
 def _arguments(recipe: TrainingRecipe, run: Path, show_progress: bool) -> AdapterTrainingArguments:
+    chosen = {**recipe.arguments(), "report_to": _reporters(recipe.report_to)}
     return AdapterTrainingArguments(
         output_dir=str(run),
-        max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_size,
-        gradient_accumulation_steps=recipe.accumulation,
-        learning_rate=recipe.learning_rate,
-        rank=recipe.rank,
-        alpha=recipe.alpha or None,
-        target_modules=recipe.target_modules,
-        memory_preset=recipe.memory_preset,
-        on_out_of_memory=recipe.on_out_of_memory,
-        use_rslora=recipe.use_rslora,
-        use_dora=recipe.use_dora,
-        loraplus_lr_ratio=recipe.loraplus_lr_ratio or None,
-        init_lora=recipe.init_lora,
-        max_length=recipe.max_length,
-        overlong=recipe.overlong,
-        seed=recipe.seed,
-        save_steps=recipe.save_steps,
-        report_to=_reporters(recipe.report_to),
         # A run publishes nothing that was not asked for: the default makes a Space of the run's figures at its end.
         trackio_static_space_id=False,
         show_progress=show_progress,
+        **chosen,
     )
 
 

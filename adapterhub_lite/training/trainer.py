@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer
+from transformers import PreTrainedTokenizerBase, PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from adapterhub_lite.adapter_format.record import TrainingRecord
@@ -22,24 +22,21 @@ from adapterhub_lite.training.data.collation import PackedCollator, PaddedCollat
 from adapterhub_lite.training.data.preparation import Preparation
 from adapterhub_lite.training.data.tokenization import Limits, row_lengths
 from adapterhub_lite.training.distributed import sharded
-from adapterhub_lite.training.evaluation import EvaluationSums, without_repeats
-from adapterhub_lite.training.generation import GeneratedMetrics
-from adapterhub_lite.training.model.adapters import loraplus_optimizer, open_base, save_kept
+from adapterhub_lite.training.evaluation import GeneratedMetrics
+from adapterhub_lite.training.model.adapters import loraplus_optimizer, open_base
 from adapterhub_lite.training.model.assembly import assemble
-from adapterhub_lite.training.run import checkpoints, optimizer_state, saving
 from adapterhub_lite.training.run.guard import RunGuard, describe_failure
-from adapterhub_lite.training.run.measurement import PeakMemory
-from adapterhub_lite.training.run.memory_choice import choose_memory
-from adapterhub_lite.training.run.memory_report import MemoryReport
-from adapterhub_lite.training.run.progress import PLOT_FILE, MetricsCallback, ProgressCallback, RunMeter, draw_losses
-from adapterhub_lite.training.run.recording import facts_of, make_record
-from adapterhub_lite.training.run.replanning import checkpoint_to_go_on_from, is_out_of_memory, with_less
-from adapterhub_lite.training.run.step_loss import StepLoss
+from adapterhub_lite.training.run.measurement import MemoryReport, PeakMemory, RunMeter
+from adapterhub_lite.training.run.memory_choice import choose_memory, is_out_of_memory, with_less
+from adapterhub_lite.training.run.progress import PLOT_FILE, MetricsCallback, ProgressCallback, draw_losses
+from adapterhub_lite.training.run.record import make_record, save_adapter
+from adapterhub_lite.training.run.run_trainer import RunTrainer
+from adapterhub_lite.training.run.step_loss import EvaluationSums, StepLoss, without_repeats
 
 logger = logging.getLogger(__name__)
 
 
-class AdapterTrainer(Trainer):
+class AdapterTrainer(RunTrainer):
     """Trains a LoRA on a frozen base and saves it as a plain PEFT folder with the record of its making.
 
     `model` is a base's name, its folder, a model in memory, or a `PeftModel`; `train_dataset` and `eval_dataset` are
@@ -51,11 +48,6 @@ class AdapterTrainer(Trainer):
         ConfigurationError: model, tokenizer and arguments do not fit together.
         TrainingError: while training, the run was found to be wrong; see its subclasses.
     """
-
-    args: AdapterTrainingArguments
-    model: Any
-    train_dataset: Any
-    processing_class: Any
 
     def __init__(
         self,
@@ -84,7 +76,9 @@ class AdapterTrainer(Trainer):
                 overhead=before,
             )
         args = choice.applied(args)
-        self.assembly = assembly = assemble(opened, args, peft_config, choice)
+        self.assembly = assembly = assemble(
+            opened, args, peft_config, choice.preset, choice.attention.partition(":")[0]
+        )
         self.meter = RunMeter(PeakMemory(args.device))
         self.memory_choice, self.base, self.packing = choice, opened.base, assembly.packing
         self.step_loss = StepLoss(assembly, args)
@@ -92,8 +86,6 @@ class AdapterTrainer(Trainer):
         padded = PaddedCollator(opened.tokenizer.pad_token_id)
         trainer_keywords.setdefault("data_collator", PackedCollator() if self.packing.packs else padded)
         self._evaluated: EvaluationSums | None = None
-        self._staged: Path | None = None
-        self._push_later = False
         super().__init__(
             assembly.model,
             args,
@@ -135,7 +127,7 @@ class AdapterTrainer(Trainer):
                             raise
                         self._yield_memory(error)
                     # Outside the handler, whose traceback still holds the tensors of the step.
-                    resume_from_checkpoint = checkpoint_to_go_on_from(self)
+                    resume_from_checkpoint = self.checkpoint_to_go_on_from()
         finally:
             if self.progress:
                 self.progress.close()
@@ -153,7 +145,7 @@ class AdapterTrainer(Trainer):
         """Make the optimizer as the `Trainer` does, or with LoRA+ learning rates when they are asked for."""
         if self.args.loraplus_lr_ratio is None or self.optimizer is not None:
             return super().create_optimizer(model)
-        self.optimizer = loraplus_optimizer(self)
+        self.optimizer = loraplus_optimizer(self.model, self.args)
         return self.optimizer
 
     def compute_loss(
@@ -219,70 +211,6 @@ class AdapterTrainer(Trainer):
         finally:
             self._evaluated = None
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staged or super()._get_output_dir(trial))
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        run = Path(super()._get_output_dir(trial))
-        name = f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            checkpoints.sweep(run)
-        self.accelerator.wait_for_everyone()
-        self._staged, self._push_later = run / checkpoints.STAGING, False
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            staged, self._staged = self._staged, None
-        saving.publish_checkpoint(self, staged / name, run / name)
-        if self._push_later:
-            super()._push_from_checkpoint(str(run / name))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # What is still being written is not pushed; `_save_checkpoint` does it once the checkpoint is whole.
-        self._push_later = True
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        wanted = checkpoints.verify(folder)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if wanted is not None:
-            checkpoints.check_loaded(wanted, self._kept_tensors(), folder)
-
-    def _kept_tensors(self) -> dict[str, Tensor]:
-        return sharded.whole_tensors(self.accelerator.unwrap_model(self.model))
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not sharded.splits_states(self):
-            return super()._save_optimizer_and_scheduler(output_dir)
-        # An engine's own checkpoint can only be read under the same engine, if not by as many processes.
-        optimizer_state.save_state(self, Path(output_dir))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not (Path(checkpoint) / optimizer_state.STATE_FILE).is_file():
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        optimizer_state.load_state(self, Path(checkpoint))
-
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        if resume_from_checkpoint is None or not sharded.splits_states(self):
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        optimizer_state.load_checkpoint(self, Path(resume_from_checkpoint))
-        return prepared
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write PEFT's two files; where an engine splits the model, only the adapter's tensors are gathered."""
-        if not sharded.splits_states(self):
-            return super().save_model(output_dir, _internal_call)
-        self._save(output_dir, self._kept_tensors())
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if self.args.should_save:
-            folder = Path(output_dir or str(self.args.output_dir))
-            folder.mkdir(parents=True, exist_ok=True)
-            save_kept(self.accelerator.unwrap_model(self.model), folder, state_dict)
-
     def save_adapter(self, folder: str | Path) -> Path:
         """Write the adapter to `folder`: PEFT's two files, the training record and the probes; whole or not at all.
 
@@ -292,8 +220,8 @@ class AdapterTrainer(Trainer):
             ConfigurationError: `folder` is there already and is not empty, or the run trained no adapter.
             ResourceError: it cannot be written.
         """
-        return saving.save_adapter(self, Path(folder))
+        return save_adapter(self, Path(folder))
 
     def record(self) -> TrainingRecord:
         """Return the record of the run so far."""
-        return make_record(facts_of(self))
+        return make_record(self)

@@ -17,11 +17,11 @@ from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import AdapterHubError
 from adapterhub_lite.evaluation import compare_with_base
 from adapterhub_lite.hub_server import HubServer
-from adapterhub_lite.recipe import TrainingRecipe
 from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
 from adapterhub_lite.tasks import TASKS, Row, Task
 from adapterhub_lite.training.recipe import train_adapter
+from adapterhub_lite.training.settings import TrainingRecipe
 
 Say = Callable[[str], None]
 ANSWER_TOKENS = 64

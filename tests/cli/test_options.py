@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from adapterhub_lite.cli.main import build_app
 from adapterhub_lite.cli.options import build_settings
 from adapterhub_lite.errors import ConfigurationError
-from adapterhub_lite.recipe import TrainingRecipe
+from adapterhub_lite.training.settings import TrainingRecipe
 
 
 def test_every_setting_is_an_option_of_train_with_its_help() -> None:
@@ -35,7 +35,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_default(tmp_p
     ("content", "complaint"),
     [
         ("stepz: 7\n", "unknown setting stepz"),
-        ("steps: many\n", "steps is 'many'"),
+        ("steps: many\n", "steps is 'many', expected int"),
         ("- 1\n", "holds no settings"),
         ("steps: [\n", "could not be read as YAML"),
         ("steps: 0\nrank: -1\n", "steps is 0.*rank is -1"),

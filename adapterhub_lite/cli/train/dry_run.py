@@ -1,17 +1,14 @@
 """`train --dry-run`: what a run would do and need, without reading a weight."""
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from adapterhub_lite.cli.output import say, would
-
-if TYPE_CHECKING:
-    from adapterhub_lite.recipe import TrainingRecipe
+from adapterhub_lite.training.settings import TrainingRecipe
 
 
 def rehearse(
     name: str,
-    recipe: "TrainingRecipe",
+    recipe: TrainingRecipe,
     rows: int,
     data_id: str,
     data: str | None,
@@ -39,8 +36,9 @@ def rehearse(
         if lengths:
             say(lengths.described())
         say(plan.described())
+    length = f"{recipe.steps} steps" if recipe.steps > 0 else f"{recipe.epochs:g} epochs"
     would(
-        f"train {name} for {recipe.steps} steps of {recipe.batch_size} x {recipe.accumulation} from {rows} rows of "
+        f"train {name} for {length} of {recipe.batch_size} x {recipe.accumulation} from {rows} rows of "
         f"{data_id} on {base}, with the preset {plan.preset.name}, on {devices} device{'s' if devices > 1 else ''}",
         as_json,
         rows=rows,

@@ -10,7 +10,7 @@ import typer
 from adapterhub_lite.cli.options import options_from
 from adapterhub_lite.cli.output import HomeOption, JsonOption, print_json, print_table, say
 from adapterhub_lite.errors import ConfigurationError
-from adapterhub_lite.recipe import PlanRequest
+from adapterhub_lite.training.settings import PlanRequest
 
 if TYPE_CHECKING:
     from adapterhub_lite.memory import MemoryPlan

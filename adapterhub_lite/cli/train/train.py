@@ -13,7 +13,7 @@ from adapterhub_lite.cli.train.dry_run import rehearse
 from adapterhub_lite.errors import ConfigurationError, ReferenceSyntaxError, UnknownNameError
 from adapterhub_lite.home import adapterhub_home
 from adapterhub_lite.quiet import quiet_rendezvous
-from adapterhub_lite.recipe import TrainingRecipe
+from adapterhub_lite.training.settings import TrainingRecipe
 
 STRATEGIES = ("auto", "ddp", "zero1", "zero2", "zero3", "fsdp")
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
 
 from adapterhub_lite.errors import ConfigurationError
-from adapterhub_lite.training.model.adapters import kept_tensors
 
 
-def join_processes(args: Any) -> None:
+def join_processes(args: TrainingArguments) -> None:
     """Meet the other processes before a base is opened: ZeRO-3 splits it while it is read.
 
     Raises:
@@ -83,7 +83,7 @@ def _gloo_sleeps() -> bool:
     return True
 
 
-def engine_of(args: Any) -> str | None:
+def engine_of(args: TrainingArguments) -> str | None:
     """The engine that was chosen by hand or by `accelerate launch`, as a strategy's name: zero1 to zero3, fsdp."""
     plugin = getattr(args, "deepspeed_plugin", None)
     if plugin is not None:
@@ -93,7 +93,7 @@ def engine_of(args: Any) -> str | None:
 
 
 @contextmanager
-def built_whole(args: Any) -> Iterator[None]:
+def built_whole(args: TrainingArguments) -> Iterator[None]:
     """While inside, models are built whole, although those that are read later will be split by ZeRO-3."""
     # Given by hand, or by `accelerate launch`.
     plugin = getattr(args, "deepspeed_plugin", None)
@@ -110,12 +110,12 @@ def built_whole(args: Any) -> Iterator[None]:
         set_hf_deepspeed_config(split_later)
 
 
-def splits_weights(args: Any) -> bool:
+def splits_weights(args: TrainingArguments) -> bool:
     """Whether the run's engine splits the weights themselves, and not only what the optimizer keeps."""
     return engine_of(args) in ("zero3", "fsdp")
 
 
-def splits_states(trainer: Any) -> bool:
+def splits_states(trainer: Trainer) -> bool:
     """Whether the run's engine splits what the optimizer keeps, or more."""
     return bool(trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
 
@@ -130,15 +130,6 @@ def gathered(parameters: list[nn.Parameter], *, changed: bool = False) -> Iterat
             yield
     else:
         yield
-
-
-def whole_tensors(model: Any) -> dict[str, Tensor]:
-    """What a checkpoint of `model` holds, whole, whatever split it. Every process must call it."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    split = any(hasattr(x, "ds_id") or hasattr(x, "full_tensor") for x in trained)
-    with gathered(trained):
-        kept = kept_tensors(model)
-        return {name: whole(tensor).detach().cpu().clone() for name, tensor in kept.items()} if split else kept
 
 
 def whole(tensor: Any) -> Tensor:

@@ -1,8 +1,14 @@
-"""From a base model to one that trains a LoRA, and back to a plain PEFT folder. Knows PEFT, nothing of data."""
+"""From a base model to one that trains a LoRA, and back to a plain PEFT folder. Knows PEFT, nothing of data.
 
+An adapter whose beginning changed the base (PiSSA, arXiv:2404.02948) is written so that the untouched base can use it: PiSSA
+moves the largest singular directions W0 = s B0 A0 out of W into the adapter; what was learned is the difference
+s (B A - B0 A0), which is a plain LoRA of twice the rank, [B, -B0] [A; A0].
+"""
+
+import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +17,9 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from peft.utils import get_peft_model_state_dict
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
 from adapterhub_lite.bases import ResolvedBase, load_base_model, load_tokenizer, resolve_base
 from adapterhub_lite.bases.encoding import end_tokens
@@ -19,6 +27,7 @@ from adapterhub_lite.bases.load import no_progress_bars
 from adapterhub_lite.errors import ConfigurationError, ResourceError
 from adapterhub_lite.memory import TARGETS, MemoryPreset, give_back_freed_memory, prepare_for_training
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
+from adapterhub_lite.training.distributed.sharded import gathered, whole
 
 
 @dataclass(frozen=True)
@@ -200,6 +209,15 @@ def kept_tensors(model: Any) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
+def whole_tensors(model: Any) -> dict[str, Tensor]:
+    """What a checkpoint of `model` holds, whole, whatever split it. Every process must call it."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    split = any(hasattr(x, "ds_id") or hasattr(x, "full_tensor") for x in trained)
+    with gathered(trained):
+        kept = kept_tensors(model)
+        return {name: whole(tensor).detach().cpu().clone() for name, tensor in kept.items()} if split else kept
+
+
 def save_kept(model: Any, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
     """Write what `kept_tensors` names into `folder`: PEFT's two files, or a base that `from_pretrained` loads."""
     if isinstance(model, PeftModel):
@@ -209,12 +227,41 @@ def save_kept(model: Any, folder: Path, state_dict: dict[str, torch.Tensor] | No
             model.save_pretrained(str(folder), state_dict=state_dict)
 
 
-def loraplus_optimizer(trainer: Any) -> torch.optim.Optimizer:
-    """The optimizer that a run's arguments name, with a higher learning rate for B (LoRA+, arXiv:2402.12354)."""
-    args = trainer.args
-    kind, settings = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+def loraplus_optimizer(model: nn.Module, args: AdapterTrainingArguments) -> torch.optim.Optimizer:
+    """The optimizer that `args` name, with a higher learning rate for B (LoRA+, arXiv:2402.12354)."""
+    # Of the model it wants one of transformers', for optimizers that look at its layers; a PeftModel has them too.
+    kind, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
     settings = {**settings, "loraplus_weight_decay": args.weight_decay}
     made: torch.optim.Optimizer = create_loraplus_optimizer(
-        trainer.model, kind, loraplus_lr_ratio=args.loraplus_lr_ratio, **settings
+        model, kind, loraplus_lr_ratio=args.loraplus_lr_ratio, **settings
     )
     return made
+
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def changes_the_base(config: PeftConfig) -> bool:
+    """Whether an adapter of this configuration takes part of the base's weights into itself when it is made."""
+    return str(getattr(config, "init_lora_weights", "")).startswith("pissa")
+
+
+def write_plain(folder: Path, initial: Mapping[str, Tensor]) -> None:
+    """Rewrite the adapter in `folder`, which began as `initial` (names as in the file), for the untouched base.
+
+    Raises:
+        ConfigurationError: it has ranks of its own by module, or a DoRA, which cannot be subtracted.
+    """
+    config: dict[str, Any] = json.loads((folder / CONFIG).read_bytes())
+    if config.get("rank_pattern") or config.get("alpha_pattern") or config.get("use_dora"):
+        raise ConfigurationError("A PiSSA adapter with DoRA or ranks by module cannot be written for the plain base.")
+    written: dict[str, Tensor] = {}
+    for name, tensor in load_file(folder / WEIGHTS).items():
+        before = initial[name].to(tensor)
+        in_a = ".lora_A." in name
+        written[name] = torch.cat([tensor, before if in_a else -before], dim=0 if in_a else 1).contiguous()
+    save_file(written, folder / WEIGHTS, metadata={"format": "pt"})
+    # The scaling stays: alpha / r, or alpha / sqrt(r) for rsLoRA.
+    config["lora_alpha"] *= 2**0.5 if config.get("use_rslora") else 2
+    config["r"], config["init_lora_weights"] = 2 * config["r"], True
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,25 +1,60 @@
 """What a trainer is made of, put together before the `Trainer` is: base, tokenizer, adapter, and ways to go fast."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from adapterhub_lite.bases import ResolvedBase
+from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.losses import LossChoice, LossOptions, choose_loss
+from adapterhub_lite.memory import MemoryPreset
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
 from adapterhub_lite.training.distributed.sharded import engine_of, join_processes, part_at_exit, splits_weights
-from adapterhub_lite.training.model.adapters import OpenedBase, kept_tensors, load_for, with_adapter
+from adapterhub_lite.training.model.adapters import OpenedBase, changes_the_base, kept_tensors, load_for, with_adapter
 from adapterhub_lite.training.model.fast_lora import install_fast_lora, remove_fast_lora
-from adapterhub_lite.training.model.hidden_states import HiddenStates
 from adapterhub_lite.training.model.lean_modules import install_lean_modules, remove_lean_modules
-from adapterhub_lite.training.model.mutated_init import changes_the_base
-from adapterhub_lite.training.model.shortcuts import PackingChoice, choose_packing
-from adapterhub_lite.training.run.memory_choice import MemoryChoice
+from adapterhub_lite.training.model.segments import PackingChoice, choose_packing
+
+
+class HiddenStates:
+    """Runs a causal language model and returns the hidden states (batch, seq, D) after its final norm.
+
+    Raises:
+        ConfigurationError: the model has no output head, or no decoder of its own to listen to.
+    """
+
+    def __init__(self, model: Any) -> None:
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+        decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else None
+        if head is None or decoder is None or decoder is inner:
+            raise ConfigurationError(
+                f"{type(inner).__name__} has no output head over a decoder. Load the base with AutoModelForCausalLM."
+            )
+        takes_positions = "logits_to_keep" in inspect.signature(inner.forward).parameters
+        # No position at all: with one, a batch's slice makes matmul copy the whole head once a row.
+        self._short = {"logits_to_keep": torch.empty(0, dtype=torch.long)} if takes_positions else {}
+        self._seen: Tensor | None = None
+        decoder.register_forward_hook(self._listen)
+
+    def _listen(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._seen = output[0]
+
+    def of(self, model: nn.Module, inputs: dict[str, Any], *, logits: bool = False) -> tuple[Tensor, Any]:
+        """Run `model`, however it is wrapped, on `inputs`; return (hidden states, the model's own output).
+
+        The output's logits are empty, where the model can leave them out and they are not asked for."""
+        output = model(**({} if logits else self._short), **inputs)
+        seen, self._seen = self._seen, None
+        assert seen is not None
+        return seen, output
 
 
 @dataclass(frozen=True)
@@ -37,14 +72,12 @@ class Assembly:
     loss: LossChoice
     fast_layers: int
     lean_modules: int
-    memory: MemoryChoice
     initial: dict[str, Tensor] | None = None
 
     def record(self) -> dict[str, str]:
         """What was decided, for the training record."""
         return {
             **self.loss.record(),
-            **self.memory.record(),
             "batches": self.packing.reason,
             "lora": f"{self.fast_layers} layers take the fused step",
             "blocks": f"{self.lean_modules} norms and gated MLPs keep less for the backward pass",
@@ -52,9 +85,15 @@ class Assembly:
 
 
 def assemble(
-    opened: OpenedBase, args: AdapterTrainingArguments, peft_config: PeftConfig | None, choice: MemoryChoice
+    opened: OpenedBase,
+    args: AdapterTrainingArguments,
+    peft_config: PeftConfig | None,
+    preset: MemoryPreset,
+    attention: str,
 ) -> Assembly:
-    """Load the base as the memory preset says, put the adapter on it, and decide how its steps are made.
+    """Load the base as `preset` says, put the adapter on it, and decide how its steps are made.
+
+    `attention` is the name of the attention implementation that the base is loaded with.
 
     Raises:
         ConfigurationError: model, tokenizer and arguments do not fit together.
@@ -62,9 +101,9 @@ def assemble(
     """
     join_processes(args)
     part_at_exit()
-    model = load_for(opened, choice.preset, choice.attention.partition(":")[0])
+    model = load_for(opened, preset, attention)
     hidden_states = HiddenStates(model)
-    if choice.preset.trains == "lora":
+    if preset.trains == "lora":
         model = with_adapter(model, args, peft_config, opened.base)
     initial = None
     if isinstance(model, PeftModel) and changes_the_base(model.active_peft_config):
@@ -81,7 +120,7 @@ def assemble(
     lean_ways = args.fast_lora and not splits_weights(args)
     fast = install_fast_lora(model) if lean_ways else 0
     lean = install_lean_modules(model) if lean_ways else 0
-    return Assembly(model, opened.base, opened.tokenizer, hidden_states, packing, loss, fast, lean, choice, initial)
+    return Assembly(model, opened.base, opened.tokenizer, hidden_states, packing, loss, fast, lean, initial)
 
 
 @contextmanager

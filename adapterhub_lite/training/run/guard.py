@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -21,12 +21,17 @@ from adapterhub_lite.memory.estimate import PROVEN_TOKENS
 from adapterhub_lite.training.data.collation import PaddedCollator
 from adapterhub_lite.training.data.tokenization import IGNORED
 from adapterhub_lite.training.run import checkpoints
-from adapterhub_lite.training.run.preflight import fly, longest_rows, nothing_happened
+from adapterhub_lite.training.run.checks import (
+    GradientProof,
+    check_batch,
+    check_loss,
+    check_rows,
+    fly,
+    longest_rows,
+    nothing_happened,
+)
 from adapterhub_lite.training.run.progress import METRICS_FILE, PLOT_FILE
-from adapterhub_lite.training.run.proof import GradientProof, check_batch, check_loss, check_rows
-
-if TYPE_CHECKING:
-    from adapterhub_lite.training.trainer import AdapterTrainer
+from adapterhub_lite.training.run.run_trainer import RunTrainer
 
 PROVEN_STEPS = 2
 MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,7 +41,7 @@ LEFTOVERS = (METRICS_FILE, PLOT_FILE, checkpoints.STAGING)
 class RunGuard(TrainerCallback):
     """Stops a run that cannot be right before it costs time, and one that is told to end after it is saved."""
 
-    def __init__(self, trainer: "AdapterTrainer") -> None:
+    def __init__(self, trainer: RunTrainer) -> None:
         self.trainer = trainer
         self.stop_asked = False
         self.steps_seen = 0
@@ -145,7 +150,7 @@ def _overflowed(named: Iterable[tuple[str, Tensor | None]]) -> bool:
     return any(gradient is not None and not bool(torch.isfinite(gradient).all()) for _, gradient in named)
 
 
-def prove_loss(trainer: "AdapterTrainer") -> None:
+def prove_loss(trainer: RunTrainer) -> None:
     """Compare the loss of a slice of the first row with the cross entropy of the model's own logits.
 
     Raises:
@@ -153,6 +158,7 @@ def prove_loss(trainer: "AdapterTrainer") -> None:
     """
     if not _has_rows(trainer.train_dataset):
         return
+    assert isinstance(trainer.train_dataset, Dataset)
     row = trainer.train_dataset[0]
     labels = row.get("labels", row["input_ids"])
     first = next((i for i, label in enumerate(labels) if i and label != IGNORED), 1)
@@ -170,7 +176,7 @@ def prove_loss(trainer: "AdapterTrainer") -> None:
     model.train(was_training)
 
 
-def describe_failure(trainer: "AdapterTrainer", loss: Tensor, inputs: dict[str, Any]) -> str:
+def describe_failure(trainer: RunTrainer, loss: Tensor, inputs: dict[str, Any]) -> str:
     """The sentence for a loss that is not finite: the step, the batch, and what to do."""
     begins = trainer.processing_class.decode(inputs["input_ids"][0, :24])
     return (

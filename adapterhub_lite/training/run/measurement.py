@@ -1,15 +1,24 @@
-"""The peak memory of this process or its GPU while a run lasts. Knows no model."""
+"""What a run needs and does, measured while it lasts: peak memory beside the prediction, tokens, seconds. Knows no model."""
 
 import contextlib
 import gc
 import platform
 import resource
 import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from adapterhub_lite.errors import ResourceError
+from adapterhub_lite.memory import record_peak
+from adapterhub_lite.memory.estimate import GIB
 from adapterhub_lite.memory.heap import trim_heap
+from adapterhub_lite.training.run.memory_choice import MemoryChoice
 
 
 class PeakMemory:
@@ -77,3 +86,96 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+MEASURED_STEPS = 2
+
+
+@dataclass
+class RunMeter:
+    """Counts what a run has done so far: real tokens (padding left out), seconds, peak bytes.
+
+    A resumed run counts on from its checkpoint.
+    """
+
+    memory: PeakMemory
+    tokens: int = 0
+    started: float = field(default_factory=time.perf_counter)
+    peak_before: int = 0
+
+    def begin(self, tokens: int = 0, seconds: float = 0.0, peak_bytes: int = 0) -> None:
+        """Start at 0, or at what a checkpoint remembers."""
+        self.tokens, self.started, self.peak_before = tokens, time.perf_counter() - seconds, peak_bytes
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint remembers, for `begin`."""
+        return {"tokens": self.tokens, "seconds": self.seconds, "peak_bytes": self.peak_bytes}
+
+    def count(self, inputs: Mapping[str, Any]) -> None:
+        """Count the real tokens of a batch."""
+        mask = inputs.get("attention_mask")
+        self.tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+
+    @property
+    def peak_bytes(self) -> int:
+        """The highest peak of the run, the processes before this one included."""
+        return max(self.peak_before, self.memory.peak_bytes())
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the run began."""
+        return time.perf_counter() - self.started
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Real tokens trained on a second, over the whole run."""
+        return self.tokens / max(self.seconds, 1e-9)
+
+
+class MemoryReport(TrainerCallback):
+    """By the end of the second step, says what was predicted and measured, and keeps both for the next prediction."""
+
+    def __init__(
+        self, choice: MemoryChoice, memory: PeakMemory, say: Callable[[str], object], home: str | Path | None = None
+    ) -> None:
+        self.choice, self.memory, self.say, self.home = choice, memory, say, home
+        self.steps_seen = 0
+        self.line: str | None = None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Compare after the second step, when the optimizer's states are there."""
+        self.steps_seen += 1
+        if self.steps_seen == MEASURED_STEPS:
+            self._compare(state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Compare at the end of a run of fewer steps."""
+        if 0 < self.steps_seen < MEASURED_STEPS:
+            self._compare(state)
+
+    def _compare(self, state: TrainerState) -> None:
+        if not state.is_local_process_zero:
+            return
+        measured = self.memory.peak_bytes()
+        self.line = describe(self.choice, measured)
+        self.say(self.line)
+        if self.choice.uncorrected is not None:
+            try:
+                record_peak(self.choice.uncorrected, measured, home=self.home)
+            except ResourceError as error:
+                # A memory aid: the run is none the worse for it.
+                self.say(str(error))
+
+
+def describe(choice: MemoryChoice, measured: int) -> str:
+    """One line: the preset, predicted and measured GiB, and how far apart they are."""
+    if choice.predicted is None:
+        return f"memory: {choice.preset.name}, {measured / GIB:.2f} GiB measured, nothing was predicted"
+    predicted = choice.predicted.total
+    apart = predicted / measured - 1
+    return (
+        f"memory: {choice.preset.name}, {predicted / GIB:.2f} GiB predicted, {measured / GIB:.2f} GiB measured "
+        f"({apart:+.1%})"
+    )

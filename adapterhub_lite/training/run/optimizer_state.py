@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 
 from adapterhub_lite.errors import ConfigurationError, IntegrityError
-from adapterhub_lite.training.distributed.sharded import gathered, whole, whole_tensors
+from adapterhub_lite.training.distributed.sharded import gathered, whole
+from adapterhub_lite.training.model.adapters import whole_tensors
 from adapterhub_lite.training.run import checkpoints
 
 STATE_FILE = "whole_state.safetensors"
@@ -23,7 +25,7 @@ RATES = ("base_lrs", "_last_lr")
 """What a learning rate schedule keeps a group of parameters."""
 
 
-def save_state(trainer: Any, folder: Path) -> None:
+def save_state(trainer: Trainer, folder: Path) -> None:
     """Write weights, optimizer state and schedule of a run into `folder`: `<parameter>:master`, `:exp_avg`, ... and `step`.
 
     Every process must call it; the first one writes.
@@ -34,7 +36,7 @@ def save_state(trainer: Any, folder: Path) -> None:
     states = _states_of(trainer)
     found = {
         f"{name}:{kind}": tensor
-        for name, parameter in _trained(trainer.model).items()
+        for name, parameter in _trained(_model_of(trainer)).items()
         for kind, tensor in states.read(parameter).items()
     }
     if trainer.args.should_save:
@@ -43,7 +45,7 @@ def save_state(trainer: Any, folder: Path) -> None:
         torch.save(_schedule(trainer), folder / SCHEDULER_NAME)
 
 
-def load_checkpoint(trainer: Any, folder: Path) -> None:
+def load_checkpoint(trainer: Trainer, folder: Path) -> None:
     """Load a whole checkpoint of `save_state`'s kind into a run whose engine is ready; verified before and after.
 
     Raises:
@@ -55,7 +57,7 @@ def load_checkpoint(trainer: Any, folder: Path) -> None:
     checkpoints.check_loaded(wanted or {}, tensors, folder)
 
 
-def load_state(trainer: Any, folder: Path) -> None:
+def load_state(trainer: Trainer, folder: Path) -> None:
     """Put what `save_state` wrote into a run, however many processes it has now and whatever engine.
 
     Raises:
@@ -72,7 +74,7 @@ def load_state(trainer: Any, folder: Path) -> None:
     for key, tensor in saved.items():
         name, _, kind = key.rpartition(":")
         kept.setdefault(name, {})[kind] = tensor
-    trained = _trained(trainer.model)
+    trained = _trained(_model_of(trainer))
     lacking = sorted(trained.keys() - kept.keys())
     if lacking:
         raise IntegrityError(f"{path} lacks {len(lacking)} of {len(trained)} trained tensors ({lacking[0]}, ...).")
@@ -82,27 +84,31 @@ def load_state(trainer: Any, folder: Path) -> None:
     _load_schedule(trainer, torch.load(folder / SCHEDULER_NAME, weights_only=True))
 
 
-def _schedule(trainer: Any) -> dict[str, Any]:
+def _schedule(trainer: Trainer) -> dict[str, Any]:
     """The state of the schedule, with the rates of the filled groups alone."""
+    assert trainer.lr_scheduler is not None, "a run that has begun has a schedule"
     state = trainer.lr_scheduler.state_dict()
     rates = {name: [state[name][group] for group in _filled(trainer)] for name in RATES if name in state}
     return {**state, **rates}
 
 
-def _load_schedule(trainer: Any, kept: dict[str, Any]) -> None:
-    state = trainer.lr_scheduler.state_dict()
+def _load_schedule(trainer: Trainer, kept: dict[str, Any]) -> None:
+    assert trainer.lr_scheduler is not None and trainer.optimizer is not None, "a run that has begun has both"
+    # Typed by torch as numbers, and holds lists of them.
+    state: dict[str, Any] = trainer.lr_scheduler.state_dict()
     for name in RATES:
         if name in state:
             for group, rate in zip(_filled(trainer), kept[name], strict=True):
                 state[name][group] = rate
     trainer.lr_scheduler.load_state_dict({**kept, **{name: state[name] for name in RATES if name in state}})
     # The schedule sets its rates when it steps, and that is after the first step of the resumed run.
-    for group, rate in zip(trainer.optimizer.param_groups, trainer.lr_scheduler.get_last_lr(), strict=True):
-        group["lr"] = rate
+    for settings, rate in zip(trainer.optimizer.param_groups, trainer.lr_scheduler.get_last_lr(), strict=True):
+        settings["lr"] = rate
 
 
-def _filled(trainer: Any) -> list[int]:
+def _filled(trainer: Trainer) -> list[int]:
     """Which groups of the optimizer hold parameters: DeepSpeed drops the others, and empties its own between steps."""
+    assert trainer.optimizer is not None, "a run that has begun has an optimizer"
     groups = trainer.optimizer.param_groups
     return [index for index, group in enumerate(groups) if trainer.is_deepspeed_enabled or group["params"]]
 
@@ -118,7 +124,7 @@ class _States(Protocol):
     def write(self, parameter: nn.Parameter, kept: dict[str, Tensor], step: float) -> None: ...
 
 
-def _states_of(trainer: Any) -> _States:
+def _states_of(trainer: Trainer) -> _States:
     return _ZeroStates(trainer.model_wrapped) if trainer.is_deepspeed_enabled else _TorchStates(trainer.optimizer)
 
 
@@ -196,6 +202,11 @@ class _ZeroStates:
         if not stage3:
             # ZeRO-1 and 2 find a parameter's part of the states by a link that is made at the first step.
             self.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _model_of(trainer: Trainer) -> nn.Module:
+    assert trainer.model is not None, "a run has a model"
+    return trainer.model
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:

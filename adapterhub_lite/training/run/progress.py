@@ -1,9 +1,6 @@
 """What a run shows while it goes and leaves behind: the progress bar, `metrics.jsonl` and `loss.png`."""
 
 import json
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,51 +9,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from adapterhub_lite.training.run.measurement import PeakMemory
+from adapterhub_lite.training.run.measurement import RunMeter
 
 METRICS_FILE = "metrics.jsonl"
 PLOT_FILE = "loss.png"
-
-
-@dataclass
-class RunMeter:
-    """Counts what a run has done so far: real tokens (padding left out), seconds, peak bytes.
-
-    A resumed run counts on from its checkpoint.
-    """
-
-    memory: PeakMemory
-    tokens: int = 0
-    started: float = field(default_factory=time.perf_counter)
-    peak_before: int = 0
-
-    def begin(self, tokens: int = 0, seconds: float = 0.0, peak_bytes: int = 0) -> None:
-        """Start at 0, or at what a checkpoint remembers."""
-        self.tokens, self.started, self.peak_before = tokens, time.perf_counter() - seconds, peak_bytes
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint remembers, for `begin`."""
-        return {"tokens": self.tokens, "seconds": self.seconds, "peak_bytes": self.peak_bytes}
-
-    def count(self, inputs: Mapping[str, Any]) -> None:
-        """Count the real tokens of a batch."""
-        mask = inputs.get("attention_mask")
-        self.tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
-
-    @property
-    def peak_bytes(self) -> int:
-        """The highest peak of the run, the processes before this one included."""
-        return max(self.peak_before, self.memory.peak_bytes())
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since the run began."""
-        return time.perf_counter() - self.started
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Real tokens trained on a second, over the whole run."""
-        return self.tokens / max(self.seconds, 1e-9)
 
 
 class MetricsCallback(TrainerCallback, ExportableState):

@@ -11,7 +11,7 @@ from adapterhub_lite.errors import ConfigurationError, DataError, ProofFailedErr
 from adapterhub_lite.training.data.collation import PackedCollator, PaddedCollator
 from adapterhub_lite.training.data.preparation import Preparation
 from adapterhub_lite.training.data.tokenization import Limits
-from adapterhub_lite.training.run.proof import check_rows
+from adapterhub_lite.training.run.checks import check_rows
 
 
 def table(*rows: tuple[list[int], list[int]]) -> Dataset:

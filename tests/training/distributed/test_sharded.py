@@ -17,8 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 from adapterhub_lite.losses import causal_lm_loss, head_of
-from adapterhub_lite.training.evaluation import EvaluationSums
-from adapterhub_lite.training.model.hidden_states import HiddenStates
+from adapterhub_lite.training.run.step_loss import EvaluationSums
+from adapterhub_lite.training.model.assembly import HiddenStates
 from adapterhub_lite.training.distributed.sharded import part_at_exit, whole_tensors
 
 dist.init_process_group("gloo")

@@ -10,8 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from adapterhub_lite.training.data.collation import PackedCollator, PaddedCollator, count_rows, learn_only_first, unpack
 from adapterhub_lite.training.model import segments as module
-from adapterhub_lite.training.model.segments import SEGMENTED, Segments, segmented_attention
-from adapterhub_lite.training.model.shortcuts import segment_inputs
+from adapterhub_lite.training.model.segments import SEGMENTED, Segments, segment_inputs, segmented_attention
 
 LENGTHS = [(5,), (3, 9, 1, 4), (7, 7, 7), (30, 2, 29, 17, 1)]
 

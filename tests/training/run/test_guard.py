@@ -11,8 +11,8 @@ from transformers import LlamaModel, TrainerCallback
 
 from adapterhub_lite.errors import ConfigurationError, NonFiniteLossError, OutOfMemoryError
 from adapterhub_lite.training import AdapterTrainingArguments
+from adapterhub_lite.training.run.checks import fly, longest_rows, nothing_happened
 from adapterhub_lite.training.run.guard import forget_after
-from adapterhub_lite.training.run.preflight import fly, longest_rows, nothing_happened
 
 
 class At(TrainerCallback):

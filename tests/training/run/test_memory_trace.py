@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from adapterhub_lite.memory import MEMORY_PRESETS, Machine, Workload, facts_of, refusal
 from adapterhub_lite.memory.tracing import LiveBytes
-from adapterhub_lite.training.model.shortcuts import segment_inputs
+from adapterhub_lite.training.model.segments import segment_inputs
 
 ROWS = 2
 SINGLE = [name for name, preset in MEMORY_PRESETS.items() if preset.strategy == "single"]

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 
 from adapterhub_lite.errors import DataError, ProofFailedError
-from adapterhub_lite.training.run.proof import GradientProof, check_loss, check_rows
+from adapterhub_lite.training.run.checks import GradientProof, check_loss, check_rows
 
 NAMES = ["a.lora_A.default.weight", "a.lora_B.default.weight", "b.lora_A.default.weight", "b.lora_B.default.weight"]
 ONE, ZERO = torch.ones(2), torch.zeros(2)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from adapterhub_lite.errors import ConfigurationError
-from adapterhub_lite.recipe import TrainingRecipe
 from adapterhub_lite.training.recipe import _reporters
+from adapterhub_lite.training.settings import TrainingRecipe
 from tests.checkout import ROOT
 
 

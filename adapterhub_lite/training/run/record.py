@@ -1,27 +1,29 @@
-"""Writes down what a run was. Knows the record's schema and where each of its facts lies."""
+"""What a run leaves: the record of what it was, and the adapter's folder with it and with probes."""
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
 
+from adapterhub_lite.adapter_format.probes import write_probes
 from adapterhub_lite.adapter_format.record import RECORD_FILE, BaseRecord, DataRecord, MemoryRecord, TrainingRecord
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.bases.chat_template import template_digest
+from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
 from adapterhub_lite.training.data.tokenization import rows_fingerprint
+from adapterhub_lite.training.distributed.sharded import splits_weights
+from adapterhub_lite.training.model.adapters import whole_tensors, write_adapter, write_plain
+from adapterhub_lite.training.model.assembly import plain
 from adapterhub_lite.training.run.measurement import describe_hardware
-
-if TYPE_CHECKING:
-    from adapterhub_lite.training.trainer import AdapterTrainer
+from adapterhub_lite.training.run.run_trainer import RunTrainer
 
 PACKAGES = ("adapterhub-lite", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "bitsandbytes")
 # Of the loss curve: a long run is thinned.
@@ -79,76 +81,36 @@ def packages() -> dict[str, str]:
     return found
 
 
-@dataclass(frozen=True)
-class RunFacts:
-    """What a finished run knows of itself; `ways` says which faster ways it took, and why."""
-
-    model: Any
-    base: ResolvedBase | None
-    args: AdapterTrainingArguments
-    table: Any
-    data_name: str
-    truncated: int
-    dropped: int
-    tokenizer: PreTrainedTokenizerBase
-    ways: dict[str, str]
-    preset: str
-    predicted_bytes: int | None
-    peak_bytes: int
-    steps: int
-    losses: tuple[tuple[int, float], ...]
-    seconds: float
-
-
-def facts_of(trainer: "AdapterTrainer") -> RunFacts:
-    """What `trainer` knows of its run so far."""
-    choice = trainer.memory_choice
-    lines = [line for line in trainer.state.log_history if "loss" in line]
-    return RunFacts(
-        model=trainer.accelerator.unwrap_model(trainer.model),
-        base=trainer.base,
-        args=trainer.args,
-        table=trainer.train_dataset,
-        data_name=trainer.data_name,
-        truncated=trainer.rows.truncated,
-        dropped=trainer.rows.dropped,
-        tokenizer=trainer.processing_class,
-        ways={**trainer.assembly.record(), **choice.record()},
-        preset=choice.preset.name,
-        predicted_bytes=None if choice.predicted is None else choice.predicted.total,
-        peak_bytes=trainer.meter.peak_bytes,
-        steps=trainer.state.global_step,
-        losses=tuple((int(line["step"]), float(line["loss"])) for line in lines),
-        seconds=trainer.meter.seconds,
-    )
-
-
-def make_record(facts: RunFacts) -> TrainingRecord:
-    """Return the record of a run."""
-    args, table = facts.args, facts.table
-    countable = isinstance(table, Dataset)
-    adapter = facts.model.active_peft_config.to_dict() if isinstance(facts.model, PeftModel) else {}
+def make_record(trainer: RunTrainer) -> TrainingRecord:
+    """Return the record of what `trainer` has done so far."""
+    args, choice, table = trainer.args, trainer.memory_choice, trainer.train_dataset
+    model = trainer.bare_model()
+    adapter = model.active_peft_config.to_dict() if isinstance(model, PeftModel) else {}
+    losses = [(int(line["step"]), float(line["loss"])) for line in trainer.state.log_history if "loss" in line]
     return TrainingRecord(
-        base=describe_base(facts.base, facts.model),
+        base=describe_base(trainer.base, model),
         data=DataRecord(
-            id=facts.data_name,
-            rows=len(table) if countable else 0,
-            fingerprint=rows_fingerprint(table) if countable else "not countable",
-            truncated=facts.truncated,
-            dropped=facts.dropped,
+            id=trainer.data_name,
+            rows=len(table) if isinstance(table, Dataset) else 0,
+            fingerprint=rows_fingerprint(table) if isinstance(table, Dataset) else "not countable",
+            truncated=trainer.rows.truncated,
+            dropped=trainer.rows.dropped,
         ),
-        template_digest=template_digest(facts.tokenizer),
+        template_digest=template_digest(trainer.processing_class),
         seeds={"seed": args.seed, "data_seed": args.seed if args.data_seed is None else args.data_seed},
         hyperparameters=hyperparameters(args, adapter),
         packages=packages(),
-        preset=facts.preset,
-        loss_backend=facts.ways,
-        memory=MemoryRecord(predicted_bytes=facts.predicted_bytes, measured_peak_bytes=facts.peak_bytes),
+        preset=choice.preset.name,
+        loss_backend={**trainer.assembly.record(), **choice.record()},
+        memory=MemoryRecord(
+            predicted_bytes=None if choice.predicted is None else choice.predicted.total,
+            measured_peak_bytes=trainer.meter.peak_bytes,
+        ),
         hardware=describe_hardware(args.device),
-        steps=facts.steps,
-        final_loss=facts.losses[-1][1] if facts.losses else None,
-        loss_curve=facts.losses[:: 1 + len(facts.losses) // MOST_POINTS],
-        wall_seconds=facts.seconds,
+        steps=trainer.state.global_step,
+        final_loss=losses[-1][1] if losses else None,
+        loss_curve=tuple(losses[:: 1 + len(losses) // MOST_POINTS]),
+        wall_seconds=trainer.meter.seconds,
     )
 
 
@@ -157,3 +119,35 @@ def write_record(record: TrainingRecord, folder: Path) -> Path:
     path = folder / RECORD_FILE
     path.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return path
+
+
+def save_adapter(trainer: RunTrainer, folder: Path) -> Path:
+    """Write the adapter of an `AdapterTrainer` to `folder`. Every process calls it, the first one writes.
+
+    Raises:
+        ConfigurationError: `folder` is there already and is not empty, or the run trained no adapter.
+        ResourceError: it cannot be written.
+    """
+    preset = trainer.memory_choice.preset
+    if preset.trains != "lora":
+        raise ConfigurationError(
+            f"memory_preset={preset.name!r} trains the base itself, so there is no adapter to save. Keep the base with "
+            "save_model(folder)."
+        )
+    tensors = whole_tensors(trainer.bare_model())
+
+    def witness(aside: Path) -> None:
+        if trainer.assembly.initial is not None:
+            write_plain(aside, trainer.assembly.initial)
+        write_record(make_record(trainer), aside)
+        write_probes(adapted, trainer.processing_class, aside)
+
+    with plain(trainer.assembly) as adapted:
+        if trainer.args.should_save:
+            write_adapter(adapted, folder, tensors, also=witness)
+        elif splits_weights(trainer.args):
+            # The witness runs the model, which is whole only with all processes.
+            with tempfile.TemporaryDirectory() as aside:
+                write_probes(adapted, trainer.processing_class, Path(aside))
+    trainer.accelerator.wait_for_everyone()
+    return folder

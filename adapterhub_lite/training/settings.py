@@ -1,0 +1,196 @@
+"""Every setting of a run, described once: name, type, default, help and range. Knows no torch, so that `--help` starts at once.
+
+`RunSettings` holds what a run may be told beyond transformers' own arguments, and those of transformers' whose default is
+another here; `AdapterTrainingArguments` is `TrainingArguments` with these fields. `TrainingRecipe` and `PlanRequest` are
+selections of them: the options of `train` and `plan`, and `train`'s YAML keys. The defaults of learning rate, alpha,
+LoRA+ and save_steps were measured on the example tasks (scripts/bench/results/training_defaults.json).
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from adapterhub_lite.errors import ConfigurationError
+from adapterhub_lite.setting import setting
+
+# Where a run may report to, and the packages of which one is needed for it.
+REPORTERS = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
+}
+TARGET_GROUPS = ("all-linear", "attention", "mlp")
+INITS = r"default|gaussian|orthogonal|pissa|pissa_niter_\d+"
+
+
+@dataclass
+class RunSettings:
+    """The settings of an adapter's run, by the names that `AdapterTrainingArguments` gives them."""
+
+    max_steps: int = setting(-1, "Optimizer steps; -1 means as many as the epochs take.")
+    num_train_epochs: float = setting(3.0, "Passes over the rows, unless a number of steps is given.")
+    per_device_train_batch_size: int = setting(16, "Rows per step on each device.")
+    gradient_accumulation_steps: int = setting(1, "Batches added up before each optimizer step.")
+    learning_rate: float = setting(2e-3, "Peak learning rate of the adapter.")
+    warmup_steps: float = setting(0.05, "Steps of warm-up; below 1, a share of the run.")
+    rank: int = setting(8, "Rank of each LoRA pair.")
+    alpha: int | None = setting(
+        None, "LoRA alpha: the update is scaled by alpha / rank. Twice the rank when not given."
+    )
+    lora_dropout: float = setting(0.0, "Dropout on the input of each LoRA pair.")
+    # HfArgumentParser hands the metadata to argparse, which would give a list without a default.
+    target_modules: str | list[str] = field(
+        default="all-linear",
+        metadata={"help": "Modules to adapt: all-linear, attention or mlp.", "default": "all-linear"},
+    )
+    use_rslora: bool = setting(False, "Scale by alpha / sqrt(rank) (rsLoRA).")
+    use_dora: bool = setting(False, "Learn the magnitude of each weight separately (DoRA).")
+    loraplus_lr_ratio: float | None = setting(
+        None, "Learning rate of B divided by that of A (LoRA+); one rate for both when not given."
+    )
+    init_lora: str = setting("default", "How A and B begin: default, gaussian, orthogonal, pissa or pissa_niter_N.")
+    max_length: int = setting(1024, "Longest row, in tokens.")
+    overlong: Literal["refuse", "truncate", "drop"] = setting(
+        "refuse", "What becomes of a longer row: refuse, truncate or drop."
+    )
+    seed: int = setting(42, "Seed of the adapter and of the order of rows.")
+    save_steps: float = setting(50, "Optimizer steps between checkpoints; below 1, a share of the run.")
+    memory_preset: str = setting("auto", "A memory preset by name; auto plans one for this machine and these rows.")
+    base_dtype: str | None = setting(
+        None, "Dtype the base is loaded in (float32, ...); that of the preset when not given."
+    )
+    on_out_of_memory: Literal["stop", "replan"] = setting(
+        "stop", "When memory runs out: stop and say what fits, or replan with less and go on."
+    )
+    loss_chunk_tokens: int | None = setting(None, "Tokens per tile of the loss; chosen by the loss when not given.")
+    loss_backend: str = setting("auto", "Which loss: auto, tiled, full, model, cut_cross_entropy or liger.")
+    padding_free: bool = setting(True, "Lay the rows of a batch end to end, without padding, where the model can.")
+    fast_lora: bool = setting(True, "Use the leaner LoRA step where a layer allows it.")
+    proof: bool = setting(True, "Prove data, loss and gradients in the first two steps.")
+    preflight: bool = setting(True, "Try the longest batch before the first step.")
+    show_progress: bool = setting(True, "Show the progress bar on the terminal.")
+    # In transformers' order, which its HfArgumentParser depends on.
+    report_to: None | str | list[str] = setting(  # noqa: RUF036
+        "none", "Also report to tensorboard, trackio, wandb or mlflow; several with commas."
+    )
+
+
+# The least value of a setting that must not be smaller.
+AT_LEAST: dict[str, float] = {
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "rank": 1,
+    "alpha": 1,
+    "max_length": 2,
+    "loss_chunk_tokens": 1,
+}
+POSITIVE = ("learning_rate", "save_steps", "loraplus_lr_ratio", "num_train_epochs")
+CHOICES: dict[str, tuple[str, ...]] = {
+    "overlong": ("refuse", "truncate", "drop"),
+    "on_out_of_memory": ("stop", "replan"),
+}
+
+
+def problems_of(values: Mapping[str, Any], shown: Mapping[str, str] | None = None) -> list[str]:
+    """What is wrong with `values`, settings by their names in `RunSettings`, one clause each; `shown` renames them."""
+
+    def clause(name: str, wanted: str) -> str:
+        return f"{(shown or {}).get(name, name)} is {values[name]!r}, expected {wanted}"
+
+    given = {name: value for name, value in values.items() if value is not None}
+    problems = [clause(n, f"{least} or more") for n, least in AT_LEAST.items() if n in given and given[n] < least]
+    problems += [clause(name, "more than 0") for name in POSITIVE if name in given and given[name] <= 0]
+    problems += [
+        clause(name, f"one of {', '.join(allowed)}")
+        for name, allowed in CHOICES.items()
+        if name in given and given[name] not in allowed
+    ]
+    if not re.fullmatch(INITS, given.get("init_lora", "default")):
+        problems.append(clause("init_lora", "default, gaussian, orthogonal, pissa or pissa_niter_N"))
+    if not 0.0 <= given.get("lora_dropout", 0.0) < 1.0:
+        problems.append(clause("lora_dropout", "at least 0 and less than 1"))
+    return problems
+
+
+def same_as(name: str) -> Any:
+    """Return a dataclass field that is the setting `name` of `RunSettings`: its default, its help."""
+    described = next(one for one in fields(RunSettings) if one.name == name)
+    return field(default=described.default, metadata={"help": described.metadata["help"], "setting": name})
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """What `train` lets people choose; everything else is `AdapterTrainingArguments`.
+
+    Raises:
+        ConfigurationError: a value out of range; the text names all of them.
+    """
+
+    steps: int = same_as("max_steps")
+    epochs: float = same_as("num_train_epochs")
+    batch_size: int = same_as("per_device_train_batch_size")
+    accumulation: int = same_as("gradient_accumulation_steps")
+    learning_rate: float = same_as("learning_rate")
+    warmup: float = same_as("warmup_steps")
+    rank: int = same_as("rank")
+    alpha: int | None = same_as("alpha")
+    target_modules: str = same_as("target_modules")
+    max_length: int = same_as("max_length")
+    overlong: Literal["refuse", "truncate", "drop"] = same_as("overlong")
+    seed: int = same_as("seed")
+    save_steps: float = same_as("save_steps")
+    memory_preset: str = same_as("memory_preset")
+    on_out_of_memory: Literal["stop", "replan"] = same_as("on_out_of_memory")
+    use_rslora: bool = same_as("use_rslora")
+    use_dora: bool = same_as("use_dora")
+    loraplus_lr_ratio: float | None = same_as("loraplus_lr_ratio")
+    report_to: str = same_as("report_to")
+    init_lora: str = same_as("init_lora")
+
+    def arguments(self) -> dict[str, Any]:
+        """The settings by their names in `AdapterTrainingArguments`."""
+        return {one.metadata["setting"]: getattr(self, one.name) for one in fields(self)}
+
+    def __post_init__(self) -> None:
+        problems = problems_of(self.arguments(), {one.metadata["setting"]: one.name for one in fields(self)})
+        if self.steps < 1 and self.steps != -1:
+            problems.insert(0, f"steps is {self.steps}, expected 1 or more, or -1 to go by epochs")
+        if self.target_modules not in TARGET_GROUPS:
+            problems.append(f"target_modules is {self.target_modules!r}, expected one of {', '.join(TARGET_GROUPS)}")
+        unknown = set(self.report_to.split(",")) - {*REPORTERS, "none"}
+        if unknown:
+            problems.append(f"report_to has {', '.join(sorted(unknown))!r}, expected {', '.join(REPORTERS)} or none")
+        if problems:
+            raise ConfigurationError("These settings cannot be used: " + "; ".join(problems) + ".")
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What `plan` is asked about: one update on each device.
+
+    Raises:
+        ConfigurationError: a value out of range; the text names all of them.
+    """
+
+    batch_size: int = same_as("per_device_train_batch_size")
+    sequence_length: int = setting(1024, "Longest row, in tokens; longer ones of --data count as this.")
+    rank: int = same_as("rank")
+    target_modules: str = same_as("target_modules")
+    preset: str = setting("auto", "A memory preset by name; auto chooses.")
+    devices: int = setting(1, "How many devices.")
+    nodes: int = setting(1, "Machines with as many devices each.")
+    node_rank: int = setting(0, "Which machine an accelerate config is for, from 0.")
+    main_address: str = setting("", "Address of machine 0, for an accelerate config.")
+    device_memory: str = setting("", "What each device has, for example 16GiB; this machine's when not given.")
+
+    def __post_init__(self) -> None:
+        numbers = ("batch_size", "sequence_length", "rank", "devices", "nodes")
+        problems = [
+            f"{name} is {getattr(self, name)}, expected 1 or more" for name in numbers if getattr(self, name) < 1
+        ]
+        if self.target_modules not in TARGET_GROUPS:
+            problems.append(f"target_modules is {self.target_modules!r}, expected one of {', '.join(TARGET_GROUPS)}")
+        if problems:
+            raise ConfigurationError("These settings cannot be used: " + "; ".join(problems) + ".")
