@@ -36,7 +36,14 @@ class AdapterTrainingArguments(RunSettings, TrainingArguments):
 
     def __post_init__(self) -> None:
         if not hasattr(self, "set_by_hand"):
-            self.set_by_hand = _changed(self)
+            # The fields that differ from their defaults, before `TrainingArguments` fills any in.
+            self.set_by_hand = frozenset(
+                one.name
+                for one in fields(self)
+                if one.init
+                and getattr(self, one.name)
+                != (one.default if one.default_factory is MISSING else one.default_factory())
+            )
         if isinstance(self.target_modules, list) and self.target_modules[:1] in [[name] for name in TARGET_GROUPS]:
             # A command line gives a list; alone, the name of a group stands for the group.
             self.target_modules = self.target_modules[0]
@@ -66,13 +73,3 @@ class AdapterTrainingArguments(RunSettings, TrainingArguments):
         made: AdapterTrainingArguments = replace(self, **values)  # type: ignore[arg-type]
         made.set_by_hand = self.set_by_hand
         return made
-
-
-def _changed(args: AdapterTrainingArguments) -> frozenset[str]:
-    """The fields whose values are not their defaults; looked at before `TrainingArguments` fills any in."""
-    found = set()
-    for one in fields(args):
-        default = one.default_factory() if one.default_factory is not MISSING else one.default
-        if one.init and getattr(args, one.name) != default:
-            found.add(one.name)
-    return frozenset(found)

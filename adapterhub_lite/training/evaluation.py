@@ -63,7 +63,11 @@ def evaluate_exact_match(
     questions = [question_of(row) for row in rows]
     for start in range(0, len(questions), batch_rows):
         batch = questions[start : start + batch_rows]
-        answers = _answers(generate, batch)
+        answers = generate([turns for turns, _ in batch])
+        if len(answers) != len(batch):
+            raise DataError(
+                f"generate was given {len(batch)} chats and returned {len(answers)} answers; give one each."
+            )
         for (turns, wanted), found in zip(batch, answers, strict=True):
             right = normalize(found) == normalize(wanted)
             correct, total = correct + right, total + 1
@@ -94,15 +98,6 @@ def question_of(row: Mapping[str, Any]) -> tuple[Turns, str]:
     if "prompt" in row:
         return list(row["prompt"]), row["completion"][-1]["content"]
     raise DataError(f"Exact match wants messages, or prompt and completion, found {', '.join(map(repr, row))}.")
-
-
-def _answers(generate: Callable[[list[Turns]], Sequence[str]], batch: list[tuple[Turns, str]]) -> Sequence[str]:
-    answers = generate([turns for turns, _ in batch])
-    if len(answers) != len(batch):
-        raise DataError(
-            f"generate was given {len(batch)} chats and returned {len(answers)} answers; one each is wanted."
-        )
-    return answers
 
 
 Judge = Callable[[str, str], float]

@@ -68,11 +68,15 @@ def train_adapter(
         TrainingError: the run stopped because going on would be wrong.
     """
     rows = load_rows(rows)
-    run = Path(folder) / _run_key(base, rows, recipe)
+    run = Path(folder) / run_key(base, rows, recipe)
     finished = read_record(run / "adapter")
     if finished is not None:
         return TrainingOutcome(run / "adapter", finished)
-    arguments = _arguments(recipe, run, show_progress)
+    chosen = {**recipe.arguments(), "report_to": _reporters(recipe.report_to)}
+    # A run publishes nothing that was not asked for: the default makes a Space of the run's figures at its end.
+    arguments = AdapterTrainingArguments(
+        output_dir=str(run), trackio_static_space_id=False, show_progress=show_progress, **chosen
+    )
     trainer = AdapterTrainer(str(base.folder), arguments, train_dataset=rows, base=base)
     if data_id is not None:
         trainer.data_name = data_id
@@ -89,17 +93,6 @@ def train_adapter(
     return TrainingOutcome(adapter, record)
 
 
-def _arguments(recipe: TrainingRecipe, run: Path, show_progress: bool) -> AdapterTrainingArguments:
-    chosen = {**recipe.arguments(), "report_to": _reporters(recipe.report_to)}
-    return AdapterTrainingArguments(
-        output_dir=str(run),
-        # A run publishes nothing that was not asked for: the default makes a Space of the run's figures at its end.
-        trackio_static_space_id=False,
-        show_progress=show_progress,
-        **chosen,
-    )
-
-
 def _reporters(wanted: str) -> list[str]:
     names = [name for name in wanted.split(",") if name != "none"]
     for name in names:
@@ -110,7 +103,7 @@ def _reporters(wanted: str) -> list[str]:
     return names
 
 
-def _run_key(base: ResolvedBase, rows: Any, recipe: TrainingRecipe) -> str:
+def run_key(base: ResolvedBase, rows: Any, recipe: TrainingRecipe) -> str:
     """Twelve hex digits that name a run: the same base, rows and settings give the same run, anything else another."""
     settings = asdict(recipe)
     # Who is told of a run does not change what it does.

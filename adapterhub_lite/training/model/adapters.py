@@ -109,7 +109,7 @@ def with_adapter(
     if isinstance(model, PeftModel):
         _require_trainable(model)
         return model
-    config = peft_config or _lora_config(model, args)
+    config = peft_config or lora_config_of(model, args)
     # Before the adapter is drawn: the Trainer's own seeding comes too late for A.
     set_seed(args.seed)
     try:
@@ -124,12 +124,13 @@ def with_adapter(
     return adapted
 
 
-def _lora_config(model: Any, args: AdapterTrainingArguments) -> LoraConfig:
+def lora_config_of(model: nn.Module, args: AdapterTrainingArguments) -> LoraConfig:
+    """The LoRA that the arguments describe, for `model`."""
     return LoraConfig(
         r=args.rank,
         lora_alpha=args.alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=_targets(model, args.target_modules),
+        target_modules=target_names(model, args.target_modules),
         use_rslora=args.use_rslora,
         use_dora=args.use_dora,
         init_lora_weights=True if args.init_lora == "default" else args.init_lora,
@@ -137,7 +138,7 @@ def _lora_config(model: Any, args: AdapterTrainingArguments) -> LoraConfig:
     )
 
 
-def _targets(model: Any, wanted: Any) -> Any:
+def target_names(model: nn.Module, wanted: str | list[str]) -> str | list[str]:
     """The names behind `attention` and `mlp` that this model has; everything else is PEFT's to understand."""
     if not isinstance(wanted, str) or wanted not in TARGETS:
         return wanted

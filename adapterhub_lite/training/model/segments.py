@@ -135,7 +135,7 @@ def _probabilities(q: Tensor, k: Tensor, scaling: float) -> Tensor:
     return scores.masked_fill_(later, float("-inf")).softmax(-1).view(q.shape[0], -1, length)
 
 
-def _long_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float) -> Tensor:
+def long_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float) -> Tensor:
     """The same with torch's kernel, group by group; for long segments and for GPUs."""
     parts, tokens = [], []
     for group in segments.groups:
@@ -168,7 +168,7 @@ def segmented_attention(
         )
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     short = query.device.type == "cpu" and max(segments.lengths) <= SHORT_TOKENS
-    attend = ShortAttention.apply if short else _long_attention
+    attend = ShortAttention.apply if short else long_attention
     result = attend(query[0], key[0], value[0], segments, factor)
     return result.transpose(0, 1).unsqueeze(0), None
 
@@ -209,7 +209,7 @@ def choose_packing(model: Any, args: AdapterTrainingArguments) -> PackingChoice:
             return PackingChoice(False, f"padded: {reason}")
     before = _attention(inner)
     inner.set_attn_implementation(SEGMENTED)
-    if not _keeps_rows_apart(model):
+    if not keeps_rows_apart(model):
         inner.set_attn_implementation(before)
         return PackingChoice(False, "padded: rows laid end to end did not give the states that they give alone")
     return PackingChoice(True, "rows end to end, checked against rows alone")
@@ -227,7 +227,8 @@ def _attention(inner: Any) -> str:
 
 
 @torch.no_grad()
-def _keeps_rows_apart(model: Any) -> bool:
+def keeps_rows_apart(model: Any) -> bool:
+    """Whether a short row has the same states beside one neighbour, beside another, and alone."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device

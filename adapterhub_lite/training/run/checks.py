@@ -41,8 +41,12 @@ def check_rows(table: Any, tokenizer: PreTrainedTokenizerBase, vocabulary: int) 
         return
     learned_end, before = False, 0
     for part in table.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=ROWS_AT_A_TIME):
-        ids, labels = (_flat(part[name]) for name in ("input_ids", "labels"))
-        _same_lengths(ids.ends, labels.ends, before)
+        ids, labels = (_Flat.of(part[name]) for name in ("input_ids", "labels"))
+        uneven = (ids.ends != labels.ends).nonzero()[0]
+        if len(uneven):
+            raise DataError(
+                f"Row {before + uneven[0]} has another number of labels than of tokens. Give one label per token."
+            )
         goals = labels.values.copy()
         # The first token of a row is predicted by nothing.
         goals[labels.starts[labels.starts < labels.ends]] = IGNORED
@@ -67,20 +71,16 @@ def check_rows(table: Any, tokenizer: PreTrainedTokenizerBase, vocabulary: int) 
 class _Flat(NamedTuple):
     """Lists of numbers laid end to end: `values` (total,), and where each list starts and ends."""
 
+    # numpy arrays of integers, whose width is the table's.
     values: Any
     starts: Any
     ends: Any
 
-
-def _flat(column: Any) -> _Flat:
-    ends = compute.list_value_length(column).to_numpy().cumsum()
-    return _Flat(compute.list_flatten(column).to_numpy(), np.concatenate([[0], ends[:-1]]), ends)
-
-
-def _same_lengths(ids: Any, labels: Any, before: int) -> None:
-    wrong = (ids != labels).nonzero()[0]
-    if len(wrong):
-        raise DataError(f"Row {before + wrong[0]} has another number of labels than of tokens. Give one label a token.")
+    @classmethod
+    def of(cls, column: Any) -> "_Flat":
+        """Read it off an arrow column of lists."""
+        ends = compute.list_value_length(column).to_numpy().cumsum()
+        return cls(compute.list_flatten(column).to_numpy(), np.concatenate([[0], ends[:-1]]), ends)
 
 
 def _in_vocabulary(kind: str, flat: _Flat, counted: Any, vocabulary: int, before: int) -> None:

@@ -68,7 +68,7 @@ def resident_bytes() -> int:
 
 def describe_hardware(device: torch.device) -> dict[str, str | int | float]:
     """Say what the run ran on: the device's name, its count, threads, system."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     return {
         "device": device.type,
@@ -79,7 +79,8 @@ def describe_hardware(device: torch.device) -> dict[str, str | int | float]:
     }
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """The processor as the system names it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():

@@ -54,7 +54,11 @@ class Loaded:
             four, eight = getattr(config, "load_in_4bit", False), getattr(config, "load_in_8bit", False)
             quantization = "nf4" if four else "int8" if eight else str(getattr(config, "quant_method", "other"))
         # The norms and embeddings tell: quantised weights are stored in bytes.
-        return cls(str(model.get_input_embeddings().weight.dtype).removeprefix("torch."), quantization, _adapted(model))
+        return cls(
+            str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
+            quantization,
+            isinstance(model, PeftModel),
+        )
 
     def mismatch(self, preset: MemoryPreset) -> str | None:
         """Why a model like this cannot be what `preset` makes, in one clause."""
@@ -137,16 +141,16 @@ def choose_memory(
     # Another choice in another process, and they would wait for each other for ever.
     machine = replace(machine, memory_bytes=least(machine.memory_bytes))
     asked = workload(args, lengths, machine)
-    attention = _attention_of(facts, machine, base if loaded else None)
+    attention = attention_of(facts, machine, base if loaded else None)
     if args.memory_preset != "auto":
-        preset, reasons = _named(facts, args, machine, loaded, adapter_given)
+        preset, reasons = named_preset(facts, args, machine, loaded, adapter_given)
         try:
             raw = estimate(facts, preset, asked)
         except ConfigurationError as error:
             return _unforeseen(preset, attention(preset), asked, str(error))
         how = False, args.per_device_train_batch_size, 1
         return _choice(preset, raw, attention(preset), reasons, how, overhead, home)
-    candidates = tuple(_by_hand(preset, args) for preset in _suited(args, loaded))
+    candidates = tuple(_by_hand(preset, args) for preset in suited_presets(args, loaded))
     engine = engine_of(args)
     if engine is not None:
         # What was set up for many processes may be asked to run in one, as a run that is resumed there.
@@ -182,10 +186,6 @@ def workload(args: AdapterTrainingArguments, lengths: Sequence[int], machine: Ma
     return Workload(rows, tokens, args.rank, targets, machine.world_size, times, machine.device)
 
 
-def _adapted(model: Any) -> bool:
-    return isinstance(model, PeftModel)
-
-
 def _by_hand(preset: MemoryPreset, args: AdapterTrainingArguments) -> MemoryPreset:
     """`preset` with what was set by hand in its place."""
     changes: dict[str, Any] = {}
@@ -198,7 +198,7 @@ def _by_hand(preset: MemoryPreset, args: AdapterTrainingArguments) -> MemoryPres
     return replace(preset, **changes)
 
 
-def _suited(args: AdapterTrainingArguments, loaded: Loaded | None) -> tuple[MemoryPreset, ...]:
+def suited_presets(args: AdapterTrainingArguments, loaded: Loaded | None) -> tuple[MemoryPreset, ...]:
     """The presets that the model in memory, or a dtype set by hand, leaves open; all of the ladder where neither is."""
     from adapterhub_lite.memory.plan import LADDER
 
@@ -221,7 +221,7 @@ def _suited(args: AdapterTrainingArguments, loaded: Loaded | None) -> tuple[Memo
     return (single, *(p for p in open_ones if p is not single), *([] if again in open_ones else [again]))
 
 
-def _named(
+def named_preset(
     facts: ModelFacts,
     args: AdapterTrainingArguments,
     machine: Machine,
@@ -235,7 +235,7 @@ def _named(
     problems = [
         refusal(preset, machine, model_quantized=quantized),
         loaded.mismatch(_by_hand(preset, args)) if loaded else None,
-        *_contradictions(preset, args, adapter_given),
+        *contradictions(preset, args, adapter_given),
     ]
     found = [problem for problem in problems if problem is not None]
     if found:
@@ -244,7 +244,8 @@ def _named(
     return _by_hand(preset, args), ("asked for by name", *(f"{one} was set by hand" for one in by_hand))
 
 
-def _contradictions(preset: MemoryPreset, args: AdapterTrainingArguments, adapter_given: bool) -> list[str]:
+def contradictions(preset: MemoryPreset, args: AdapterTrainingArguments, adapter_given: bool) -> list[str]:
+    """What was set by hand and cannot be together with `preset`, one clause each."""
     hand = args.set_by_hand
     rules = (
         (adapter_given and preset.trains != "lora", "it trains no LoRA, and a peft_config was given"),
@@ -261,7 +262,7 @@ def _contradictions(preset: MemoryPreset, args: AdapterTrainingArguments, adapte
     return [reason for broken, reason in rules if broken]
 
 
-def _attention_of(facts: ModelFacts, machine: Machine, model: Any) -> Callable[[MemoryPreset], str]:
+def attention_of(facts: ModelFacts, machine: Machine, model: Any) -> Callable[[MemoryPreset], str]:
     """A function (preset) -> "name: reason" of the attention implementation; `model` in memory has its own."""
     if model is not None:
         own = f"{model.config._attn_implementation}: that of the model given"

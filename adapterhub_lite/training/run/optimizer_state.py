@@ -42,7 +42,11 @@ def save_state(trainer: Trainer, folder: Path) -> None:
     if trainer.args.should_save:
         found[STEP] = torch.tensor(states.step)
         save_file({name: tensor.detach().cpu().clone() for name, tensor in found.items()}, folder / STATE_FILE)
-        torch.save(_schedule(trainer), folder / SCHEDULER_NAME)
+        assert trainer.lr_scheduler is not None, "a run that has begun has a schedule"
+        schedule: dict[str, Any] = trainer.lr_scheduler.state_dict()
+        # With the rates of the filled groups alone.
+        rates = {name: [schedule[name][i] for i in _filled(trainer)] for name in RATES if name in schedule}
+        torch.save({**schedule, **rates}, folder / SCHEDULER_NAME)
 
 
 def load_checkpoint(trainer: Trainer, folder: Path) -> None:
@@ -82,14 +86,6 @@ def load_state(trainer: Trainer, folder: Path) -> None:
     for name, parameter in trained.items():
         states.write(parameter, kept[name], step)
     _load_schedule(trainer, torch.load(folder / SCHEDULER_NAME, weights_only=True))
-
-
-def _schedule(trainer: Trainer) -> dict[str, Any]:
-    """The state of the schedule, with the rates of the filled groups alone."""
-    assert trainer.lr_scheduler is not None, "a run that has begun has a schedule"
-    state = trainer.lr_scheduler.state_dict()
-    rates = {name: [state[name][group] for group in _filled(trainer)] for name in RATES if name in state}
-    return {**state, **rates}
 
 
 def _load_schedule(trainer: Trainer, kept: dict[str, Any]) -> None:

@@ -36,7 +36,10 @@ def describe_base(base: ResolvedBase | None, model: Any) -> BaseRecord:
     """Say which base a run started from; a model that came without one is identified by its weights in memory."""
     config = model.config
     quantization = getattr(config, "quantization_config", None)
-    method = None if quantization is None else json.dumps(_plain(quantization), sort_keys=True, default=str)
+    method = None
+    if quantization is not None:
+        settings = quantization.to_dict() if hasattr(quantization, "to_dict") else quantization
+        method = json.dumps(settings, sort_keys=True, default=str)
     if base is not None:
         return BaseRecord(
             id=base.model_id,
@@ -57,10 +60,6 @@ def describe_base(base: ResolvedBase | None, model: Any) -> BaseRecord:
         fingerprint=f"memory:{digest.hexdigest()}",
         quantization=method,
     )
-
-
-def _plain(quantization: Any) -> Any:
-    return quantization.to_dict() if hasattr(quantization, "to_dict") else quantization
 
 
 def hyperparameters(args: AdapterTrainingArguments, peft: Mapping[str, Any]) -> dict[str, Any]:
