@@ -92,7 +92,10 @@ def test_the_record_is_complete(make_trainer: Any, tmp_path: Path) -> None:
     record = trainer.record()
     assert record.base.fingerprint == trainer.base.fingerprint and len(record.base.fingerprint) == 64
     assert record.seeds == {"seed": 7, "data_seed": 11}
-    assert record.hyperparameters["learning_rate"] == trainer.args.learning_rate and record.hyperparameters["adapter"]["r"] == 4
+    assert (
+        record.hyperparameters["learning_rate"] == trainer.args.learning_rate
+        and record.hyperparameters["adapter"]["r"] == 4
+    )
     assert not any("token" in key and "hub" in key for key in record.hyperparameters)
     assert {"torch", "transformers", "peft"} <= set(record.packages)
     assert record.loss_backend["name"] in ("tiled", "full") and "end to end" in record.loss_backend["batches"]
