@@ -1,4 +1,4 @@
-"""Our own strict reading of `adapter_config.json`: the LoRA family, known keys, types and bounds, nothing that acts.
+"""Our own strict reading of `adapter_config.json`: what decides the answers, what is inert, and nothing that acts.
 
 PEFT's configuration can name modules to import and files to load; of those keys only the value that does nothing is
 accepted. What passes is written out again by `to_peft`, so that what is kept was made here.
@@ -8,11 +8,12 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, ValidationError
+from pydantic import Field, ValidationError
 
+from adapterhub_lite.adapter_format.patterns import ModuleName, Pattern, is_plain, layer_indices, named, values_for
 from adapterhub_lite.adapter_format.record import StrictModel
 from adapterhub_lite.adapter_format.strict_json import strict_json
 
@@ -20,10 +21,11 @@ MAX_CONFIG_BYTES = 64 << 10
 MAX_RANK = 1024
 MAX_SCALING = 64.0
 MAX_TARGETS = 2000
+ALL_LINEAR = "all-linear"
 
-ModuleName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$", max_length=200)]
 Rank = Annotated[int, Field(gt=0, le=MAX_RANK)]
 Alpha = Annotated[float, Field(gt=0, le=MAX_RANK * MAX_SCALING, allow_inf_nan=False)]
+Layer = Annotated[int, Field(ge=0, lt=10_000)]
 
 # key -> (values under which it does nothing, why any other is refused)
 INERT: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -31,7 +33,6 @@ INERT: dict[str, tuple[tuple[Any, ...], str]] = {
     "megatron_config": ((None,), "it configures a library to import"),
     "megatron_core": ((None, "megatron.core"), "it names a library to import"),
     "loftq_config": ((None, {}), "it changes the base's weights at load"),
-    "eva_config": ((None,), "it only serves to initialise training"),
     "corda_config": ((None,), "it names files to load"),
     "lora_ga_config": ((None,), "it names files to load"),
     "velora_config": ((None,), "this variant is not supported"),
@@ -47,9 +48,15 @@ INERT: dict[str, tuple[tuple[Any, ...], str]] = {
     "trainable_token_indices": ((None,), "it changes the base's embeddings"),
     "target_parameters": ((None, []), "only modules are adapted, not single parameters"),
     "ensure_weight_tying": ((False,), "it changes how the base is tied"),
-    "init_lora_weights": ((True, False, "gaussian", "orthogonal"), "this initialisation changes the base's weights"),
+    "init_lora_weights": (
+        (True, False, "gaussian", "orthogonal", "eva"),
+        "this initialisation changes the base's weights, so the adapter alone does not say what it does; convert it to "
+        "a plain LoRA (PEFT: save_pretrained with path_initial_model_for_weight_conversion)",
+    ),
     "bias": (("none",), "biases of the base are not part of an adapter"),
 }
+# What a training run set up its adapter with; it says nothing about the adapter that came out.
+SPENT = frozenset({"eva_config", "runtime_config"})
 
 
 class LoraConfigFile(StrictModel):
@@ -64,26 +71,24 @@ class LoraConfigFile(StrictModel):
     r: Rank
     lora_alpha: Alpha
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: Annotated[list[ModuleName], Field(min_length=1, max_length=MAX_TARGETS)]
-    exclude_modules: Annotated[list[ModuleName], Field(max_length=MAX_TARGETS)] | None = None
-    layers_to_transform: (
-        list[Annotated[int, Field(ge=0, lt=10_000)]] | Annotated[int, Field(ge=0, lt=10_000)] | None
-    ) = None
-    layers_pattern: list[ModuleName] | ModuleName | None = None
+    target_modules: Annotated[list[ModuleName], Field(min_length=1, max_length=MAX_TARGETS)] | Pattern
+    exclude_modules: Annotated[list[ModuleName], Field(max_length=MAX_TARGETS)] | Pattern | None = None
+    layers_to_transform: list[Layer] | Layer | None = None
+    layers_pattern: list[Pattern] | Pattern | None = None
     fan_in_fan_out: bool = False
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
-    rank_pattern: dict[ModuleName, Rank] = Field(default_factory=dict, max_length=MAX_TARGETS)
-    alpha_pattern: dict[ModuleName, Alpha] = Field(default_factory=dict, max_length=MAX_TARGETS)
+    rank_pattern: dict[Pattern, Rank] = Field(default_factory=dict, max_length=MAX_TARGETS)
+    alpha_pattern: dict[Pattern, Alpha] = Field(default_factory=dict, max_length=MAX_TARGETS)
 
     def deciding(self) -> dict[str, Any]:
         """What decides the answers: part of the adapter's digest, so a key is never added or renamed here."""
         return {
             "r": self.r,
             "lora_alpha": float(self.lora_alpha),
-            "target_modules": sorted(set(self.target_modules)),
-            "exclude_modules": sorted(set(self.exclude_modules or ())),
+            "target_modules": _listed(self.target_modules),
+            "exclude_modules": _listed(self.exclude_modules or ()),
             "layers_to_transform": self.layers_to_transform,
             "layers_pattern": self.layers_pattern,
             "fan_in_fan_out": self.fan_in_fan_out,
@@ -103,7 +108,7 @@ class LoraConfigFile(StrictModel):
             base_model_name_or_path=base_id,
             revision=revision,
             inference_mode=True,
-            target_modules=sorted(set(self.target_modules)),
+            target_modules=_listed(self.target_modules),
             bias="none",
             modules_to_save=None,
             init_lora_weights=True,
@@ -114,54 +119,51 @@ class LoraConfigFile(StrictModel):
         return (json.dumps(kept, indent=2, sort_keys=True) + "\n").encode()
 
     def targets(self, modules: Iterable[str]) -> set[str]:
-        """Those of a base's `modules` (dotted names) that PEFT would put this LoRA on."""
-        wanted, excluded = tuple(self.target_modules), tuple(self.exclude_modules or ())
-        return {m for m in modules if _named(m, wanted) and not _named(m, excluded) and self._in_layers(m)}
+        """Those of a base's `modules` (dotted names) that PEFT would put this LoRA on; not for `all-linear`.
 
-    def _in_layers(self, module: str) -> bool:
-        if self.layers_to_transform is None or module in self.target_modules:
-            return True
+        Raises:
+            PatternError: a pattern takes too long.
+        """
+        modules = list(modules)
+        left = set(modules) - named(self.exclude_modules, modules)
+        found = named(self.target_modules, left)
+        if isinstance(self.target_modules, str) or self.layers_to_transform in (None, []):
+            return found
         chosen = self.layers_to_transform
-        layers = {chosen} if isinstance(chosen, int) else set(chosen)
-        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
-        parts = module.split(".")
-        indices = [
-            int(part) for before, part in pairwise(parts) if part.isdecimal() and (not patterns or before in patterns)
-        ]
-        return bool(indices) and indices[-1] in layers
+        layers = {chosen} if isinstance(chosen, int) else set(chosen or ())
+        inside = layer_indices(found, self.layers_pattern)
+        # A module that is named in full is meant wherever it lies.
+        return {m for m in found if m in self.target_modules or inside.get(m) in layers}
+
+    def resolved(self, bound: Iterable[str]) -> "LoraConfigFile":
+        """The same LoRA without patterns, for an adapter with tensors for the modules `bound` and no others.
+
+        A configuration of plain names alone stays as it is.
+
+        Raises:
+            PatternError: a pattern takes too long.
+        """
+        modules = sorted(bound)
+        changes: dict[str, Any] = {}
+        if isinstance(self.target_modules, str) or isinstance(self.exclude_modules, str):
+            changes = {
+                "target_modules": modules,
+                "exclude_modules": None,
+                "layers_to_transform": None,
+                "layers_pattern": None,
+            }
+        for field in ("rank_pattern", "alpha_pattern"):
+            if not all(is_plain(key) for key in getattr(self, field)):
+                changes[field] = values_for(getattr(self, field), modules)
+        return self.model_copy(update=changes)
 
 
-def read_lora_config(content: bytes) -> LoraConfigFile:
-    """Read the bytes of an `adapter_config.json`.
+@dataclass(frozen=True)
+class ConfigReading:
+    """A configuration as read, with `notes` on what in the file was dropped because it changes nothing."""
 
-    Raises:
-        ConfigProblems: with every problem found.
-    """
-    try:
-        found = strict_json(content, what="adapter_config.json", limit=MAX_CONFIG_BYTES)
-    except ValueError as error:
-        raise ConfigProblems([str(error)]) from None
-    problems = []
-    for key, (harmless, reason) in INERT.items():
-        value = found.pop(key, harmless[0])
-        # type() too: 0 == False and 1 == True in Python, not in a schema.
-        if not any(value == ok and type(value) is type(ok) for ok in harmless):
-            problems.append(f"adapter_config.json sets {key} to {_short(value)}: {reason}")
-    if isinstance(found.get("target_modules"), str):
-        problems.append(
-            f"target_modules is a pattern ({_short(found['target_modules'])}); only a list of module names is taken"
-        )
-        del found["target_modules"]
-    try:
-        config = LoraConfigFile.model_validate_json(json.dumps(found))
-    except ValidationError as error:
-        already = {"target_modules"} if any(p.startswith("target_modules") for p in problems) else set()
-        problems += [_problem(e) for e in error.errors() if e["loc"][0] not in already or e["type"] != "missing"][:20]
-        raise ConfigProblems(problems or ["adapter_config.json is not a LoRA configuration"]) from None
-    problems += _scaling_problems(config)
-    if problems:
-        raise ConfigProblems(problems)
-    return config
+    config: LoraConfigFile
+    notes: tuple[str, ...] = ()
 
 
 class ConfigProblems(ValueError):  # noqa: N818 - a list of findings, turned into one error with all others
@@ -170,6 +172,44 @@ class ConfigProblems(ValueError):  # noqa: N818 - a list of findings, turned int
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
         super().__init__("; ".join(problems))
+
+
+def read_lora_config(content: bytes) -> LoraConfigFile:
+    """Read the bytes of an `adapter_config.json`; raises as `examine_lora_config` does."""
+    return examine_lora_config(content).config
+
+
+def examine_lora_config(content: bytes) -> ConfigReading:
+    """Read the bytes of an `adapter_config.json`, and say what of them was dropped.
+
+    Raises:
+        ConfigProblems: with every problem found.
+    """
+    try:
+        found = strict_json(content, what="adapter_config.json", limit=MAX_CONFIG_BYTES)
+    except ValueError as error:
+        raise ConfigProblems([str(error)]) from None
+    problems, notes = [], []
+    for key, (harmless, reason) in INERT.items():
+        value = found.pop(key, harmless[0])
+        # type() too: 0 == False and 1 == True in Python, not in a schema.
+        if not any(value == ok and type(value) is type(ok) for ok in harmless):
+            problems.append(f"adapter_config.json sets {key} to {_short(value)}: {reason}")
+    notes += [f"{key} was used up by training" for key in SPENT if found.pop(key, None)]
+    try:
+        config = LoraConfigFile.model_validate_json(json.dumps(found))
+    except ValidationError as error:
+        problems += _problems(error)
+        raise ConfigProblems(problems) from None
+    problems += _scaling_problems(config)
+    if problems:
+        raise ConfigProblems(problems)
+    return ConfigReading(config, tuple(notes))
+
+
+def _listed(names: Iterable[str] | str) -> Any:
+    """A pattern as it is, names sorted and once each."""
+    return names if isinstance(names, str) else sorted(set(names))
 
 
 def _scaling_problems(config: LoraConfigFile) -> list[str]:
@@ -181,12 +221,20 @@ def _scaling_problems(config: LoraConfigFile) -> list[str]:
     return [f"alpha {max(alphas):g} over rank {min(ranks)} scales by {largest:g}, at most {MAX_SCALING:g} is taken"]
 
 
-def _named(module: str, names: tuple[str, ...]) -> bool:
-    return any(module == name or module.endswith(f".{name}") for name in names)
+def _problems(error: ValidationError) -> list[str]:
+    """One sentence for each place that is wrong; where a list or a text could stand, of what came nearest."""
+    found: dict[str, Any] = {}
+    for one in error.errors():
+        place = ".".join(
+            str(part) for part in one["loc"] if not re.match(r"function-after|constrained|list\[", str(part))
+        )
+        if place not in found or found[place]["type"] in ("list_type", "string_type", "int_type"):
+            found[place] = one
+    inner = {place.rpartition(".")[0] for place in found}
+    return [_problem(place, one) for place, one in found.items() if place not in inner][:20]
 
 
-def _problem(error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"])
+def _problem(where: str, error: Any) -> str:
     if error["type"] == "extra_forbidden":
         return f"adapter_config.json has the unknown key {where!r:.80}"
     return f"adapter_config.json: {where:.80}: {error['msg']}, got {_short(error['input'])}"

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from adapterhub_lite.adapter_format.patterns import values_for
 from adapterhub_lite.adapter_format.probes import PROBES_FILE as PROBES_FILE
 from adapterhub_lite.adapter_format.record import BaseRecord, StrictModel, TrainingRecord
 from adapterhub_lite.adapter_format.reference import is_name
@@ -45,7 +46,7 @@ class LoraRecord(StrictModel):
     """What kind of LoRA it is. `modules_bound` of `modules_total` targeted modules of the base have a pair of tensors.
 
     `scaling` is the factor on B @ A: alpha / rank, or alpha / sqrt(rank) with `use_rslora`; the patterns hold what
-    differs for single modules (module name or name ending -> value).
+    differs for single modules (pattern -> value; the first that fits the end of a module's name counts, as in PEFT).
     """
 
     rank: int = Field(gt=0)
@@ -67,13 +68,13 @@ class LoraRecord(StrictModel):
 
     def rank_of(self, module: str) -> int:
         """The rank of the pair on `module` (full dotted name in the base)."""
-        return int(_of_pattern(self.rank_pattern, module, self.rank))
+        return values_for(self.rank_pattern, [module]).get(module, self.rank)
 
     def scaling_of(self, module: str) -> float:
         """The factor on B @ A of the pair on `module` (full dotted name in the base)."""
         rank = self.rank_of(module)
-        alpha = _of_pattern(self.alpha_pattern, module, self.alpha)
-        return float(alpha / rank**0.5 if self.use_rslora else alpha / rank)
+        alpha = values_for(self.alpha_pattern, [module]).get(module, self.alpha)
+        return alpha / rank**0.5 if self.use_rslora else alpha / rank
 
 
 class EvaluationRecord(StrictModel):
@@ -184,11 +185,3 @@ def adapter_digest(deciding_config: dict[str, Any], weights_sha256: str, base_fi
 def canonical_json(value: Any) -> bytes:
     """JSON with sorted keys and no spaces: what digests and signatures are computed over."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def _of_pattern(pattern: dict[str, Any], module: str, default: float) -> float:
-    # The first key wins, as in PEFT (get_pattern_key walks the keys in order).
-    for key, value in pattern.items():
-        if module == key or module.endswith(f".{key}"):
-            return float(value)
-    return default

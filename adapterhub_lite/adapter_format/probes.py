@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterhub_lite.adapter_format.safetensors_header import nonfinite_tensors, read_tensor_entries
 from adapterhub_lite.errors import AdapterRejectedError, IntegrityError
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 PROBES_FILE = "probes.safetensors"
 PROBES_FORMAT = "adapterhub-probes-1"
+PROBES_TENSORS = {"tokens": "I64", "lengths": "I64", "top_ids": "I64", "top_logits": "F32"}
 TOP_K = 16
 MAX_PROBES = 64
 MAX_PROBE_TOKENS = 512
@@ -119,6 +121,17 @@ def compare_logits(probes: Probes, logits: "torch.Tensor", dtype: str) -> ProbeR
     return ProbeResult(max_abs_difference=worst, tolerance=tolerance, passed=worst <= tolerance)
 
 
+def probes_problems(path: Path) -> list[str]:
+    """What is wrong with the probes file at `path` by its header and values, before anything loads it. No torch."""
+    try:
+        entries = read_tensor_entries(path)
+    except ValueError as error:
+        return [str(error)]
+    if {entry.name: entry.dtype for entry in entries} != PROBES_TENSORS:
+        return [f"{path.name} does not hold exactly {', '.join(PROBES_TENSORS)}"]
+    return [f"{path.name} holds NaN or infinity"] if any(nonfinite_tensors(path, entries)) else []
+
+
 def read_probes(folder_or_path: str | Path) -> Probes:
     """Read and check a probes file, given it or its folder.
 
@@ -135,7 +148,7 @@ def read_probes(folder_or_path: str | Path) -> Probes:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (OSError, SafetensorError) as error:
         raise IntegrityError(f"{path.name} could not be read as probes: {error}.") from error
-    if metadata.get("format") != PROBES_FORMAT or set(found) != {"tokens", "lengths", "top_ids", "top_logits"}:
+    if metadata.get("format") != PROBES_FORMAT or set(found) != set(PROBES_TENSORS):
         raise IntegrityError(f"{path.name} holds no probes of this format ({PROBES_FORMAT}).")
     tokens, lengths = found["tokens"], found["lengths"]
     probes, longest = tokens.shape if tokens.dim() == 2 else (0, 0)

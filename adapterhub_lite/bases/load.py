@@ -1,5 +1,6 @@
 """Loading a resolved base into memory. The only place that calls `from_pretrained` for a base."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,12 @@ def load_base_model(
         # nn.Module's own `to`: the one that transformers wraps around it has no usable type.
         torch.nn.Module.to(model, device)
     return model
+
+
+def saved_dtype(folder: str | Path) -> str:
+    """The torch name of the dtype that the base in `folder` was saved in, as its configuration says."""
+    config = json.loads((Path(folder) / "config.json").read_bytes())
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
 
 
 def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from adapterhub_lite.adapter_format.quantization import Quantization
 from adapterhub_lite.errors import UnknownNameError
 
 Trained = Literal["all", "head", "lora"]
@@ -56,19 +57,9 @@ class MemoryPreset:
         """The bitsandbytes configuration for `from_pretrained`, or None. The head is left as it is."""
         if self.quantization is None:
             return None
-        from transformers import BitsAndBytesConfig
-
-        if self.quantization == "int8":
-            return BitsAndBytesConfig(load_in_8bit=True)
         # FSDP can only split storage of one dtype (bitsandbytes#970).
-        storage = self.torch_dtype if self.strategy == "fsdp" else torch.uint8
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=self.torch_dtype,
-            bnb_4bit_quant_storage=storage,
-        )
+        storage = self.torch_dtype if self.strategy == "fsdp" else None
+        return Quantization(self.quantization).bitsandbytes(self.torch_dtype, storage)
 
     def training_arguments(self) -> dict[str, Any]:
         """The fields of `TrainingArguments` that this preset sets; what a user sets by hand wins over them."""

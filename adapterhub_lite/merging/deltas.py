@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from adapterhub_lite.adapter_format.manifest import LoraRecord
-
-PREFIX = "base_model.model."
+from adapterhub_lite.adapter_format.pairs import read_pairs
+from adapterhub_lite.adapter_format.tensor_names import LORA_A, LORA_B, tensor_name
 
 
 @dataclass(frozen=True)
@@ -40,25 +39,16 @@ class Factors:
 
 def read_factors(path: Path, lora: LoraRecord) -> dict[str, Factors]:
     """Read the (validated) weights of a plain LoRA: module name -> factors, the module's own scaling in `b`."""
-    tensors: dict[str, torch.Tensor] = {}
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 - not a dict
-            tensors[name] = file.get_tensor(name).float()
-    found = {}
-    for name, a in tensors.items():
-        if name.endswith(".lora_A.weight"):
-            module = name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
-            b = tensors[f"{PREFIX}{module}.lora_B.weight"]
-            found[module] = Factors(a, b * lora.scaling_of(module))
-    return found
+    pairs = read_pairs(path, lora.scaling_of)
+    return {module: Factors(pair.a.float(), pair.b.float() * pair.scaling) for module, pair in pairs.items()}
 
 
 def as_tensors(factors: dict[str, Factors], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The tensors of a PEFT file for these factors, whose configuration has to scale by one."""
     tensors = {}
     for module, pair in sorted(factors.items()):
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = pair.a.to(dtype).contiguous()
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = pair.b.to(dtype).contiguous()
+        tensors[tensor_name(module, LORA_A)] = pair.a.to(dtype).contiguous()
+        tensors[tensor_name(module, LORA_B)] = pair.b.to(dtype).contiguous()
     return tensors
 
 

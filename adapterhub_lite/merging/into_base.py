@@ -11,14 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterhub_lite.adapter_format.binding import name_in_base
 from adapterhub_lite.adapter_format.lora_config import read_lora_config
 from adapterhub_lite.adapter_format.manifest import CONFIG_FILE, WEIGHTS_FILE
-from adapterhub_lite.adapter_format.safetensors_header import read_tensor_entries
-from adapterhub_lite.bases import ResolvedBase, base_fingerprint, find_base
+from adapterhub_lite.bases import ResolvedBase, base_fingerprint, base_modules, find_base, stored_modules
 from adapterhub_lite.errors import UsageError
 from adapterhub_lite.merging.refusals import RECEIPT_FILE, refuse_base, refuse_tied, refuse_variants
 from adapterhub_lite.registry import AdapterManifest, AdapterReference, AdapterRegistry
-from adapterhub_lite.registry.check.binding import MAX_BASE_HEADER_BYTES, Modules, base_modules, name_in_base
 from adapterhub_lite.registry.store.store import machine_errors
 
 if TYPE_CHECKING:
@@ -133,25 +132,17 @@ def _write_model(
 
 def _by_tensor(manifest: AdapterManifest, factors: "dict[str, Factors]", base: ResolvedBase) -> "dict[str, Factors]":
     """The factors by the name of the base's tensor they are added to."""
-    modules: Modules = base_modules(base.folder)
+    modules, stored = base_modules(base.folder), stored_modules(base.folder)
     config = json.loads((base.folder / "config.json").read_bytes())
     changes = {}
     for module, pair in factors.items():
         name = name_in_base(module, modules)
         assert name is not None, "bound when it was added"
         tied = config.get("tie_word_embeddings", False) and name.endswith(("lm_head", "embed_tokens", "wte"))
-        if tied or name not in _stored_modules(base.folder):
+        if tied or name not in stored:
             raise refuse_tied(manifest, module)
         changes[f"{name}.weight"] = pair
     return changes
-
-
-def _stored_modules(folder: Path) -> set[str]:
-    return {
-        entry.name.removesuffix(".weight")
-        for path in folder.glob("*.safetensors")
-        for entry in read_tensor_entries(path, header_limit=MAX_BASE_HEADER_BYTES)
-    }
 
 
 def _merge_file(

@@ -6,20 +6,24 @@ from typing import Any
 
 from adapterhub_lite.adapter_format.manifest import AdapterManifest
 from adapterhub_lite.adapter_format.probes import PROBES_FILE, ProbeResult, read_probes, replay_probes, write_probes
-from adapterhub_lite.bases import ResolvedBase, find_base, load_base_model, load_tokenizer
+from adapterhub_lite.adapter_format.quantization import Quantization
+from adapterhub_lite.bases import ResolvedBase, find_base, load_base_model, load_tokenizer, saved_dtype
 from adapterhub_lite.errors import BaseMismatchError, UsageError
 from adapterhub_lite.registry.store.store import Store
 
 
-def ensure_probes(folder: Path, base: ResolvedBase) -> ProbeResult | None:
+def ensure_probes(folder: Path, base: ResolvedBase, quantization: str | None) -> ProbeResult | None:
     """Replay the probes of the (validated) adapter in `folder` on `base`, or record them where there are none.
 
+    The base is quantised as it was when the adapter was trained: `quantization` is what the record says.
+
     Raises:
+        UsageError: it cannot be quantised so here.
         BaseMismatchError: the adapter behaves otherwise than recorded.
     """
     if (folder / PROBES_FILE).is_file():
-        return check_probes(folder, base, folder.name)
-    write_probes(adapted_model(folder, base), load_tokenizer(base.folder), folder)
+        return check_probes(folder, base, folder.name, quantization)
+    write_probes(adapted_model(folder, base, quantization), load_tokenizer(base.folder), folder)
     return None
 
 
@@ -27,7 +31,7 @@ def check_probes(folder: Path, base: ResolvedBase | None, subject: str, quantiza
     """Replay the probes of the (validated) adapter in `folder` on `base`.
 
     Raises:
-        UsageError: there is no base, or there are no probes to replay.
+        UsageError: there is no base, it cannot be quantised as recorded, or there are no probes to replay.
         BaseMismatchError: the adapter behaves otherwise than recorded.
     """
     if base is None:
@@ -48,7 +52,7 @@ def check_stored(store: Store, manifest: AdapterManifest, *, base: ResolvedBase 
     """Replay the probes of a stored version on `base` (None: its own, where it is in this home).
 
     Raises:
-        UsageError: there is no base, or there are no probes to replay.
+        UsageError: there is no base, it cannot be quantised as recorded, or there are no probes to replay.
         BaseMismatchError: the adapter behaves otherwise than recorded.
     """
     base = base or find_base(manifest.base, store.home)
@@ -60,25 +64,22 @@ def check_stored(store: Store, manifest: AdapterManifest, *, base: ResolvedBase 
 
 
 def adapted_model(folder: Path, base: ResolvedBase, quantization: str | None = None) -> Any:
-    """The base with the (validated) adapter in `folder` on it, in the dtype of its probes where it has them."""
+    """The base with the (validated) adapter in `folder` on it, in the dtype of its probes, or else in its own.
+
+    `quantization` is what a record says of the base; it is quantised in the same way.
+
+    Raises:
+        UsageError: it cannot be quantised so here.
+    """
     import torch
     from peft import PeftModel
 
-    name = read_probes(folder).dtype if (folder / PROBES_FILE).is_file() else ""
-    dtype = getattr(torch, name, None) if name in ("float32", "float16", "bfloat16") else None
-    model = load_base_model(base.folder, dtype=dtype, quantization_config=_quantized(quantization, dtype))
+    try:
+        kind = Quantization.of(quantization)
+    except ValueError as error:
+        raise UsageError(f"The probes cannot be asked as they were recorded: {error}.") from None
+    name = read_probes(folder).dtype if (folder / PROBES_FILE).is_file() else saved_dtype(base.folder)
+    dtype = getattr(torch, name if name in ("float32", "float16", "bfloat16") else "float32")
+    config = kind.bitsandbytes(dtype) if kind else None
+    model = load_base_model(base.folder, dtype=dtype, quantization_config=config)
     return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False).eval()
-
-
-def _quantized(quantization: str | None, dtype: Any) -> Any:
-    if quantization is None:
-        return None
-    from transformers import BitsAndBytesConfig
-
-    if quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    if quantization.startswith("nf4"):
-        return BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
-    raise UsageError(f"This version cannot load a base quantised as {quantization!r}.")

@@ -15,6 +15,7 @@ from typing import Literal
 
 from filelock import FileLock
 
+from adapterhub_lite.adapter_format.folder import ALLOWED_SIZES
 from adapterhub_lite.adapter_format.manifest import (
     CONFIG_FILE,
     MANIFEST_FILE,
@@ -32,7 +33,6 @@ from adapterhub_lite.errors import (
     UnknownNameError,
     UsageError,
 )
-from adapterhub_lite.registry.check.survey import ALLOWED_SIZES
 from adapterhub_lite.registry.hub.aliases import aliases_at
 from adapterhub_lite.registry.hub.client import HubRepo
 from adapterhub_lite.registry.hub.receipts import Progress, PullReceipt

@@ -10,6 +10,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapterhub_lite.adapter_format.folder import ALLOWED_FILES, ALLOWED_SIZES
 from adapterhub_lite.adapter_format.manifest import (
     LOSS_FILE,
     MANIFEST_FILE,
@@ -19,7 +20,6 @@ from adapterhub_lite.adapter_format.manifest import (
 )
 from adapterhub_lite.adapter_format.reference import AdapterReference
 from adapterhub_lite.errors import HubPermissionError, IntegrityError, PublishConflictError
-from adapterhub_lite.registry.check.survey import ALLOWED_FILES, ALLOWED_SIZES
 from adapterhub_lite.registry.hub.card import card_files
 from adapterhub_lite.registry.hub.client import WRITE_TRIES, HubRepo, Patience, RemoteCommit
 from adapterhub_lite.registry.hub.errors import ConflictError

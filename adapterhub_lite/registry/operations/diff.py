@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adapterhub_lite.adapter_format.manifest import WEIGHTS_FILE, AdapterManifest
+from adapterhub_lite.adapter_format.pairs import read_pairs
 from adapterhub_lite.registry.store.store import Store
 
 if TYPE_CHECKING:
     import torch
-
-PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -117,16 +116,8 @@ def _shape(pair: Any) -> tuple[int, int]:
 
 def _read_pairs(store: Store, manifest: AdapterManifest) -> "dict[str, tuple[Any, Any]]":
     """A and scaled B of each module, in fp64."""
-    from safetensors.torch import load_file
-
-    tensors = load_file(store.file(manifest, WEIGHTS_FILE))
-    found = {}
-    for name, a in tensors.items():
-        if name.endswith(".lora_A.weight"):
-            module = name.removeprefix(PREFIX).removesuffix(".lora_A.weight")
-            b = tensors[f"{PREFIX}{module}.lora_B.weight"].double() * manifest.lora.scaling_of(module)
-            found[module] = (a.double(), b)
-    return found
+    pairs = read_pairs(store.file(manifest, WEIGHTS_FILE), manifest.lora.scaling_of)
+    return {module: (pair.a.double(), pair.b.double() * pair.scaling) for module, pair in pairs.items()}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from adapterhub_lite.adapter_format.folder import ALLOWED_SIZES, Survey, survey_folder
 from adapterhub_lite.adapter_format.lora_config import LoraConfigFile
 from adapterhub_lite.adapter_format.manifest import (
     CONFIG_FILE,
@@ -32,9 +33,8 @@ from adapterhub_lite.adapter_format.reference import is_name
 from adapterhub_lite.bases import ResolvedBase, find_base
 from adapterhub_lite.bases.fingerprint import is_commit
 from adapterhub_lite.errors import BaseMismatchError, DataError, IntegrityError, UsageError
-from adapterhub_lite.registry.check.folder import Inspection, inspect_adapter
+from adapterhub_lite.registry.check.folder import Inspection, check_base, inspect_adapter
 from adapterhub_lite.registry.check.redaction import scrub
-from adapterhub_lite.registry.check.survey import ALLOWED_SIZES, survey_folder
 from adapterhub_lite.registry.operations.sign import incoming_signature
 from adapterhub_lite.registry.store.database import stored_version
 from adapterhub_lite.registry.store.files import file_record, stage_file
@@ -92,10 +92,10 @@ def add_adapter(
         raise UsageError(f"There is no adapter folder {str(folder)!r}. Give the folder that training saved.")
     store.read()  # a registry of a newer schema is refused before anything is written
     with store.staging() as staging:
-        problems = _stage(folder, staging)
+        survey = _stage(folder, staging)
         training = _staged_record(staging)
         base = base or (find_base(training.base, store.home) if training else None)
-        found = _inspect(staging, problems, base, subject=f"The adapter in {folder.name!r:.100}")
+        found = _inspect(staging, survey, base, subject=f"The adapter in {folder.name!r:.100}")
         if base is None:
             found.accepted()
             where = store.home / "bases"
@@ -106,7 +106,7 @@ def add_adapter(
         if verify == "probes":
             from adapterhub_lite.registry.check.replay import ensure_probes
 
-            ensure_probes(staging, base)
+            ensure_probes(staging, base, record.quantization)
         (staging / CONFIG_FILE).unlink()
         (staging / CONFIG_FILE).write_bytes(config.to_peft(base_id=record.id, revision=record.revision))
         kept = [name for name in sorted(CARRIED_FILES) if (staging / name).exists()]
@@ -163,8 +163,8 @@ def import_adapter(
             raise BaseMismatchError(
                 f"{manifest.reference} was {manifest.base.difference(base.model_id, base.fingerprint, base.parts)}."
             )
-        problems = _stage(folder, staging)
-        found = _inspect(staging, problems, base, subject=f"The adapter {manifest.reference}")
+        survey = _stage(folder, staging)
+        found = _inspect(staging, survey, base, subject=f"The adapter {manifest.reference}")
         _compare(staging, manifest, found, base)
         signature = incoming_signature(manifest, staging, store.trust)
         if verify == "probes":
@@ -187,25 +187,26 @@ def _check_name(name: str) -> None:
         raise UsageError(f"Wanted a name of 1 to 64 letters, digits, '.', '_', '-'; got {name!r:.80}.")
 
 
-def _stage(folder: Path, staging: Path) -> list[str]:
-    """Copy what is allowed of `folder` into `staging`; returns what is wrong with the folder itself."""
-    usable, problems = survey_folder(folder)
-    for name in usable:
+def _stage(folder: Path, staging: Path) -> Survey:
+    """Copy what belongs to the adapter in `folder` into `staging`; returns what was seen of the folder itself."""
+    survey = survey_folder(folder)
+    for name in survey.usable:
         try:
             stage_file(folder / name, staging / name, limit=ALLOWED_SIZES[name])
         except OSError as error:
             if (staging / name).exists():
                 raise
-            problems.append(f"{name} cannot be read: {error.strerror}")
-    return problems
+            survey.problems.append(f"{name} cannot be read: {error.strerror}")
+    return survey
 
 
-def _inspect(staging: Path, problems: list[str], base: ResolvedBase | None, *, subject: str) -> Inspection:
+def _inspect(staging: Path, survey: Survey, base: ResolvedBase | None, *, subject: str) -> Inspection:
     """Examine the copy, and report it together with what was wrong with the folder it was copied from."""
     found = inspect_adapter(staging, base=base, subject=subject)
     # The copy lacks what was refused at first sight: what was said of the folder itself counts.
-    _, repeated = survey_folder(staging)
-    found.problems = problems + [p for p in found.problems if p not in repeated]
+    repeated = survey_folder(staging).problems
+    found.problems = survey.problems + [p for p in found.problems if p not in repeated]
+    found.left_alone = survey.left_alone
     return found
 
 
@@ -217,15 +218,8 @@ def _staged_record(staging: Path) -> TrainingRecord | None:
 
 
 def _base_record(found: Inspection, base: ResolvedBase) -> BaseRecord:
+    check_base(found, base)
     recorded = found.training.base if found.training else None
-    for revision in {base.revision, recorded.revision if recorded else None}:
-        if not is_commit(revision):
-            found.problems.append(f"the base's revision {revision!r:.80} is not a 40-hex commit")
-    if recorded is not None and recorded.fingerprint != base.fingerprint:
-        text = f"it was {recorded.difference(base.model_id, base.fingerprint, base.parts)}"
-        if not found.problems:
-            raise BaseMismatchError(f"{found.subject} is for another base: {text}.")
-        found.problems.append(text)
     return BaseRecord(
         id=scrub(base.model_id),
         revision=base.revision,

@@ -10,11 +10,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
+from adapterhub_lite.adapter_format.folder import ALLOWED_SIZES
 from adapterhub_lite.adapter_format.manifest import SIGNATURE_FILE, AdapterManifest, HexDigest
 from adapterhub_lite.adapter_format.record import StrictModel
 from adapterhub_lite.adapter_format.reference import is_name
 from adapterhub_lite.errors import AdapterRejectedError, IntegrityError, UnknownNameError, UsageError
-from adapterhub_lite.registry.check.survey import ALLOWED_SIZES
 from adapterhub_lite.registry.store.files import file_record, write_durably
 from adapterhub_lite.registry.store.store import TRUST_FILE, Store, TrustPolicy
 

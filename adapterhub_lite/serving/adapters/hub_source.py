@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import AdapterHubError, HubError, HubUnreachableError, UnknownNameError, UsageError
 from adapterhub_lite.serving.adapters.sources import AdapterFiles, AdapterStore, PullReceipt, RegistrySource
 
@@ -29,13 +30,14 @@ class HubSource:
         registry: AdapterStore,
         allowed: Sequence[str],
         *,
+        base: ResolvedBase | None = None,
         retry_seconds: float = 30.0,
         refresh_seconds: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
         endpoint: str | None = None,
     ) -> None:
         self._registry = registry
-        self._local = RegistrySource(registry)
+        self._local = RegistrySource(registry, base)
         self._allowed = tuple(allowed)
         self._retry, self._refresh, self._clock = retry_seconds, refresh_seconds, clock
         self._endpoint = endpoint

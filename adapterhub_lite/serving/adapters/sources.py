@@ -5,21 +5,25 @@ only a `Path` is a folder, so that no text of a client ever becomes a path.
 """
 
 import hashlib
-import json
-import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from adapterhub_lite.adapter_format.manifest import AdapterManifest
+from adapterhub_lite.adapter_format.manifest import (
+    CARD_FILE,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    AdapterManifest,
+    LoraRecord,
+)
 from adapterhub_lite.adapter_format.probes import PROBES_FILE
+from adapterhub_lite.adapter_format.record import RECORD_FILE
+from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import AdapterRejectedError, UnknownNameError
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
+from adapterhub_lite.registry.check.folder import check_base, inspect_adapter
+from adapterhub_lite.registry.store.files import file_record
 
 
 @dataclass(frozen=True)
@@ -93,69 +97,76 @@ class AdapterSource(Protocol):
 
 
 class FolderSource:
-    """Adapters are given as the `Path` of a plain PEFT folder; no name means anything here."""
+    """Adapters are given as the `Path` of a PEFT folder; no name means anything here.
 
-    def __init__(self) -> None:
-        self._digests: dict[Path, tuple[tuple[int, int], str]] = {}
+    A folder passes the very check of the registry's `add`, once for each state of its files. `base` None: shapes are
+    checked without the base.
+    """
+
+    def __init__(self, base: ResolvedBase | None = None) -> None:
+        self._base = base
+        self._known: dict[Path, tuple[object, AdapterFiles]] = {}
 
     def locate(self, reference: str | Path) -> AdapterFiles:
         """Return the folder's files; its digest is over configuration and weights.
 
         Raises:
             UnknownNameError: there is no such folder, or a name was given.
-            AdapterRejectedError: it is no plain LoRA adapter.
+            AdapterRejectedError: it fails the check, or is no plain LoRA; with every reason.
+            BaseMismatchError: its training record names another base.
         """
         if isinstance(reference, str):
             raise UnknownNameError(
                 f"There is no adapter {reference!r}: this engine has no registry to look a name up in. Start it with "
                 "one, or give a folder as pathlib.Path."
             )
-        folder, shown = reference, str(reference)
-        weights = folder / WEIGHTS_FILE
         try:
-            config_bytes = (folder / CONFIG_FILE).read_bytes()
-            weights_digest = self._digest(weights)
+            stamp = _stamp(reference)
         except OSError as error:
             raise UnknownNameError(
-                f"There is no adapter {shown!r}: wanted a folder with {CONFIG_FILE} and {WEIGHTS_FILE}. "
+                f"There is no adapter {str(reference)!r}: wanted a folder with {CONFIG_FILE} and {WEIGHTS_FILE}. "
                 "Give such a folder, or start the engine with a registry that knows the name."
             ) from error
-        try:
-            config = json.loads(config_bytes)
-        except ValueError as error:
-            raise AdapterRejectedError(shown, [f"{CONFIG_FILE} is not JSON: {error}"]) from error
-        problems = config_problems(config)
-        if problems:
-            raise AdapterRejectedError(shown, problems)
-        digest = hashlib.sha256(config_bytes + weights_digest.encode()).hexdigest()
-        probes = folder / PROBES_FILE
+        known = self._known.get(reference)
+        if known is None or known[0] != stamp:
+            known = self._known[reference] = (stamp, self._examine(reference))
+        return known[1]
+
+    def _examine(self, folder: Path) -> AdapterFiles:
+        found = inspect_adapter(folder, base=self._base, subject=str(folder))
+        if self._base is not None:
+            check_base(found, self._base)
+        _, lora = found.accepted()
+        _refuse_variants(str(folder), lora)
+        weights, probes = folder / WEIGHTS_FILE, folder / PROBES_FILE
+        weights_digest = file_record(weights).sha256
+        digest = hashlib.sha256((folder / CONFIG_FILE).read_bytes() + weights_digest.encode())
         return AdapterFiles(
             folder.name,
-            f"sha256:{digest}",
+            f"sha256:{digest.hexdigest()}",
             weights,
-            lambda module: config_scaling(config, module),
-            probes=probes if probes.is_file() else None,
+            lora.scaling_of,
+            found.training.base.fingerprint if found.training else None,
+            probes=probes if PROBES_FILE in found.usable else None,
             sha256=weights_digest,
         )
 
-    def _digest(self, path: Path) -> str:
-        """Return the sha256 of a file, read again only when its size or time of change is another."""
-        stat = path.stat()
-        stamp = (stat.st_mtime_ns, stat.st_size)
-        known = self._digests.get(path)
-        if known is None or known[0] != stamp:
-            with path.open("rb") as file:
-                known = (stamp, hashlib.file_digest(file, "sha256").hexdigest())
-            self._digests[path] = known
-        return known[1]
+
+def _stamp(folder: Path) -> object:
+    """What changes whenever one of the files does: sizes, times of change and inodes."""
+    stats = {name: (folder / name).stat() for name in (CONFIG_FILE, WEIGHTS_FILE)}
+    stats |= {
+        name: (folder / name).stat() for name in (PROBES_FILE, RECORD_FILE, CARD_FILE) if (folder / name).exists()
+    }
+    return {name: (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for name, stat in stats.items()}
 
 
 class RegistrySource:
     """References are the registry's; a `Path` is a folder."""
 
-    def __init__(self, registry: AdapterStore) -> None:
+    def __init__(self, registry: AdapterStore, base: ResolvedBase | None = None) -> None:
         self._registry = registry
-        self._folders = FolderSource()
+        self._folders = FolderSource(base)
 
     def locate(self, reference: str | Path) -> AdapterFiles:
         """Return the files of the version that `reference` names now."""
@@ -163,10 +174,7 @@ class RegistrySource:
             return self._folders.locate(reference)
         manifest = self._registry.resolve(reference)
         name: str = manifest.reference
-        if not manifest.lora.is_plain:
-            raise AdapterRejectedError(
-                name, ["it uses DoRA or a LoRA bias, which cannot share a batch; merge it first"]
-            )
+        _refuse_variants(name, manifest.lora)
         return AdapterFiles(
             name,
             manifest.digest,
@@ -179,37 +187,8 @@ class RegistrySource:
         )
 
 
-def config_problems(config: Any) -> list[str]:
-    """Say why an adapter_config.json is not that of a plain LoRA on linear layers; empty when it is."""
-    if not isinstance(config, dict):
-        return [f"{CONFIG_FILE} is not an object"]
-    problems = []
-    if config.get("peft_type") != "LORA":
-        problems.append(f"its type is {config.get('peft_type')!r}, only LORA can be served")
-    if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), int | float):
-        problems.append("r or lora_alpha is missing")
-    for key in (
-        "use_dora",
-        "lora_bias",
-        "modules_to_save",
-        "fan_in_fan_out",
-        "target_parameters",
-        "trainable_token_indices",
-    ):
-        if config.get(key):
-            problems.append(f"it uses {key}, which cannot share a batch; merge it first")
-    if config.get("bias", "none") != "none":
-        problems.append("it trains biases, which cannot share a batch; merge it first")
-    return problems
-
-
-def config_scaling(config: Mapping[str, Any], module: str) -> float:
-    """Return alpha / rank, or alpha / sqrt(rank) for rsLoRA, of one module, patterns included."""
-
-    def pattern(key: str, default: Any) -> Any:
-        found = config.get(key) or {}
-        return next((v for k, v in found.items() if re.match(rf"(.*\.)?({k})$", module)), default)
-
-    rank = pattern("rank_pattern", config["r"])
-    alpha = pattern("alpha_pattern", config["lora_alpha"])
-    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+def _refuse_variants(subject: str, lora: LoraRecord) -> None:
+    if not lora.is_plain:
+        raise AdapterRejectedError(
+            subject, ["it uses DoRA or a LoRA bias, which cannot share a batch; merge it into its base and serve that"]
+        )

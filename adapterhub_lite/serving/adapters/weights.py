@@ -9,22 +9,22 @@ import itertools
 import math
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load
+from safetensors import SafetensorError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from adapterhub_lite.adapter_format.pairs import Pair, read_pairs
+from adapterhub_lite.adapter_format.safetensors_header import read_tensor_entries
+from adapterhub_lite.adapter_format.tensor_names import LORA_A, LORA_B, LoraPair, lora_pairs
 from adapterhub_lite.errors import AdapterRejectedError, IntegrityError
 
-PREFIX = "base_model.model."
 REPAIR = "Pull it again, or add it again from where it came; `adapterhub-lite doctor` lists all that is damaged."
-TENSOR = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
 
 
 @dataclass(frozen=True)
@@ -166,27 +166,27 @@ def _parse_weights(
     subject: str,
 ) -> AdapterWeights:
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            # Shapes stand in the header: nothing is read before they are known to be what the base needs.
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        problems = _problems(shapes, families, max_rank)
+        # Shapes stand in the header: nothing is read before they are known to be what the base needs.
+        own, problems = lora_pairs(read_tensor_entries(path))
+        known = {module: family for family in families for module in family.paths}
+        for module, pair in own.items():
+            problems += _pair_problems(pair, known.get(module), max_rank)
+        if not own and not problems:
+            problems.append("it holds no LoRA pair at all, so it would answer like the base")
         if problems:
             raise AdapterRejectedError(subject, problems)
-        # Not by file.get_tensor: safetensors 0.8 never gives back 60 bytes of each tensor got so, which adds up.
-        tensors = load(content)
-        if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != shapes:
-            raise AdapterRejectedError(subject, [f"{path.name} changed while it was read"])
-    except (SafetensorError, OSError) as error:
+        pairs = read_pairs(content, scaling_of)
+    except (SafetensorError, OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise AdapterRejectedError(subject, [f"{path.name} cannot be read: {reason}"]) from error
-    pairs: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        module, part = _parse(name)
-        pairs.setdefault(module, {})[part] = tensor
-    stacked = {f.name: _stack(f, pairs, scaling_of) for f in families if any(p in pairs for p in f.paths)}
+    if {module: _shapes(pair) for module, pair in own.items()} != {
+        module: (tuple(pair.a.shape), tuple(pair.b.shape)) for module, pair in pairs.items()
+    }:
+        raise AdapterRejectedError(subject, [f"{path.name} changed while it was read"])
+    stacked = {f.name: _stack(f, pairs) for f in families if any(p in pairs for p in f.paths)}
     if not all(_finite(tensor) for weights in stacked.values() for tensor in (weights.a, weights.b)):
-        broken = [f"{name} holds values that are not finite" for name, t in tensors.items() if not _finite(t)]
-        raise AdapterRejectedError(subject, broken)
+        broken = [module for module, pair in pairs.items() if not (_finite(pair.a) and _finite(pair.b))]
+        raise AdapterRejectedError(subject, [f"{module} holds values that are not finite" for module in broken])
     rank = max(weights.a.shape[1] for weights in stacked.values())
     return AdapterWeights(stacked, rank, len(pairs))
 
@@ -197,56 +197,34 @@ def _finite(tensor: torch.Tensor) -> bool:
     return math.isfinite(low) and math.isfinite(high)
 
 
-def _parse(name: str) -> tuple[str, str]:
-    """Split a tensor's name into module path and "A" or "B"; ("", "") when it is no LoRA pair's."""
-    match = TENSOR.fullmatch(name)
-    return (match["module"], match["part"]) if match else ("", "")
+def _shapes(pair: LoraPair) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return pair.parts[LORA_A].shape, pair.parts[LORA_B].shape
 
 
-def _problems(shapes: dict[str, tuple[int, ...]], families: Sequence[Family], max_rank: int) -> list[str]:
-    problems: list[str] = []
-    pairs: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, shape in shapes.items():
-        module, part = _parse(name)
-        if part:
-            pairs.setdefault(module, {})[part] = shape
-        else:
-            problems.append(f"tensor {name} is no LoRA pair of a linear layer; only those can be served")
-    known = {path: family for family in families for path in family.paths}
-    for module, pair in pairs.items():
-        problems += _pair_problems(module, pair, known.get(module), max_rank)
-    if not pairs and not problems:
-        problems.append("it holds no LoRA pair at all, so it would answer like the base")
-    return problems
-
-
-def _pair_problems(module: str, pair: dict[str, tuple[int, ...]], family: Family | None, max_rank: int) -> list[str]:
+def _pair_problems(pair: LoraPair, family: Family | None, max_rank: int) -> list[str]:
     if family is None:
-        return [f"the base has no linear layer {module} inside its layers"]
-    if set(pair) != {"A", "B"}:
-        return [f"{module} has lora_{next(iter(pair))} without its partner"]
-    rank = pair["A"][0] if len(pair["A"]) == 2 else 0
+        return [f"the base has no linear layer {pair.module} inside its layers"]
+    if set(pair.parts) != {LORA_A, LORA_B}:
+        return [f"{pair.module} has {', '.join(sorted(pair.parts))}, wanted {LORA_A} with its partner {LORA_B}"]
+    a, b = _shapes(pair)
+    rank = a[0] if len(a) == 2 else 0
     wanted = ((rank, family.in_features), (family.out_features, rank))
-    if rank == 0 or (pair["A"], pair["B"]) != wanted:
-        return [f"{module} has shapes {pair['A']} and {pair['B']}, the base needs {wanted[0]} and {wanted[1]}"]
+    if rank == 0 or (a, b) != wanted:
+        return [f"{pair.module} has shapes {a} and {b}, the base needs {wanted[0]} and {wanted[1]}"]
     if rank > max_rank:
-        return [f"{module} has rank {rank}, the engine takes at most {max_rank}; start it with a larger max_rank"]
+        return [f"{pair.module} has rank {rank}, the engine takes at most {max_rank}; start it with a larger max_rank"]
     return []
 
 
-def _stack(
-    family: Family,
-    pairs: dict[str, dict[str, torch.Tensor]],
-    scaling_of: Callable[[str], float],
-) -> FamilyWeights:
+def _stack(family: Family, pairs: Mapping[str, Pair]) -> FamilyWeights:
     layers = tuple(i for i, path in enumerate(family.paths) if path in pairs)
     own = [pairs[family.paths[i]] for i in layers]
-    rank = max(pair["A"].shape[0] for pair in own)
-    a = own[0]["A"].new_zeros(len(layers), rank, family.in_features)
-    b = own[0]["B"].new_zeros(len(layers), rank, family.out_features)
+    rank = max(pair.a.shape[0] for pair in own)
+    a = own[0].a.new_zeros(len(layers), rank, family.in_features)
+    b = own[0].b.new_zeros(len(layers), rank, family.out_features)
     for i, pair in enumerate(own):
-        width = pair["A"].shape[0]
-        a[i, :width] = pair["A"]
-        b[i, :width] = pair["B"].T
-    scale = torch.tensor([scaling_of(family.paths[i]) for i in layers]).view(-1, 1, 1)
+        width = pair.a.shape[0]
+        a[i, :width] = pair.a
+        b[i, :width] = pair.b.T
+    scale = torch.tensor([pair.scaling for pair in own]).view(-1, 1, 1)
     return FamilyWeights(layers, a, b, scale)

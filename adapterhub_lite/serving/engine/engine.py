@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from adapterhub_lite.adapter_format.quantization import Quantization
 from adapterhub_lite.bases import load_base_model, load_tokenizer, resolve_base
 from adapterhub_lite.bases.encoding import encode_prompt
 from adapterhub_lite.errors import ConfigurationError
@@ -126,9 +127,9 @@ class InferenceEngine:
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             quantization_config=_quantization(quantization),
         )
-        source: AdapterSource = FolderSource()
+        source: AdapterSource = FolderSource(resolved)
         if registry is not None:
-            source = HubSource(registry, pull) if pull else RegistrySource(registry)
+            source = HubSource(registry, pull, base=resolved) if pull else RegistrySource(registry, resolved)
         runner, verdict = proven(model, resolved.fingerprint, adapterhub_home(home), rows=max_rows, native=native)
         return cls(
             runner, load_tokenizer(resolved.folder), resolved.fingerprint, source=source, verdict=verdict, **options
@@ -319,15 +320,8 @@ def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
 
 
 def _quantization(kind: str | None) -> Any:
-    if kind is None:
-        return None
-    from transformers import BitsAndBytesConfig
-
-    if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    if kind == "nf4":
-        return BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )  # fmt: skip
-    raise ConfigurationError(f"quantization is {kind!r}, wanted None, 'int8' or 'nf4'.")
+    try:
+        chosen = Quantization.of(kind)
+    except ValueError as error:
+        raise ConfigurationError(f"quantization is {kind!r}: {error}.") from None
+    return chosen.bitsandbytes() if chosen else None

@@ -8,11 +8,12 @@ run all the same, it says what to try next: fewer rows at a time first, then rec
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
 
+from adapterhub_lite.adapter_format.quantization import Quantization
 from adapterhub_lite.errors import ConfigurationError, OutOfMemoryError
 from adapterhub_lite.memory import (
     MEMORY_PRESETS,
@@ -49,10 +50,10 @@ class Loaded:
     def of(cls, model: Any) -> "Loaded":
         """Read it off `model`."""
         config = getattr(model.config, "quantization_config", None)
-        quantization = None
-        if config is not None:
-            four, eight = getattr(config, "load_in_4bit", False), getattr(config, "load_in_8bit", False)
-            quantization = "nf4" if four else "int8" if eight else str(getattr(config, "quant_method", "other"))
+        try:
+            quantization: str | None = Quantization.of(config, exact=False)
+        except ValueError:
+            quantization = str(getattr(config, "quant_method", "other"))
         # The norms and embeddings tell: quantised weights are stored in bytes.
         return cls(
             str(model.get_input_embeddings().weight.dtype).removeprefix("torch."),
@@ -206,8 +207,10 @@ def suited_presets(args: AdapterTrainingArguments, loaded: Loaded | None) -> tup
     if wanted is None:
         return tuple(MEMORY_PRESETS[name] for name in LADDER)
     # A quantisation that no preset makes is left as it is, and not counted.
-    kept = {"int8": "int8", "nf4": "nf4"}
-    quantization: Any = kept.get(str(loaded.quantization)) if loaded else None
+    kept: dict[str | None, Literal["int8", "nf4"]] = {
+        k: "int8" if k is Quantization.INT8 else "nf4" for k in Quantization
+    }
+    quantization = kept.get(loaded.quantization) if loaded else None
     ladder = [MEMORY_PRESETS[name] for name in (*LADDER, "lora-fp32", "lora-int8")]
     open_ones = [
         replace(preset, dtype=wanted) if preset.strategy != "single" else preset

@@ -13,6 +13,7 @@ from datasets import Dataset
 from peft import PeftModel
 
 from adapterhub_lite.adapter_format.probes import write_probes
+from adapterhub_lite.adapter_format.quantization import Quantization
 from adapterhub_lite.adapter_format.record import RECORD_FILE, BaseRecord, DataRecord, MemoryRecord, TrainingRecord
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.bases.chat_template import template_digest
@@ -35,11 +36,7 @@ LEFT_OUT = frozenset({"output_dir", "logging_dir", "hub_token", "push_to_hub_tok
 def describe_base(base: ResolvedBase | None, model: Any) -> BaseRecord:
     """Say which base a run started from; a model that came without one is identified by its weights in memory."""
     config = model.config
-    quantization = getattr(config, "quantization_config", None)
-    method = None
-    if quantization is not None:
-        settings = quantization.to_dict() if hasattr(quantization, "to_dict") else quantization
-        method = json.dumps(settings, sort_keys=True, default=str)
+    method = Quantization.describe(getattr(config, "quantization_config", None))
     if base is not None:
         return BaseRecord(
             id=base.model_id,

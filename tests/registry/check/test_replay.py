@@ -62,7 +62,7 @@ def test_an_adapter_without_probes_says_so(
 
 
 def test_an_unknown_quantisation_is_not_guessed(adapter: Path, base: ResolvedBase) -> None:
-    with pytest.raises(UsageError, match="quantised as 'fp3'"):
+    with pytest.raises(UsageError, match="'fp3' is no quantisation"):
         adapted_model(adapter, base, quantization="fp3")
 
 

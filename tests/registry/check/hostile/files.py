@@ -23,6 +23,11 @@ def _pipe(folder: Path) -> None:
     os.mkfifo(folder / CONFIG)
 
 
+def _pickled_alone(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    put(folder / "adapter_model.bin", b"\x80\x04cos\nsystem\n.")
+
+
 def _crowd(folder: Path) -> None:
     for index in range(3000):
         (folder / f"{index}.txt").touch()
@@ -68,31 +73,35 @@ def _no_text(folder: Path) -> None:
 
 
 JINJA = "{% for a in range(99999) %}{% for b in range(99999) %}{{ 9**9**8 }}{% endfor %}{% endfor %}"
-FILE_CASES = [
-    Case(
-        "pickle beside", beside("adapter_model.bin", b"\x80\x04cos\nsystem\n."), "adapter_model.bin.*may execute code"
-    ),
-    Case("training arguments", beside("training_args.bin"), "training_args.bin.*may execute code"),
-    Case("optimizer state", beside("optimizer.pt"), "optimizer.pt.*may execute code"),
-    Case("upper-case pickle", beside("Payload.PKL"), r"Payload.PKL.*may execute code"),
-    Case("Python", beside("modeling_evil.py", b"import os"), "modeling_evil.py.*may execute code"),
-    Case("shell script", beside("install.sh"), "install.sh.*may execute code"),
-    Case(
+# What does not belong to an adapter: (name, how it comes there, the entry that has to be left alone).
+LEFT_ALONE: list[tuple[str, Spoil, str]] = [
+    ("pickle beside", beside("adapter_model.bin", b"\x80\x04cos\nsystem\n."), "adapter_model.bin"),
+    ("training arguments", beside("training_args.bin"), "training_args.bin"),
+    ("optimizer state", beside("optimizer.pt"), "optimizer.pt"),
+    ("upper-case pickle", beside("Payload.PKL"), "Payload.PKL"),
+    ("Python", beside("modeling_evil.py", b"import os"), "modeling_evil.py"),
+    ("shell script", beside("install.sh"), "install.sh"),
+    (
         "sharded index",
         beside("adapter_model.safetensors.index.json", b'{"weight_map": {"a": "../../x"}}'),
-        "does not belong",
+        "adapter_model.safetensors.index.json",
     ),
-    Case("tokenizer", beside("tokenizer.json", b"{}"), "tokenizer.json.*does not belong"),
-    Case("Jinja loop", beside("chat_template.jinja", JINJA.encode()), "chat_template.jinja.*does not belong"),
-    Case(
+    ("tokenizer", beside("tokenizer.json", b"{}"), "tokenizer.json"),
+    ("Jinja loop", beside("chat_template.jinja", JINJA.encode()), "chat_template.jinja"),
+    (
         "template in a configuration",
         beside("tokenizer_config.json", json.dumps({"chat_template": JINJA}).encode()),
-        "tokenizer_config.json.*does not belong",
+        "tokenizer_config.json",
     ),
-    Case("name with a control character", beside("a\x1b[2Jb"), r"a\\x1b\[2Jb.*does not belong"),
-    Case("name that is no text", _no_text, "does not belong"),
-    Case("backslashes in a name", beside("..\\..\\evil"), "does not belong"),
-    Case("a folder", lambda folder: (folder / "sub").mkdir(), "not a plain file"),
+    ("name with a control character", beside("a\x1b[2Jb"), r"a\x1b[2Jb"),
+    ("name that is no text", _no_text, r"\udcff\udcfe"),
+    ("backslashes in a name", beside("..\\..\\evil"), r"..\\..\\evil"),
+    ("a folder", lambda folder: (folder / "sub").mkdir(), "sub"),
+    ("a link beside", lambda folder: (folder / "passwd").symlink_to("/etc/passwd"), "passwd"),
+    ("a pipe beside", lambda folder: os.mkfifo(folder / "pipe"), "pipe"),
+]
+FILE_CASES = [
+    Case("pickled weights alone", _pickled_alone, "safetensors is missing.*adapter_model.bin, which may execute code"),
     Case("a link for weights", _symlink, "symbolic link"),
     Case("a link to a secret", _secret_link, "README.md.*symbolic link"),
     Case("a pipe", _pipe, "not a plain file"),

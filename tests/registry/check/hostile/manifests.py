@@ -50,7 +50,6 @@ PULL_CASES = [
     Case("manifest nested deep", lambda folder: put(folder / MANIFEST, b'{"a":' * 100_000), "not a manifest", "pull"),
     Case("manifest behind a link", lambda folder: _linked_manifest(folder), "no adapterhub.json", "pull"),
     Case("signature of nobody", beside("adapterhub.sig.json", b"{}"), "not a signature file", "pull"),
-    Case("pickle beside a manifest", beside("x.pickle"), "x.pickle.*may execute code", "pull"),
 ]
 
 

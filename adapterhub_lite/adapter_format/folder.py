@@ -1,0 +1,182 @@
+"""An adapter folder from anywhere: a first look at its entries, then every part examined, all problems in one report.
+
+The first look opens nothing. Then headers are read before tensors, and tensors a block at a time. What does not belong
+to an adapter is left alone: never opened, copied or loaded.
+"""
+
+import os
+import re
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from adapterhub_lite.adapter_format.binding import Modules, bind
+from adapterhub_lite.adapter_format.lora_config import (
+    MAX_CONFIG_BYTES,
+    ConfigProblems,
+    LoraConfigFile,
+    examine_lora_config,
+)
+from adapterhub_lite.adapter_format.manifest import (
+    CARD_FILE,
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    MAX_MANIFEST_BYTES,
+    SIGNATURE_FILE,
+    WEIGHTS_FILE,
+    LoraRecord,
+)
+from adapterhub_lite.adapter_format.probes import PROBES_FILE, probes_problems
+from adapterhub_lite.adapter_format.record import RECORD_FILE, TrainingRecord, read_record
+from adapterhub_lite.adapter_format.safetensors_header import nonfinite_tensors, read_tensor_entries
+from adapterhub_lite.adapter_format.tensor_names import some
+from adapterhub_lite.errors import AdapterRejectedError, DataError
+
+MAX_CARD_BYTES = 256 << 10
+# What belongs to an adapter, with the most bytes of each. A merge of many large adapters is the largest thing we make.
+ALLOWED_SIZES = {
+    CONFIG_FILE: MAX_CONFIG_BYTES,
+    WEIGHTS_FILE: 4 << 30,
+    PROBES_FILE: 4 << 20,
+    MANIFEST_FILE: MAX_MANIFEST_BYTES,
+    SIGNATURE_FILE: 16 << 10,
+    RECORD_FILE: 1 << 20,
+    CARD_FILE: MAX_CARD_BYTES,
+}
+ALLOWED_FILES = frozenset(ALLOWED_SIZES)
+REQUIRED_FILES = (CONFIG_FILE, WEIGHTS_FILE)
+PICKLED_WEIGHTS = "adapter_model.bin"
+MAX_ENTRIES = 200
+ACTIVE_HTML = re.compile(
+    r"<[ \t]*(?:script|iframe|object|embed|form|meta|link|svg|style|base|video|audio|img[^>]{0,200}\bon)\b"
+    r"|javascript:|<[a-z][^>]{0,500}[\s/\"']on[a-z]{3,20}[ \t]*=",
+    re.IGNORECASE,
+)
+
+
+@dataclass
+class Survey:
+    """The entries of a folder: `usable` may be opened, `left_alone` does not belong to an adapter."""
+
+    usable: list[str] = field(default_factory=list)
+    left_alone: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def survey_folder(folder: Path) -> Survey:
+    """Look at names, kinds and sizes in `folder`; no file is opened and no link followed."""
+    found = Survey()
+    if folder.is_symlink() or not folder.is_dir():
+        found.problems.append(f"{folder.name!r:.80} is not a folder")
+        return found
+    with os.scandir(folder) as entries:
+        for count, entry in enumerate(entries):
+            if count >= MAX_ENTRIES:
+                found.problems.insert(0, f"the folder has more than {MAX_ENTRIES} entries")
+                break
+            if entry.name not in ALLOWED_SIZES:
+                found.left_alone.append(ascii(entry.name)[1:-1][:100])
+                continue
+            problem = _entry_problem(entry)
+            if problem:
+                found.problems.append(problem)
+            else:
+                found.usable.append(entry.name)
+    found.left_alone.sort()
+    for name in REQUIRED_FILES:
+        if not (folder / name).exists():
+            instead = f", and {PICKLED_WEIGHTS}, which may execute code, is not opened" if name == WEIGHTS_FILE else ""
+            there = PICKLED_WEIGHTS in found.left_alone
+            found.problems.append(f"{name} is missing{instead if there else ''}")
+    return found
+
+
+def _entry_problem(entry: os.DirEntry[str]) -> str | None:
+    status = entry.stat(follow_symlinks=False)
+    if stat.S_ISLNK(status.st_mode):
+        return f"{entry.name} is a symbolic link; only plain files are taken"
+    if not stat.S_ISREG(status.st_mode):
+        return f"{entry.name} is not a plain file"
+    if status.st_size > ALLOWED_SIZES[entry.name]:
+        return f"{entry.name} has {status.st_size} bytes, at most {ALLOWED_SIZES[entry.name]} are taken"
+    return None
+
+
+@dataclass
+class Inspection:
+    """What was found in an adapter folder. With `problems` empty, `config` and `lora` are there.
+
+    `config` holds no patterns any more. `notes` say what was dropped, `left_alone` which entries were not opened.
+    """
+
+    subject: str
+    problems: list[str] = field(default_factory=list)
+    usable: list[str] = field(default_factory=list)
+    left_alone: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    config: LoraConfigFile | None = None
+    lora: LoraRecord | None = None
+    training: TrainingRecord | None = None
+
+    def accepted(self) -> tuple[LoraConfigFile, LoraRecord]:
+        """The configuration and the record of an adapter without problems.
+
+        Raises:
+            AdapterRejectedError: with every problem found.
+        """
+        if self.problems or self.config is None or self.lora is None:
+            raise AdapterRejectedError(self.subject, self.problems)
+        return self.config, self.lora
+
+
+def inspect_folder(folder: Path, modules: Modules | None = None, subject: str | None = None) -> Inspection:
+    """Examine the adapter in `folder`. With `modules` (name -> shape), every tensor has to bind to one of them.
+
+    Never raises for what the folder holds.
+    """
+    survey = survey_folder(folder)
+    found = Inspection(subject or f"The adapter in {folder.name!r:.100}", survey.problems, survey.usable)
+    found.left_alone = survey.left_alone
+    if CONFIG_FILE in found.usable:
+        try:
+            reading = examine_lora_config((folder / CONFIG_FILE).read_bytes())
+            found.config, found.notes = reading.config, list(reading.notes)
+        except ConfigProblems as error:
+            found.problems += error.problems
+    if CARD_FILE in found.usable:
+        found.problems += card_problems((folder / CARD_FILE).read_bytes())
+    if RECORD_FILE in found.usable:
+        try:
+            found.training = read_record(folder)
+        except DataError as error:
+            found.problems.append(str(error).replace(str(folder), ""))
+    if WEIGHTS_FILE in found.usable:
+        _inspect_weights(found, folder / WEIGHTS_FILE, modules)
+    if PROBES_FILE in found.usable:
+        found.problems += probes_problems(folder / PROBES_FILE)
+    return found
+
+
+def card_problems(content: bytes) -> list[str]:
+    """What is wrong with a model card: it must be text, and hold no HTML that acts."""
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError:
+        return [f"{CARD_FILE} is not UTF-8 text"]
+    found = ACTIVE_HTML.search(text)
+    return [f"{CARD_FILE} holds HTML that acts: {found[0][:60]!r}"] if found else []
+
+
+def _inspect_weights(found: Inspection, path: Path, modules: Modules | None) -> None:
+    try:
+        entries = read_tensor_entries(path)
+    except ValueError as error:
+        found.problems.append(str(error))
+        return
+    if found.config is not None:
+        binding = bind(found.config, entries, modules)
+        found.config, found.lora = binding.config, binding.lora
+        found.problems += binding.problems
+    broken = list(nonfinite_tensors(path, entries))
+    if broken:
+        found.problems.append(f"NaN or infinite values in {some(broken)}")
