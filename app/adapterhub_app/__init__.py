@@ -1,4 +1,4 @@
-"""The browser app: switch, compare and blend tasks. Gradio only; the work is done by the rooms behind it."""
+"""The browser app: switch, compare and blend tasks. It holds the Gradio pages only; the package behind them does the work."""
 
 from adapterhub_app.demo import build_demo
 from adapterhub_app.launch import RunningApp, launch, main

@@ -1,6 +1,6 @@
-"""Who may do what: optional logins with a role each. Knows passwords and roles, not the page.
+"""Who may do what: optional logins, each with a role. Knows passwords and roles, not the page.
 
-Without logins everybody is what `open_role` says: an admin on one's own loopback, a viewer on a public Space.
+Without logins everybody has the role `open_role`: admin on the machine's own loopback, viewer on a public Space.
 """
 
 import hmac
@@ -29,7 +29,7 @@ _LOGINS: TypeAdapter[dict[str, Login]] = TypeAdapter(dict[str, Login])
 
 @dataclass(frozen=True)
 class Access:
-    """The logins of an app, and the role of everybody when there are none."""
+    """The logins of an app, and the role everybody has when there are none."""
 
     logins: dict[str, Login] = field(default_factory=dict)
     open_role: Role = "admin"
@@ -39,12 +39,12 @@ class Access:
         """Read a JSON file of the form {"ana": {"password": "...", "role": "admin"}, ...}.
 
         Raises:
-            ConfigurationError: it is missing, not of that form, empty, or readable by others on this machine.
+            ConfigurationError: the file is missing, malformed, empty, or readable by other users of this machine.
         """
         file = Path(path)
         try:
             if file.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
-                raise ConfigurationError(f"{file} holds passwords and others can read it. Run chmod 600 on it.")
+                raise ConfigurationError(f"{file} holds passwords and other users can read it. Run chmod 600 on it.")
             logins = _LOGINS.validate_json(file.read_bytes())
         except OSError as error:
             raise ConfigurationError(f"The logins file {file} cannot be read: {error.strerror}.") from error
@@ -52,12 +52,12 @@ class Access:
             first = error.errors(include_input=False)[0]
             where = ".".join(str(part) for part in first["loc"]) or "the file"
             raise ConfigurationError(
-                f"{file} is no logins file: {where}: {first['msg']}. "
-                'Wanted {"ana": {"password": "8 characters or more", "role": "admin"}}.'
+                f"{file} is not a valid logins file: {where}: {first['msg']}. "
+                'Expected {"ana": {"password": "8 characters or more", "role": "admin"}}.'
             ) from error
         if not logins:
             raise ConfigurationError(
-                f"{file} names nobody, so nobody could log in. Add a login, or leave the file out."
+                f"{file} contains no logins, so nobody could log in. Add one, or start without the file."
             )
         return cls(logins)
 
@@ -67,7 +67,7 @@ class Access:
         return bool(self.logins)
 
     def check(self, name: str, password: str) -> bool:
-        """Whether the password is the person's; takes as long for unknown names."""
+        """Whether the password matches; takes equally long for unknown names."""
         login = self.logins.get(name)
         expected = login.password.get_secret_value() if login else ""
         return hmac.compare_digest(expected.encode(), password.encode()) and login is not None
@@ -80,7 +80,7 @@ class Access:
         return login.role if login else "viewer"
 
     def require_admin(self, name: str | None, action: str) -> None:
-        """Pass when the person may do the write action.
+        """Return if the person may do the write action.
 
         Raises:
             UsageError: they are not an admin.

@@ -1,4 +1,4 @@
-"""What every tab works with: the engine, the registry, the access rules, and the answers under way."""
+"""What every tab works with: the engine, the registry, the access rules, and the answers in progress."""
 
 import threading
 from collections.abc import Iterator
@@ -13,14 +13,14 @@ from adapterhub_lite.serving import InferenceEngine
 
 
 class Cancellable(Protocol):
-    """An answer under way."""
+    """An answer in progress."""
 
     def cancel(self) -> None:
-        """Ask for its end; returns at once."""
+        """Request cancellation; returns at once."""
 
 
 class PendingAnswer:
-    """An answer from before it is asked for: cancelling it then ends it as soon as it is. Thread-safe."""
+    """An answer that may not have been submitted yet; if cancelled early, it is cancelled on submission. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -28,14 +28,14 @@ class PendingAnswer:
         self.is_cancelled = False
 
     def attach(self, answer: Cancellable) -> None:
-        """Say which answer it became."""
+        """Connect the submitted answer."""
         with self._lock:
             self._answer = answer
             if self.is_cancelled:
                 answer.cancel()
 
     def cancel(self) -> None:
-        """Ask for its end; returns at once."""
+        """Request cancellation; returns at once."""
         with self._lock:
             self.is_cancelled = True
             if self._answer is not None:
@@ -43,7 +43,7 @@ class PendingAnswer:
 
 
 class LiveAnswers:
-    """The answers under way in each browser session, so that Stop ends one's own and nobody else's. Thread-safe."""
+    """The answers in progress in each browser session, so that Stop affects only that session. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -51,7 +51,7 @@ class LiveAnswers:
 
     @contextmanager
     def watch(self, session: str, answer: Cancellable) -> Iterator[None]:
-        """Count `answer` as under way in `session` for the block, and cancel it should the block end early."""
+        """Register `answer` in `session` for the duration of the block; it is cancelled when the block ends."""
         with self._lock:
             self._by_session.setdefault(session, []).append(answer)
         try:
@@ -65,7 +65,7 @@ class LiveAnswers:
                     del self._by_session[session]
 
     def stop(self, session: str) -> int:
-        """Cancel everything under way in `session`; returns how many answers that were."""
+        """Cancel everything in progress in `session`; returns the number of answers."""
         with self._lock:
             answers = list(self._by_session.get(session, ()))
         for answer in answers:
@@ -73,7 +73,7 @@ class LiveAnswers:
         return len(answers)
 
     def stop_all(self, session: str) -> None:
-        """Cancel what is under way in a session that ended, on every tab: keys are `session` or `session/tab`."""
+        """Cancel everything of a closed session, on every tab: keys are `session` or `session/tab`."""
         with self._lock:
             keys = [key for key in self._by_session if key.split("/")[0] == session]
         for key in keys:
@@ -82,10 +82,10 @@ class LiveAnswers:
 
 @dataclass(frozen=True)
 class Backend:
-    """The rooms behind the page.
+    """What the page is a view of.
 
-    `base_name` is what people call the base that the engine serves; `base` is its folder, where it is known, for
-    merging. `hub` is the endpoint to push to and pull from; None for the one `huggingface_hub` is set to.
+    `base_name` is the displayed name of the base that the engine serves; `base` is its files, if known, for merging.
+    `hub` is the endpoint for push and pull; None for the one configured in `huggingface_hub`.
     """
 
     engine: InferenceEngine

@@ -1,4 +1,4 @@
-"""Starts the app on this machine: picks the port, shuts the doors, says where it is. Knows no tab."""
+"""Starts the app on this machine: chooses the port, restricts what browsers may load, prints the address."""
 
 import argparse
 import asyncio
@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import gradio as gr
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapterhub_app.access import Access
 from adapterhub_app.demo import build_demo
-from adapterhub_app.headers import security_middleware
 from adapterhub_app.theme import STYLE_SHEET, build_theme
 from adapterhub_lite.bases import ResolvedBase, resolve_base
 from adapterhub_lite.errors import AdapterHubError, ResourceError, UsageError
@@ -24,11 +25,42 @@ DEFAULT_PORT = 7860
 PORTS_TRIED = 100
 LAST_PORT = 65_535
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# Gradio's own page needs inline scripts and styles, and its charts compile their specification.
+CONTENT_SECURITY_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; "
+    "object-src 'none'; base-uri 'self'; form-action 'self'"
+)
+HEADERS = {
+    "content-security-policy": CONTENT_SECURITY_POLICY,
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
+
+
+class SecurityHeaders:
+    """ASGI middleware that adds `HEADERS` to every answer. Plain ASGI, so that streams are not buffered."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one connection."""
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [
+                    *message["headers"],
+                    *((name.encode(), value.encode()) for name, value in HEADERS.items()),
+                ]
+            await send(message)
+
+        await self.app(scope, receive, send_with_headers)
 
 
 @dataclass(frozen=True)
 class RunningApp:
-    """An app that is being served at `url`; `close()` ends it and leaves the engine alone."""
+    """An app being served at `url`; `close()` stops it and leaves the engine running."""
 
     url: str
     demo: gr.Blocks
@@ -50,7 +82,7 @@ def launch(
     hub: str | None = None,
     block: bool = True,
 ) -> RunningApp:
-    """Serve the app and print where it is. With `block`, return when it is interrupted.
+    """Serve the app and print its address. With `block`, return only when interrupted.
 
     `port` None means 7860 or the next free one; the other settings are those of `build_demo`.
 
@@ -62,13 +94,14 @@ def launch(
 
     async def start() -> gr.Blocks:
         demo = build_demo(engine, registry, base_name=base_name, base=base, access=access, hub=hub)
-        _serve(demo, host, chosen, access)
+        start_server(demo, host, chosen, access)
         return demo
 
-    # Gradio makes its locks in the running loop; where there is none it opens one for each and never closes them.
+    # Gradio creates its locks in the running event loop; without one it opens a loop for each and never closes it.
     with ThreadPoolExecutor(1, "app-start") as starter:
         demo = starter.submit(asyncio.run, start()).result()
-    running = RunningApp(url=f"http://{_spoken_host(host)}:{chosen}/", demo=demo)
+    everywhere = host in ("", "0.0.0.0", "::")  # noqa: S104 - compared with, not bound to
+    running = RunningApp(url=f"http://{'127.0.0.1' if everywhere else host}:{chosen}/", demo=demo)
     moved = f" (port {DEFAULT_PORT} is in use)" if port is None and chosen != DEFAULT_PORT else ""
     print(f"adapterhub-lite is at {running.url}{moved}", flush=True)
     if block:
@@ -76,8 +109,12 @@ def launch(
     return running
 
 
-def _serve(demo: gr.Blocks, host: str, port: int, access: Access) -> None:
-    """Start Gradio's server with every door shut that the page doesn't need."""
+def start_server(demo: gr.Blocks, host: str, port: int, access: Access) -> None:
+    """Start Gradio's server with every feature off that the page does not need: sharing, API, monitoring, MCP.
+
+    Raises:
+        ResourceError: the port was taken after it was found free.
+    """
     demo.queue(default_concurrency_limit=None, api_open=False)
     try:
         demo.launch(
@@ -94,26 +131,28 @@ def _serve(demo: gr.Blocks, host: str, port: int, access: Access) -> None:
             ssr_mode=False,
             pwa=False,
             mcp_server=False,
-            app_kwargs={"middleware": security_middleware()},
+            app_kwargs={"middleware": [Middleware(SecurityHeaders)]},
             theme=build_theme(),
             css_paths=STYLE_SHEET,
         )
     except OSError as error:
-        raise ResourceError(f"Port {port} on {host} was taken by another program meanwhile. Start again.") from error
+        raise ResourceError(
+            f"Port {port} on {host} was taken by another program in the meantime. Start again."
+        ) from error
 
 
 def free_port(host: str, port: int | None) -> int:
-    """Return `port` if it is free, or for None the first free one from 7860 on; 0 lets the system choose.
+    """Return `port` if it is free, or for None the first free port from 7860 upwards; 0 lets the system choose.
 
     Raises:
-        ResourceError: it is, or all of them are, in use.
+        ResourceError: the port, or every port tried, is in use.
     """
     if port is not None and not 0 <= port <= LAST_PORT:
-        raise ResourceError(f"There is no port {port}: wanted 0 (any free one) to {LAST_PORT}.")
+        raise ResourceError(f"Port {port} does not exist: expected 0 (any free port) to {LAST_PORT}.")
     candidates = range(DEFAULT_PORT, DEFAULT_PORT + PORTS_TRIED) if port is None else (port,)
     for candidate in candidates:
         with socket.socket() as probe:
-            # As the server does, so that a port whose last connections are still closing counts as free.
+            # As the server does: a port whose last connections are still closing counts as free.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((host, candidate))
@@ -138,12 +177,12 @@ def serve(
     `users` is a file of logins (see `Access.read`), `hub` the endpoint to push to and pull from.
 
     Raises:
-        UsageError: `host` can be reached from elsewhere, and nobody has to log in.
-        AdapterHubError: no such base, no free port, or the logins cannot be read.
+        UsageError: `host` is reachable from other machines, and no login is required.
+        AdapterHubError: the base is unknown, no port is free, or the logins cannot be read.
     """
     if users is None and host not in LOOPBACK:
         raise UsageError(
-            f"On {host} others could promote and push. Name their logins with --users, or leave --host out."
+            f"On {host} other people could promote and push. Give a file of logins with --users, or leave out --host."
         )
     access = Access.read(users) if users else Access()
     free_port(host, port)  # before the base is loaded, which takes longer
@@ -170,8 +209,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except AdapterHubError as error:
         parser.exit(2, f"{error}\n")
     return 0
-
-
-def _spoken_host(host: str) -> str:
-    everywhere = host in ("", "0.0.0.0", "::")  # noqa: S104 - compared with, not bound to
-    return "127.0.0.1" if everywhere else host

@@ -1,4 +1,4 @@
-"""The one file a Hugging Face Space starts: pulls the adapters it is told of and serves the app to viewers."""
+"""What a Hugging Face Space runs: pulls the configured adapters and serves the app to viewers."""
 
 import os
 import tempfile
@@ -12,7 +12,7 @@ from adapterhub_lite.serving import InferenceEngine
 
 
 def read_access(users: str | None) -> Access:
-    """The access rules of a public page: logins from the JSON text `users`, else everybody may only look."""
+    """The access rules of a public page: logins from the JSON text `users`; without it everybody is a viewer."""
     if not users:
         return Access(open_role="viewer")
     with tempfile.TemporaryDirectory() as folder:
@@ -22,10 +22,10 @@ def read_access(users: str | None) -> Access:
         return Access.read(file)
 
 
-def pull_all(registry: AdapterRegistry, wanted: str) -> list[str]:
-    """Pull `org/name` or `org/name@alias`, comma separated; returns the references now here."""
+def pull_all(registry: AdapterRegistry, repositories: str) -> list[str]:
+    """Pull each `org/name` or `org/name@alias` of a comma-separated list; returns the local references."""
     references = []
-    for item in filter(None, (part.strip() for part in wanted.split(","))):
+    for item in filter(None, (part.strip() for part in repositories.split(","))):
         repo, _, alias = item.partition("@")
         receipt = registry.pull(repo, revision=f"@{alias}" if alias else None)
         references.append(receipt.manifest.reference)
@@ -33,7 +33,7 @@ def pull_all(registry: AdapterRegistry, wanted: str) -> list[str]:
 
 
 def main() -> None:
-    """Serve the app on the address that a Space expects."""
+    """Serve the app on the address and port that a Space expects."""
     name = os.environ.get("ADAPTERHUB_BASE", "smollm2-135m")
     access = read_access(os.environ.get("ADAPTERHUB_USERS"))
     registry = AdapterRegistry()

@@ -1,4 +1,4 @@
-"""How the app looks: a Gradio theme, and style.css beside it for the rest. Fetches nothing: local fonts."""
+"""The appearance of the app: a Gradio theme, and style.css for the rest. Nothing is fetched; fonts are local."""
 
 from pathlib import Path
 

@@ -8,7 +8,7 @@ import pytest
 from adapterhub_app.access import Access
 from adapterhub_app.backend import Backend
 from adapterhub_app.tabs.catalogue import alias_moves, card_text, catalogue_rows, provenance, version_choices
-from adapterhub_app.tabs.changes import promote, pull, push, roll_back
+from adapterhub_app.tabs.registry import promote, pull, push, roll_back
 from adapterhub_lite.errors import UsageError
 from adapterhub_lite.hub_server import HubServer
 from adapterhub_lite.registry import AdapterRegistry

@@ -1,1 +1,1 @@
-"""How answers, tasks and notices are written for the page. Plain functions."""
+"""How answers, tasks and errors are presented on the page: plain functions without Gradio components."""

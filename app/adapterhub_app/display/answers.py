@@ -1,24 +1,86 @@
-"""One answer as it grows: a task and messages in, snapshots out. Chat, Compare and Blend all answer through here."""
+"""One answer as it grows, and the receipt under it. Chat, Compare and Blend all get their answers here."""
 
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from adapterhub_app.backend import Backend, PendingAnswer
-from adapterhub_app.display.notice import sentence
-from adapterhub_app.display.receipt import Receipt
-from adapterhub_app.display.task import Task
+from adapterhub_app.display.escape import sentence
+from adapterhub_app.display.task import Task, short_digest
+from adapterhub_lite.adapter_format.record import StrictModel
 from adapterhub_lite.errors import RequestCancelledError
-from adapterhub_lite.serving import GenerationRequest
+from adapterhub_lite.serving import GenerationRequest, GenerationResult
 
-# A page can't show more than this, and eight people's pages together must leave the processor to the model.
+# People see no more updates than this, and the pages of eight people together must leave the processor to the model.
 SECONDS_BETWEEN_UPDATES = 0.05
 STOPPED = "stopped"
 
 
+class Receipt(StrictModel):
+    """What produced an answer, and how fast. `digests` are those of the adapters (none for the base); times in seconds."""
+
+    digests: tuple[str, ...] = ()
+    base: str
+    base_fingerprint: str
+    new_tokens: int
+    finish_reason: str
+    tokens_per_second: float
+    first_token_seconds: float
+    switch_seconds: float
+    queue_seconds: float
+    total_seconds: float
+
+    @classmethod
+    def of(cls, result: GenerationResult, base: str) -> "Receipt":
+        """The receipt of a complete result; `base` is the base model's name."""
+        timings = result.timings
+        return cls(
+            digests=tuple(result.adapter_digest.split("+")) if result.adapter_digest else (),
+            base=base,
+            base_fingerprint=result.base_fingerprint,
+            new_tokens=len(result.token_ids),
+            finish_reason=result.finish_reason,
+            tokens_per_second=timings.tokens_per_second,
+            first_token_seconds=timings.first_token_seconds,
+            switch_seconds=timings.switch_seconds,
+            queue_seconds=timings.queue_seconds,
+            total_seconds=timings.total_seconds,
+        )
+
+    def line(self, who: str) -> str:
+        """Summarise in one line for display under an answer; an empty `who` is left out."""
+        digest = "+".join(short_digest(digest) for digest in self.digests)
+        parts = [who, digest, self.base, f"{self.tokens_per_second:.0f} tok/s"]
+        parts += [f"first token {duration(self.first_token_seconds)}", f"switch {duration(self.switch_seconds)}"]
+        return " · ".join(part for part in parts if part)
+
+    def details(self) -> str:
+        """Every field in full, one per line."""
+        rows = [
+            ("adapter digest", " + ".join(self.digests) or "none: the bare base answered"),
+            ("base", f"{self.base}, fingerprint {self.base_fingerprint}"),
+            ("tokens", f"{self.new_tokens}, ended by {self.finish_reason}"),
+            ("speed", f"{self.tokens_per_second:.1f} tokens/s"),
+            ("queued", duration(self.queue_seconds)),
+            ("switch", duration(self.switch_seconds)),
+            ("first token", duration(self.first_token_seconds)),
+            ("total", duration(self.total_seconds)),
+        ]
+        return "\n".join(f"{label}: {value}" for label, value in rows)
+
+
+def duration(seconds: float) -> str:
+    """Format `seconds` as µs, ms or s with two or three significant digits."""
+    if seconds < 0.001:
+        return f"{seconds * 1e6:.0f} µs"
+    if seconds < 1:
+        return f"{seconds * 1e3:.{1 if seconds < 0.01 else 0}f} ms"
+    return f"{seconds:.2f} s"
+
+
 @dataclass(frozen=True)
 class AnswerSettings:
-    """How answers are drawn: `temperature` 0 is greedy."""
+    """How answers are sampled: `temperature` 0 is greedy."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -26,7 +88,7 @@ class AnswerSettings:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer so far. Complete once it has a receipt, or a notice: the sentence why it is not (wholly) there."""
+    """An answer so far. It is complete once it has a receipt, or a notice that says why it is missing or cut short."""
 
     text: str = ""
     receipt: Receipt | None = None
@@ -34,7 +96,7 @@ class Answer:
 
     @property
     def is_complete(self) -> bool:
-        """Whether no more of it will come."""
+        """Whether the answer is final."""
         return self.receipt is not None or self.notice is not None
 
 
@@ -48,8 +110,8 @@ def grow_answer(
 ) -> Iterator[Answer]:
     """Yield the answer as it grows, at most every `SECONDS_BETWEEN_UPDATES`; the last one is complete.
 
-    Whatever goes wrong becomes its notice. Closing the iterator cancels the request, and so does `pending`, which may
-    be cancelled before the first step.
+    Every error becomes the notice of the answer. Closing the iterator cancels the request, and so does cancelling
+    `pending`, which is possible before the first step.
     """
     answer, pending = Answer(), pending or PendingAnswer()
     try:
@@ -59,7 +121,7 @@ def grow_answer(
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
         )
-        # Watched before it is asked for: an adapter may have to be loaded first, and Stop works meanwhile.
+        # Registered before it is submitted: loading the adapter may take time, and Stop has to work meanwhile.
         with backend.live.watch(session, pending):
             handle = backend.engine.submit(request)
             pending.attach(handle)
@@ -73,5 +135,5 @@ def grow_answer(
                     yield answer
     except RequestCancelledError:
         yield replace(answer, notice=STOPPED)
-    except Exception as error:  # the page's edge: whatever happened, people get a sentence
+    except Exception as error:  # the boundary to the page: every error becomes a sentence
         yield replace(answer, notice=sentence(error))

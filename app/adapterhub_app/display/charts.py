@@ -1,7 +1,7 @@
 """The page's two charts, as HTML and SVG of this module's own: memory by preset, and loss by step.
 
-Colours come from style.css, which has them for light and dark, and nothing has to be loaded to draw them. Bars lie, so that
-names and totals stay readable on a phone.
+Colours come from style.css, for light and dark, and nothing has to be loaded to draw them. The bars are horizontal so
+that names and totals stay readable on a phone.
 """
 
 import math
@@ -11,41 +11,39 @@ from collections.abc import Sequence
 from adapterhub_app.display.escape import shown
 from adapterhub_lite.memory.estimate import COMPONENTS
 
-# A device larger than this many times the largest bar would press the bars together: its line is left out.
+# A device more than this many times the largest bar would squeeze the bars: its line is left out.
 _ROOM_FOR_THE_LINE = 3.0
 
 Bar = tuple[str, str, float]
 
 
 def draw_plan(bars: Sequence[Bar], memory_gib: float) -> str:
-    """Draw (preset, component, GiB) triples, the chosen preset's first, against a device of `memory_gib`."""
+    """Draw (preset, component, GiB) triples, those of the chosen preset first, against a device of `memory_gib`."""
     presets = list(dict.fromkeys(preset for preset, _, _ in bars))
     totals = {name: sum(gib for preset, _, gib in bars if preset == name) for name in presets}
     largest = max(totals.values(), default=0.0) or 1.0
     has_line = memory_gib <= _ROOM_FOR_THE_LINE * largest
     scale = 1.04 * max(largest, memory_gib if has_line else 0.0)
-    rows = [_row(name, bars, totals[name], scale, memory_gib if has_line else None, presets) for name in presets]
+    line = f'<b style="left:{100 * memory_gib / scale:.2f}%"></b>' if has_line else ""
+    rows = []
+    for name in presets:
+        own = sorted(((part, gib) for preset, part, gib in bars if preset == name), key=lambda bar: _place(bar[0]))
+        pieces = "".join(
+            f'<i class="{_colour(part)}" style="width:{100 * gib / scale:.2f}%" title="{shown(part)} {gib:.2f} GiB"></i>'
+            for part, gib in own
+        )
+        label = ", ".join(f"{part} {gib:.2f}" for part, gib in own)
+        rows.append(
+            f'<div role="row" class="plan-bar{" chosen" if name == presets[0] else ""}">'
+            f'<span role="rowheader">{shown(name)}</span><div role="cell" aria-label="{shown(label)}">{pieces}{line}</div>'
+            f'<span role="cell">{totals[name]:.1f}</span></div>'
+        )
     used = sorted({part for _, part, _ in bars}, key=_place)
     legend = "".join(f'<li><i class="{_colour(part)}"></i>{shown(part)}</li>' for part in used)
     device = f"The line is the device: {memory_gib:g} GiB." if has_line else f"The device holds {memory_gib:g} GiB."
     return (
-        f'<figure class="plan-bars"><figcaption>GiB a device needs, by preset. {device}</figcaption>'
+        f'<figure class="plan-bars"><figcaption>GiB needed per device, by preset. {device}</figcaption>'
         f'<div role="table" aria-label="Memory by preset">{"".join(rows)}</div><ul>{legend}</ul></figure>'
-    )
-
-
-def _row(name: str, bars: Sequence[Bar], total: float, scale: float, line: float | None, presets: list[str]) -> str:
-    mine = sorted(((part, gib) for preset, part, gib in bars if preset == name), key=lambda bar: _place(bar[0]))
-    pieces = "".join(
-        f'<i class="{_colour(part)}" style="width:{100 * gib / scale:.2f}%" title="{shown(part)} {gib:.2f} GiB"></i>'
-        for part, gib in mine
-    )
-    limit = "" if line is None else f'<b style="left:{100 * line / scale:.2f}%"></b>'
-    chosen = " chosen" if name == presets[0] else ""
-    told = ", ".join(f"{part} {gib:.2f}" for part, gib in mine)
-    return (
-        f'<div role="row" class="plan-bar{chosen}"><span role="rowheader">{shown(name)}</span>'
-        f'<div role="cell" aria-label="{shown(told)}">{pieces}{limit}</div><span role="cell">{total:.1f}</span></div>'
     )
 
 
@@ -54,16 +52,16 @@ def _place(part: str) -> int:
 
 
 def _colour(part: str) -> str:
-    return f"part-{part}"  # style.css has one for each of COMPONENTS
+    return f"part-{part}"  # style.css has one per entry of COMPONENTS
 
 
 def draw_loss(curve: Sequence[tuple[int, float]]) -> str:
-    """Draw (step, loss) pairs as a line over two labelled axes; values that are not finite are left out."""
+    """Draw (step, loss) pairs as a line with labelled axes; non-finite losses are left out."""
     points = [(step, loss) for step, loss in curve if math.isfinite(loss)]
     if not points:
         return ""
     width, height, left, bottom = 480, 170, 44, 22
-    last, top = max(step for step, _ in points) or 1, _round_up(max(loss for _, loss in points))
+    last, top = max(step for step, _ in points) or 1, round_up(max(loss for _, loss in points))
 
     def at(step: float, loss: float) -> tuple[float, float]:
         across = left + (width - left - 8) * step / last
@@ -86,10 +84,9 @@ def draw_loss(curve: Sequence[tuple[int, float]]) -> str:
     )
 
 
-def _round_up(value: float) -> float:
-    """The next 1, 2 or 5 times a power of ten; 1 for nothing."""
+def round_up(value: float) -> float:
+    """Round up to 1, 2 or 5 times a power of ten; 1 for zero and subnormal values, whose power of ten would be 0."""
     if value < sys.float_info.min:
-        # Its power of ten would be 0.
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
     return next(step * power for step in (1, 2, 5, 10) if value <= step * power * (1 + 1e-9))

@@ -1,7 +1,6 @@
-"""What a person may pick to answer: the bare base, one adapter, or a blend. Knows the names, not the page.
+"""Who answers: the bare base, one adapter, or a blend. Knows the names, not the page.
 
-A task travels through the page as one line of text in the engine's own notation, so that a restarted server can
-read it again.
+The page holds a task as one line of text in the engine's own notation, so that a restarted server can parse it.
 """
 
 import math
@@ -11,7 +10,7 @@ from adapterhub_app.display.escape import one_line
 from adapterhub_lite.errors import AdapterHubError, ReferenceSyntaxError
 from adapterhub_lite.registry import AdapterManifest, AdapterReference, AdapterRegistry
 
-# Not a name an adapter can have, so that an adapter called "base" is still itself.
+# Not a valid adapter name, so that an adapter called "base" can still be picked.
 BASE = "(base)"
 
 
@@ -31,7 +30,7 @@ class Task:
         text = (text or BASE).strip()
         if text == BASE:
             return cls()
-        return cls(tuple(_part(piece.strip()) for piece in text.split("+")))
+        return cls(tuple(parse_part(piece.strip()) for piece in text.split("+")))
 
     @property
     def is_base(self) -> bool:
@@ -45,7 +44,7 @@ class Task:
 
     @property
     def name(self) -> str:
-        """What people read: `base`, the reference, or `0.7×sql + 0.3×event`."""
+        """The displayed name: `base`, the reference, or `0.7×sql + 0.3×event`."""
         if self.is_base:
             return "base"
         if not self.is_blend:
@@ -58,7 +57,7 @@ class Task:
         return "+".join(reference if weight == 1.0 else f"{reference}*{weight:g}" for reference, weight in self.parts)
 
     def pinned(self, registry: AdapterRegistry) -> str | None:
-        """The engine's notation of it with each reference as `name:version` of now; None for the base.
+        """The engine's notation, with each reference resolved to `name:version` now; None for the base.
 
         Raises:
             UnknownNameError: a part names no adapter.
@@ -94,7 +93,7 @@ def newest_versions(registry: AdapterRegistry) -> list[AdapterManifest]:
 
 
 def manifests_of(task: Task, registry: AdapterRegistry) -> list[AdapterManifest]:
-    """The manifests a task stands for now; empty for the base.
+    """The manifests that a task refers to now; empty for the base.
 
     Raises:
         UnknownNameError: a part names no adapter.
@@ -103,7 +102,7 @@ def manifests_of(task: Task, registry: AdapterRegistry) -> list[AdapterManifest]
 
 
 def describe_task(text: str | None, registry: AdapterRegistry) -> str:
-    """One plain line about a task: what it is for, its version and short digest; or the sentence why it is none."""
+    """Describe a task in one line: its purpose, version and short digest; or the error if it cannot be resolved."""
     try:
         task = Task.parse(text)
         manifests = manifests_of(task, registry)
@@ -119,7 +118,7 @@ def describe_task(text: str | None, registry: AdapterRegistry) -> str:
 
 
 def task_examples(text: str | None, registry: AdapterRegistry, limit: int = 4) -> list[str]:
-    """Example questions of a task, in turn from each of its adapters' manifests; none where nothing resolves."""
+    """Example questions of a task, taken in turn from the manifest of each adapter; none if a part does not resolve."""
     try:
         each = [manifest.examples for manifest in manifests_of(Task.parse(text), registry)]
     except AdapterHubError:
@@ -134,7 +133,12 @@ def short_digest(digest: str) -> str:
     return digest.removeprefix("sha256:")[:8]
 
 
-def _part(piece: str) -> tuple[str, float]:
+def parse_part(piece: str) -> tuple[str, float]:
+    """Parse one part of a blend, `reference` or `reference*weight`.
+
+    Raises:
+        ReferenceSyntaxError: the reference or the weight is malformed.
+    """
     reference, star, weight = piece.partition("*")
     try:
         factor = float(weight) if star else 1.0
@@ -142,6 +146,6 @@ def _part(piece: str) -> tuple[str, float]:
         factor = math.nan
     if not math.isfinite(factor):
         raise ReferenceSyntaxError(
-            f"The weight in {piece!r:.80} is not a number; wanted a blend such as sql*0.7+event*0.3."
+            f"The weight in {piece!r:.80} is not a number; expected a blend such as sql*0.7+event*0.3."
         )
     return str(AdapterReference.parse(reference.strip())), factor

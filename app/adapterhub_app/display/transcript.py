@@ -1,7 +1,7 @@
-"""A conversation as the page holds it: turns in, model messages or chat bubbles out. Knows no engine.
+"""A conversation as the page holds it: turns in, model messages or chat bubbles out. Knows nothing of the engine.
 
-The page, not the server, keeps the conversation, so that it outlives a restart of the server and is nobody else's.
-What comes back from a page is read strictly: unknown keys, wrong types and over-long turns are refused.
+The page keeps the conversation, not the server, so that it survives a restart of the server and stays private.
+What a page sends back is validated strictly: unknown keys, wrong types and over-long turns are refused.
 """
 
 import itertools
@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from adapterhub_app.display.answers import Receipt
 from adapterhub_app.display.escape import shown
-from adapterhub_app.display.receipt import Receipt
 from adapterhub_lite.adapter_format.record import StrictModel
 from adapterhub_lite.errors import DataError
 
@@ -23,9 +23,9 @@ INTERRUPTED = "interrupted before the answer was complete"
 
 
 class Turn(StrictModel):
-    """One turn. An answer carries who gave it (`by`, as shown) and, once it is complete, its receipt.
+    """One turn. An answer carries the displayed name of who gave it (`by`) and, once complete, its receipt.
 
-    `notice` is a sentence shown when the answer could not, or not wholly, be given.
+    `notice` is a sentence shown when the answer is missing or cut short.
     """
 
     role: Literal["user", "assistant"]
@@ -36,7 +36,7 @@ class Turn(StrictModel):
 
     @property
     def is_open(self) -> bool:
-        """Whether it is an answer of which more is to come."""
+        """Whether it is an answer still in progress."""
         return self.role == "assistant" and self.receipt is None and self.notice is None
 
 
@@ -47,27 +47,27 @@ def read_turns(value: object) -> list[Turn]:
     """Read the turns a page sent (None for a new conversation).
 
     Raises:
-        DataError: they are not a conversation of this app, or longer than it takes.
+        DataError: they are not a conversation of this app, or exceed its limits.
     """
     try:
-        # Through JSON text, so that they are judged as JSON (where a list may fill a tuple) and still strictly.
+        # Through JSON text, because strict validation accepts a list for a tuple only in JSON mode.
         return _TURNS.validate_json(json.dumps(value or []))
     except ValidationError as error:
         raise DataError(
-            f"This page holds no conversation that can go on (wanted at most {MAX_TURNS} turns of {MAX_CHARACTERS} "
-            f"characters, found {error.error_count()} faults). Start a new one."
+            f"The conversation in this page cannot be continued (expected at most {MAX_TURNS} turns of {MAX_CHARACTERS} "
+            f"characters, found {error.error_count()} errors). Start a new one."
         ) from error
 
 
 def write_turns(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """The turns as plain JSON values for the page to keep."""
+    """Convert turns to plain JSON values for the page to keep."""
     return [turn.model_dump(mode="json") for turn in turns]
 
 
 def model_messages(turns: Sequence[Turn], by: str, *, remember: bool) -> list[dict[str, str]]:
-    """The last question for `by`, with `remember` after the earlier questions that `by` answered and its answers.
+    """The last question for `by`; with `remember`, preceded by the earlier questions that `by` answered, and its answers.
 
-    What another task answered stays out: an adapter for SQL would go on in the manner of the answers it is shown.
+    Answers of other tasks are left out: an adapter for SQL would imitate the style of the answers it is shown.
     """
     kept: list[Turn] = []
     for question, answer in itertools.pairwise(turns if remember else ()):
@@ -78,21 +78,22 @@ def model_messages(turns: Sequence[Turn], by: str, *, remember: bool) -> list[di
 
 
 def close_open_turns(turns: Sequence[Turn]) -> list[Turn]:
-    """The turns with every answer that never ended (the server went away meanwhile) marked as interrupted."""
+    """Mark every answer that never completed (because the server stopped) as interrupted."""
     return [turn.model_copy(update={"notice": INTERRUPTED}) if turn.is_open else turn for turn in turns]
 
 
 def chat_bubbles(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """Turns as messages for the chat component: each answer is followed by the line that says who gave it."""
+    """Convert turns to messages for the chat component; each answer is followed by the line that says who gave it."""
     bubbles: list[dict[str, Any]] = []
     for turn in turns:
         bubbles.append({"role": turn.role, "content": _literal(turn.text)})
         if turn.role == "assistant":
-            bubbles.append(_receipt_bubble(turn))
+            bubbles.append(receipt_bubble(turn))
     return bubbles
 
 
-def _receipt_bubble(turn: Turn) -> dict[str, Any]:
+def receipt_bubble(turn: Turn) -> dict[str, Any]:
+    """The line under an answer: who gave it, its receipt or notice; the receipt's details when opened."""
     who = turn.by or "base"
     if turn.is_open:
         title, status, details = IS_ANSWERING, "pending", ""
@@ -104,5 +105,5 @@ def _receipt_bubble(turn: Turn) -> dict[str, Any]:
 
 
 def _literal(text: str) -> list[dict[str, str]]:
-    # A part with a type, because Gradio takes the indentation off bare strings and answers may be code.
+    # A typed part, because Gradio strips the indentation of bare strings, and answers may be code.
     return [{"type": "text", "text": shown(text)}]

@@ -1,4 +1,4 @@
-"""What the Registry tab shows: rows, and everything about one version. Text and numbers out, never HTML."""
+"""What the Registry tab shows: one row per version, and everything about one version. Plain text and numbers, never HTML."""
 
 import re
 
@@ -6,34 +6,36 @@ from adapterhub_app.display.escape import literal_markdown, one_line
 from adapterhub_app.display.task import short_digest
 from adapterhub_lite.registry import AdapterManifest, AdapterRegistry
 from adapterhub_lite.registry.hub.card import render_card
-from adapterhub_lite.registry.operations.list import AdapterSummary
 
 COLUMNS = ("Adapter", "Version", "Aliases", "Task", "Metric", "Base score", "Score", "Rank", "Made")
 COLUMN_TYPES = ("str", "number", "str", "str", "str", "number", "number", "number", "str")
-# In pixels, so that a phone scrolls the table instead of cutting every cell to a letter.
+# In pixels, so that a phone scrolls the table instead of shrinking every cell to one letter.
 COLUMN_WIDTHS = ("140px", "85px", "105px", "310px", "130px", "110px", "75px", "70px", "120px")
 HISTORY_COLUMNS = ("When", "Alias", "What", "From", "To")
 
-# A line of the card's own; what an adapter says of itself stands there escaped.
+# Only lines of the card itself match: text from the adapter is escaped in it.
 _PICTURE = re.compile(r"^!\[[^\]]*\]\([^)]*\)\n*", re.MULTILINE)
 
 Cell = str | int | float | None
 
 
 def catalogue_rows(registry: AdapterRegistry, search: str = "") -> list[list[Cell]]:
-    """Every version whose name, task, tags, aliases, digest or base hold every word searched for, newest first."""
+    """Every version whose name, task, tags, aliases, digest or base contain all the search words, newest first."""
     words = search.lower().split()
     ranks = {manifest.digest: manifest.lora.rank for manifest in registry.list()}
-    rows = []
+    rows: list[list[Cell]] = []
     for one in sorted(registry.summaries(), key=lambda one: (one.created, one.version), reverse=True):
-        held = " ".join([one.name, *one.aliases, one.task or "", one.digest, one.base_id, *one.tags]).lower()
-        if all(word in held for word in words):
-            rows.append(_cells(one, ranks.get(one.digest)))
+        text = " ".join([one.name, *one.aliases, one.task or "", one.digest, one.base_id, *one.tags]).lower()
+        if all(word in text for word in words):
+            metric, (value, base) = next(iter(one.metrics.items()), ("", (None, None)))
+            aliases, task, metric = ", ".join(one.aliases), one_line(one.task or "", 60), one_line(metric, 30)
+            scores = (_rounded(base), _rounded(value), ranks.get(one.digest))
+            rows.append([one.name, one.version, aliases, task, metric, *scores, one.created[:10]])
     return rows
 
 
 def measured_manifest(registry: AdapterRegistry, reference: str) -> AdapterManifest:
-    """The manifest a reference stands for, with what was measured of it later.
+    """The manifest that a reference resolves to, with the evaluations recorded later.
 
     Raises:
         UnknownNameError: there is no such version.
@@ -48,7 +50,7 @@ def version_choices(registry: AdapterRegistry) -> list[str]:
 
 
 def provenance(manifest: AdapterManifest) -> str:
-    """Where a version comes from, as a Markdown list in which nothing of the adapter is markup."""
+    """Where a version comes from, as a Markdown list; text from the adapter is escaped."""
     lora, record = manifest.lora, manifest.training
     facts: list[tuple[str, str]] = [
         ("digest", manifest.digest),
@@ -72,7 +74,7 @@ def provenance(manifest: AdapterManifest) -> str:
 
 
 def card_text(manifest: AdapterManifest) -> str:
-    """The version's model card as Markdown, without its metadata block and its pictures, which lie on the hub."""
+    """The version's model card as Markdown, without its metadata block and its pictures, which are only on the hub."""
     card = render_card(manifest, f"you/{manifest.name}")
     return _PICTURE.sub("", card.split("---\n", 2)[-1]).strip()
 
@@ -84,27 +86,12 @@ def alias_moves(registry: AdapterRegistry, name: str) -> list[list[Cell]]:
 
 
 def loss_curve(manifest: AdapterManifest) -> list[tuple[int, float]]:
-    """(step, loss) pairs of the run, where its record holds them."""
+    """(step, loss) pairs of the run, if they were recorded."""
     return [(int(step), float(loss)) for step, loss in (manifest.training.loss_curve if manifest.training else ())]
 
 
 def _version(version: int | None) -> str:
     return "none" if version is None else f"v{version}"
-
-
-def _cells(one: AdapterSummary, rank: int | None) -> list[Cell]:
-    metric, (value, base) = next(iter(one.metrics.items()), ("", (None, None)))
-    return [
-        one.name,
-        one.version,
-        ", ".join(one.aliases),
-        one_line(one.task or "", 60),
-        one_line(metric, 30),
-        _rounded(base),
-        _rounded(value),
-        rank,
-        one.created[:10],
-    ]
 
 
 def _rounded(value: float | None) -> float | None:

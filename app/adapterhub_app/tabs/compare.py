@@ -1,4 +1,4 @@
-"""The Compare tab's handlers: one prompt to several tasks in one mixed batch, and where their answers differ."""
+"""The Compare tab: one prompt to several tasks in one mixed batch, and where their answers differ."""
 
 import difflib
 import queue
@@ -6,19 +6,24 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from typing import Any  # Gradio is untyped: its components, events and updates are Any
+
+import gradio as gr
 
 from adapterhub_app.backend import Backend, PendingAnswer
 from adapterhub_app.display.answers import Answer, AnswerSettings, grow_answer
-from adapterhub_app.display.escape import shown
-from adapterhub_app.display.notice import sentence
-from adapterhub_app.display.task import BASE, Task
+from adapterhub_app.display.escape import literal_markdown, sentence, shown
+from adapterhub_app.display.task import BASE, Task, adapter_choices
 from adapterhub_lite.errors import AdapterHubError
 
 MOST_ADAPTERS = 4
-# A word keeps the white space after it, so that unlike texts are not matched by their spaces.
+# A word keeps the white space after it, so that different texts are not aligned by their spaces.
 _WORDS = re.compile(r"\S+\s*|\s+")
-# Below this likeness (0 to 1) a word-by-word diff is confetti.
-_TOO_UNLIKE = 0.3
+# Below this similarity (0 to 1) a word-by-word diff is unreadable.
+_LEAST_SIMILARITY = 0.3
+COLUMNS = MOST_ADAPTERS + 1
+# Runs in the page, because the server may be gone: Compare returns.
+_SERVER_WENT_AWAY = '() => [{__type__: "update", visible: true}, {__type__: "update", visible: false}]'
 
 
 def compare(
@@ -26,7 +31,7 @@ def compare(
 ) -> Iterator[list[Answer]]:
     """Yield the answers of the base and then of each adapter as they grow together; the last list is complete.
 
-    A task that cannot answer has its sentence in its place, the others go on. Closing the iterator cancels them all.
+    A task that cannot answer shows the error in its place, and the others continue. Closing the iterator cancels all.
     """
     tasks = [BASE, *adapters][: MOST_ADAPTERS + 1]
     answers = [Answer() for _ in tasks]
@@ -48,20 +53,16 @@ def compare(
         for place, text in enumerate(tasks):
             threading.Thread(target=follow, args=(place, text), name=f"compare-{place}", daemon=True).start()
         while not all(answer.is_complete for answer in answers):
-            for place, answer in _take(updates):
+            place, answer = updates.get()
+            answers[place] = answer
+            while not updates.empty():  # one redraw of the page shows everything that has arrived
+                place, answer = updates.get()
                 answers[place] = answer
             yield list(answers)
 
 
-def _take(updates: "queue.SimpleQueue[tuple[int, Answer]]") -> Iterator[tuple[int, Answer]]:
-    """Wait for one update, then take all that are there: one drawing of the page shows them together."""
-    yield updates.get()
-    while not updates.empty():
-        yield updates.get()
-
-
 def live_key(session: str) -> str:
-    """Under which the comparison of a session counts as under way, so that Stop here leaves its chat alone."""
+    """The key of a session's comparison among the live answers, so that Stop here leaves the chat alone."""
     return f"{session}/compare"
 
 
@@ -81,22 +82,23 @@ def diff_words(reference: str, other: str) -> list[tuple[str, str | None]]:
 
 
 def nearest(earlier: Sequence[str], text: str) -> int | None:
-    """Which of the `earlier` answers `text` is to be marked against: the first where it is like enough, or the likest.
+    """The index in `earlier` of the answer to mark `text` against: the first if similar enough, else the most similar.
 
-    None where it is like none of them: then there is nothing to mark.
+    None if it resembles none of them: then nothing is marked.
     """
-    likeness = [_likeness(one, text) for one in earlier]
-    if likeness and likeness[0] >= _TOO_UNLIKE:
+    words = _WORDS.findall(text)
+    similarity = [difflib.SequenceMatcher(a=_WORDS.findall(one), b=words, autojunk=False).ratio() for one in earlier]
+    if similarity and similarity[0] >= _LEAST_SIMILARITY:
         return 0
-    best = max(range(len(earlier)), key=likeness.__getitem__, default=None)
-    return best if best is not None and likeness[best] >= _TOO_UNLIKE else None
+    best = max(range(len(earlier)), key=similarity.__getitem__, default=None)
+    return best if best is not None and similarity[best] >= _LEAST_SIMILARITY else None
 
 
 def draw_diff(names: Sequence[str], texts: Sequence[str]) -> str:
-    """The last of `texts` against an earlier one, as HTML whose `ins` and `del` are the only markup in it."""
+    """The last of `texts` marked against an earlier one, as HTML; `ins`, `del` and `span` are the only markup inside."""
     place = nearest(texts[:-1], texts[-1])
     if place is None:
-        return '<p class="diff-title">Like none of the answers before it</p>'
+        return '<p class="diff-title">Resembles none of the answers before it</p>'
     if texts[place] == texts[-1]:
         return f'<p class="diff-title">The same answer as {shown(names[place])}</p>'
     tags = {"added": "ins", "removed": "del", None: "span"}
@@ -106,6 +108,113 @@ def draw_diff(names: Sequence[str], texts: Sequence[str]) -> str:
     return f'<p class="diff-title">Against {shown(names[place])}</p><div class="diff-text">{marked}</div>'
 
 
-def _likeness(reference: str, other: str) -> float:
-    before, after = _WORDS.findall(reference), _WORDS.findall(other)
-    return difflib.SequenceMatcher(a=before, b=after, autojunk=False).ratio()
+def build_compare_tab(backend: Backend) -> gr.Dropdown:
+    """Lay out the tab and connect it; returns its adapter picker, so that the page can refresh the choices."""
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=2, min_width=280):
+            prompt = gr.Textbox(
+                label="Prompt", lines=2, max_lines=6, placeholder="One prompt for all of them", elem_id="compare-prompt"
+            )
+            with gr.Row(elem_classes="natural"):
+                run = gr.Button("Compare", variant="primary", elem_id="compare-run")
+                stop = gr.Button("Stop", variant="stop", visible=False, elem_id="compare-stop")
+        with gr.Column(scale=1, min_width=260):
+            picked = gr.Dropdown(
+                choices=adapter_choices(backend.registry), multiselect=True, max_choices=MOST_ADAPTERS,
+                label=f"Up to {MOST_ADAPTERS} adapters", elem_id="compare-adapters",
+            )  # fmt: skip
+            length = gr.Slider(8, 256, value=64, step=8, label="Maximum answer length, tokens")
+    notice = gr.Markdown(visible=False, elem_classes="notice", elem_id="compare-notice")
+    gr.Markdown(
+        "The base and every adapter answer in one batch, side by side. Differences are marked against "
+        "the base or, if that is too different, against the most similar answer before it.",
+        elem_classes="quiet",
+    )
+    columns = build_answer_columns()
+    outputs = [notice, run, stop, *(part for column in columns for part in column)]
+
+    def on_run(text: str, adapters: list[str], tokens: float, request: gr.Request) -> Iterator[list[Any]]:
+        yield from snapshots(backend, str(request.session_hash), text, adapters or [], AnswerSettings(int(tokens)))
+
+    def on_stop(request: gr.Request) -> None:
+        backend.live.stop(live_key(str(request.session_hash)))
+
+    running = gr.on(
+        [run.click, prompt.submit],
+        on_run,
+        [prompt, picked, length],
+        outputs,
+        trigger_mode="once",
+        show_progress="hidden",
+    )
+    running.failure(None, None, [run, stop], js=_SERVER_WENT_AWAY)
+    stop.click(on_stop, queue=False)
+    return picked
+
+
+def build_answer_columns() -> list[list[Any]]:
+    """Lay out (column, heading, answer, receipt, differences) for the maximum number of tasks, hidden until used."""
+    columns = []
+    with gr.Row(equal_height=False, elem_id="compare-answers"):
+        for place in range(COLUMNS):
+            with gr.Column(min_width=210, visible=False, elem_classes="answer-card") as column:
+                heading = gr.Markdown(elem_classes="card-heading")
+                answer = gr.Textbox(
+                    show_label=False, label=f"Answer {place + 1}", container=False, lines=5, max_lines=24,
+                    interactive=False, elem_classes="plain-answer",
+                )  # fmt: skip
+                receipt = gr.Markdown(elem_classes="quiet")
+                difference = gr.HTML(visible=False, padding=False, elem_classes="difference")
+                columns.append([column, heading, answer, receipt, difference])
+    return columns
+
+
+def snapshots(
+    backend: Backend, session: str, prompt: str, adapters: Sequence[str], settings: AnswerSettings
+) -> Iterator[list[Any]]:
+    """Yield a comparison as updates of (notice, run, stop, the five parts of each column)."""
+    if not prompt.strip():
+        words = "There is no prompt yet. Write one, then compare."
+        yield [gr.Markdown(literal_markdown(words), visible=True), *[gr.skip()] * (2 + 5 * COLUMNS)]
+        return
+    names = [displayed_name(text) for text in [BASE, *adapters][:COLUMNS]]
+    going = [gr.Markdown("", visible=False), gr.Button(visible=False), gr.Button(visible=True)]
+    yield [*going, *_columns(names, [Answer() for _ in names], fresh=True)]
+    answers: list[Answer] = []
+    for answers in compare(backend, session, prompt, adapters, settings):
+        yield [gr.skip(), gr.skip(), gr.skip(), *_columns(names, answers, fresh=False)]
+    yield [
+        gr.skip(),
+        gr.Button(visible=True),
+        gr.Button(visible=False),
+        *_columns(names, answers, fresh=False, done=True),
+    ]
+
+
+def _columns(names: Sequence[str], answers: Sequence[Answer], *, fresh: bool, done: bool = False) -> list[Any]:
+    updates: list[Any] = []
+    for place in range(COLUMNS):
+        if place >= len(names):
+            updates += [gr.Column(visible=False), *[gr.skip()] * 4] if fresh else [gr.skip()] * 5
+            continue
+        answer = answers[place]
+        heading = gr.Markdown(literal_markdown(names[place])) if fresh else gr.skip()
+        line = answer.receipt.line("") if answer.receipt else ""
+        words = literal_markdown(" · ".join(part for part in (line, answer.notice) if part) or "…")
+        updates += [gr.Column(visible=True) if fresh else gr.skip(), heading, answer.text, words]
+        if fresh:
+            updates.append(gr.HTML("", visible=False))
+        elif done and place > 0:
+            texts = [one.text for one in answers[: place + 1]]
+            updates.append(gr.HTML(draw_diff(names[: place + 1], texts), visible=True))
+        else:
+            updates.append(gr.skip())
+    return updates
+
+
+def displayed_name(text: str) -> str:
+    """The name of a task as the other tabs show it; the text itself if it is not a task."""
+    try:
+        return Task.parse(text).name
+    except AdapterHubError:
+        return text

@@ -1,14 +1,16 @@
-"""The Registry tab's components and what they are wired to. The work is done in catalogue.py and changes.py."""
+"""The Registry tab: search and read versions; promote, roll back, push and pull them, with each step reported."""
 
-from collections.abc import Iterator
-from typing import Any
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any  # Gradio is untyped: its components, events and updates are Any
 
 import gradio as gr
 
 from adapterhub_app.backend import Backend
 from adapterhub_app.display.charts import draw_loss
-from adapterhub_app.display.escape import literal_markdown
-from adapterhub_app.display.notice import sentence
+from adapterhub_app.display.escape import literal_markdown, sentence
+from adapterhub_app.display.task import short_digest
 from adapterhub_app.tabs.catalogue import (
     COLUMN_TYPES,
     COLUMN_WIDTHS,
@@ -22,11 +24,101 @@ from adapterhub_app.tabs.catalogue import (
     provenance,
     version_choices,
 )
-from adapterhub_app.tabs.changes import promote, pull, push, roll_back
+from adapterhub_lite.errors import UsageError
+
+Report = Callable[[str], None]
+
+
+def promote(backend: Backend, user: str | None, reference: str | None, alias: str) -> str:
+    """Point an alias at a version; returns what happened.
+
+    Raises:
+        UsageError: the person is not an admin, no version is picked, or the alias is not a valid name.
+    """
+    backend.access.require_admin(user, "promote a version")
+    manifest = backend.registry.resolve(_picked(reference))
+    before = backend.registry.aliases(manifest.name).get(alias)
+    backend.registry.set_alias(manifest.name, alias, version=manifest.version, expect=before or 0)
+    was = f"was at version {before}" if before else "is new"
+    return f"{manifest.name}@{alias} {was} and is now at version {manifest.version}."
+
+
+def roll_back(backend: Backend, user: str | None, reference: str | None, alias: str) -> str:
+    """Point an alias back at its previous version; returns what happened. Raises as `promote` does."""
+    backend.access.require_admin(user, "roll an alias back")
+    name = backend.registry.resolve(_picked(reference)).name
+    version = backend.registry.rollback(name, alias)
+    return f"{name}@{alias} is back at version {version}."
+
+
+def push(backend: Backend, user: str | None, reference: str | None, repo_id: str) -> Iterator[list[str]]:
+    """Publish a version; yields the lines so far, the last of which is the outcome."""
+
+    def work(report: Report) -> str:
+        backend.access.require_admin(user, "push to a hub")
+        _require_repository(repo_id)
+        receipt = backend.registry.push(_picked(reference), repo_id.strip(), endpoint=backend.hub, progress=report)
+        how = "Published" if receipt.uploaded else "Already published"
+        return f"{how}: {receipt.repo_id} {receipt.tag}, commit {receipt.commit[:12]}."
+
+    yield from _steps(work)
+
+
+def pull(backend: Backend, user: str | None, repo_id: str, revision: str, name: str) -> Iterator[list[str]]:
+    """Pull a published version; yields the lines so far, the last of which is the outcome."""
+
+    def work(report: Report) -> str:
+        backend.access.require_admin(user, "pull from a hub")
+        _require_repository(repo_id)
+        receipt = backend.registry.pull(
+            repo_id.strip(),
+            revision=revision.strip() or None,
+            name=name.strip() or None,
+            endpoint=backend.hub,
+            progress=report,
+        )
+        manifest = receipt.manifest
+        where = {
+            "hub": "fetched and verified",
+            "store": "was already in the registry",
+            "offline": "taken from the local copy",
+        }[receipt.source]
+        return f"{manifest.reference} ({short_digest(manifest.digest)}) {where}, commit {receipt.commit[:12]}."
+
+    yield from _steps(work)
+
+
+def _steps(work: Callable[[Report], str]) -> Iterator[list[str]]:
+    """Run `work` in a thread, and yield all lines reported so far each time there is a new one."""
+    reported: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            reported.put(work(reported.put))
+        except Exception as error:  # the boundary to the page
+            reported.put(sentence(error))
+        reported.put(None)
+
+    threading.Thread(target=run, name="hub-transfer", daemon=True).start()
+    lines: list[str] = []
+    while (line := reported.get()) is not None:
+        lines.append(line)
+        yield list(lines)
+
+
+def _picked(reference: str | None) -> str:
+    if not reference:
+        raise UsageError("No version is picked yet. Pick one in the table or the list above.")
+    return reference
+
+
+def _require_repository(repo_id: str) -> None:
+    if not repo_id.strip():
+        raise UsageError("The repository is missing. Write it as owner/name, such as you/sql-lora.")
 
 
 def build_registry_tab(backend: Backend, task: gr.Dropdown, tabs: gr.Tabs) -> tuple[gr.Dataframe, gr.Dropdown]:
-    """Lay out the tab and wire it to the Chat tab's `task`; returns its table and version list, to refresh them."""
+    """Lay out the tab and connect it to the Chat tab's `task`; returns its table and version list, to refresh them."""
     search = gr.Textbox(
         show_label=False, label="Search", placeholder="Search names, tasks, tags, aliases, digests", container=False,
         elem_id="registry-search",
@@ -42,8 +134,8 @@ def build_registry_tab(backend: Backend, task: gr.Dropdown, tabs: gr.Tabs) -> tu
             info="Pick a row above, or here", allow_custom_value=True, scale=4,
         )  # fmt: skip
         chat = gr.Button("Use in chat", elem_id="registry-chat", interactive=False, scale=1, min_width=120)
-    _build_changes(backend, picked, table, search)
-    details = _build_details()
+    build_changes(backend, picked, table, search)
+    details = build_details()
 
     def on_search(words: str) -> Any:
         return catalogue_rows(backend.registry, words)
@@ -52,7 +144,16 @@ def build_registry_tab(backend: Backend, task: gr.Dropdown, tabs: gr.Tabs) -> tu
         return f"{event.row_value[0]}:{event.row_value[1]}"
 
     def on_pick(reference: str | None) -> list[Any]:
-        return [gr.Button(interactive=bool(reference)), *_details(backend, reference)]
+        chosen = gr.Button(interactive=bool(reference))
+        if not reference:
+            return [chosen, gr.Row(visible=False), "", "", gr.HTML(visible=False), []]
+        try:
+            manifest = measured_manifest(backend.registry, reference)
+            origin, card = provenance(manifest), card_text(manifest)
+            moves, curve = alias_moves(backend.registry, manifest.name), loss_curve(manifest)
+        except Exception as error:  # the boundary to the page
+            return [chosen, gr.Row(visible=True), literal_markdown(sentence(error)), "", gr.HTML(visible=False), []]
+        return [chosen, gr.Row(visible=True), origin, card, gr.HTML(draw_loss(curve), visible=bool(curve)), moves]
 
     def on_chat(reference: str) -> tuple[Any, Any]:
         return gr.Dropdown(value=reference), gr.Tabs(selected="chat")
@@ -64,8 +165,8 @@ def build_registry_tab(backend: Backend, task: gr.Dropdown, tabs: gr.Tabs) -> tu
     return table, picked
 
 
-def _build_details() -> list[Any]:
-    """(all of it, provenance, card, loss plot, history): hidden until a version is picked."""
+def build_details() -> list[Any]:
+    """Lay out (whole row, provenance, card, loss plot, history), hidden until a version is picked."""
     with gr.Row(visible=False, equal_height=False, elem_id="registry-details") as box:
         with gr.Column(scale=1, min_width=300):
             gr.Markdown("### Provenance")
@@ -81,19 +182,8 @@ def _build_details() -> list[Any]:
     return [box, origin, card, curve, moves]
 
 
-def _details(backend: Backend, reference: str | None) -> list[Any]:
-    if not reference:
-        return [gr.Row(visible=False), "", "", gr.HTML(visible=False), []]
-    try:
-        manifest = measured_manifest(backend.registry, reference)
-        origin, card = provenance(manifest), card_text(manifest)
-        moves, curve = alias_moves(backend.registry, manifest.name), loss_curve(manifest)
-    except Exception as error:  # the page's edge
-        return [gr.Row(visible=True), literal_markdown(sentence(error)), "", gr.HTML(visible=False), []]
-    return [gr.Row(visible=True), origin, card, gr.HTML(draw_loss(curve), visible=bool(curve)), moves]
-
-
-def _build_changes(backend: Backend, picked: gr.Dropdown, table: gr.Dataframe, search: gr.Textbox) -> None:
+def build_changes(backend: Backend, picked: gr.Dropdown, table: gr.Dataframe, search: gr.Textbox) -> None:
+    """Lay out and connect what changes the registry: promote, roll back, push, pull."""
     with gr.Accordion("Promote, roll back, push, pull", open=False, elem_id="registry-changes"):
         with gr.Row(equal_height=False):
             with gr.Column(min_width=280):
@@ -125,7 +215,7 @@ def _build_changes(backend: Backend, picked: gr.Dropdown, table: gr.Dataframe, s
         def act(reference: str | None, called: str, words: str, request: gr.Request) -> list[Any]:
             try:
                 lines = [action(backend, request.username, reference, called.strip())]
-            except Exception as error:  # the page's edge
+            except Exception as error:  # the boundary to the page
                 lines = [sentence(error)]
             return ended(lines, words, reference)
 
