@@ -83,7 +83,7 @@ def registry(page: Any) -> None:
 def plan(page: Any) -> None:
     """A base on a device, with the choice explained."""
     page.locator("#plan-run").click()
-    page.locator("#plan-answer", has_text="Not taken").wait_for(timeout=PATIENCE)
+    page.locator("#plan-answer", has_text="Not chosen").wait_for(timeout=PATIENCE)
 
 
 TABS: dict[str, Callable[[Any], None]] = {

@@ -2,9 +2,14 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from tests.fixture_types import MakeAdapter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # Set before anything imports huggingface_hub, which reads them once: no test talks to the real hub.
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -29,7 +34,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture(scope="session")
-def byte_tokenizer() -> Any:
+def byte_tokenizer() -> "PreTrainedTokenizerFast":
     """A tokenizer with one token a byte, ChatML markers and no merges: 256 bytes, then 4 special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -46,7 +51,7 @@ def byte_tokenizer() -> Any:
 
 
 @pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Any) -> Path:
+def tiny_base(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: "PreTrainedTokenizerFast") -> Path:
     """The folder of a random 2-layer Llama (hidden 32, vocabulary 272, fp32, tied head) with the byte tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -73,7 +78,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory, byte_tokenizer: Any) -> 
 
 
 @pytest.fixture(scope="session")
-def make_adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def make_adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeAdapter:
     """A function (seed=0, rank=4, alpha=8, targets=(...), **lora) -> folder of a plain PEFT adapter for `tiny_base`.
 
     B is random rather than zero, so that every adapter changes the base's answers.
@@ -84,7 +89,7 @@ def make_adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> A
         rank: int = 4,
         alpha: int = 8,
         targets: tuple[str, ...] = ("q_proj", "v_proj", "up_proj"),
-        **lora: Any,
+        **lora: Any,  # the other keywords of LoraConfig
     ) -> Path:
         import torch
         from peft import LoraConfig, get_peft_model

@@ -1,21 +1,23 @@
 """A small world for the app: a tiny base, adapters in a real registry, a real engine, a served page, Chromium."""
 
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from adapterhub_app.access import Access
-from adapterhub_app.backend import Backend
 from adapterhub_app.launch import RunningApp, launch
-from adapterhub_lite.bases import ResolvedBase, resolve_base
+from adapterhub_lite.bases import resolve_base
 from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.serving import InferenceEngine
+from tests.app.world import Hand, Serve, World
+from tests.fixture_types import MakeAdapter
 from tests.step_gate import StepGate
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
 
 HOSTILE = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'> ![x](http://127.0.0.1:9/x.png)"
 # Without these Chromium looks for its maker's servers at every start.
@@ -25,22 +27,8 @@ BROWSER_FLAGS = [
 ]  # fmt: skip
 
 
-@dataclass
-class World:
-    """A registry with `sql` (versions 1 and 2, prod at 1), `event` and `odd` (hostile texts), and an engine over it."""
-
-    home: Path
-    registry: AdapterRegistry
-    engine: InferenceEngine
-    base: ResolvedBase
-
-    def backend(self, access: Access | None = None) -> Backend:
-        """The rooms as the handlers get them."""
-        return Backend(self.engine, self.registry, "tiny", base=self.base, access=access or Access())
-
-
 @pytest.fixture(scope="module")
-def world(tiny_base: Path, make_adapter: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(tiny_base: Path, make_adapter: MakeAdapter, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """One world for a whole file of tests; tests that write use names of their own."""
     home = tmp_path_factory.mktemp("app-home")
     registry = AdapterRegistry(home)
@@ -89,7 +77,7 @@ def gate(world: World) -> Iterator[StepGate]:
 
 
 @pytest.fixture
-def serve(world: World) -> Iterator[Callable[..., RunningApp]]:
+def serve(world: World) -> Iterator[Serve]:
     """A function that serves the world's app on a free port; whatever it served is closed after the test."""
     started: list[RunningApp] = []
 
@@ -104,7 +92,7 @@ def serve(world: World) -> Iterator[Callable[..., RunningApp]]:
         running.close()
 
 
-def pick(page: Any, place: str, words: str) -> None:
+def pick(page: "Page", place: str, words: str) -> None:
     """Pick in the drop-down list `place` by the keyboard, as a person would."""
     field = page.locator(f"{place} input").first
     field.click()
@@ -113,13 +101,13 @@ def pick(page: Any, place: str, words: str) -> None:
 
 
 @pytest.fixture
-def hand() -> Any:
+def hand() -> Hand:
     """The gestures that several tests make."""
     return pick
 
 
 @pytest.fixture
-def page(browser: Any) -> Iterator[Any]:
+def page(browser: "Browser") -> "Iterator[Page]":
     """A new page of a new person, 1280 pixels wide; fails the test when a script of the page failed."""
     context = browser.new_context(viewport={"width": 1280, "height": 860})
     opened = context.new_page()
@@ -131,7 +119,7 @@ def page(browser: Any) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
+def browser() -> "Iterator[Browser]":
     """Headless Chromium, the one of this machine."""
     executable = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if executable is None:

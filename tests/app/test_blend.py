@@ -1,7 +1,5 @@
 """Blending: weights become a task, and a saved blend is a version with parents and a measured error."""
 
-from typing import Any
-
 import pytest
 
 from adapterhub_app.access import Access
@@ -9,6 +7,7 @@ from adapterhub_app.display.task import Task
 from adapterhub_app.tabs.blend import blend_of, save_blend
 from adapterhub_lite.errors import UnknownNameError, UsageError
 from adapterhub_lite.serving import GenerationRequest
+from tests.app.world import World
 
 
 def test_parts_without_an_adapter_or_a_weight_are_left_out() -> None:
@@ -22,7 +21,7 @@ def test_nothing_to_blend_asks_for_something(picked: tuple[str | None, ...]) -> 
         blend_of(picked, (0.0, 0.5, 0.5))
 
 
-def test_a_saved_blend_answers_as_the_live_one_and_tells_its_error(world: Any) -> None:
+def test_a_saved_blend_answers_as_the_live_one_and_tells_its_error(world: World) -> None:
     blend = blend_of(("sql:1", "event:1", None), (0.7, 0.3, 0))
     lines = save_blend(world.backend(), None, blend, "mix", "cat", None)
     manifest = world.registry.resolve("mix")
@@ -37,7 +36,7 @@ def test_a_saved_blend_answers_as_the_live_one_and_tells_its_error(world: Any) -
     assert live == saved
 
 
-def test_saving_needs_a_name_and_the_admin_role(world: Any) -> None:
+def test_saving_needs_a_name_and_the_admin_role(world: World) -> None:
     blend = Task((("sql", 1.0), ("event", 1.0)))
     with pytest.raises(UsageError, match="needs a name"):
         save_blend(world.backend(), None, blend, " ", "cat", None)

@@ -5,25 +5,31 @@ import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from playwright.sync_api import expect
 
 from adapterhub_lite.serving.engine.core import EngineCore
+from tests.app.world import Hand, Serve
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
 
 PATIENCE = 30_000
 RECEIPTS = "#transcript .thought-group .title"
 
 
-def send(page: Any, text: str) -> None:
+def send(page: "Page", text: str) -> None:
     """Write a message and send it by Enter."""
     field = page.locator("#question textarea")
     field.fill(text)
     field.press("Enter")
 
 
-def test_switching_the_task_and_reading_the_streamed_answer(serve: Any, page: Any, hand: Any, tmp_path: Path) -> None:
+def test_switching_the_task_and_reading_the_streamed_answer(
+    serve: Serve, page: "Page", hand: Hand, tmp_path: Path
+) -> None:
     page.goto(serve().url)
     send(page, "hello")
     receipts = page.locator(RECEIPTS)
@@ -56,11 +62,13 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     opened.set()
 
 
-def test_an_answer_grows_stops_and_is_asked_again(serve: Any, page: Any, hand: Any, gate: threading.Event) -> None:
+def test_an_answer_grows_stops_and_is_asked_again(
+    serve: Serve, page: "Page", hand: Hand, gate: threading.Event
+) -> None:
     page.goto(serve().url)
     hand(page, "#task", "sql@prod")
     page.locator("#chat-side button", has_text="Settings").click()
-    length = page.get_by_label("number input for Longest answer, tokens").first
+    length = page.get_by_label("number input for Maximum answer length, tokens").first
     length.fill("400")
     length.press("Enter")
     send(page, "hello")
@@ -79,7 +87,7 @@ def test_an_answer_grows_stops_and_is_asked_again(serve: Any, page: Any, hand: A
     expect(page.locator(RECEIPTS)).to_have_count(0)
 
 
-def test_what_is_typed_as_a_task_and_is_none_is_answered_by_a_sentence(serve: Any, page: Any, hand: Any) -> None:
+def test_what_is_typed_as_a_task_and_is_none_is_answered_by_a_sentence(serve: Serve, page: "Page", hand: Hand) -> None:
     page.goto(serve().url)
     hand(page, "#task", "nobody")
     send(page, "hello")
@@ -88,7 +96,7 @@ def test_what_is_typed_as_a_task_and_is_none_is_answered_by_a_sentence(serve: An
 
 
 @pytest.mark.slow
-def test_eight_people_at_once_see_their_own_conversation_only(serve: Any, browser: Any, hand: Any) -> None:
+def test_eight_people_at_once_see_their_own_conversation_only(serve: Serve, browser: "Browser", hand: Hand) -> None:
     url, tasks = serve().url, ["sql:1", "sql:2", "event", "odd"] * 2
     contexts = [browser.new_context() for _ in tasks]
     pages = [context.new_page() for context in contexts]
@@ -105,7 +113,7 @@ def test_eight_people_at_once_see_their_own_conversation_only(serve: Any, browse
         context.close()
 
 
-def test_hostile_texts_stay_text(serve: Any, page: Any, hand: Any) -> None:
+def test_hostile_texts_stay_text(serve: Serve, page: "Page", hand: Hand) -> None:
     elsewhere: list[str] = []
     page.on("request", lambda request: None if "127.0.0.1" in request.url else elsewhere.append(request.url))
     url = serve().url

@@ -3,24 +3,28 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from playwright.sync_api import expect
 
 from adapterhub_app.access import Access
 from adapterhub_app.tabs.compare import nearest
 from adapterhub_lite.hub_server import HubServer
+from tests.app.world import Hand, Serve, World
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
 
 PATIENCE = 30_000
 TASKS = ["base", "sql@prod", "event"]
 
 
-def open_tab(page: Any, name: str) -> None:
+def open_tab(page: "Page", name: str) -> None:
     """Go to a tab."""
     page.get_by_role("tab", name=name).click()
 
 
-def test_compare_shows_answers_side_by_side_with_their_differences(serve: Any, page: Any, hand: Any) -> None:
+def test_compare_shows_answers_side_by_side_with_their_differences(serve: Serve, page: "Page", hand: Hand) -> None:
     page.goto(serve().url)
     open_tab(page, "Compare")
     page.locator("#compare-run").click()
@@ -38,10 +42,10 @@ def test_compare_shows_answers_side_by_side_with_their_differences(serve: Any, p
     answers = [cards.nth(place).locator("textarea").input_value() for place in range(3)]
     for place, title in enumerate(page.locator(".diff-title:visible").all_inner_texts(), start=1):
         wanted = nearest(answers[:place], answers[place])
-        assert title == ("Like none of the answers before it" if wanted is None else f"Against {TASKS[wanted]}")
+        assert title == ("Resembles none of the answers before it" if wanted is None else f"Against {TASKS[wanted]}")
 
 
-def test_blend_answers_live_goes_to_the_chat_and_is_saved(serve: Any, page: Any, hand: Any, world: Any) -> None:
+def test_blend_answers_live_goes_to_the_chat_and_is_saved(serve: Serve, page: "Page", hand: Hand, world: World) -> None:
     page.goto(serve().url)
     open_tab(page, "Blend")
     hand(page, "#blend-adapter-1", "sql")
@@ -65,7 +69,7 @@ def test_blend_answers_live_goes_to_the_chat_and_is_saved(serve: Any, page: Any,
 
 
 def test_registry_searches_shows_promotes_rolls_back_pushes_and_pulls(
-    serve: Any, page: Any, hand: Any, world: Any, tmp_path: Path
+    serve: Serve, page: "Page", hand: Hand, world: World, tmp_path: Path
 ) -> None:
     with HubServer(tmp_path / "hub") as hub:
         page.goto(serve(hub=hub.url).url)
@@ -103,7 +107,7 @@ def test_registry_searches_shows_promotes_rolls_back_pushes_and_pulls(
         assert world.registry.resolve("sql-again:2").digest == world.registry.resolve("sql:2").digest
 
 
-def log_in(page: Any, name: str, password: str) -> None:
+def log_in(page: "Page", name: str, password: str) -> None:
     """Fill in the login page."""
     page.get_by_label("username").fill(name)
     page.get_by_label("password").fill(password)
@@ -111,7 +115,7 @@ def log_in(page: Any, name: str, password: str) -> None:
 
 
 def test_a_viewer_may_not_write_and_an_admin_may(
-    serve: Any, browser: Any, hand: Any, world: Any, tmp_path: Path
+    serve: Serve, browser: "Browser", hand: Hand, world: World, tmp_path: Path
 ) -> None:
     file = tmp_path / "logins.json"
     logins = {"bo": {"password": "long enough"}, "ana": {"password": "longer still", "role": "admin"}}
@@ -136,7 +140,7 @@ def test_a_viewer_may_not_write_and_an_admin_may(
         context.close()
 
 
-def test_every_tab_fits_both_widths_light_and_dark(serve: Any, page: Any) -> None:
+def test_every_tab_fits_both_widths_light_and_dark(serve: Serve, page: "Page") -> None:
     page.goto(serve().url)
     for name in ("Chat", "Compare", "Blend", "Registry", "Plan"):
         for width in (1280, 390):
@@ -147,11 +151,11 @@ def test_every_tab_fits_both_widths_light_and_dark(serve: Any, page: Any) -> Non
     expect(page.locator("body")).to_have_class(re.compile(r"\bdark\b"))
 
 
-def test_plan_explains_its_choice_and_draws_every_preset(serve: Any, page: Any) -> None:
+def test_plan_explains_its_choice_and_draws_every_preset(serve: Serve, page: "Page") -> None:
     page.goto(serve().url)
     open_tab(page, "Plan")
     page.locator("#plan-run").click()
-    expect(page.locator("#plan-answer")).to_contain_text("Not taken", timeout=PATIENCE)
+    expect(page.locator("#plan-answer")).to_contain_text("Not chosen", timeout=PATIENCE)
     expect(page.locator("#plan-chart .plan-bar").nth(3)).to_be_visible(timeout=PATIENCE)
     chosen = page.locator("#plan-answer h3").first.inner_text()
     expect(page.locator("#plan-chart .plan-bar.chosen span").first).to_have_text(chosen)

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytest
 from playwright.sync_api import expect
@@ -17,14 +17,19 @@ from adapterhub_app.launch import launch
 from adapterhub_lite.bases import resolve_base
 from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.serving import InferenceEngine
+from tests.app.world import Hand, Serve, World
 from tests.checkout import ROOT
+from tests.step_gate import StepGate
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
 
 PATIENCE = 30_000
 RECEIPTS = "#transcript .thought-group .title"
 ANSWER = "#transcript .bot.message .md.chatbot"
 
 
-def send(page: Any, text: str) -> None:
+def send(page: "Page", text: str) -> None:
     """Write a message and send it by Enter."""
     field = page.locator("#question textarea")
     field.fill(text)
@@ -46,7 +51,9 @@ def in_the_engine(engine: InferenceEngine) -> int:
 
 
 @pytest.mark.slow
-def test_eight_answers_grow_side_by_side(world: Any, serve: Any, browser: Any, hand: Any, gate: Any) -> None:
+def test_eight_answers_grow_side_by_side(
+    world: World, serve: Serve, browser: "Browser", hand: Hand, gate: StepGate
+) -> None:
     """All eight people read the beginning of their answer while none of the eight is complete."""
     url, contexts = serve().url, [browser.new_context() for _ in range(8)]
     pages = [context.new_page() for context in contexts]
@@ -70,7 +77,7 @@ def test_eight_answers_grow_side_by_side(world: Any, serve: Any, browser: Any, h
 
 @pytest.mark.slow
 def test_the_server_dies_in_the_middle_of_an_answer_and_the_conversation_goes_on(
-    world: Any, tiny_base: Path, page: Any, hand: Any, request: pytest.FixtureRequest
+    world: World, tiny_base: Path, page: "Page", hand: Hand, request: pytest.FixtureRequest
 ) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -99,7 +106,7 @@ def test_the_server_dies_in_the_middle_of_an_answer_and_the_conversation_goes_on
     hand(page, "#task", "sql")
     expect(page.locator("#task-about")).to_contain_text("rank", timeout=PATIENCE)
     page.locator("#chat-side button", has_text="Settings").click()
-    length = page.get_by_label("number input for Longest answer, tokens").first
+    length = page.get_by_label("number input for Maximum answer length, tokens").first
     length.fill("440")
     length.press("Enter")
     send(page, "before")
@@ -120,7 +127,7 @@ def test_the_server_dies_in_the_middle_of_an_answer_and_the_conversation_goes_on
     expect(page.locator(RECEIPTS)).to_have_count(0)
 
 
-def test_answers_that_are_markup_stay_text(page: Any, hostile_base: Path, home: Path) -> None:
+def test_answers_that_are_markup_stay_text(page: "Page", hostile_base: Path, home: Path) -> None:
     """A real model that answers with scripts and images, in every place that shows an answer."""
     fetched: list[str] = []
     page.on("request", lambda request: fetched.append(request.url) if ":9/" in request.url else None)
@@ -143,7 +150,7 @@ def test_answers_that_are_markup_stay_text(page: Any, hostile_base: Path, home: 
         running.close()
 
 
-def test_the_keyboard_alone_is_enough(serve: Any, page: Any) -> None:
+def test_the_keyboard_alone_is_enough(serve: Serve, page: "Page") -> None:
     """From the message box to another task and another tab, never touching the mouse, and always seeing where one is."""
     page.goto(serve().url)
     expect(page.locator("#question textarea")).to_be_focused(timeout=PATIENCE)
@@ -167,10 +174,10 @@ def test_the_keyboard_alone_is_enough(serve: Any, page: Any) -> None:
     reach(page, "#plan-run", "Tab")
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     page.keyboard.press("Enter")
-    expect(page.locator("#plan-answer")).to_contain_text("Not taken", timeout=PATIENCE)
+    expect(page.locator("#plan-answer")).to_contain_text("Not chosen", timeout=PATIENCE)
 
 
-def reach(page: Any, place: str, key: str) -> None:
+def reach(page: "Page", place: str, key: str) -> None:
     """Press `key` until `place` has the focus, as somebody does who cannot point at it."""
     wanted = page.locator(place).first
     for _ in range(80):

@@ -19,6 +19,8 @@ from adapterhub_app.display.transcript import (
     write_turns,
 )
 from adapterhub_app.tabs.chat import ask, retry
+from tests.app.world import World
+from tests.step_gate import StepGate
 
 SHORT = AnswerSettings(max_new_tokens=12)
 
@@ -28,7 +30,7 @@ def last(snapshots: Any) -> list[Turn]:
     return list(snapshots)[-1]
 
 
-def test_an_answer_grows_and_ends_with_its_receipt(world: Any) -> None:
+def test_an_answer_grows_and_ends_with_its_receipt(world: World) -> None:
     snapshots = list(ask(world.backend(), "s", "sql@prod", "hello", [], SHORT))
     assert [turn.role for turn in snapshots[0]] == ["user", "assistant"]
     assert snapshots[0][1].is_open and snapshots[0][1].by == "sql@prod"
@@ -40,7 +42,7 @@ def test_an_answer_grows_and_ends_with_its_receipt(world: Any) -> None:
     assert receipt.base_fingerprint == world.engine.base_fingerprint
 
 
-def test_changing_the_task_in_mid_conversation_changes_who_answers(world: Any) -> None:
+def test_changing_the_task_in_mid_conversation_changes_who_answers(world: World) -> None:
     backend = world.backend()
     turns: list[Turn] = []
     for task in ("(base)", "sql", "event"):
@@ -52,7 +54,7 @@ def test_changing_the_task_in_mid_conversation_changes_who_answers(world: Any) -
     assert answers[1].text != answers[2].text
 
 
-def test_a_blend_answers_with_both_digests(world: Any) -> None:
+def test_a_blend_answers_with_both_digests(world: World) -> None:
     answer = last(ask(world.backend(), "s", "sql*0.7+event*0.3", "hello", [], SHORT))[-1]
     assert answer.by == "0.7×sql + 0.3×event"
     assert answer.receipt is not None and len(answer.receipt.digests) == 2
@@ -67,19 +69,19 @@ def test_a_blend_answers_with_both_digests(world: Any) -> None:
         ("sql:9", "There is no"),
     ],
 )
-def test_a_task_that_is_none_is_a_sentence_in_place(world: Any, task: str, expected: str) -> None:
+def test_a_task_that_is_none_is_a_sentence_in_place(world: World, task: str, expected: str) -> None:
     answer = last(ask(world.backend(), "s", task, "hello", [], SHORT))[-1]
     assert answer.receipt is None and answer.notice is not None
     assert any(words in answer.notice for words in expected.split("|"))
     assert "Traceback" not in answer.notice
 
 
-def test_an_empty_question_asks_for_one(world: Any) -> None:
+def test_an_empty_question_asks_for_one(world: World) -> None:
     turns = last(ask(world.backend(), "s", "(base)", "  ", [], SHORT))
     assert len(turns) == 1 and turns[0].notice is not None and "no question" in turns[0].notice
 
 
-def test_stop_ends_ones_own_answer_and_nobody_elses(world: Any, gate: Any) -> None:
+def test_stop_ends_ones_own_answer_and_nobody_elses(world: World, gate: StepGate) -> None:
     backend = world.backend()
     mine = ask(backend, "me", "sql", "hello", [], AnswerSettings(max_new_tokens=300))
     other = ask(backend, "you", "sql", "hello", [], AnswerSettings(max_new_tokens=30))
@@ -92,7 +94,7 @@ def test_stop_ends_ones_own_answer_and_nobody_elses(world: Any, gate: Any) -> No
     assert backend.live.stop("me") == 0
 
 
-def test_stop_before_the_first_word_is_not_lost(world: Any) -> None:
+def test_stop_before_the_first_word_is_not_lost(world: World) -> None:
     pending = PendingAnswer()
     pending.cancel()
     messages = [{"role": "user", "content": "hello"}]
@@ -100,7 +102,7 @@ def test_stop_before_the_first_word_is_not_lost(world: Any) -> None:
     assert answers[-1].notice == STOPPED
 
 
-def test_closing_a_page_cancels_its_answer(world: Any, gate: Any) -> None:
+def test_closing_a_page_cancels_its_answer(world: World, gate: StepGate) -> None:
     backend = world.backend()
     growing = ask(backend, "gone", "sql", "hello", [], AnswerSettings(max_new_tokens=300))
     next(growing), next(growing)
@@ -108,7 +110,7 @@ def test_closing_a_page_cancels_its_answer(world: Any, gate: Any) -> None:
     assert backend.live.stop("gone") == 0
 
 
-def test_retry_asks_the_last_question_again_of_the_task_picked_now(world: Any) -> None:
+def test_retry_asks_the_last_question_again_of_the_task_picked_now(world: World) -> None:
     backend = world.backend()
     first = last(ask(backend, "s", "sql", "hello", [], SHORT))
     again = last(retry(backend, "s", "event", first, SHORT))
@@ -117,14 +119,14 @@ def test_retry_asks_the_last_question_again_of_the_task_picked_now(world: Any) -
     assert last(retry(backend, "s", "event", [], SHORT)) == []
 
 
-def test_an_answer_cut_off_by_a_restart_is_marked_and_the_conversation_goes_on(world: Any) -> None:
+def test_an_answer_cut_off_by_a_restart_is_marked_and_the_conversation_goes_on(world: World) -> None:
     left = [Turn(role="user", text="hello"), Turn(role="assistant", text="", by="sql")]
     turns = last(ask(world.backend(), "s", "sql", "again", read_turns(write_turns(left)), SHORT))
     assert turns[1].notice == INTERRUPTED
     assert turns[3].receipt is not None
 
 
-def test_long_conversations_and_questions_stay_within_what_a_page_may_send(world: Any) -> None:
+def test_long_conversations_and_questions_stay_within_what_a_page_may_send(world: World) -> None:
     many = [Turn(role="user", text="x"), Turn(role="assistant", text="y", notice="-")] * MAX_TURNS
     turns = last(ask(world.backend(), "s", "(base)", "z" * (MAX_CHARACTERS + 5), many, SHORT, remember=False))
     assert len(read_turns(write_turns(turns))) <= MAX_TURNS

@@ -2,7 +2,6 @@
 
 import html
 import re
-from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,11 +9,13 @@ from hypothesis import strategies as st
 from adapterhub_app.display.answers import STOPPED, AnswerSettings
 from adapterhub_app.tabs.compare import MOST_ADAPTERS, compare, diff_words, draw_diff, live_key, nearest
 from adapterhub_lite.serving import GenerationRequest
+from tests.app.world import World
+from tests.step_gate import StepGate
 
 SHORT = AnswerSettings(max_new_tokens=12)
 
 
-def test_base_and_adapters_answer_as_each_would_alone(world: Any) -> None:
+def test_base_and_adapters_answer_as_each_would_alone(world: World) -> None:
     backend = world.backend()
     answers = list(compare(backend, "s", "hello", ["sql:1", "event"], SHORT))[-1]
     messages = [{"role": "user", "content": "hello"}]
@@ -25,25 +26,25 @@ def test_base_and_adapters_answer_as_each_would_alone(world: Any) -> None:
         assert answer.receipt.digests == ((alone.adapter_digest,) if alone.adapter_digest else ())
 
 
-def test_the_answers_grow_together(world: Any) -> None:
+def test_the_answers_grow_together(world: World) -> None:
     snapshots = list(compare(world.backend(), "s", "hello", ["sql", "event"], AnswerSettings(max_new_tokens=60)))
     both_growing = [all(a.text and not a.is_complete for a in snapshot) for snapshot in snapshots]
     assert any(both_growing)
 
 
-def test_one_that_cannot_answer_says_so_in_its_place(world: Any) -> None:
+def test_one_that_cannot_answer_says_so_in_its_place(world: World) -> None:
     base, missing, malformed, event = list(compare(world.backend(), "s", "hi", ["nobody", "a b", "event"], SHORT))[-1]
     assert base.receipt is not None and event.receipt is not None
     assert missing.notice is not None and "nobody" in missing.notice
     assert malformed.notice is not None and "Wanted an adapter" in malformed.notice
 
 
-def test_no_more_than_the_columns_there_are(world: Any) -> None:
+def test_no_more_than_the_columns_there_are(world: World) -> None:
     answers = list(compare(world.backend(), "s", "hi", ["sql"] * 9, AnswerSettings(max_new_tokens=2)))[-1]
     assert len(answers) == MOST_ADAPTERS + 1
 
 
-def test_stop_ends_the_comparison_and_leaves_the_chat(world: Any, gate: Any) -> None:
+def test_stop_ends_the_comparison_and_leaves_the_chat(world: World, gate: StepGate) -> None:
     backend = world.backend()
     growing = compare(backend, "me", "hello", ["sql"], AnswerSettings(max_new_tokens=300))
     next(growing)
@@ -86,7 +87,7 @@ def test_an_answer_is_marked_against_the_base_or_the_likest_before_it_or_nothing
     assert "<script" not in draw_diff(["<script>", "two"], ["a <script>1 b c", "a <script>2 b c"])
 
 
-def test_leaving_the_page_cancels_the_comparison(world: Any, gate: Any) -> None:
+def test_leaving_the_page_cancels_the_comparison(world: World, gate: StepGate) -> None:
     backend = world.backend()
     growing = compare(backend, "gone", "hello", ["sql"], AnswerSettings(max_new_tokens=400))
     next(growing)

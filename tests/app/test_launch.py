@@ -1,15 +1,17 @@
 """Starting: the port, the doors that stay shut, and what the browser is told to refuse."""
 
 import socket
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from adapterhub_app.launch import DEFAULT_PORT, free_port, main
 from adapterhub_lite.errors import ResourceError
+from tests.app.world import Serve, World
 
 
 def test_a_port_in_use_is_said_and_the_next_free_one_is_found() -> None:
@@ -22,7 +24,7 @@ def test_a_port_in_use_is_said_and_the_next_free_one_is_found() -> None:
 
 
 def test_answers_forbid_other_origins_and_files_stay_closed(
-    serve: Any, world: Any, capsys: pytest.CaptureFixture[str]
+    serve: Serve, world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
     url = serve().url
     assert url in capsys.readouterr().out
@@ -48,3 +50,13 @@ def test_a_users_mistake_is_one_sentence_and_exit_code_2(capsys: pytest.CaptureF
         main(["--base", str(tmp_path / "none"), "--port", "0"])
     assert ended.value.code == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_folder_with_an_app_of_somebodys_own_is_no_hindrance(tmp_path: Path) -> None:
+    """A user's app.py is on the path first when a module is run from its folder; it must never be imported."""
+    (tmp_path / "app.py").write_text("raise SystemExit('somebody else is the app')\n")
+    for module in (("adapterhub_lite", "demo"), ("adapterhub_app",)):
+        command = [sys.executable, "-m", *module, "--base", str(tmp_path / "none"), "--port", "0"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2 and "somebody else" not in done.stderr
+        assert "There is no base" in done.stderr and "Traceback" not in done.stderr

@@ -8,6 +8,7 @@ import yaml
 from adapterhub_app import space
 from adapterhub_lite.hub_server import HubServer
 from adapterhub_lite.registry import AdapterRegistry
+from tests.app.world import World
 
 
 def test_a_public_page_without_logins_is_for_looking() -> None:
@@ -16,7 +17,7 @@ def test_a_public_page_without_logins_is_for_looking() -> None:
     assert access.role_of("ana") == "admin" and access.role_of(None) == "viewer"
 
 
-def test_it_pulls_what_it_is_told(world: Any, tmp_path: Path, home: Path, monkeypatch: Any) -> None:
+def test_it_pulls_what_it_is_told(world: World, tmp_path: Path, home: Path, monkeypatch: Any) -> None:
     with HubServer(tmp_path / "hub") as hub:
         world.registry.push("event", "me/event", endpoint=hub.url)
         registry = AdapterRegistry(home)

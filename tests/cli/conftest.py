@@ -2,7 +2,6 @@
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -10,6 +9,7 @@ from adapterhub_lite.cli.main import main
 from adapterhub_lite.hub_server.testing import hub_server  # noqa: F401
 from adapterhub_lite.registry import AdapterRegistry
 from tests.cli.outcome import Outcome, Run
+from tests.fixture_types import MakeAdapter
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def stocked(home: Path, make_adapter: Any, tiny_base: Path) -> AdapterRegistry:
+def stocked(home: Path, make_adapter: MakeAdapter, tiny_base: Path) -> AdapterRegistry:
     from adapterhub_lite.bases import resolve_base
 
     registry = AdapterRegistry(home)

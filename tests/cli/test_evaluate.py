@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from adapterhub_lite.adapter_format.manifest import EvaluationRecord
+from adapterhub_lite.hub_server import HubServer
 from adapterhub_lite.registry import AdapterRegistry
 from tests.cli.outcome import Run
 
@@ -116,7 +117,7 @@ def test_evaluations_come_back_with_a_rebuild_and_go_with_their_version(stocked:
     assert [line.name for line in stocked.summaries(metric="exact_match")] == ["sql"]
 
 
-def test_a_card_that_is_pushed_later_has_what_was_measured(stocked: AdapterRegistry, hub_server: Any) -> None:
+def test_a_card_that_is_pushed_later_has_what_was_measured(stocked: AdapterRegistry, hub_server: HubServer) -> None:
     from huggingface_hub import ModelCard, hf_hub_download
 
     stocked.record_evaluation("sql:1", [EvaluationRecord(metric="exact_match", adapter_value=0.875, data="rows")])

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,6 +15,7 @@ from adapterhub_lite.cli.main import VERBS
 from adapterhub_lite.hub_server import HubServer
 from adapterhub_lite.registry import AdapterRegistry
 from tests.cli.outcome import Run
+from tests.fixture_types import MakeAdapter
 
 # They run until they are stopped: tests/cli/test_sharing.py and tests/serving/api start them as processes.
 RUN_ON = {"serve", "demo", "hub"}
@@ -76,7 +76,7 @@ CASES = {
 
 @pytest.fixture
 def stage(
-    stocked: AdapterRegistry, tiny_base: Path, make_adapter: Any, hub_server: HubServer, tmp_path: Path,
+    stocked: AdapterRegistry, tiny_base: Path, make_adapter: MakeAdapter, hub_server: HubServer, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[[str], list[str]]:  # fmt: skip
     """Fill the places of a case: a base, rows, an adapter folder, a hub, a path that is not there yet."""

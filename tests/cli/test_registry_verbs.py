@@ -5,13 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from adapterhub_lite.bases import resolve_base
 from adapterhub_lite.registry import AdapterRegistry
 from tests.cli.outcome import Run
+from tests.fixture_types import MakeAdapter
 
 
 def test_list_show_alias_rollback_and_history(stocked: AdapterRegistry, run: Run) -> None:
@@ -33,7 +33,7 @@ def test_list_show_alias_rollback_and_history(stocked: AdapterRegistry, run: Run
     assert stocked.aliases("sql") == {}
 
 
-def test_list_filters(home: Path, make_adapter: Any, tiny_base: Path, run: Run) -> None:
+def test_list_filters(home: Path, make_adapter: MakeAdapter, tiny_base: Path, run: Run) -> None:
     registry, base = AdapterRegistry(home), resolve_base(tiny_base)
     measured = [{"metric": "exact_match", "adapter_value": 0.9, "data": "held-out"}]
     registry.add(make_adapter(seed=1), "sql", base=base, task="sql", tags=("fast",), evaluation=measured)
@@ -51,7 +51,7 @@ def test_list_filters(home: Path, make_adapter: Any, tiny_base: Path, run: Run) 
     assert "Wanted a metric" in run("list", "--metric", ">=1").stderr
 
 
-def test_a_folder_of_plain_peft_is_added(run: Run, make_adapter: Any, tiny_base: Path, home: Path) -> None:
+def test_a_folder_of_plain_peft_is_added(run: Run, make_adapter: MakeAdapter, tiny_base: Path, home: Path) -> None:
     folder = str(make_adapter(seed=3))
     assert "Which base" in run("add", folder, "mine").stderr
     added = run("add", folder, "mine", "--base", str(tiny_base), "--tag", "a", "--tag", "b", "--probes", "--json")
@@ -185,7 +185,7 @@ def test_merge_and_every_layout_of_an_export(
     merged = run(*parents, "--weights", "0.7,0.3", "--name", "both", "--json")
     assert merged.returncode == 0, merged.stderr
     assert json.loads(merged.stdout)["relative_error"] < 1e-5
-    for bad, complaint in (("--weights", "wanted numbers"), ("--method", "no merge method")):
+    for bad, complaint in (("--weights", "expected numbers"), ("--method", "no merge method")):
         refused = run(*parents, bad, "nonsense")
         assert refused.returncode == 2
         assert complaint in refused.stderr

@@ -6,13 +6,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from adapterhub_lite.hub_server import HubServer
 from adapterhub_lite.registry import AdapterRegistry
 from tests.cli.outcome import Run
+from tests.fixture_types import MakeAdapter
 
 REPO = "org/sql-lora"
 
@@ -33,7 +33,7 @@ def test_push_and_pull_say_what_they_did(
     assert first.returncode == 0, first.stderr
     assert "publishing sql:1" in first.stderr and f"{REPO}@prod points to v1" in first.stderr
     again = run("push", "sql:1", REPO, *there)
-    assert "was there already" in again.stderr and "Nothing was sent" in again.stderr
+    assert "was already published" in again.stderr and "Nothing was sent" in again.stderr
     assert json.loads(run("push", "sql:2", REPO, *there, "--json").stdout)["uploaded"] is True
     elsewhere = (*there, "--home", str(tmp_path / "elsewhere"))
     pulled = run("pull", REPO, "--revision", "@prod", *elsewhere)
@@ -56,7 +56,7 @@ def test_push_and_pull_say_what_they_did(
 def test_what_plain_peft_made_is_adopted_once(
     run: Run,
     hub_server: HubServer,
-    make_adapter: Any,
+    make_adapter: MakeAdapter,
     tiny_base: Path,
     home: Path,
 ) -> None:

@@ -5,13 +5,13 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.cli.conftest import run  # noqa: F401
 from tests.cli.outcome import Run
 from tests.docs.terminal import ROOT, Terminal
+from tests.fixture_types import MakeAdapter
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def warm_terminal(
 
 
 @pytest.fixture
-def stocked_home(home: Path, environment: dict[str, str], make_adapter: Any) -> Path:
+def stocked_home(home: Path, environment: dict[str, str], make_adapter: MakeAdapter) -> Path:
     """The home with `sql` (versions 1 to 4, `prod` at 3), `event`, and a merge `both` of the two."""
     from adapterhub_lite.bases import resolve_base
     from adapterhub_lite.merging import merge_adapters

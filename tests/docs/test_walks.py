@@ -12,6 +12,7 @@ import pytest
 from adapterhub_lite.bases import resolve_base
 from adapterhub_lite.registry import AdapterRegistry
 from tests.docs.terminal import FENCE, PAGES, ROOT, Terminal, blocks, pages_with, shortened
+from tests.fixture_types import MakeAdapter
 
 TUTORIAL, README = ROOT / "docs" / "tutorial.md", ROOT / "README.md"
 HUB = ROOT / "docs" / "how-to" / "private-hub.md"
@@ -42,7 +43,7 @@ def test_the_python_of_a_page_runs(
 @pytest.mark.slow
 @pytest.mark.parametrize("page", OTHERS, ids=lambda page: page.stem)
 def test_the_commands_of_a_page_run(
-    page: Path, stocked_home: Path, make_adapter: Any, warm_terminal: Terminal, tmp_path: Path
+    page: Path, stocked_home: Path, make_adapter: MakeAdapter, warm_terminal: Terminal, tmp_path: Path
 ) -> None:
     for name in ("rows", "questions"):
         (tmp_path / f"{name}.jsonl").write_text(ROWS)
@@ -52,7 +53,9 @@ def test_the_commands_of_a_page_run(
 
 
 @pytest.mark.slow
-def test_the_page_on_a_hub_of_ones_own_runs(home: Path, make_adapter: Any, terminal: Terminal, tmp_path: Path) -> None:
+def test_the_page_on_a_hub_of_ones_own_runs(
+    home: Path, make_adapter: MakeAdapter, terminal: Terminal, tmp_path: Path
+) -> None:
     registry = AdapterRegistry(home)
     registry.add(make_adapter(), "sql", base=resolve_base("smollm2-135m", home=home))
     typed = blocks(HUB, "bash")

@@ -15,6 +15,7 @@ import pytest
 from adapterhub_lite.bases import resolve_base
 from adapterhub_lite.registry import AdapterRegistry
 from tests.checkout import ROOT
+from tests.fixture_types import MakeAdapter
 
 pytestmark = pytest.mark.slow
 
@@ -51,13 +52,13 @@ def test_package_and_command_line_come_from_the_wheel(installed: Path, elsewhere
 
 
 def test_a_space_starts_from_its_one_file(
-    installed: Path, elsewhere: Path, tiny_base: Path, make_adapter: object, home: Path
+    installed: Path, elsewhere: Path, tiny_base: Path, make_adapter: MakeAdapter, home: Path
 ) -> None:
     for name in ("README.md", "app.py", "requirements.txt"):
         shutil.copy(ROOT / "app" / name, elsewhere)
     header = re.search(r"^app_file: (\S+)$", (elsewhere / "README.md").read_text(), re.MULTILINE)
     assert header
-    AdapterRegistry(home).add(make_adapter(), "sql", base=resolve_base(tiny_base))  # type: ignore[operator]
+    AdapterRegistry(home).add(make_adapter(), "sql", base=resolve_base(tiny_base))
     with socket.socket() as probe:
         probe.bind(("0.0.0.0", 0))
         port = probe.getsockname()[1]
