@@ -1,4 +1,4 @@
-"""What this machine can do: one finding a capability. Looks, and changes nothing. Imports no room above `memory`."""
+"""What this machine can do: one finding per capability. Only inspects; imports no room above `memory`."""
 
 import importlib.metadata
 import importlib.util
@@ -14,7 +14,7 @@ CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
 class Finding(StrictModel):
-    """One capability: whether it works here, what was seen, and how to get it where it does not."""
+    """One capability: whether it works here, what was found, and how to get it if it does not."""
 
     what: str
     works: bool
@@ -24,8 +24,9 @@ class Finding(StrictModel):
 
 def diagnose(home: str | Path | None = None) -> list[Finding]:
     """Return a finding for every capability that depends on the machine."""
-    packages = [_package(*row) for row in _PACKAGES]
-    return [_gpu(), *packages, *_presets(), _chromium(), _converter(), _home(adapterhub_home(home))]
+    packages = [find_package(*row) for row in _PACKAGES]
+    tools = [find_browser(), find_converter()]
+    return [find_gpu(), *packages, *runnable_presets(), *tools, check_home(adapterhub_home(home))]
 
 
 def find_chromium() -> str | None:
@@ -33,12 +34,13 @@ def find_chromium() -> str | None:
     return next((path for name in CHROMIUM_NAMES if (path := shutil.which(name))), None)
 
 
-def _gpu() -> Finding:
+def find_gpu() -> Finding:
+    """Whether torch sees a CUDA device."""
     import torch
 
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
-        alone = "" if count > 1 else "; the tests of FSDP, which want two, are skipped"
+        alone = "" if count > 1 else "; the tests of FSDP, which need two, are skipped"
         return Finding(what="GPU", works=True, detail=f"{count} x {torch.cuda.get_device_name()}{alone}")
     return Finding(
         what="GPU",
@@ -61,7 +63,7 @@ _PACKAGES = (
     ("ray", "serving on several machines", "pip install 'adapterhub-lite[cluster]'"),
     (
         "trl",
-        "peers in the benches; without it the tests of TRL's tables and templates are skipped",
+        "comparisons in the benches; without it the tests of TRL's tables and templates are skipped",
         "pip install 'adapterhub-lite[bench]'",
     ),
     (
@@ -72,7 +74,8 @@ _PACKAGES = (
 )
 
 
-def _package(name: str, purpose: str, remedy: str) -> Finding:
+def find_package(name: str, purpose: str, remedy: str) -> Finding:
+    """Whether an optional package is installed."""
     found = importlib.util.find_spec(name) is not None
     detail = (
         f"{importlib.metadata.version(name.replace('_', '-'))}: {purpose}" if found else f"not installed: {purpose}"
@@ -87,14 +90,14 @@ _REMEDIES = {
 }
 
 
-def _presets() -> list[Finding]:
+def runnable_presets() -> list[Finding]:
     """One finding for the memory presets that run here, and one for each reason why others do not."""
     from adapterhub_lite.memory import MEMORY_PRESETS, Machine, refusal
 
     here = Machine.present()
     reasons: dict[str, list[str]] = {}
     for name, preset in MEMORY_PRESETS.items():
-        # Several processes are a matter of how a run is started; what is missing even then is said first.
+        # Several processes depend on how a run is started; what would be missing even then is reported first.
         lasting = None if preset.strategy == "single" else refusal(preset, replace(here, world_size=2))
         reasons.setdefault(lasting or refusal(preset, here) or "", []).append(name)
     able = Finding(what="memory presets", works=True, detail=", ".join(reasons.pop("", [])))
@@ -103,14 +106,15 @@ def _presets() -> list[Finding]:
             what="memory presets",
             works=False,
             detail=f"{', '.join(names)}: {reason}",
-            remedy=_REMEDIES.get(reason, "a machine that can"),
+            remedy=_REMEDIES.get(reason, "a machine that supports it"),
         )
         for reason, names in reasons.items()
     ]
     return [able, *unable]
 
 
-def _chromium() -> Finding:
+def find_browser() -> Finding:
+    """Whether the browser tests can run."""
     path = find_chromium()
     return Finding(
         what="chromium",
@@ -120,19 +124,23 @@ def _chromium() -> Finding:
     )
 
 
-def _converter() -> Finding:
+def find_converter() -> Finding:
+    """Whether llama.cpp's converter is there, which the export to GGUF runs."""
     script = "convert_lora_to_gguf.py"
     path = os.environ.get("LLAMA_CPP_CONVERTER") or shutil.which(script)
     works = path is not None and Path(path).is_file()
     return Finding(
         what="llama.cpp",
         works=works,
-        detail=path if works and path else f"no {path or script}: nothing is exported to GGUF, and its test is skipped",
-        remedy=None if works else f"get llama.cpp and point LLAMA_CPP_CONVERTER to its {script}",
+        detail=path
+        if works and path
+        else f"no {path or script}: export to GGUF is not available, and its test is skipped",
+        remedy=None if works else f"get llama.cpp and point LLAMA_CPP_CONVERTER at its {script}",
     )
 
 
-def _home(home: Path) -> Finding:
+def check_home(home: Path) -> Finding:
+    """Whether the home folder is writable and has a GiB of free space."""
     folder: Path = home
     while not folder.exists():
         folder = folder.parent

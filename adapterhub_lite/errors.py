@@ -2,7 +2,7 @@
 
 AdapterHubError                   what any caller may catch; its text is one sentence fit for a user
 ├── UsageError                    the caller asked for something that cannot be (exit code 2)
-│   ├── DataError                 a training row, file or data set is not what was wanted
+│   ├── DataError                 a training row, file or data set is malformed
 │   ├── UnknownNameError          no such task, base, preset, adapter, version or alias
 │   ├── ReferenceSyntaxError      not of the form name, name:3, name@alias or a digest
 │   └── ConfigurationError        settings that contradict each other, or that this machine cannot honour
@@ -10,24 +10,24 @@ AdapterHubError                   what any caller may catch; its text is one sen
 ├── IntegrityError                bytes are not those that the manifest promised
 ├── BaseMismatchError             the adapter was made for another base
 ├── RegistryError                 the local store cannot do it
-│   ├── AliasConflictError        the alias moved meanwhile (compare-and-swap failed)
+│   ├── AliasConflictError        the alias was moved in the meantime (compare-and-swap failed)
 │   └── SchemaVersionError        written by a newer version of this project
 ├── HubError                      the remote hub cannot do it
-│   ├── HubUnreachableError       no network, time-out, 5xx after bounded tries
+│   ├── HubUnreachableError       no network, time-out, 5xx after bounded retries
 │   ├── HubPermissionError        missing, private, gated, or the token may not write
-│   └── PublishConflictError      somebody else published in between, after bounded tries
-├── TrainingError                 a run stopped because going on would be wrong
+│   └── PublishConflictError      somebody else kept publishing first, after bounded retries
+├── TrainingError                 a run stopped because continuing would be wrong
 │   ├── ProofFailedError          the first-step proof found a broken run
 │   ├── NonFiniteLossError        the loss became NaN or infinite
 │   ├── OutOfMemoryError          the device is too small; the text says what would fit
-│   └── RunStoppedError           asked to stop: what was done is in a checkpoint, the same call goes on from it
+│   └── RunStoppedError           stopped on request: the progress is in a checkpoint, and the same call continues from it
 ├── MergeError                    a merge that would be silently wrong is refused
 ├── ServingError                  a request or a load could not be served
 │   ├── QueueFullError            the bounded queue is full: try later (429)
 │   ├── RequestTimeoutError       the request ran past its own limit
 │   ├── RequestCancelledError     the caller cancelled it
 │   └── EngineClosedError         the engine was closed
-└── ResourceError                 the machine said no: disk full, port in use, read-only folder
+└── ResourceError                 a resource of the machine is missing: disk full, port in use, read-only folder
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ from difflib import get_close_matches
 
 
 class AdapterHubError(Exception):
-    """Root of the tree. `str(error)` says what was wanted, what came, and what to do."""
+    """Root of the tree. `str(error)` says what was expected, what was found, and what to do."""
 
 
 class UsageError(AdapterHubError):
@@ -43,7 +43,7 @@ class UsageError(AdapterHubError):
 
 
 class DataError(UsageError):
-    """A training row, file or data set is not what was wanted; the text names file and line where known."""
+    """A training row, file or data set is malformed; the text names file and line if known."""
 
 
 class UnknownNameError(UsageError):
@@ -99,7 +99,7 @@ class HubError(AdapterHubError):
 
 
 class HubUnreachableError(HubError):
-    """No network, a time-out, or a server error that outlasted the bounded tries."""
+    """No network, a time-out, or a server error that outlasted the bounded retries."""
 
 
 class HubPermissionError(HubError):
@@ -107,15 +107,15 @@ class HubPermissionError(HubError):
 
 
 class PublishConflictError(HubError):
-    """Somebody else published in between, more often than the bounded tries allow."""
+    """Somebody else kept publishing first, more often than the bounded retries allow."""
 
 
 class TrainingError(AdapterHubError):
-    """A run stopped because going on would be wrong."""
+    """A run stopped because continuing would be wrong."""
 
 
 class ProofFailedError(TrainingError):
-    """The first-step proof found a run that is not doing what it should; the text names cause and mend."""
+    """The first-step proof found a run that is not doing what it should; the text names the cause and the remedy."""
 
 
 class NonFiniteLossError(TrainingError):
@@ -127,11 +127,11 @@ class OutOfMemoryError(TrainingError):
 
 
 class RunStoppedError(TrainingError):
-    """A run was asked to stop before its end. What was done is in a checkpoint; the same call goes on from it."""
+    """A run was stopped on request. Its progress is in a checkpoint; the same call continues from it."""
 
 
 class MergeError(AdapterHubError):
-    """A merge that would be silently wrong; the text gives the reason and the way out."""
+    """A merge that would be silently wrong; the text gives the reason and the alternative."""
 
 
 class ServingError(AdapterHubError):
@@ -155,4 +155,4 @@ class EngineClosedError(ServingError):
 
 
 class ResourceError(AdapterHubError):
-    """The machine said no: disk full, port in use, read-only folder."""
+    """A resource of the machine is missing: disk full, port in use, read-only folder."""

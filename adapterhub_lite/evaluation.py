@@ -1,6 +1,6 @@
-"""Base beside adapter on the same rows: what they answer (`serving`), what loss they have, and whole benchmarks.
+"""Base and adapter compared on the same rows: by their answers, by their loss, and on whole benchmarks.
 
-Joins rooms that know nothing of each other: the exact match of `training`, the engine of `serving`, versions of
+This combines rooms that know nothing of each other: the rows of `training`, the engine of `serving`, the versions of
 `registry`.
 """
 
@@ -12,15 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from adapterhub_lite.bases import ResolvedBase, resolve_base
 from adapterhub_lite.errors import ConfigurationError, DataError
+from adapterhub_lite.registry import AdapterManifest, AdapterRegistry
+from adapterhub_lite.serving import GenerationRequest, InferenceEngine
 from adapterhub_lite.tasks import Row, get_task
-
-if TYPE_CHECKING:
-    from adapterhub_lite.bases import ResolvedBase
-    from adapterhub_lite.registry import AdapterManifest, AdapterRegistry
-    from adapterhub_lite.serving import InferenceEngine
 
 Rows = Sequence[Row | dict[str, Any]]
 Metric = Callable[[str, str], float]
@@ -39,7 +37,7 @@ class Comparison:
 
 
 def evaluation_rows(data: str | None, task: str | None, limit: int) -> list[dict[str, Any]]:
-    """Return at most `limit` rows: of a data set, or the held-out ones of an example task.
+    """Return at most `limit` rows: from a data set, or the held-out rows of an example task.
 
     Raises:
         ConfigurationError: both or neither were given.
@@ -55,9 +53,9 @@ def evaluation_rows(data: str | None, task: str | None, limit: int) -> list[dict
 
 
 def find_metric(name: str) -> Metric | None:
-    """The function that scores one answer, of a metric written `module:function`; None for a loss.
+    """Return the function that scores one answer, for a metric written `module:function`; None for a loss.
 
-    It is called with (wanted, found), and its mean over the rows is the metric. The module is looked for in the
+    It is called with (expected, answer), and its mean over the rows is the metric. The module is searched for in the
     working folder first.
 
     Raises:
@@ -80,35 +78,60 @@ def find_metric(name: str) -> Metric | None:
     finally:
         sys.path.remove(str(Path.cwd()))
     if not callable(found):
-        raise ConfigurationError(f"The metric {name!r} is no function of (wanted, found).")
+        raise ConfigurationError(f"The metric {name!r} is not a function of (expected, answer).")
     return found
 
 
-def compare_with_base(engine: "InferenceEngine", reference: str, rows: Rows, max_new_tokens: int) -> dict[str, float]:
+def measure(
+    registry: AdapterRegistry,
+    manifest: AdapterManifest,
+    base: str,
+    rows: Rows,
+    metrics: Sequence[str],
+    *,
+    max_new_tokens: int,
+    home: str | None = None,
+) -> list[Comparison]:
+    """Compare base and adapter on `rows` by each of `metrics`, loading the base as often as they need it.
+
+    Raises:
+        ConfigurationError: no such metric, or a user's function did not return a finite number.
+    """
+    answered, measured = [name for name in metrics if name not in LOSSES], list[Comparison]()
+    if answered:
+        with InferenceEngine.from_base(base, registry=registry, home=home) as engine:
+            measured += compare_answers(engine, manifest.reference, rows, answered, max_new_tokens)
+    if set(metrics) & set(LOSSES):
+        found = compare_losses(registry, manifest, resolve_base(base, home=home), rows)
+        measured += [one for one in found if one.metric in metrics]
+    return measured
+
+
+def compare_with_base(engine: InferenceEngine, reference: str, rows: Rows, max_new_tokens: int) -> dict[str, float]:
     """Exact match of greedy answers, as shares of `rows`: `base_exact_match` and `adapter_exact_match`."""
     (score,) = compare_answers(engine, reference, rows, ("exact_match",), max_new_tokens)
     return {"base_exact_match": score.base, "adapter_exact_match": score.adapter}
 
 
 def compare_answers(
-    engine: "InferenceEngine", reference: str, rows: Rows, metrics: Sequence[str], max_new_tokens: int
+    engine: InferenceEngine, reference: str, rows: Rows, metrics: Sequence[str], max_new_tokens: int
 ) -> list[Comparison]:
-    """Greedy answers of both, scored by each of `metrics` and averaged over `rows`.
+    """Score the greedy answers of both by each of `metrics`, averaged over `rows`.
 
     Raises:
-        ConfigurationError: no such metric, or a function of the user's gave no number.
+        ConfigurationError: no such metric, or a user's function did not return a finite number.
     """
     functions = {name: found for name in metrics if (found := find_metric(name)) is not None}
-    base, adapter = (_answers(engine, model, rows, max_new_tokens) for model in (None, reference))
+    base, adapter = (greedy_answers(engine, model, rows, max_new_tokens) for model in (None, reference))
     return [Comparison(name, _mean(name, of, base), _mean(name, of, adapter)) for name, of in functions.items()]
 
 
 def compare_losses(
-    registry: "AdapterRegistry", manifest: "AdapterManifest", base: "ResolvedBase", rows: Rows
+    registry: AdapterRegistry, manifest: AdapterManifest, base: ResolvedBase, rows: Rows
 ) -> list[Comparison]:
-    """`loss` (nats a token, of the tokens that training learns from) and `perplexity`, its exponential.
+    """`loss` (nats per token, over the tokens that training learns from) and `perplexity`, its exponential.
 
-    Rows beyond 2,048 tokens are cut. Each row is read alone, so that the logits of one is all there is in memory.
+    Rows beyond 2,048 tokens are truncated. One row is computed at a time, so only the logits of one row are in memory.
     """
     from adapterhub_lite.bases.encoding import end_tokens
     from adapterhub_lite.training.data.preparation import Preparation
@@ -124,15 +147,15 @@ def compare_losses(
 
 
 def compare_on_harness(
-    registry: "AdapterRegistry",
-    manifest: "AdapterManifest",
-    base: "ResolvedBase",
+    registry: AdapterRegistry,
+    manifest: AdapterManifest,
+    base: ResolvedBase,
     tasks: Sequence[str],
     *,
     limit: int,
     folder: Path | None = None,
 ) -> list[Comparison]:
-    """Tasks of lm-evaluation-harness, `limit` documents each; `folder` may hold task files of one's own.
+    """Run tasks of lm-evaluation-harness, `limit` documents each; `folder` may contain the user's own task files.
 
     Raises:
         ConfigurationError: it is not installed, or has no such task.
@@ -157,13 +180,24 @@ def compare_on_harness(
                 found = lm_eval.simple_evaluate(
                     model=judged, tasks=list(tasks), limit=limit, task_manager=known, bootstrap_iters=0
                 )
-            scores.append(_harness_scores(found["results"]))
+            # Names come as `acc,none`; standard errors are left out.
+            scores.append(
+                {
+                    f"{task}/{name.partition(',')[0]}": float(value)
+                    for task, measured in found["results"].items()
+                    for name, value in measured.items()
+                    if isinstance(value, int | float) and "," in name and "stderr" not in name
+                }
+            )
     return [Comparison(name, scores[0][name], value) for name, value in scores[1].items()]
 
 
-def _answers(engine: "InferenceEngine", adapter: str | None, rows: Rows, tokens: int) -> list[tuple[str, str]]:
-    """(wanted, found) of each row, asked as training learns it: a `prompt` as it stands, turns by the chat template."""
-    from adapterhub_lite.serving import GenerationRequest
+def greedy_answers(engine: InferenceEngine, adapter: str | None, rows: Rows, tokens: int) -> list[tuple[str, str]]:
+    """(expected, answer) for each row, asked as training learns it: a `prompt` verbatim, turns by the chat template.
+
+    Raises:
+        DataError: there are no rows.
+    """
     from adapterhub_lite.training.evaluation import question_of
 
     requests, wanted = [], []
@@ -176,7 +210,7 @@ def _answers(engine: "InferenceEngine", adapter: str | None, rows: Rows, tokens:
         requests.append(GenerationRequest(**asked, adapter=adapter, max_new_tokens=tokens))
         wanted.append(answer)
     if not requests:
-        raise DataError("There are no rows to evaluate on. Give at least one.")
+        raise DataError("There are no rows to evaluate on; at least one is needed.")
     found: list[str] = []
     for start in range(0, len(requests), ROWS_AT_A_TIME):
         found += [result.text for result in engine.generate_many(requests[start : start + ROWS_AT_A_TIME])]
@@ -186,16 +220,16 @@ def _answers(engine: "InferenceEngine", adapter: str | None, rows: Rows, tokens:
 def _mean(name: str, metric: Metric, pairs: list[tuple[str, str]]) -> float:
     try:
         mean = sum(float(metric(wanted, found)) for wanted, found in pairs) / len(pairs)
-    except Exception as error:  # a function of the user's may raise anything
+    except Exception as error:  # a user's function may raise anything
         raise ConfigurationError(f"The metric {name!r} failed: {type(error).__name__}: {error}.") from error
     if not math.isfinite(mean):
-        raise ConfigurationError(f"The metric {name!r} gave {mean}, wanted finite numbers.")
+        raise ConfigurationError(f"The metric {name!r} returned {mean}; expected finite numbers.")
     return mean
 
 
 @contextmanager
 def _both_models(
-    registry: "AdapterRegistry", manifest: "AdapterManifest", base: "ResolvedBase"
+    registry: AdapterRegistry, manifest: AdapterManifest, base: ResolvedBase
 ) -> "Iterator[tuple[Any, Any]]":
     """The base with the adapter on it, by PEFT, which `disable_adapter()` takes off; and the tokenizer."""
     from peft import PeftModel
@@ -220,13 +254,3 @@ def _mean_loss(model: Any, table: Any) -> float:
             total += float(cross_entropy(logits, labels[1:], reduction="sum", ignore_index=-100))
             tokens += int((labels[1:] != -100).sum())
     return total / max(tokens, 1)
-
-
-def _harness_scores(results: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """`task/metric` -> value; names come as `acc,none`, and errors of means are left out."""
-    return {
-        f"{task}/{name.partition(',')[0]}": float(value)
-        for task, found in results.items()
-        for name, value in found.items()
-        if isinstance(value, int | float) and "," in name and "stderr" not in name
-    }

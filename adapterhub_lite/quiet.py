@@ -1,4 +1,4 @@
-"""Keeps other libraries' chatter off a person's terminal. For the edges only: command line, quickstart, app."""
+"""Keeps notices of other libraries off the terminal. Only for entry points: command line, quickstart, app."""
 
 import logging
 import os
@@ -12,13 +12,13 @@ LEVEL = "TORCH_CPP_LOG_LEVEL"
 
 
 def quiet_libraries() -> None:
-    """Hide notices of other libraries that a user can do nothing about; errors and our own words stay."""
-    # bitsandbytes says at import that an optional kernel package is missing; `doctor` says so where it matters.
+    """Hide notices of other libraries that a user cannot act on; errors and our own messages remain."""
+    # bitsandbytes reports a missing optional kernel package at import; `doctor` reports it where it matters.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # DeepSpeed, where it is installed, says at import that it found no GPU, unless it is told so.
+    # DeepSpeed warns at import that it found no GPU unless this variable says so.
     if shutil.which("nvidia-smi") is None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # Bars that redraw themselves are for a terminal; huggingface_hub reads this once, when it is imported.
+    # Progress bars are for terminals only; huggingface_hub reads this once, at import.
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # peft 0.21 reads a property that transformers 5.23 has renamed.
@@ -27,9 +27,9 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def quiet_rendezvous(nodes: int) -> Iterator[None]:
-    """Torch that is imported inside writes no pages of C++ frames while this node looks for the others.
+    """Silence torch's C++ stack traces, if it is imported inside, while this node waits for the others.
 
-    Not for the processes of the run itself, whose failures are worth a page.
+    Not for the processes of the run itself, whose failures need the trace.
     """
     if nodes < 2 or "RANK" in os.environ or LEVEL in os.environ:
         yield

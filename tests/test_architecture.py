@@ -46,7 +46,7 @@ LEVELS = {
         ("trainer",),
         ("recipe",),
     ),
-    "cli": (("output", "options"), ("train", "keep", "share", "serve", "bench", "doctor"), ("main",)),
+    "cli": (("output", "options"), ("train", "keep", "share", "serve", "machine"), ("main",)),
 }
 # Rooms whose files still import each other in a circle. Empty this; never add to it.
 CIRCULAR: set[str] = set()

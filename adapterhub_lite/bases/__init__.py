@@ -1,4 +1,4 @@
-"""Base models: a name in, a folder with a fingerprint out. Knows nothing of adapters, training or serving."""
+"""Base models: a name in, a folder with a fingerprint out. Knows nothing about adapters, training or serving."""
 
 from adapterhub_lite.bases.fingerprint import ResolvedBase, base_fingerprint
 from adapterhub_lite.bases.load import load_base_model, load_tokenizer, saved_dtype

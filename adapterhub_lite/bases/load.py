@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Keep transformers from drawing its own bars for work that takes a second; its setting is put back afterwards."""
+    """Turn off the progress bars of transformers; its setting is restored afterwards."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -35,7 +35,7 @@ def load_base_model(
 ) -> "PreTrainedModel":
     """Load the causal language model in `folder`, in evaluation mode; safetensors only, no code from the folder.
 
-    `dtype` None keeps the one it was saved in; `attn_implementation` None lets transformers choose what the family has.
+    `dtype` None keeps the dtype it was saved in; `attn_implementation` None lets transformers choose for the family.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -52,7 +52,7 @@ def load_base_model(
         )
     model.eval()
     if quantization_config is None:
-        # nn.Module's own `to`: the one that transformers wraps around it has no usable type.
+        # nn.Module's own `to`: the wrapper that transformers puts around it has no usable type.
         torch.nn.Module.to(model, device)
     return model
 
@@ -64,7 +64,7 @@ def saved_dtype(folder: str | Path) -> str:
 
 
 def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer in `folder`; where it has no padding token, the end token stands in."""
+    """Load the tokenizer in `folder`; if it has no padding token, the end token is used for it."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

@@ -1,4 +1,4 @@
-"""From a base's name to a folder on disk: an embedded base, a local folder, or a Hub id pinned to a commit."""
+"""From the name of a base to a folder on disk: an embedded base, a local folder, or a Hub id pinned to a commit."""
 
 import re
 from collections.abc import Callable
@@ -34,11 +34,11 @@ def resolve_base(
     """Return the base called `name`, fetching it first where that is needed.
 
     `name` is an embedded base (`smollm2-135m`), a folder, or a Hub id (`org/model`, pinned to the commit that
-    `revision` points to now). `progress` is told of each slow step in a few words.
+    `revision` points to now). `progress` receives a short description of each slow step.
 
     Raises:
         UnknownNameError: no such base.
-        HubUnreachableError: it has to be fetched and there is no network.
+        HubUnreachableError: the base has to be fetched and there is no network.
         ResourceError: there is no room for it on disk.
     """
     text = str(name)
@@ -50,11 +50,12 @@ def resolve_base(
     if (path / "config.json").is_file():
         return ResolvedBase(name=text, model_id=path.resolve().name, folder=path.resolve())
     if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not path.exists():
-        return _from_hub(text, revision, adapterhub_home(home) / "bases", progress or (lambda _: None))
+        return fetch_from_hub(text, revision, adapterhub_home(home) / "bases", progress or (lambda _: None))
     raise UnknownNameError.among("base", text, [*EMBEDDED_BASES, "a folder with config.json", "a Hub id org/model"])
 
 
-def _from_hub(repo_id: str, revision: str | None, bases: Path, progress: Callable[[str], None]) -> ResolvedBase:
+def fetch_from_hub(repo_id: str, revision: str | None, bases: Path, progress: Callable[[str], None]) -> ResolvedBase:
+    """Download the weights, configuration and tokenizer of one commit; raises as `resolve_base` does."""
     import httpx2  # what huggingface_hub 2 speaks HTTP with; its network errors pass through unwrapped
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError

@@ -1,1 +1,1 @@
-"""The command line: one verb a module. Parse, call, report; the rooms do the work."""
+"""The command line. A verb parses its arguments, calls the package, and reports; folders group verbs by purpose."""

@@ -9,19 +9,17 @@ from typing import Annotated
 
 import typer
 
-from adapterhub_lite.cli.bench import bench
-from adapterhub_lite.cli.doctor import doctor
 from adapterhub_lite.cli.keep.aliases import alias, history, rollback
-from adapterhub_lite.cli.keep.diff import diff
-from adapterhub_lite.cli.keep.list import list_adapters, show
-from adapterhub_lite.cli.keep.lock import lock
 from adapterhub_lite.cli.keep.merge import merge
+from adapterhub_lite.cli.keep.show import diff, list_adapters, show
 from adapterhub_lite.cli.keep.sign import keygen, sign, trust, verify
 from adapterhub_lite.cli.keep.versions import add, gc, pin, remove, unpin
+from adapterhub_lite.cli.machine import bench, doctor
 from adapterhub_lite.cli.serve.demo import demo
 from adapterhub_lite.cli.serve.serve import serve
 from adapterhub_lite.cli.share.export import export
 from adapterhub_lite.cli.share.hub import hub
+from adapterhub_lite.cli.share.lock import lock
 from adapterhub_lite.cli.share.push_pull import pull, push
 from adapterhub_lite.cli.train.evaluate import evaluate
 from adapterhub_lite.cli.train.plan import plan
@@ -79,19 +77,21 @@ def build_app() -> typer.Typer:
         pretty_exceptions_enable=False,
         rich_markup_mode="markdown",
     )
-    app.callback()(_root)
+
+    @app.callback()
+    def root(
+        show_version: Annotated[
+            bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")
+        ] = False,
+    ) -> None:
+        if show_version:
+            typer.echo(version("adapterhub-lite"))
+            raise typer.Exit
+
     panel = {name: title for title, names in PANELS.items() for name in names}
     for name, verb in VERBS.items():
         app.command(name, rich_help_panel=panel[name])(verb)
     return app
-
-
-def _root(
-    show_version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and stop.")] = False,
-) -> None:
-    if show_version:
-        typer.echo(version("adapterhub-lite"))
-        raise typer.Exit
 
 
 def main() -> None:
@@ -100,12 +100,12 @@ def main() -> None:
     try:
         build_app()()
     except AdapterHubError as error:
-        # Of several processes that find the same mistake, one says it.
+        # Of several processes that find the same mistake, only one reports it.
         if os.environ.get("RANK", "0") == "0":
             typer.echo(f"Error: {error}", err=True)
         sys.exit(128 + signal.SIGTERM if isinstance(error, RunStoppedError) else 2)
     except SystemExit as ended:
-        # What typer makes of Ctrl-C.
+        # Typer turns Ctrl-C into this code.
         if ended.code == 130:
-            typer.echo("Interrupted. Run the same command again to go on.", err=True)
+            typer.echo("Interrupted. Run the same command again to continue.", err=True)
         raise

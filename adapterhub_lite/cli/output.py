@@ -9,7 +9,7 @@ import typer
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Check what can be checked here, say what would be done, and do nothing.")
+    bool, typer.Option("--dry-run", help="Check what can be checked, report what would be done, and change nothing.")
 ]
 HomeOption = Annotated[
     str | None,
@@ -29,13 +29,13 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     from rich.table import Table
 
     console = Console()
-    # As wide as its title at least, which would be broken over several lines otherwise.
+    # At least as wide as its title, which would otherwise be wrapped.
     table = Table(
         title=escape(title), title_justify="left", header_style="bold", min_width=min(len(title), console.width)
     )
     for number, column in enumerate(columns):
-        # The first says which row it is: where the terminal is narrow, the others wrap. Nothing is cut, as a command to
-        # be copied may stand there.
+        # The first column identifies the row; on a narrow terminal the others wrap. Nothing is truncated, because a
+        # cell may be a command to copy.
         table.add_column(column, no_wrap=number == 0, overflow="fold")
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))
@@ -43,7 +43,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
 
 
 def say(text: str) -> None:
-    """Tell the user what is going on, on standard error, so that `--json` output stays clean."""
+    """Inform the user on standard error, so that `--json` output stays clean."""
     typer.echo(text, err=True)
 
 
@@ -51,12 +51,12 @@ def would(act: str, as_json: bool, **facts: Any) -> None:
     """Report a dry run: `act` is what would have been done, as in `push sql:3 to org/sql`."""
     if as_json:
         return print_json({"dry_run": True, "would": act, **facts})
-    say(f"Would {act}. Nothing was done.")
+    say(f"Would {act}. Nothing was changed.")
 
 
 @contextmanager
 def waiting(text: str) -> Iterator[None]:
-    """Show a spinner on standard error while slow work without a known length runs; nothing where it is no terminal."""
+    """Show a spinner on standard error during slow work of unknown length; nothing if it is not a terminal."""
     from rich.console import Console
 
     with Console(stderr=True).status(text):
@@ -64,10 +64,10 @@ def waiting(text: str) -> Iterator[None]:
 
 
 def short(digest: str) -> str:
-    """The first twelve hex digits of a digest, as people compare them."""
+    """The first twelve hex digits of a digest, enough for people to compare."""
     return digest.removeprefix("sha256:")[:12]
 
 
 def megabytes(size: int) -> str:
-    """A number of bytes as people compare them."""
+    """A number of bytes, in MB."""
     return f"{size / 1e6:.1f} MB"

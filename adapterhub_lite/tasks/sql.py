@@ -27,7 +27,8 @@ AGGREGATES = {"average": "AVG", "highest": "MAX", "lowest": "MIN", "total": "SUM
 COMPARISONS = {"more than": ">", "less than": "<", "exactly": "="}
 
 
-def _count(generator: random.Random, table: str) -> tuple[str, str]:
+def count_question(generator: random.Random, table: str) -> tuple[str, str]:
+    """How many rows meet a condition."""
     column, value = _condition(generator, table)
     opening = generator.choice(("How many {t} have {c} {v}?", "Count the {t} with {c} {v}."))
     return (
@@ -36,7 +37,8 @@ def _count(generator: random.Random, table: str) -> tuple[str, str]:
     )
 
 
-def _aggregate(generator: random.Random, table: str) -> tuple[str, str]:
+def aggregate_question(generator: random.Random, table: str) -> tuple[str, str]:
+    """An average, extreme or total of a column."""
     word, function = generator.choice(list(AGGREGATES.items()))
     number = generator.choice(TABLES[table][1])
     column, value = _condition(generator, table)
@@ -46,7 +48,8 @@ def _aggregate(generator: random.Random, table: str) -> tuple[str, str]:
     )
 
 
-def _compare(generator: random.Random, table: str) -> tuple[str, str]:
+def compare_question(generator: random.Random, table: str) -> tuple[str, str]:
+    """The rows whose number is above, below or at a bound."""
     words, sign = generator.choice(list(COMPARISONS.items()))
     number = generator.choice(TABLES[table][1])
     bound = generator.randrange(5, 100, 5)
@@ -57,7 +60,8 @@ def _compare(generator: random.Random, table: str) -> tuple[str, str]:
     )
 
 
-def _top(generator: random.Random, table: str) -> tuple[str, str]:
+def top_question(generator: random.Random, table: str) -> tuple[str, str]:
+    """The first rows by a column."""
     word, order = generator.choice((("highest", "DESC"), ("lowest", "ASC")))
     number = generator.choice(TABLES[table][1])
     limit = generator.randrange(2, 10)
@@ -74,7 +78,7 @@ def _condition(generator: random.Random, table: str) -> tuple[str, str]:
 
 def sample(generator: random.Random) -> tuple[str, str]:
     """Draw one question and the query that answers it."""
-    kind = generator.choice((_count, _aggregate, _compare, _top))
+    kind = generator.choice((count_question, aggregate_question, compare_question, top_question))
     return kind(generator, generator.choice(list(TABLES)))
 
 

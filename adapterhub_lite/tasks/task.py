@@ -13,7 +13,7 @@ Row = dict[str, list[dict[str, str]]]
 Split = Literal["train", "held-out"]
 # One question in this many is held out.
 HELD_OUT_SHARE = 5
-# So many draws without a new question mean that the task has no more of them.
+# This many draws without a new question mean that the task is exhausted.
 EXHAUSTED_AFTER = 20_000
 
 
@@ -21,7 +21,7 @@ EXHAUSTED_AFTER = 20_000
 class Task:
     """One task. `sample` draws a (question, answer) pair.
 
-    Rows carry no system message, so that the adapter answers a bare question, as people ask them.
+    Rows carry no system message, so that the adapter answers a bare question.
     """
 
     name: str
@@ -36,9 +36,13 @@ class Task:
         Raises:
             DataError: the task does not have so many different questions.
         """
-        return [_row(question, answer) for question, answer in islice(self._pairs(seed, split), count)]
+        return [
+            {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+            for question, answer in islice(self.pairs(seed, split), count)
+        ]
 
-    def _pairs(self, seed: int, split: Split) -> Iterator[tuple[str, str]]:
+    def pairs(self, seed: int, split: Split) -> Iterator[tuple[str, str]]:
+        """Yield distinct (question, answer) pairs of one split until the task has no more; raises as `rows` does."""
         generator = random.Random(f"{self.name}/{seed}")
         seen: set[str] = set()
         misses = 0
@@ -52,11 +56,7 @@ class Task:
         raise DataError(f"The task {self.name!r} has only {len(seen)} different {split} questions. Ask for fewer rows.")
 
 
-def _row(question: str, answer: str) -> Row:
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-
-
 def split_of(question: str) -> Split:
-    """Say which split a question belongs to: a property of its text alone."""
+    """Return the split of a question, which depends on its text alone."""
     held_out = hashlib.sha256(question.encode()).digest()[0] % HELD_OUT_SHARE == 0
     return "held-out" if held_out else "train"

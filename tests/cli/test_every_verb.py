@@ -249,7 +249,7 @@ def test_colours_are_for_terminals_only(terminal: bool, stocked: AdapterRegistry
 
 
 def test_bench_says_where_the_benches_are(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("adapterhub_lite.cli.bench.BENCHES", tmp_path / "none")
+    monkeypatch.setattr("adapterhub_lite.cli.machine.BENCHES", tmp_path / "none")
     done = run("bench")
     assert done.returncode == 2 and "checkout" in done.stderr
 
@@ -265,8 +265,8 @@ def test_bench_runs_one_and_names_what_it_wrote(run: Run, monkeypatch: pytest.Mo
         '    (pathlib.Path(__file__).parents[1] / "results" / "sums.json").write_text(sys.argv[1])\n'
         "    sys.exit(int(sys.argv[1]))\n"
     )
-    monkeypatch.setattr("adapterhub_lite.cli.bench.ROOT", tmp_path)
-    monkeypatch.setattr("adapterhub_lite.cli.bench.BENCHES", folder)
+    monkeypatch.setattr("adapterhub_lite.cli.machine.ROOT", tmp_path)
+    monkeypatch.setattr("adapterhub_lite.cli.machine.BENCHES", folder)
     assert json.loads(run("bench", "--json").stdout) == [{"name": "sums", "question": "How much is it?"}]
     for code in ("0", "3"):
         done = run("bench", "--json", "sums", "--", code)

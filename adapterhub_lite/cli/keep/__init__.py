@@ -1,1 +1,1 @@
-"""Verbs that look after versions: list, show, alias, diff, gc, sign, lock, merge."""
+"""Verbs that look after versions: add, list, show, diff, alias, pin, gc, sign, merge."""

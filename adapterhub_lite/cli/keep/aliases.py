@@ -1,13 +1,10 @@
-"""`alias`, `rollback` and `history`: names that move between versions, and back."""
+"""`alias`, `rollback` and `history`: names that move between versions, and back again."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from adapterhub_lite.cli.output import DryRunOption, HomeOption, JsonOption, print_json, print_table, say, would
-
-if TYPE_CHECKING:
-    from adapterhub_lite.registry import AdapterRegistry
 
 NameArgument = Annotated[str, typer.Argument(help="The adapter's name.")]
 AliasArgument = Annotated[str, typer.Argument(help="The alias, for example prod.")]
@@ -18,9 +15,9 @@ def alias(
     alias_name: Annotated[str | None, typer.Argument(metavar="[ALIAS]", help="The alias to set.")] = None,
     version: Annotated[int | None, typer.Argument(help="The version it should point to.")] = None,
     expect: Annotated[
-        int | None, typer.Option(help="Move it only if it points to this version now; 0: only if there is none.")
+        int | None, typer.Option(help="Move it only if it now points to this version; 0: only if it does not exist.")
     ] = None,
-    remove: Annotated[bool, typer.Option("--remove", help="Take the alias away; its history stays.")] = False,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the alias; its history is kept.")] = False,
     dry_run: DryRunOption = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
@@ -29,15 +26,17 @@ def alias(
 
     Example: `adapterhub-lite alias sql prod 3 --expect 2`
     """
-    from adapterhub_lite.errors import ConfigurationError
+    from adapterhub_lite.errors import AliasConflictError, ConfigurationError
     from adapterhub_lite.registry import AdapterRegistry
 
     registry = AdapterRegistry(home)
     if remove:
         if alias_name is None or version is not None or expect is not None:
-            raise ConfigurationError("--remove takes the adapter's name and the alias, and nothing else.")
+            raise ConfigurationError("--remove takes only the adapter's name and the alias.")
         if dry_run:
-            return would(f"take {registry.resolve(f'{name}@{alias_name}').reference} the alias {alias_name}", as_json)
+            return would(
+                f"remove {name}@{alias_name} from {registry.resolve(f'{name}@{alias_name}').reference}", as_json
+            )
         registry.remove_alias(name, alias_name)
     elif alias_name is not None:
         if version is None:
@@ -45,23 +44,20 @@ def alias(
                 f"Which version should {name}@{alias_name} point to? Give a number after the alias."
             )
         if dry_run:
-            return _would_move(registry, f"{name}@{alias_name}", version, expect, as_json)
+            label, target = f"{name}@{alias_name}", registry.resolve(f"{name}:{version}").reference
+            now = registry.aliases(name).get(alias_name)
+            if expect is not None and (now or 0) != expect:
+                raise AliasConflictError(
+                    f"{label} was expected at version {expect or 'none'} but is at {now or 'none'}."
+                )
+            act = f"point {label}, now at {now or 'nothing'}, at {target}"
+            return would(act, as_json, previous=now, version=version)
         registry.set_alias(name, alias_name, version=version, expect=expect)
-    registry.resolve(name)  # a name that nobody has is a mistake, not an empty list
+    registry.resolve(name)  # an unknown name is a mistake, not an empty list
     aliases = registry.aliases(name)
     if as_json:
         return print_json({"name": name, "aliases": aliases})
     print_table(f"Aliases of {name}", ("alias", "version"), list(aliases.items()))
-
-
-def _would_move(registry: "AdapterRegistry", alias: str, version: int, expect: int | None, as_json: bool) -> None:
-    from adapterhub_lite.errors import AliasConflictError
-
-    name, _, label = alias.partition("@")
-    wanted, now = registry.resolve(f"{name}:{version}"), registry.aliases(name).get(label)
-    if expect is not None and (now or 0) != expect:
-        raise AliasConflictError(f"{alias} was expected at version {expect or 'none'} and is at {now or 'none'}.")
-    would(f"point {alias}, now at {now or 'nothing'}, at {wanted.reference}", as_json, previous=now, version=version)
 
 
 def rollback(
@@ -106,8 +102,8 @@ def history(
     registry = AdapterRegistry(home)
     moves = registry.history(name, alias_name)
     if not moves:
-        registry.resolve(name)  # refuses a name that nothing has
+        registry.resolve(name)  # refuses an unknown name
     if as_json:
         return print_json([asdict(move) for move in moves])
     rows = [(move.at, move.alias, move.act, move.previous or "-", move.version or "-") for move in moves]
-    print_table(f"Aliases of {name}", ("when", "alias", "act", "from", "to"), rows)
+    print_table(f"Aliases of {name}", ("when", "alias", "action", "from", "to"), rows)

@@ -1,4 +1,4 @@
-"""`keygen`, `sign`, `verify` and `trust`: who vouches for a version, and whose word is wanted."""
+"""`keygen`, `sign`, `verify` and `trust`: who published a version, and whose signatures are trusted."""
 
 from typing import Annotated
 
@@ -22,7 +22,7 @@ ReferenceArgument = Annotated[str, typer.Argument(help="name, name:version, name
 def keygen(
     key: KeyOption = "default", dry_run: DryRunOption = False, home: HomeOption = None, as_json: JsonOption = False
 ) -> None:
-    """Make an Ed25519 key, readable by you alone, and print its public half for others to trust.
+    """Create an Ed25519 key, readable only by you, and print its public half for others to trust.
 
     Example: `adapterhub-lite keygen --key release`
     """
@@ -30,11 +30,11 @@ def keygen(
     from adapterhub_lite.registry.operations.sign import generate_key
 
     if dry_run:
-        return would(f"make the key {key!r} in {adapterhub_home(home)}", as_json, key=key)
+        return would(f"create the key {key!r} in {adapterhub_home(home)}", as_json, key=key)
     public_key = generate_key(adapterhub_home(home), key)
     if as_json:
         return print_json({"key": key, "public_key": public_key})
-    say(f"Key {key!r} is made. Others trust it with `adapterhub-lite trust NAME PUBLIC_KEY`; its public half is:")
+    say(f"Created key {key!r}. Others trust it with `adapterhub-lite trust NAME PUBLIC_KEY`; its public half is:")
     typer.echo(public_key)
 
 
@@ -64,13 +64,14 @@ def sign(
 def verify(
     reference: ReferenceArgument,
     probes: Annotated[
-        bool, typer.Option("--probes", help="Check its behaviour instead: load the base and ask the recorded probes.")
+        bool,
+        typer.Option("--probes", help="Check its behaviour instead: load the base and replay the recorded probes."),
     ] = False,
-    base: Annotated[str | None, typer.Option(help="Where its base is; looked for in the home when not given.")] = None,
+    base: Annotated[str | None, typer.Option(help="Where its base is; searched for in the home if not given.")] = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check a version's signature against every byte of it, or with `--probes` that it still behaves as recorded.
+    """Check a version's signature against every byte of it, or, with `--probes`, that it still behaves as recorded.
 
     Example: `adapterhub-lite verify sql:3`
     """
@@ -83,13 +84,13 @@ def verify(
         from adapterhub_lite.registry.check.replay import check_stored
 
         resolved = resolve_base(base, home=home) if base else None
-        with waiting(f"asking {manifest.reference} its probes"):
+        with waiting(f"replaying the probes of {manifest.reference}"):
             found = check_stored(registry.store, manifest, base=resolved)
         if as_json:
             return print_json({"reference": manifest.reference, "max_abs_difference": found.max_abs_difference,
                                "tolerance": found.tolerance})  # fmt: skip
-        return say(f"{manifest.reference} behaves as recorded: logits differ by {found.max_abs_difference:.2e} at most, "
-                   f"{found.tolerance:.2e} is rounding.")  # fmt: skip
+        return say(f"{manifest.reference} behaves as recorded: logits differ by at most {found.max_abs_difference:.2e} "
+                   f"(rounding allows {found.tolerance:.2e}).")  # fmt: skip
     signer = registry.verify(manifest.reference)
     if as_json:
         return print_json({"reference": manifest.reference, "digest": manifest.digest, "signer": signer})
@@ -98,9 +99,9 @@ def verify(
 
 
 def trust(
-    name: Annotated[str | None, typer.Argument(help="What to call the key.")] = None,
-    public_key: Annotated[str | None, typer.Argument(help="64 hex digits, as keygen printed them.")] = None,
-    remove: Annotated[bool, typer.Option("--remove", help="No longer trust the key of that name.")] = False,
+    name: Annotated[str | None, typer.Argument(help="A name for the key.")] = None,
+    public_key: Annotated[str | None, typer.Argument(help="The 64 hex digits that keygen printed.")] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Stop trusting the key of that name.")] = False,
     required: Annotated[
         bool | None, typer.Option("--required/--optional", help="Refuse pulls without a trusted signature, or not.")
     ] = None,
@@ -108,7 +109,7 @@ def trust(
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show whose signatures count here, add or remove a key, or require a signature of everything that is pulled.
+    """Show the trusted keys, add or remove one, or require a trusted signature on everything that is pulled.
 
     Example: `adapterhub-lite trust release 3f0c...e1 --required`
     """
@@ -117,20 +118,24 @@ def trust(
 
     policy = AdapterRegistry(home).trust
     if dry_run:
-        act = f"{'no longer trust' if remove else 'trust'} {name}" if name else "change whether signatures are required"
+        act = f"{'stop trusting' if remove else 'trust'} {name}" if name else "change whether signatures are required"
         return would(act, as_json, name=name, required=required)
     if remove and name is not None:
         policy.distrust(name)
     elif name is not None:
         if public_key is None:
-            raise UsageError(f"Which key is {name!r}? Give its 64 hex digits after the name.")
+            raise UsageError(f"The key of {name!r} is missing: give its 64 hex digits after the name.")
         policy.trust(name, public_key)
     elif remove:
-        raise UsageError("Which key is no longer trusted? Give its name.")
+        raise UsageError("--remove needs the name of the key.")
     if required is not None:
         policy.require(required)
     found = policy.read()
     if as_json:
         return print_json(found.model_dump(mode="json"))
     print_table("Trusted keys", ("name", "public key"), list(found.keys.items()))
-    say("A trusted signature is required of what comes in." if found.required else "Signatures are optional.")
+    say(
+        "A trusted signature is required on everything that is added from elsewhere."
+        if found.required
+        else "Signatures are optional."
+    )

@@ -1,9 +1,9 @@
-"""`add`, `pin`, `unpin`, `remove` and `gc`: what is kept, and what may go."""
+"""`add`, `pin`, `unpin`, `remove` and `gc`: what is kept, and what is freed."""
 
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -20,21 +20,19 @@ from adapterhub_lite.cli.output import (
     would,
 )
 
-if TYPE_CHECKING:
-    from adapterhub_lite.registry.operations.gc import GcPlan
-
 MOST_ROWS = 50
 ReferenceArgument = Annotated[str, typer.Argument(help="name, name:version, name@alias or a digest.")]
 
 
 def add(
     folder: Annotated[Path, typer.Argument(help="A plain PEFT adapter folder.")],
-    name: Annotated[str, typer.Argument(help="The adapter's name; it becomes the next version of it.")],
+    name: Annotated[str, typer.Argument(help="The adapter's name; the folder becomes its next version.")],
     base: Annotated[
-        str | None, typer.Option(help="Its base: a name, a folder or a Hub id; from its training record if not given.")
+        str | None,
+        typer.Option(help="Its base: a name, a folder or a Hub id; taken from its training record if not given."),
     ] = None,
     task: Annotated[str | None, typer.Option(help="What it does, in a few words.")] = None,
-    tag: Annotated[list[str] | None, typer.Option(help="A tag to find it by; may be repeated.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="A tag to search by; may be repeated.")] = None,
     probes: Annotated[
         bool, typer.Option("--probes", help="Also load the base and replay, or record, how the adapter behaves.")
     ] = False,
@@ -42,15 +40,23 @@ def add(
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check an adapter folder made elsewhere and keep it as the next version of a name; all or nothing.
+    """Check an adapter folder made elsewhere and add it as the next version of a name; all or nothing.
 
     Example: `adapterhub-lite add ./my-lora sql --base smollm2-135m`
     """
+    from adapterhub_lite.adapter_format.reference import is_name
     from adapterhub_lite.bases import resolve_base
+    from adapterhub_lite.errors import UsageError
     from adapterhub_lite.registry import AdapterRegistry
+    from adapterhub_lite.registry.check.folder import inspect_adapter
 
     if dry_run:
-        return _would_add(folder, name, as_json)
+        if not is_name(name):
+            raise UsageError(f"Expected a name of 1 to 64 letters, digits, '.', '_', '-'; got {name!r:.80}.")
+        if not folder.is_dir():
+            raise UsageError(f"There is no adapter folder {str(folder)!r}. Give the folder that training saved.")
+        _, lora = inspect_adapter(folder).accepted()
+        return would(f"add {folder} (rank {lora.rank}) as the next version of {name}", as_json, rank=lora.rank)
     resolved = resolve_base(base, home=home, progress=say) if base else None
     with waiting(f"checking {folder}"):
         manifest = AdapterRegistry(home).add(
@@ -64,23 +70,10 @@ def add(
     )
 
 
-def _would_add(folder: Path, name: str, as_json: bool) -> None:
-    from adapterhub_lite.adapter_format.reference import is_name
-    from adapterhub_lite.errors import UsageError
-    from adapterhub_lite.registry.check.folder import inspect_adapter
-
-    if not is_name(name):
-        raise UsageError(f"Wanted a name of 1 to 64 letters, digits, '.', '_', '-'; got {name!r:.80}.")
-    if not folder.is_dir():
-        raise UsageError(f"There is no adapter folder {str(folder)!r}. Give the folder that training saved.")
-    _, lora = inspect_adapter(folder).accepted()
-    would(f"keep {folder} (rank {lora.rank}) as the next version of {name}", as_json, rank=lora.rank)
-
-
 def pin(
     reference: ReferenceArgument, dry_run: DryRunOption = False, home: HomeOption = None, as_json: JsonOption = False
 ) -> None:
-    """Keep one version whatever `gc` thinks, until `unpin`.
+    """Protect one version from `gc` until `unpin`.
 
     Example: `adapterhub-lite pin sql:3`
     """
@@ -90,7 +83,7 @@ def pin(
 def unpin(
     reference: ReferenceArgument, dry_run: DryRunOption = False, home: HomeOption = None, as_json: JsonOption = False
 ) -> None:
-    """Take a pin away.
+    """Remove a pin.
 
     Example: `adapterhub-lite unpin sql:3`
     """
@@ -111,14 +104,14 @@ def _set_pin(reference: str, home: str | None, as_json: bool, *, pinned: bool, d
 
 
 def remove(
-    reference: Annotated[str, typer.Argument(help="The version, as name:3.")],
+    reference: Annotated[str, typer.Argument(help="The version, for example sql:3.")],
     dry_run: DryRunOption = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Forget one version; its bytes go with the next `gc`, its number is never given again.
+    """Remove one version; the next `gc` frees its bytes, and its number is never reused.
 
-    Refused while an alias, a pin or a running server refers to it. Example: `adapterhub-lite remove sql:3`
+    Refused while an alias, a pin or a running server uses it. Example: `adapterhub-lite remove sql:3`
     """
     from adapterhub_lite.registry import AdapterRegistry
     from adapterhub_lite.registry.operations.gc import check_removable, one_version
@@ -126,21 +119,21 @@ def remove(
     registry = AdapterRegistry(home)
     if dry_run:
         check_removable(registry.store.read(), registry.home, one_version(registry.store, reference))
-        return would(f"forget {reference}", as_json, reference=reference)
+        return would(f"remove {reference}", as_json, reference=reference)
     registry.remove(reference)
     if as_json:
         return print_json({"removed": reference})
-    say(f"{reference} is forgotten. `adapterhub-lite gc` frees its bytes.")
+    say(f"{reference} is removed. `adapterhub-lite gc` frees its bytes.")
 
 
 def gc(
-    keep_newest: Annotated[int, typer.Option(help="Keep so many newest versions of each name.")] = 1,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be freed.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Free it without asking.")] = False,
+    keep_newest: Annotated[int, typer.Option(help="Number of newest versions to keep of each name.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report what would be freed.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Free without asking.")] = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Free the versions that no alias, pin, merge or running server refers to; says which before it does.
+    """Free the versions that no alias, pin, merge or running server uses; they are listed first.
 
     Example: `adapterhub-lite gc --keep-newest 3 --dry-run`
     """
@@ -150,29 +143,24 @@ def gc(
     registry = AdapterRegistry(home)
     plan = registry.plan_gc(keep_newest=keep_newest)
     if not as_json:
-        _announce(plan)
+        stays = sorted(plan.kept.items())
+        print_table("Kept", ("version", "reason"), stays[:MOST_ROWS])
+        if len(stays) > MOST_ROWS:
+            say(f"... and {len(stays) - MOST_ROWS} more; --json lists them all.")
+        if plan.versions:
+            print_table("To be freed", ("version",), [(reference,) for reference in plan.versions])
+        say(
+            f"{len(plan.versions)} versions, {len(plan.objects)} files and {len(plan.leftovers)} leftovers of crashes "
+            f"can be freed: {megabytes(plan.freed_bytes)}."
+        )
     nothing = not (plan.versions or plan.objects or plan.leftovers)
-    wanted = not (dry_run or nothing)
-    if wanted and not yes:
+    free = not (dry_run or nothing)
+    if free and not yes:
         if as_json or not sys.stdin.isatty():
-            raise UsageError("Nothing was freed: give --yes to free it, or --dry-run to only look.")
-        wanted = typer.confirm("Free it?", err=True)
-    done = registry.gc(keep_newest=keep_newest, announced=plan) if wanted else plan
+            raise UsageError("Nothing was freed: give --yes to free it, or --dry-run to only see what would be freed.")
+        free = typer.confirm("Free it?", err=True)
+    done = registry.gc(keep_newest=keep_newest, announced=plan) if free else plan
     if as_json:
-        return print_json({"freed": wanted, **asdict(done)})
-    if wanted:
+        return print_json({"freed": free, **asdict(done)})
+    if free:
         say(f"Freed {megabytes(done.freed_bytes)}.")
-
-
-def _announce(plan: "GcPlan") -> None:
-    stays = sorted(plan.kept.items())
-    print_table("Stays", ("version", "because"), stays[:MOST_ROWS])
-    if len(stays) > MOST_ROWS:
-        say(f"... and {len(stays) - MOST_ROWS} more; --json lists them all.")
-    if plan.versions:
-        print_table("Goes", ("version",), [(reference,) for reference in plan.versions])
-    files, leftovers = len(plan.objects), len(plan.leftovers)
-    say(
-        f"{len(plan.versions)} versions, {files} files and {leftovers} leftovers of crashes would go: "
-        f"{megabytes(plan.freed_bytes)}."
-    )

@@ -11,13 +11,13 @@ from adapterhub_lite.cli.output import HomeOption
 def demo(
     base: Annotated[str, typer.Option(help="Base model: an embedded name, a folder or a Hub id.")] = "smollm2-135m",
     port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 7860 or the next free one if not given.")
+        int | None, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; if not given, 7860 or the next free one.")
     ] = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; another than this machine's own needs --users.")
+        str, typer.Option(help="Address to listen on; any other than loopback needs --users.")
     ] = "127.0.0.1",
     users: Annotated[
-        Path | None, typer.Option(help="A JSON file of logins with their roles; none means no login.")
+        Path | None, typer.Option(help="A JSON file of logins with their roles; without it there is no login.")
     ] = None,
     endpoint: Annotated[
         str | None, typer.Option(help="Hub to push to and pull from; $HF_ENDPOINT if not given.")

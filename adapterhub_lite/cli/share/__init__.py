@@ -1,1 +1,1 @@
-"""Verbs that move versions: push, pull, hub, export."""
+"""Verbs that move versions between machines and programs: push, pull, lock, hub, export."""

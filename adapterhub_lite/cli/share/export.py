@@ -1,4 +1,4 @@
-"""`export`: versions in the layouts of other programs."""
+"""`export`: versions in the layouts that other programs read."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,13 +10,13 @@ from adapterhub_lite.cli.output import DryRunOption, HomeOption, JsonOption, pri
 
 def export(
     references: Annotated[list[str], typer.Argument(help="name, name:version, name@alias or a digest.")],
-    target: Annotated[Path, typer.Argument(help="Folder (for gguf: file) to write; must not be there yet.")],
+    target: Annotated[Path, typer.Argument(help="Folder (for gguf: file) to write; must not exist yet.")],
     layout: Annotated[
         str,
         typer.Option(help="peft: a plain folder; vllm: a folder for its LoRA resolver; gguf: a file, by llama.cpp."),
     ] = "peft",
     base: Annotated[
-        str | None, typer.Option(help="Where the base is, for gguf; looked for in the home when not given.")
+        str | None, typer.Option(help="Where the base is, for gguf; searched for in the home if not given.")
     ] = None,
     dry_run: DryRunOption = False,
     home: HomeOption = None,
@@ -38,13 +38,13 @@ def export(
     registry = AdapterRegistry(home)
     if dry_run:
         if target.exists():
-            raise ConfigurationError(f"{target} is there already; give another place.")
+            raise ConfigurationError(f"{target} already exists; give another path.")
         named = ", ".join(registry.resolve(reference).reference for reference in references)
         return would(f"write {named} to {target} in the layout {layout}", as_json, target=str(target))
     if layout == "vllm":
         manifests = [registry.resolve(reference) for reference in references]
         written = export_vllm(registry.store, manifests, target)
-        # vLLM takes powers of two from 8 on.
+        # vLLM accepts powers of two from 8 upwards.
         widest = max(8, *(1 << (m.lora.rank - 1).bit_length() for m in manifests))
         bases = sorted({m.base.id for m in manifests})
         use = (

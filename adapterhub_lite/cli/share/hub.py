@@ -1,19 +1,17 @@
 """`hub`: run the embedded hub."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from adapterhub_lite.cli.output import JsonOption, print_json, say
+from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.home import adapterhub_home
-
-if TYPE_CHECKING:
-    from adapterhub_lite.hub_server import Account
 
 
 def hub(
-    data: Annotated[Path | None, typer.Option(help="Folder for its repositories; <home>/hub when not given.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder for its repositories; <home>/hub if not given.")] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 takes a free one.")] = 8765,
     token: Annotated[
         list[str] | None,
@@ -35,31 +33,25 @@ def hub(
     import signal
     import threading
 
-    from adapterhub_lite.hub_server import HubServer
+    from adapterhub_lite.hub_server import Account, HubServer
 
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    tokens = dict(map(_account, token)) if token else None
-    with HubServer(data or adapterhub_home() / "hub", port=port, tokens=tokens) as server:
-        # In tests the faults are ordered and stay unsaid; here one is ours, and its traceback is wanted.
+    tokens: dict[str, Account] = {}
+    for text in token or []:
+        owners, separator, secret = text.partition("=")
+        owners, _, role = owners.partition(":")
+        names = owners.split(",")
+        if not (separator and secret and all(names) and role in ("", "read", "write")):
+            # The text may contain a secret, so it is not repeated.
+            raise ConfigurationError("A --token is malformed: expected OWNER=TOKEN, ann,team=TOKEN or ann:read=TOKEN.")
+        tokens[secret] = Account(names[0], role or "write", tuple(names[1:]))
+    with HubServer(data or adapterhub_home() / "hub", port=port, tokens=tokens or None) as server:
+        # Tests inject faults on purpose and keep this quiet; here an error is a defect, so its traceback is logged.
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
         if as_json:
             print_json({"url": server.url})
         else:
             say(f"Hub on {server.url}; use it with HF_ENDPOINT={server.url} or --endpoint. Ctrl+C stops it.")
         stop.wait()
-
-
-def _account(text: str) -> "tuple[str, Account]":
-    """(token, account) of one --token."""
-    from adapterhub_lite.errors import ConfigurationError
-    from adapterhub_lite.hub_server import Account
-
-    owners, separator, secret = text.partition("=")
-    owners, _, role = owners.partition(":")
-    names = owners.split(",")
-    if not (separator and secret and all(names) and role in ("", "read", "write")):
-        # The text may hold a secret, so it is not repeated.
-        raise ConfigurationError("A --token was not understood: wanted OWNER=TOKEN, ann,team=TOKEN or ann:read=TOKEN.")
-    return secret, Account(names[0], role or "write", tuple(names[1:]))

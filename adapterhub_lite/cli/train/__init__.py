@@ -1,1 +1,1 @@
-"""Verbs that make an adapter: plan, train, eval."""
+"""Verbs that produce an adapter and measure it: plan, train, eval."""

@@ -3,7 +3,7 @@
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -11,10 +11,6 @@ from adapterhub_lite.cli.options import options_from
 from adapterhub_lite.cli.output import HomeOption, JsonOption, print_json, print_table, say
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.training.settings import PlanRequest
-
-if TYPE_CHECKING:
-    from adapterhub_lite.memory import MemoryPlan
-    from adapterhub_lite.training.data.lengths import RowLengths
 
 UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -25,7 +21,7 @@ def plan(
     given: dict[str, Any],
     data: Annotated[
         str | None,
-        typer.Option(help="Rows whose lengths count: a JSONL or parquet file, or a data set's id on the Hub."),
+        typer.Option(help="Rows to take the lengths from: a JSONL or parquet file, or a data set's id on the Hub."),
     ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Also run the step on fake tensors; takes a minute.")] = False,
     picture: Annotated[Path | None, typer.Option(help="Also draw the stacked bars into this PNG.")] = None,
@@ -35,14 +31,19 @@ def plan(
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Say before a run what will fit and why, in bytes by component. No weights are downloaded.
+    """Predict what a run will need and which preset fits, in bytes by component. No weights are downloaded.
 
     Example: `adapterhub-lite plan smollm2-135m --sequence-length 2048 --device-memory 16GiB`
     """
     from adapterhub_lite.memory import BAR_LEGEND, draw_plan, dry_run, plan_memory, plan_table
+    from adapterhub_lite.memory.accelerate_config import accelerate_config, write_config
 
     request = PlanRequest(**given)
-    lengths = _lengths(base, data, request) if data else None
+    lengths = None
+    if data:
+        from adapterhub_lite.training.data.lengths import measure_rows
+
+        lengths = measure_rows(base, data, max_length=request.sequence_length)
     found = plan_memory(
         base,
         batch_size=request.batch_size,
@@ -58,9 +59,28 @@ def plan(
     if picture is not None:
         draw_plan(found, picture)
     if write_accelerate_config is not None:
-        _write_config(write_accelerate_config, found, request)
+        settings = accelerate_config(
+            found.preset,
+            devices=request.devices,
+            device=found.predicted.workload.device,
+            nodes=request.nodes,
+            node_rank=request.node_rank,
+            main_address=request.main_address,
+        )
+        write_config(write_accelerate_config, settings)
     if as_json:
-        return print_json({**_as_json(found), "exact_total": run_dry})
+        return print_json(
+            {
+                "preset": found.preset.name,
+                "predicted": {"total": found.predicted.total, **found.predicted.components},
+                "batch_size": found.batch_size,
+                "accumulation": found.accumulation,
+                "sequence_length": found.predicted.workload.sequence_length,
+                "reasons": list(found.reasons),
+                "rejected": [asdict(rejection) for rejection in found.rejected],
+                "exact_total": run_dry,
+            }
+        )
     if lengths:
         say(lengths.described())
     say(found.described())
@@ -71,46 +91,16 @@ def plan(
     say(BAR_LEGEND)
 
 
-def _as_json(found: "MemoryPlan") -> dict[str, Any]:
-    return {
-        "preset": found.preset.name,
-        "predicted": {"total": found.predicted.total, **found.predicted.components},
-        "batch_size": found.batch_size,
-        "accumulation": found.accumulation,
-        "sequence_length": found.predicted.workload.sequence_length,
-        "reasons": list(found.reasons),
-        "rejected": [asdict(rejection) for rejection in found.rejected],
-    }
-
-
-def _write_config(path: Path, found: "MemoryPlan", request: PlanRequest) -> None:
-    from adapterhub_lite.memory.accelerate_config import accelerate_config, write_config
-
-    settings = accelerate_config(
-        found.preset,
-        devices=request.devices,
-        device=found.predicted.workload.device,
-        nodes=request.nodes,
-        node_rank=request.node_rank,
-        main_address=request.main_address,
-    )
-    write_config(path, settings)
-
-
-def _lengths(base: str, data: str, request: PlanRequest) -> "RowLengths":
-    from adapterhub_lite.training.data.lengths import measure_rows
-
-    return measure_rows(base, data, max_length=request.sequence_length)
-
-
 def parse_bytes(text: str) -> int:
     """Read an amount of memory such as `16GiB`, `800 MB` or a number of bytes.
 
     Raises:
-        ConfigurationError: it is none of these.
+        ConfigurationError: the text is none of these.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None:
-        raise ConfigurationError(f"{text!r} is no amount of memory: wanted a number and a unit, as 16GiB or 800MB.")
+        raise ConfigurationError(
+            f"{text!r} is not an amount of memory: expected a number and a unit, such as 16GiB or 800MB."
+        )
     return int(float(match[1]) * unit)

@@ -1,5 +1,6 @@
-"""`list` and `show`: what the registry holds."""
+"""`list`, `show` and `diff`: what the registry contains, and how two versions differ."""
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -14,7 +15,7 @@ def list_adapters(
     ] = None,
     task: Annotated[str | None, typer.Option(help="Only for this task.")] = None,
     metric: Annotated[
-        str | None, typer.Option(help="Only where it was measured, or in a range: exact_match or exact_match>=0.8.")
+        str | None, typer.Option(help="Only with this measured metric, or in a range: exact_match or exact_match>=0.8.")
     ] = None,
     tag: Annotated[str | None, typer.Option(help="Only with this tag.")] = None,
     home: HomeOption = None,
@@ -42,9 +43,7 @@ def list_adapters(
     ]
     if not found:
         chosen = any((name, base, task, metric, tag))
-        say(
-            "No version is like that." if chosen else "No adapters yet: `adapterhub-lite train NAME --data rows.jsonl`."
-        )
+        say("No version matches." if chosen else "No adapters yet: `adapterhub-lite train NAME --data rows.jsonl`.")
     print_table("Adapters", ("reference", "aliases", "base", "size", "evaluation", "digest"), rows)
 
 
@@ -53,7 +52,7 @@ def show(
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show one adapter's manifest (base, LoRA, training record, evaluation, files) and how it stands here.
+    """Show one adapter's manifest (base, LoRA, training record, evaluation, files) and its state in this registry.
 
     Example: `adapterhub-lite show sql@prod --json`
     """
@@ -71,7 +70,8 @@ def show(
     print_table("Here", ("key", "value"), list(here.items()))
     if measured:
         scores = [
-            (one.metric, one.data, _number(one.base_value), _number(one.adapter_value)) for one in details.evaluation
+            (one.metric, one.data, shown_number(one.base_value), shown_number(one.adapter_value))
+            for one in details.evaluation
         ]
         print_table("Evaluation", ("metric", "data", "base", "adapter"), scores)
     print_table("Files", ("name", "bytes", "sha256"), [(name, f.size, f.sha256) for name, f in manifest.files.items()])
@@ -79,5 +79,50 @@ def show(
         print_table("Training", ("key", "value"), list(payload["training"].items()))
 
 
-def _number(value: float | None) -> str:
+def diff(
+    one: Annotated[str, typer.Argument(help="name, name:version, name@alias or a digest.")],
+    other: Annotated[str, typer.Argument(help="What to compare it with.")],
+    layers: Annotated[
+        bool, typer.Option("--layers/--no-layers", help="Also compare the weight changes of each module; loads torch.")
+    ] = True,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare two versions: configuration, data, metrics, and the subspaces of their weight changes, module by module.
+
+    Similarities range from 0 (nothing in common) to 1 (the same directions). Example: `adapterhub-lite diff sql:2 sql:3`
+    """
+    from adapterhub_lite.registry import AdapterRegistry
+
+    found = AdapterRegistry(home).diff(one, other, layers=layers)
+    if as_json:
+        return print_json(asdict(found))
+    columns = (found.one, found.other)
+    if not found.same_base:
+        say("They were trained for different bases.")
+    if found.fields:
+        print_table("What differs", ("key", *columns), [(key, *pair) for key, pair in found.fields.items()])
+    else:
+        say("Their records are identical.")
+    if found.metrics:
+        print_table("Metrics", ("metric", *columns), [(key, *map(shown_number, p)) for key, p in found.metrics.items()])
+    if found.layers:
+        rows = [
+            (layer.module, *(f"{value:.3f}" for value in (layer.input_similarity, layer.output_similarity,
+                                                          layer.cosine, layer.norm, layer.other_norm)))
+            for layer in found.layers
+        ]  # fmt: skip
+        heads = (
+            "module",
+            "input similarity",
+            "output similarity",
+            "cosine",
+            f"norm of {found.one}",
+            f"norm of {found.other}",
+        )
+        print_table("Weight changes by module", heads, rows)
+
+
+def shown_number(value: float | None) -> str:
+    """A measured value with four significant digits."""
     return "not measured" if value is None else f"{value:.4g}"
