@@ -24,7 +24,7 @@ def test_a_gpu_elsewhere_can_be_planned_for(world: World) -> None:
 
 @pytest.mark.parametrize("base", ["/etc", "../x", "~/models", "", "a b/c"])
 def test_a_base_is_picked_or_a_hub_id_and_never_a_path(world: World, base: str) -> None:
-    with pytest.raises(UsageError, match="Wanted a base"):
+    with pytest.raises(UsageError, match="Expected a base"):
         answer_plan(world.backend(), PlanRequest(base))
 
 
