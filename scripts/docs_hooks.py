@@ -1,4 +1,4 @@
-"""What MkDocs takes from the project when it builds the site: measured figures, their plots, and the menu's folders.
+"""What MkDocs reads from the project when it builds the site: measured figures, their plots, and the menu's folders.
 
 A page writes `{{ loss::results/frozen/contestants/ours/time_to_full::.2f }}` for a value of
 `scripts/bench/results/loss.json`. A step of the path is a key; in a list it chooses, as `preset=full,rank=8`. After the
@@ -70,7 +70,7 @@ def fill_figures(markdown: str, folder: Path = RESULTS) -> str:
 
 
 def write_figures(markdown: str, folder: Path = RESULTS) -> str:
-    """As `fill_figures`, with a comment around each figure that says where it is from. Doing it again changes nothing."""
+    """As `fill_figures`, with a comment around each figure that says where it is from. Idempotent."""
 
     def written(match: re.Match[str]) -> str:
         place = "::".join(part for part in match.groups() if part)
@@ -81,8 +81,15 @@ def write_figures(markdown: str, folder: Path = RESULTS) -> str:
 
 def _figure(folder: Path, name: str, path: str, form: str | None) -> str:
     if name == "machine":
-        return _measured(_result(folder, path))
-    return _written(_find(_result(folder, name), path, name), form or "")
+        result = _result(folder, path)
+        machine = result["machine"]
+        processor, gpu = machine["processor"].replace("(R)", ""), machine["gpu"] or "no GPU"
+        busy = f"load average {machine['load_average']:.1f} at the end"
+        return f"Run of {result['measured'][:10]} on {machine['cores']} cores of {processor}, {gpu}, {busy}; `{result['command']}`"
+    value = find_value(_result(folder, name), path, name)
+    if form == "MB":
+        return f"{value / 1e6:,.0f} MB"
+    return f"{value:.0%}" if form == "%" else format(value, form or "")
 
 
 def _result(folder: Path, name: str) -> dict[str, Any]:
@@ -93,39 +100,24 @@ def _result(folder: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def _find(value: Any, path: str, name: str) -> Any:
+def find_value(value: Any, path: str, name: str) -> Any:  # Any: JSON
+    """Follow the steps of `path` into a result; raises FigureError if one leads nowhere."""
     steps = path.split("/")
     while steps:
         step = steps.pop(0)
         while isinstance(value, dict) and step not in value and steps:
             step += "/" + steps.pop(0)  # a key that has a slash in it
         if isinstance(value, list):
-            wanted = dict(part.split("=", 1) for part in step.split(","))
-            found = [one for one in value if all(str(one.get(key)) == text for key, text in wanted.items())]
+            chosen = dict(part.split("=", 1) for part in step.split(","))
+            found = [one for one in value if all(str(one.get(key)) == text for key, text in chosen.items())]
             if len(found) != 1:
-                raise FigureError(f"{name}.json has {len(found)} figures of {step!r} in {path!r}, wanted one.")
+                raise FigureError(f"{name}.json has {len(found)} figures of {step!r} in {path!r}, expected one.")
             value = found[0]
         elif isinstance(value, dict) and step in value:
             value = value[step]
         else:
             raise FigureError(f"{name}.json has no {step!r} of {path!r}.")
     return value
-
-
-def _written(value: Any, form: str) -> str:
-    if form == "MB":
-        return f"{value / 1e6:,.0f} MB"
-    if form == "%":
-        return f"{value:.0%}"
-    return format(value, form)
-
-
-def _measured(result: dict[str, Any]) -> str:
-    machine = result["machine"]
-    processor = machine["processor"].replace("(R)", "")
-    on = machine["gpu"] or "no GPU"
-    busy = f", load average {machine['load_average']:.1f} at the end"
-    return f"Run of {result['measured'][:10]} on {machine['cores']} cores of {processor}, {on}{busy}; `{result['command']}`"
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What every measurement writes beside its figures: the machine, the versions, the command, the date. Runs no model."""
+"""What every measurement records with its figures: the machine, the versions, the command, the date. Runs no model."""
 
 import json
 import os
@@ -19,13 +19,13 @@ PACKAGES = (
 
 
 def describe_machine() -> dict[str, Any]:
-    """The machine as a reader needs it: processor and its matrix units, cores, memory in bytes, GPU if any."""
+    """Describe the machine for a reader: processor and its matrix units, cores, memory in bytes, GPU if any."""
     described: dict[str, Any] = {
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": _memory(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "load_average": round(os.getloadavg()[0], 2),
         "gpu": None,
     }
@@ -53,10 +53,12 @@ def write_result(name: str, payload: dict[str, Any], *, folder: Path = RESULTS) 
     """Write `payload` with machine, versions, command, commit and date to results/<name>.json; return the path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(git, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
     whole = {
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python " + shlex.join(_inside_project(argument) for argument in sys.argv),
-        "commit": _commit(),
+        "command": "python " + shlex.join(inside_project(argument) for argument in sys.argv),
+        "commit": done.stdout.strip() or None,
         "machine": describe_machine(),
         "versions": versions(),
         **payload,
@@ -65,20 +67,15 @@ def write_result(name: str, payload: dict[str, Any], *, folder: Path = RESULTS) 
     return path
 
 
-def _inside_project(argument: str) -> str:
+def inside_project(argument: str) -> str:
+    """An argument as it is typed in the project's root: paths inside the project are made relative."""
     root = Path(__file__).resolve().parents[2]
     path = Path(argument)
     return str(path.resolve().relative_to(root)) if path.exists() and path.resolve().is_relative_to(root) else argument
 
 
-def _commit() -> str | None:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
-    return done.stdout.strip() or None
-
-
-def _processor() -> str:
+def processor() -> str:
+    """The name of the processor and its vector and matrix units."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -87,7 +84,3 @@ def _processor() -> str:
     flags = facts.get("flags", "").split()
     units = [unit for unit in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if unit in flags]
     return f"{facts.get('model name', platform.processor())} ({', '.join(units)})"
-
-
-def _memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

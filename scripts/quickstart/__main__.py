@@ -4,13 +4,14 @@ import argparse
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from adapterhub_lite.bases import ResolvedBase, resolve_base
+from adapterhub_lite.bases import resolve_base
 from adapterhub_lite.errors import AdapterHubError
 from adapterhub_lite.home import adapterhub_home
 from adapterhub_lite.quiet import quiet_libraries
@@ -36,12 +37,18 @@ def run_quickstart(home: Path, settings: QuickstartSettings, *, fresh: bool = Fa
     watch = Stopwatch()
     if fresh:
         start_over(home)
-    say = _say
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False)
+
     say(f"Home: {home}")
     base = resolve_base(settings.base, home=home, progress=lambda step: say(f"base: {step}"))
     state = QuickstartState(home / "quickstart" / "state.json", settings_of(settings, base))
     registry = AdapterRegistry(home)
-    trained = {name: _train(state, settings, name, base, home) for name in settings.tasks}
+    trained = {}
+    for name in settings.tasks:
+        work = partial(train_stage, settings, TASKS[name], base, home / "runs" / f"quickstart-{name}")
+        trained[name] = state.run(f"train {name}", work, say)
     scores = state.run("evaluate", lambda: evaluate_stage(settings, base, trained, say), say)
     shared = state.run(
         "share",
@@ -62,17 +69,6 @@ def run_quickstart(home: Path, settings: QuickstartSettings, *, fresh: bool = Fa
         "mixed_batch_equals_solo": served["mixed_batch_equals_solo"],
         "seconds": round(watch.seconds(), 1),
     }
-
-
-def _train(
-    state: QuickstartState, settings: QuickstartSettings, name: str, base: ResolvedBase, home: Path
-) -> dict[str, Any]:
-    run = home / "runs" / f"quickstart-{name}"
-    return state.run(f"train {name}", lambda: train_stage(settings, TASKS[name], base, run), _say)
-
-
-def _say(text: str) -> None:
-    console.print(text, markup=False, highlight=False)
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -117,7 +113,7 @@ def main() -> None:
     usual = QuickstartSettings()
     parser.add_argument("--base", default=usual.base, help="base model: an embedded name, a folder or a Hub id")
     parser.add_argument(
-        "--held-out", type=int, default=usual.held_out, help="questions a task that are kept for the test"
+        "--held-out", type=int, default=usual.held_out, help="number of questions per task that are held out"
     )
     for task, steps in usual.steps:
         parser.add_argument(f"--{task}-steps", type=int, default=steps, help=f"optimizer steps of the {task} task")
@@ -141,7 +137,7 @@ def main() -> None:
         console.print(f"Error: {error}", style="bold red", markup=False)
         sys.exit(2)
     except KeyboardInterrupt:
-        console.print("Interrupted. Run the same command again to go on from here.")
+        console.print("Interrupted. Run the same command again to continue from here.")
         sys.exit(130)
 
 

@@ -5,7 +5,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import AdapterHubError
 from adapterhub_lite.evaluation import compare_with_base
 from adapterhub_lite.hub_server import HubServer
-from adapterhub_lite.registry import AdapterRegistry
+from adapterhub_lite.registry import AdapterManifest, AdapterRegistry
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
-from adapterhub_lite.tasks import TASKS, Row, Task
+from adapterhub_lite.tasks import TASKS, Task
 from adapterhub_lite.training.recipe import train_adapter
 from adapterhub_lite.training.settings import TrainingRecipe
 
@@ -47,7 +47,7 @@ class QuickstartSettings:
 
 
 def train_stage(settings: QuickstartSettings, task: Task, base: ResolvedBase, folder: Path) -> dict[str, Any]:
-    """Train one task's adapter into `folder`; an interrupted run goes on from its last checkpoint."""
+    """Train one task's adapter into `folder`; an interrupted run continues from its last checkpoint."""
     steps = dict(settings.steps)[task.name]
     recipe = TrainingRecipe(
         steps=steps,
@@ -69,7 +69,7 @@ def train_stage(settings: QuickstartSettings, task: Task, base: ResolvedBase, fo
 def evaluate_stage(
     settings: QuickstartSettings, base: ResolvedBase, trained: dict[str, dict[str, Any]], say: Say
 ) -> dict[str, dict[str, float]]:
-    """Exact match of generated text on held-out rows, base beside adapter, for every task."""
+    """Exact match of generated text on held-out rows, of base and adapter, for every task."""
     scores: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         registry = AdapterRegistry(scratch)
@@ -104,29 +104,29 @@ def share_stage(
                 Path(result["adapter"]),
                 name,
                 base=base,
-                evaluation=[_evaluation(name, scores[name], rows)],
+                evaluation=[
+                    {
+                        "metric": "exact_match",
+                        "base_value": scores[name]["base_exact_match"],
+                        "adapter_value": scores[name]["adapter_exact_match"],
+                        "data": f"adapterhub-lite/tasks/{name}, {len(rows)} held-out rows",
+                    }
+                ],
                 task=TASKS[name].description,
                 examples=[row["messages"][0]["content"] for row in rows[:4]],
             )
             reference = f"{name}:{manifest.version}"
             receipt = registry.push(reference, f"quickstart/{name}-lora", endpoint=hub.url)
             pulled = second.pull(f"quickstart/{name}-lora", revision=receipt.tag, endpoint=hub.url)
-            _compare(registry, manifest, second, pulled.manifest)
+            compare_copies(registry, manifest, second, pulled.manifest)
             versions[name], digests[name] = manifest.version, manifest.digest
     return {"versions": versions, "digests": digests, "hub_round_trip": "identical"}
 
 
-def _evaluation(name: str, score: dict[str, float], rows: Sequence[Row]) -> dict[str, Any]:
-    return {
-        "metric": "exact_match",
-        "base_value": score["base_exact_match"],
-        "adapter_value": score["adapter_exact_match"],
-        "data": f"adapterhub-lite/tasks/{name}, {len(rows)} held-out rows",
-    }
-
-
-def _compare(first: AdapterRegistry, ours: Any, second: AdapterRegistry, theirs: Any) -> None:
-    """Hash every file of both copies from disk; a manifest's own word does not count.
+def compare_copies(
+    first: AdapterRegistry, ours: AdapterManifest, second: AdapterRegistry, theirs: AdapterManifest
+) -> None:
+    """Hash every file of both copies from disk, whatever the manifests say.
 
     Raises:
         AdapterHubError: a file differs or is missing.
@@ -134,14 +134,13 @@ def _compare(first: AdapterRegistry, ours: Any, second: AdapterRegistry, theirs:
     if set(ours.files) != set(theirs.files):
         raise AdapterHubError(f"{ours.name}: the pulled files are not the pushed ones.")
     for name in ours.files:
-        there, here = (_sha256(registry.file(m, name)) for registry, m in ((second, theirs), (first, ours)))
+        digests = []
+        for registry, manifest in ((second, theirs), (first, ours)):
+            with registry.file(manifest, name).open("rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+        there, here = digests
         if there != here:
             raise AdapterHubError(f"{ours.name}: {name} came back with sha256 {there}, pushed was {here}.")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def serve_stage(settings: QuickstartSettings, base: ResolvedBase, registry: AdapterRegistry) -> dict[str, Any]:
@@ -157,7 +156,7 @@ def serve_stage(settings: QuickstartSettings, base: ResolvedBase, registry: Adap
         for messages in questions
         for adapter in adapters
     ]
-    # In fp32, where equality is a law: in bf16 a near tie of the base may fall either way with the shape of the batch.
+    # In fp32, where equality is guaranteed: in bf16 a near tie may be decided either way by the shape of the batch.
     with InferenceEngine.from_base(str(base.folder), registry=registry, dtype=torch.float32) as engine:
         mixed = engine.generate_many(requests)
         solo = [engine.generate(request) for request in requests]
@@ -182,14 +181,14 @@ def settings_of(settings: QuickstartSettings, base: ResolvedBase) -> dict[str, A
 
 
 def start_over(home: Path) -> None:
-    """Remove what earlier quickstart runs left, except the registry's versions, which are never taken back."""
+    """Remove what earlier quickstart runs left, except the registry's versions, which are never deleted."""
     shutil.rmtree(home / "quickstart", ignore_errors=True)
     for run in (home / "runs").glob("quickstart-*"):
         shutil.rmtree(run, ignore_errors=True)
 
 
 class Stopwatch:
-    """Seconds since it was made, for the last line of the report."""
+    """Seconds since its creation, for the last line of the report."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()

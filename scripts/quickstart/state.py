@@ -1,4 +1,4 @@
-"""What the quickstart has already done, so that the next run goes on from there. Knows stages by name only."""
+"""What the quickstart has already done, so that the next run continues from there. Knows stages by name only."""
 
 import hashlib
 import json
@@ -20,14 +20,20 @@ class QuickstartState:
     settings: dict[str, Any]
 
     def run(self, stage: str, work: Callable[[], dict[str, Any]], say: Callable[[str], None]) -> dict[str, Any]:
-        """Return the stage's result: remembered from an earlier run where there is one, else from `work()`."""
+        """Return the stage's result: stored by an earlier run if there is one, else from `work()`."""
         done = self._read()
         if stage in done:
             say(f"{stage}: done in an earlier run, reused (--fresh starts over)")
             return done[stage]
         say(f"{stage} ...")
         result = work()
-        self._write({**self._read(), stage: result})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        aside = self.path.with_suffix(".tmp")
+        with aside.open("w") as file:
+            json.dump({"settings": self._key(), "stages": {**self._read(), stage: result}}, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(self.path)
         return result
 
     def forget(self) -> None:
@@ -43,12 +49,3 @@ class QuickstartState:
         except (OSError, ValueError):
             return {}
         return content["stages"] if content.get("settings") == self._key() else {}
-
-    def _write(self, stages: dict[str, dict[str, Any]]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        aside = self.path.with_suffix(".tmp")
-        with aside.open("w") as file:
-            json.dump({"settings": self._key(), "stages": stages}, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(self.path)
