@@ -124,7 +124,7 @@ def test_diff_goes_down_to_the_modules(stocked: AdapterRegistry, run: Run) -> No
     same = json.loads(run("diff", "sql:1", "sql:1", "--json").stdout)
     assert all(layer["cosine"] == pytest.approx(1) for layer in same["layers"])
     shown = run("diff", "sql:1", "sql:2").stdout
-    assert "q_proj" in shown and "reads alike" in shown
+    assert "q_proj" in shown and "input similarity" in shown
     assert json.loads(run("diff", "sql:1", "sql:2", "--no-layers", "--json").stdout)["layers"] == []
 
 
