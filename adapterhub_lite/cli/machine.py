@@ -17,17 +17,25 @@ BENCHES = ROOT / "scripts" / "bench"
 
 
 def doctor(
+    base: Annotated[
+        str | None, typer.Option("--base", help="Report what this base gets: plan, serving, kinds of LoRA. Loads it.")
+    ] = None,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Rebuild the database from the manifests.")] = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Report what works on this machine, how to get what does not, and what is wrong in the registry.
 
-    Exit code 1 means that the registry has a problem. Example: `adapterhub-lite doctor --rebuild`
+    Exit code 1 means that the registry has a problem. Example: `adapterhub-lite doctor --base smollm2-135m`
     """
     from adapterhub_lite.diagnosis import diagnose
     from adapterhub_lite.registry import AdapterRegistry
 
+    if base is not None:
+        answers = examine_base(base, home)
+        if as_json:
+            return print_json({"base": base, **answers})
+        return print_table(base, ("what", "answer"), list(answers.items()))
     registry = AdapterRegistry(home)
     rebuilt = registry.rebuild() if rebuild else None
     findings, report = diagnose(home), registry.examine()
@@ -54,6 +62,42 @@ def doctor(
             say(f"  {line}")
     if not report.healthy:
         raise typer.Exit(1)
+
+
+def examine_base(base: str, home: str | Path | None) -> dict[str, str]:
+    """What a base gets here, by topic; the base is loaded, and proven as the engine does at its start."""
+    from adapterhub_lite.bases import load_base_model, resolve_base
+    from adapterhub_lite.errors import AdapterHubError
+    from adapterhub_lite.home import adapterhub_home
+    from adapterhub_lite.memory import plan_memory
+    from adapterhub_lite.serving.adapters.weights import find_families
+    from adapterhub_lite.serving.model.proof import proven
+
+    resolved = resolve_base(base, home=home)
+    answers = {"fingerprint": resolved.fingerprint}
+    try:
+        plan = plan_memory(resolved, batch_size=1, sequence_length=512, home=home)
+        answers["training, 1 x 512 tokens"] = f"{plan.preset.name}, {plan.predicted.total / 2**30:.2f} GiB"
+    except AdapterHubError as error:
+        answers["training, 1 x 512 tokens"] = f"not planned: {error}"
+    model = load_base_model(resolved.folder)
+    answers["class"] = type(model).__name__
+    families = find_families(model)
+    try:
+        _, verdict = proven(model, resolved.fingerprint, adapterhub_home(home), rows=16)
+        answers["serving"] = (
+            f"{verdict.kind}; logits within {verdict.difference:.1g} of the model's own, relative to their size"
+        )
+        if verdict.reasons:
+            answers["why no faster way"] = "; ".join(verdict.reasons)
+    except AdapterHubError as error:
+        answers["serving"] = f"no: {error}"
+    answers["LoRA on"] = ", ".join(sorted({family.name.rsplit(".", 1)[-1] for family in families})) or "nothing"
+    answers["kinds of LoRA"] = (
+        "LoRA and rsLoRA, ranks and alphas by layer: trained, kept, served in a mixed batch, merged. DoRA: trained, kept, "
+        "merged into its base; served as the merged model. Others: refused, with the reason"
+    )
+    return answers
 
 
 def bench(

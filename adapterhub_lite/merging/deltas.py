@@ -14,10 +14,11 @@ from adapterhub_lite.adapter_format.tensor_names import LORA_A, LORA_B, tensor_n
 
 @dataclass(frozen=True)
 class Factors:
-    """One module's change: `b` (out, rank) @ `a` (rank, in)."""
+    """One module's change: `b` (out, rank) @ `a` (rank, in); with `magnitude` (out,), a DoRA's."""
 
     a: torch.Tensor
     b: torch.Tensor
+    magnitude: torch.Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -27,6 +28,17 @@ class Factors:
     def delta(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The change itself, (out, in), multiplied out in `dtype`."""
         return self.b.to(dtype) @ self.a.to(dtype)
+
+    def change(self, weight: torch.Tensor) -> torch.Tensor:
+        """What this module's weight (out, in), in float32, is changed by.
+
+        LoRA: the delta. DoRA (arXiv:2402.09353): W' = m (W + delta) / norm, each row of the sum by its own norm.
+        """
+        delta = self.delta()
+        if self.magnitude is None:
+            return delta
+        turned = weight + delta
+        return turned * (self.magnitude.float() / turned.norm(dim=1))[:, None] - weight
 
     def padded(self, rank: int) -> "Factors":
         """The same change with zero rows and columns up to `rank`."""
@@ -38,9 +50,11 @@ class Factors:
 
 
 def read_factors(path: Path, lora: LoraRecord) -> dict[str, Factors]:
-    """Read the (validated) weights of a plain LoRA: module name -> factors, the module's own scaling in `b`."""
+    """Read the (validated) weights of an adapter: module name -> factors, the module's own scaling in `b`."""
     pairs = read_pairs(path, lora.scaling_of)
-    return {module: Factors(pair.a.float(), pair.b.float() * pair.scaling) for module, pair in pairs.items()}
+    return {
+        module: Factors(pair.a.float(), pair.b.float() * pair.scaling, pair.magnitude) for module, pair in pairs.items()
+    }
 
 
 def as_tensors(factors: dict[str, Factors], dtype: torch.dtype) -> dict[str, torch.Tensor]:

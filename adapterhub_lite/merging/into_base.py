@@ -1,6 +1,7 @@
 """One adapter becomes part of its base: a plain model folder that `AutoModelForCausalLM` loads without us.
 
-merged = base + scaling * B @ A, in fp32 from the pristine files, rounded once to the wanted dtype.
+merged = base + scaling * B @ A, in fp32 from the pristine files, rounded once to the wanted dtype. A DoRA's magnitudes
+are applied to that sum, which is exact too.
 """
 
 import json
@@ -16,7 +17,7 @@ from adapterhub_lite.adapter_format.lora_config import read_lora_config
 from adapterhub_lite.adapter_format.manifest import CONFIG_FILE, WEIGHTS_FILE
 from adapterhub_lite.bases import ResolvedBase, base_fingerprint, base_modules, find_base, stored_modules
 from adapterhub_lite.errors import UsageError
-from adapterhub_lite.merging.refusals import RECEIPT_FILE, refuse_base, refuse_tied, refuse_variants
+from adapterhub_lite.merging.refusals import RECEIPT_FILE, refuse_base, refuse_biases, refuse_tied
 from adapterhub_lite.registry import AdapterManifest, AdapterReference, AdapterRegistry
 from adapterhub_lite.registry.store.store import machine_errors
 
@@ -59,7 +60,7 @@ def merge_into_base(
     is in this home.
 
     Raises:
-        MergeError: it would be silently wrong: merged already, tied or quantised weights, DoRA, LoRA biases.
+        MergeError: it would be silently wrong: merged already, tied or quantised weights, LoRA biases.
         BaseMismatchError: `base` is not the one it was made for.
         IntegrityError: the adapter's weights are damaged here.
         UsageError: `out` is not empty, no such dtype, or the base is not on this machine.
@@ -75,7 +76,7 @@ def merge_into_base(
     base = base or find_base(manifest.base, registry.home)
     if base is None:
         raise UsageError(f"Merging needs the base {manifest.base.id!r} on this machine. Give base=.")
-    refuse_variants(manifest)
+    refuse_biases(manifest)
     refuse_base(manifest, base, from_pristine=from_pristine)
     with machine_errors(f"merge {manifest.reference}", target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -159,8 +160,9 @@ def _merge_file(
             weight = file.get_tensor(name)
             wanted = getattr(torch, dtype) if dtype and weight.is_floating_point() else weight.dtype
             if name in changes:
-                delta = changes[name].delta().T if transposed else changes[name].delta()
-                exact = weight.float() + delta
+                exact = weight.float()
+                delta = changes[name].change(exact.T).T if transposed else changes[name].change(exact)
+                exact = exact + delta
                 sums.wrong += float((exact.to(wanted).double() - exact.double()).square().sum())
                 sums.delta += float(delta.double().square().sum())
                 sums.done.add(name)

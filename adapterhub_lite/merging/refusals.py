@@ -11,16 +11,21 @@ RECEIPT_FILE = "merge_receipt.json"
 
 
 def refuse_variants(manifest: AdapterManifest) -> None:
-    """Raise MergeError where an adapter is more than scaling * B @ A."""
+    """Raise MergeError where an adapter is more than scaling * B @ A, and so does not add up with others."""
     if manifest.lora.use_dora:
         raise MergeError(
             f"{manifest.reference} is a DoRA adapter: its magnitudes depend on the base's weights and do not add up. "
-            "Serve it unmerged, or train it again without DoRA."
+            "Merge it into its base, or train it again without DoRA."
         )
+    refuse_biases(manifest)
+
+
+def refuse_biases(manifest: AdapterManifest) -> None:
+    """Raise MergeError where an adapter trains LoRA biases."""
     if manifest.lora.lora_bias:
         raise MergeError(
             f"{manifest.reference} trains LoRA biases, which a merged LoRA has no place for and would drop. "
-            "Serve it unmerged, or train it again with lora_bias=False."
+            "Load it with PEFT, or train it again with lora_bias=False."
         )
 
 

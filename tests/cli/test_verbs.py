@@ -106,6 +106,16 @@ def test_doctor_says_what_is_missing_and_how_to_get_it(run: Run) -> None:
     assert all(row["remedy"] for row in findings.values() if not row["works"])
 
 
+def test_doctor_says_what_a_base_gets(run: Run, tiny_base: Path) -> None:
+    done = run("doctor", "--base", str(tiny_base), "--json")
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout)
+    assert answers["serving"].startswith("lean; ") and "GiB" in answers["training, 1 x 512 tokens"]
+    assert answers["LoRA on"] == "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    unknown = run("doctor", "--base", "nothing-like-it")
+    assert unknown.returncode == 2 and "Traceback" not in unknown.stderr
+
+
 def test_the_installed_command_starts_and_ends_as_a_process(tmp_path: Path) -> None:
     command = Path(sys.executable).with_name("adapterhub-lite")
     environment = {**os.environ, "ADAPTERHUB_HOME": str(tmp_path)}

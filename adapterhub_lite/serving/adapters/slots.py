@@ -87,10 +87,14 @@ class AdapterSlots:
                 slot.uses += 1
                 slot.last_used = time.monotonic()
         try:
-            for slot in {e.digest: e for e in slots if e.digest in mine}.values():
-                self._load(slot, distinct[slot.digest].load)
+            for slot in {one.digest: one for one in slots if one.digest in mine}.values():
+                weights = distinct[slot.digest].load()
+                with self._changed:
+                    slot.weights = weights
+                    self.loads += 1
+                    self._changed.notify_all()
             for slot in slots:
-                self._await_load(slot)
+                self._await(slot)
         except BaseException:
             self._abandon(slots, mine)
             raise
@@ -164,14 +168,8 @@ class AdapterSlots:
             self.evictions += 1
         return True
 
-    def _load(self, slot: Slot, load: Callable[[], AdapterWeights]) -> None:
-        weights = load()
-        with self._changed:
-            slot.weights = weights
-            self.loads += 1
-            self._changed.notify_all()
-
-    def _await_load(self, slot: Slot) -> None:
+    def _await(self, slot: Slot) -> None:
+        """Wait until whoever loads a slot has done so, or failed."""
         with self._changed:
             self._changed.wait_for(lambda: slot.weights is not None or slot.error is not None)
             if slot.error is not None:

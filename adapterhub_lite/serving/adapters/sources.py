@@ -188,7 +188,12 @@ class RegistrySource:
 
 
 def _refuse_variants(subject: str, lora: LoraRecord) -> None:
-    if not lora.is_plain:
-        raise AdapterRejectedError(
-            subject, ["it uses DoRA or a LoRA bias, which cannot share a batch; merge it into its base and serve that"]
+    problems = []
+    if lora.use_dora:
+        problems.append("it uses DoRA, which cannot share a batch; merge it into its base and serve that")
+    if lora.lora_bias:
+        problems.append(
+            "it trains LoRA biases, which cannot share a batch; load it with PEFT, or train it without them"
         )
+    if problems:
+        raise AdapterRejectedError(subject, problems)

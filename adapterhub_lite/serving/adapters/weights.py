@@ -9,6 +9,7 @@ import itertools
 import math
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from adapterhub_lite.adapter_format.pairs import Pair, read_pairs
@@ -29,7 +31,10 @@ REPAIR = "Pull it again, or add it again from where it came; `adapterhub-lite do
 
 @dataclass(frozen=True)
 class Family:
-    """Linear modules of one shape at one place of every layer, e.g. all `q_proj`. `paths` is in layer order."""
+    """Linear modules of one shape at one place of every layer, e.g. all `q_proj`. `paths` is in layer order.
+
+    `name` is the place, with its shape where layers differ in it (Gemma 4's sliding and full attention).
+    """
 
     name: str
     in_features: int
@@ -37,24 +42,32 @@ class Family:
     paths: tuple[str, ...]
 
 
-def find_families(model: nn.Module) -> tuple[Family, ...]:
-    """Return the families of linear modules inside the repeated layers of `model`, the output head left out.
+def find_families(model: PreTrainedModel) -> tuple[Family, ...]:
+    """Return the families of linear modules of `model` that take a LoRA, inside its layers and outside.
 
     8-bit and 4-bit layers count: bitsandbytes derives them from `nn.Linear`. So does GPT-2's `Conv1D`, whose weight is
-    transposed; its LoRA pairs are not.
+    transposed; its LoRA pairs are not. Left out: the output head, and layers that compute more than a product (routers
+    that return a choice of experts), to which PEFT cannot add a LoRA either.
     """
+    head = model.get_output_embeddings()
     found: dict[tuple[str, int, int], list[str]] = {}
     for path, module in model.named_modules():
-        if not re.search(r"\.\d+\.", path):
+        if module is head:
             continue
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and (
+            type(module).forward is nn.Linear.forward or type(module).__module__.startswith("bitsandbytes.")
+        ):
             shape = module.in_features, module.out_features
         elif isinstance(module, Conv1D):
             shape = module.nx, module.nf
         else:
             continue
         found.setdefault((re.sub(r"\.\d+\.", ".{}.", path), *shape), []).append(path)
-    return tuple(Family(name, i, o, tuple(paths)) for (name, i, o), paths in found.items())
+    places = Counter(place for place, *_ in found)
+    return tuple(
+        Family(place if places[place] == 1 else f"{place} {outs}x{ins}", ins, outs, tuple(paths))
+        for (place, ins, outs), paths in found.items()
+    )
 
 
 @dataclass(frozen=True)
@@ -203,7 +216,7 @@ def _shapes(pair: LoraPair) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _pair_problems(pair: LoraPair, family: Family | None, max_rank: int) -> list[str]:
     if family is None:
-        return [f"the base has no linear layer {pair.module} inside its layers"]
+        return [f"the base has no linear layer {pair.module} that takes a LoRA"]
     if set(pair.parts) != {LORA_A, LORA_B}:
         return [f"{pair.module} has {', '.join(sorted(pair.parts))}, wanted {LORA_A} with its partner {LORA_B}"]
     a, b = _shapes(pair)

@@ -184,6 +184,9 @@ class ClusterEngine:
             evictions=total("evictions"),
             damaged=total("damaged"),
             splits=self.splits(),
+            forward=found[0].forward if found else "",
+            difference=found[0].difference if found else None,
+            reasons=found[0].reasons if found else (),
         )
 
     def ended(self) -> bool:

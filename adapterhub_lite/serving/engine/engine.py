@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adapterhub_lite.adapter_format.quantization import Quantization
 from adapterhub_lite.bases import load_base_model, load_tokenizer, resolve_base
@@ -61,7 +62,7 @@ class InferenceEngine:
     def __init__(
         self,
         runner: ModelRunner,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         base_fingerprint: str,
         *,
         source: AdapterSource | None = None,
@@ -86,7 +87,7 @@ class InferenceEngine:
             max_rank=max_rank,
         )
         self._tokenizing = threading.Lock()
-        ends = _end_tokens(runner.model, tokenizer) if end_tokens is None else end_tokens
+        ends = end_tokens_of(runner.model, tokenizer) if end_tokens is None else end_tokens
         self._core = EngineCore(runner, ends, max_queue=max_queue)
 
     @classmethod
@@ -311,7 +312,8 @@ class InferenceEngine:
         return ids
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+def end_tokens_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that end an answer, by the base's generation settings, its configuration or its tokenizer."""
     found: set[int] = set()
     for source in (getattr(model, "generation_config", None), model.config, tokenizer):
         value = getattr(source, "eos_token_id", None)

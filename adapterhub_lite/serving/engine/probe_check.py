@@ -32,7 +32,7 @@ class _Listener(Sampler):
 
 
 def check_probes(
-    pool: AdapterPool, loop: EngineCore, runner: ModelRunner, tokenizer: PreTrainedTokenizerBase, reference: str | Path
+    pool: AdapterPool, core: EngineCore, runner: ModelRunner, tokenizer: PreTrainedTokenizerBase, reference: str | Path
 ) -> ProbeResult:
     """Ask the engine's own loop the recorded probes of an adapter, one token each.
 
@@ -50,9 +50,25 @@ def check_probes(
     # By digest, which no split and no move of an alias means anything to.
     route = pool.route(reference if isinstance(reference, Path) else files.digest)
     try:
-        asked = [_submit(loop, route, ids, tokenizer) for ids in probes.prompts]
+        request = GenerationRequest(prompt="a probe", max_new_tokens=1)
+        asked = [
+            GenerationSequence(
+                request=request,
+                prompt_ids=ids,
+                # Held here until the last probe is answered.
+                route=Route(route.parts, route.name, route.digest),
+                sampler=_Listener(request, ids),
+                stream=TextStream(tokenizer),
+                base_fingerprint="",
+                submitted=time.perf_counter(),
+                limit=1,
+            )
+            for ids in probes.prompts
+        ]
         for sequence in asked:
-            GenerationHandle(sequence, loop.wake).result()
+            core.add(sequence)
+        for sequence in asked:
+            GenerationHandle(sequence, core.wake).result()
     finally:
         route.release()
     logits = torch.stack([sequence.sampler.heard for sequence in asked if isinstance(sequence.sampler, _Listener)])
@@ -64,22 +80,3 @@ def check_probes(
             "a wrong alpha or another quantisation would do this."
         )
     return result
-
-
-def _submit(
-    loop: EngineCore, route: Route, ids: tuple[int, ...], tokenizer: PreTrainedTokenizerBase
-) -> GenerationSequence:
-    request = GenerationRequest(prompt="a probe", max_new_tokens=1)
-    sequence = GenerationSequence(
-        request=request,
-        prompt_ids=ids,
-        # The caller holds the adapter until the last probe is answered.
-        route=Route(route.parts, route.name, route.digest),
-        sampler=_Listener(request, ids),
-        stream=TextStream(tokenizer),
-        base_fingerprint="",
-        submitted=time.perf_counter(),
-        limit=1,
-    )
-    loop.add(sequence)
-    return sequence

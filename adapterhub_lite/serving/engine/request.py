@@ -40,13 +40,8 @@ class GenerationRequest:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        problems = [text for broken, text in self._checks() if broken]
-        if problems:
-            raise ConfigurationError("The request cannot be served: " + "; ".join(problems) + ".")
-
-    def _checks(self) -> list[tuple[bool, str]]:
         timeout = self.timeout_seconds
-        return [
+        checks: list[tuple[bool, str]] = [
             ((self.prompt is None) == (self.messages is None), "give exactly one of prompt and messages"),
             (self.messages is not None and len(self.messages) == 0, "messages is empty"),
             (not self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}, wanted at least 1"),
@@ -65,6 +60,9 @@ class GenerationRequest:
                 f"logprobs is {self.logprobs}, wanted 0 to {MAX_TOP_LOGPROBS}",
             ),
         ]
+        problems = [text for broken, text in checks if broken]
+        if problems:
+            raise ConfigurationError("The request cannot be served: " + "; ".join(problems) + ".")
 
 
 @dataclass(frozen=True)

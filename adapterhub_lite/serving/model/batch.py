@@ -65,7 +65,7 @@ def pack(slices: Sequence[RowSlice], device: torch.device | str = "cpu") -> Step
         return torch.tensor(values, dtype=torch.long, device=device)
 
     rows = tuple(part.row for part in slices)
-    return Step(tensor(token_ids), tensor(positions), tensor(token_rows), tensor(last), rows, _runs(slices))
+    return Step(tensor(token_ids), tensor(positions), tensor(token_rows), tensor(last), rows, group_runs(slices))
 
 
 def _bucket(length: int) -> int:
@@ -73,7 +73,8 @@ def _bucket(length: int) -> int:
     return max(LENGTH_BUCKET, 1 << (length - 1).bit_length())
 
 
-def _runs(slices: Sequence[RowSlice]) -> tuple[Run, ...]:
+def group_runs(slices: Sequence[RowSlice]) -> tuple[Run, ...]:
+    """The neighbouring rows that can share a call: as many tokens each, caches of about one length."""
     groups: list[list[RowSlice]] = []
     for part in slices:
         before = groups[-1][-1] if groups else None

@@ -75,7 +75,7 @@ def prove(
         ConfigurationError: no way is equal to the model itself; the text says what differs.
     """
     model.requires_grad_(False)
-    tolerance = _tolerance(model)
+    tolerance = tolerance_of(model)
     reasons: list[str] = []
     with narrow_windows(model), torch.inference_mode(), quiet_transformers():
         try:
@@ -224,7 +224,8 @@ def relative_difference(found: torch.Tensor, own: torch.Tensor) -> float:
     return value if value == value else float("inf")
 
 
-def _tolerance(model: PreTrainedModel) -> float:
+def tolerance_of(model: PreTrainedModel) -> float:
+    """The relative difference that rounding explains in the numbers a base is computed in."""
     exact = not getattr(model, "is_quantized", False)
     return TOLERANCE.get(model.dtype, TOLERANCE_16_BITS) if exact else TOLERANCE_16_BITS
 
@@ -265,7 +266,7 @@ def proven(
     model: PreTrainedModel, fingerprint: str, home: Path, *, rows: int, native: bool | None = None
 ) -> tuple[ModelRunner, Verdict]:
     """`prove`, or the verdict that was found before for this base, these settings and versions. Raises as `prove`."""
-    known = [fingerprint, str(model.dtype), str(model.device.type), rows > 1, native, can_fuse(model), _versions()]
+    known = [fingerprint, str(model.dtype), str(model.device.type), rows > 1, native, can_fuse(model), versions()]
     quantization = getattr(model.config, "quantization_config", None)
     key = hashlib.sha256(json.dumps([*known, str(quantization)]).encode()).hexdigest()
     file = home / "verdicts" / f"{key}.json"
@@ -291,7 +292,7 @@ def read_verdict(file: Path) -> Verdict | None:
 
 
 @cache
-def _versions() -> str:
+def versions() -> str:
     """What a verdict depends on besides the base: the packages that compute, this code, and the processor."""
     digest = hashlib.sha256(platform.machine().encode())
     for package in ("torch", "transformers", "bitsandbytes"):
