@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import h11
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from adapterhub_lite.web.browsers import Refuse, plain_refusal
@@ -184,3 +186,31 @@ class HeaderLimit:
             text = f"At most {self.limits.header_count} headers of {self.limits.header_bytes} bytes in all are read."
             return await self._refuse(431, text)(scope, receive, send)
         await self.app(scope, receive, send)
+
+
+class BodyLimit:
+    """Refuses a body above `limit` bytes, before it is read when its length is announced, else as it arrives."""
+
+    def __init__(self, app: ASGIApp, limit: int, refuse: Refuse = plain_refusal) -> None:
+        self.app, self.limit, self._refuse = app, limit, refuse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand on a request with a counted body."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        text = f"The body is larger than {self.limit} bytes."
+        announced = Headers(scope=scope).get("content-length", "0")
+        if announced.isdigit() and int(announced) > self.limit:
+            return await self._refuse(413, text)(scope, receive, send)
+        read = 0
+
+        async def counted_receive() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self.limit:
+                # The framework lets this one class through while it reads a body.
+                raise HTTPException(413, text)
+            return message
+
+        await self.app(scope, counted_receive, send)

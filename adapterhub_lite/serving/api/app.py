@@ -1,7 +1,6 @@
 """The OpenAI-compatible routes over an engine. `model` is the base, a reference or a blend.
 
-Reading order: settings, auth, errors, engine_protocol, shares, observe, dispatch, schema, middleware, admin, this file,
-server.
+Reading order: settings, auth, errors, engine_protocol, shares, observe, dispatch, schema, admin, this file, server.
 """
 
 import html
@@ -18,17 +17,16 @@ from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.serving.adapters.sources import AdapterStore
 from adapterhub_lite.serving.api import schema
 from adapterhub_lite.serving.api.admin import admin_routes
-from adapterhub_lite.serving.api.auth import Caller, KeyRing
+from adapterhub_lite.serving.api.auth import Authenticate, Caller, KeyRing
 from adapterhub_lite.serving.api.dispatch import Dispatcher, ResolvedModel, until_disconnect
 from adapterhub_lite.serving.api.engine_protocol import Engine
 from adapterhub_lite.serving.api.errors import ApiRefusal, error_event, install_error_handlers, refuse
-from adapterhub_lite.serving.api.middleware import Authenticate, BodyLimit
 from adapterhub_lite.serving.api.observe import AccessLog, Series
 from adapterhub_lite.serving.api.schema import ChatRequest, CompletionRequest, Sampling
 from adapterhub_lite.serving.api.settings import ServerSettings
 from adapterhub_lite.serving.engine.request import GenerationChunk, GenerationRequest, GenerationResult
 from adapterhub_lite.web.browsers import BrowserGuard
-from adapterhub_lite.web.connections import ConnectionLimits, HeaderLimit
+from adapterhub_lite.web.connections import BodyLimit, ConnectionLimits, HeaderLimit
 
 Json = dict[str, Any]
 CHAT_TOKENS = 256
@@ -80,16 +78,12 @@ class Api:
             raise ApiRefusal(403, "This needs the admin key that the file of keys names.", "admin_only")
         return caller
 
-    def _tenant(self, request: Request, caller: Caller) -> str:
-        """Who shares of the server are counted for: the key, without keys the address."""
-        return (request.client.host if request.client else "unknown") if self.keys.open else caller.label
-
     async def _resolve(self, model: str, caller: Caller) -> ResolvedModel:
         return await self.dispatcher.run(partial(self.dispatcher.resolve, model, caller, through_split=True))
 
     # `source` is the prompt or the messages and the log-probabilities, as GenerationRequest takes them.
     def _generation(
-        self, body: Sampling, resolved: ResolvedModel, tokens: int | None, **source: Any
+        self, caller: Caller, body: Sampling, resolved: ResolvedModel, tokens: int | None, **source: Any
     ) -> GenerationRequest:
         """The engine's request for a body. Raises ApiRefusal where it is beyond the server's limits."""
         limit, longest = self.settings.max_new_tokens, self.settings.max_prompt_characters
@@ -101,7 +95,7 @@ class Api:
         return GenerationRequest(
             adapter=resolved.reference, max_new_tokens=tokens or min(CHAT_TOKENS, limit), temperature=body.temperature,
             top_p=body.top_p, top_k=body.top_k, repetition_penalty=body.repetition_penalty, seed=body.seed,
-            stop=body.stops, timeout_seconds=self.settings.timeout_seconds, **source,
+            stop=body.stops, timeout_seconds=self.settings.timeout_seconds, tenant=caller.tenant, **source,
         )  # fmt: skip
 
     def _decode(self, token_id: int) -> str:
@@ -111,10 +105,12 @@ class Api:
         """POST /v1/chat/completions."""
         resolved = await self._resolve(body.model, caller)
         messages = [message.plain() for message in body.messages]
-        asked = self._generation(body, resolved, body.token_limit, messages=messages, logprobs=body.alternatives)
+        asked = self._generation(
+            caller, body, resolved, body.token_limit, messages=messages, logprobs=body.alternatives
+        )
         if body.stream:
             return await self._stream(request, caller, body, resolved, asked, "chat.completion.chunk")
-        with self.dispatcher.admit(caller, self._tenant(request, caller)):
+        with self.dispatcher.admit(caller):
             results = await self.dispatcher.answer(request, [asked])
         self._count(request, caller, resolved, results)
         answer = schema.envelope("chat.completion", request.state.id, body.model, resolved)
@@ -125,14 +121,14 @@ class Api:
         """POST /v1/completions."""
         resolved = await self._resolve(body.model, caller)
         asked = [
-            self._generation(body, resolved, body.token_limit, prompt=prompt, logprobs=body.logprobs)
+            self._generation(caller, body, resolved, body.token_limit, prompt=prompt, logprobs=body.logprobs)
             for prompt in body.prompts
         ]
         if body.stream:
             if len(asked) != 1:
                 raise ApiRefusal(400, "A stream answers one prompt at a time.", "invalid_value", param="prompt")
             return await self._stream(request, caller, body, resolved, asked[0], "text_completion")
-        with self.dispatcher.admit(caller, self._tenant(request, caller), len(asked)):
+        with self.dispatcher.admit(caller, len(asked)):
             results = await self.dispatcher.answer(request, asked)
         self._count(request, caller, resolved, results)
         answer = schema.envelope("text_completion", request.state.id, body.model, resolved)
@@ -143,7 +139,7 @@ class Api:
         self, request: Request, caller: Caller, resolved: ResolvedModel, results: Sequence[GenerationResult]
     ) -> None:
         for result in results:
-            self.dispatcher.count(caller, self._tenant(request, caller), resolved.check(result))
+            self.dispatcher.count(caller, resolved.check(result))
         request.state.adapter = resolved.adapter
         request.state.usage = schema.usage(results)
 
@@ -152,7 +148,7 @@ class Api:
         kind: str,
     ) -> Response:  # fmt: skip
         admission = ExitStack()
-        admission.enter_context(self.dispatcher.admit(caller, self._tenant(request, caller)))
+        admission.enter_context(self.dispatcher.admit(caller))
         chunks = self.dispatcher.stream(asked)
         try:
             # The first chunk is awaited here, so that what fails at once still has its HTTP status.
@@ -253,7 +249,7 @@ def create_api(
     _add_routes(app, api)
     install_error_handlers(app)
     # The last one added is the first to see a request.
-    app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
+    app.add_middleware(BodyLimit, limit=settings.max_body_bytes, refuse=refuse)
     app.add_middleware(Authenticate, keys=api.keys, public=PUBLIC)
     app.add_middleware(BrowserGuard, hosts=settings.own_hosts, content_types=("application/json",), refuse=refuse)
     app.add_middleware(HeaderLimit, limits=ConnectionLimits(), refuse=refuse)

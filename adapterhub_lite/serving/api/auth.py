@@ -8,14 +8,18 @@ import logging
 import os
 import stat
 import threading
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, ValidationError, model_validator
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from adapterhub_lite.adapter_format.record import StrictModel
 from adapterhub_lite.errors import ConfigurationError
+from adapterhub_lite.serving.api.errors import ApiRefusal, error_response
 
 logger = logging.getLogger("adapterhub.keys")
 FORM = (
@@ -53,7 +57,10 @@ class KeyFile(StrictModel):
 
 @dataclass(frozen=True)
 class Caller:
-    """Who is asking. `label` tells callers apart in the log; `adapters` None means all."""
+    """Who is asking. `label` tells callers apart in the log; `adapters` None means all.
+
+    `tenant` is who shares of the server are counted for: the key, without keys the address.
+    """
 
     label: str
     adapters: frozenset[str] | None = None
@@ -61,6 +68,7 @@ class Caller:
     metrics_only: bool = False
     requests_in_work: int | None = None
     tokens_per_minute: int | None = None
+    tenant: str = ""
 
     def may_use(self, name: str) -> bool:
         """Whether this caller may use the adapter of this name; the bare base is open to every key."""
@@ -117,6 +125,31 @@ class KeyRing:
         scheme, _, key = (authorization or "").partition(" ")
         # Looked up by hash: how long it takes tells nothing about the keys.
         return self._callers.get(_hashed(key.strip())) if scheme.lower() == "bearer" else None
+
+
+class Authenticate:
+    """Puts the caller into the request's state, or refuses with 401 before anything of the body is read.
+
+    `public` are the paths that need no key.
+    """
+
+    def __init__(self, app: ASGIApp, keys: KeyRing, public: Collection[str]) -> None:
+        self.app, self.keys, self.public = app, keys, public
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand on a request whose caller is known."""
+        if scope["type"] != "http" or scope["path"] in self.public:
+            return await self.app(scope, receive, send)
+        given = Headers(scope=scope).get("authorization")
+        caller = self.keys.caller(given)
+        if caller is None:
+            problem = "is not known" if given else "is missing"
+            text = f"The API key {problem}: send 'Authorization: Bearer <key>'."
+            return await error_response(ApiRefusal(401, text, "invalid_api_key"))(scope, receive, send)
+        address = scope["client"][0] if scope.get("client") else "unknown"
+        tenant = address if self.keys.open else caller.label
+        scope.setdefault("state", {})["caller"] = replace(caller, tenant=tenant)
+        await self.app(scope, receive, send)
 
 
 def _read(path: Path) -> KeyFile:

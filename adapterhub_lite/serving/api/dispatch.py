@@ -146,7 +146,7 @@ class Dispatcher:
         return ResolvedModel("+".join(digests), "+".join(names), "+".join(digests), base)
 
     @contextmanager
-    def admit(self, caller: Caller, tenant: str, prompts: int = 1) -> Iterator[None]:
+    def admit(self, caller: Caller, prompts: int = 1) -> Iterator[None]:
         """Count the prompts of one request as in work.
 
         Raises:
@@ -157,20 +157,20 @@ class Dispatcher:
             raise ApiRefusal(503, text, "shutting_down", retry_after=max(1, self.settings.drain_seconds))
         with ExitStack() as taken:
             try:
-                taken.enter_context(self.shares.take(caller, tenant, prompts))
+                taken.enter_context(self.shares.take(caller, prompts))
             except ApiRefusal as refusal:
                 if refusal.status == 429:
-                    self.metrics.turned_away(tenant)
+                    self.metrics.turned_away(caller.tenant)
                 raise
             yield
 
-    def count(self, caller: Caller, tenant: str, result: GenerationResult) -> None:
+    def count(self, caller: Caller, result: GenerationResult) -> None:
         """Count a finished answer, for everybody and for its caller."""
         self.metrics.answered(result)
-        self.metrics.spent(tenant, result)
+        self.metrics.spent(caller.tenant, result)
         self.shares.spend(caller, result.usage.total_tokens)
-        if caller.label == tenant:
-            self.metrics.own(tenant).answered(result)
+        if caller.label == caller.tenant:
+            self.metrics.own(caller.label).answered(result)
 
     async def answer(self, http: Request, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
         """Answer all of `requests`; a client that disconnects cancels them."""

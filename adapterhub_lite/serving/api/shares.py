@@ -45,13 +45,14 @@ class Shares:
         self._clock = clock
 
     @contextmanager
-    def take(self, caller: Caller, tenant: str, prompts: int) -> Iterator[None]:
+    def take(self, caller: Caller, prompts: int) -> Iterator[None]:
         """Count `prompts` of one request as in work.
 
         Raises:
             ApiRefusal: 429 when the tenant must come back later, 400 when so many prompts never fit.
         """
-        self._check(caller, tenant, prompts)
+        self._check(caller, prompts)
+        tenant = caller.tenant
         self.in_work[tenant] += prompts
         self._requests[tenant] += 1
         try:
@@ -67,7 +68,8 @@ class Shares:
         if caller.tokens_per_minute is not None:
             self._budget(caller.label, caller.tokens_per_minute).spend(tokens)
 
-    def _check(self, caller: Caller, tenant: str, prompts: int) -> None:
+    def _check(self, caller: Caller, prompts: int) -> None:
+        tenant = caller.tenant
         if prompts > self.limit:
             text = f"The request has {prompts} prompts, this server computes at most {self.limit} at once. Split it."
             raise ApiRefusal(400, text, "too_many_prompts", param="prompt")

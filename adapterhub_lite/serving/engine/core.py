@@ -1,20 +1,89 @@
 """The engine's thread and its scheduler: admit, plan, compute, sample, hand out; forever, until closed.
 
-Only this thread touches the model. Whatever goes wrong in a step ends the requests of that step and nothing else.
+Only this thread touches the model. Memory for keys and values is granted before a request gets a row: one that does not
+fit now waits. Whatever goes wrong for one request ends that one; where a step fails, each row computes its part alone.
+A failure of the loop itself ends the requests in rows, once; the next one within `FORGIVEN_SECONDS` ends the engine.
 """
 
+import logging
 import math
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 
-from adapterhub_lite.errors import EngineClosedError, QueueFullError, ServingError
+from adapterhub_lite.errors import EngineClosedError, QueueFullError, ResourceError, ServingError
 from adapterhub_lite.serving.engine.request import GenerationChunk
 from adapterhub_lite.serving.engine.sequence import GenerationSequence, token_logprob
 from adapterhub_lite.serving.model.batch import RowSlice, pack
 from adapterhub_lite.serving.model.runner import ModelRunner
+
+logger = logging.getLogger("adapterhub.engine")
+# Tokens that a tenant may take up, prompts and answers, each time that its turn comes.
+QUANTUM = 512
+# How many others may be admitted before a request that waits for memory: then none is until it fits.
+PATIENCE = 64
+FORGIVEN_SECONDS = 600.0
+
+
+class FairQueue:
+    """Waiting sequences by tenant, taken by deficit round robin (Shreedhar and Varghese, SIGCOMM 1995).
+
+    The tenants take turns; at each turn one may take sequences worth `QUANTUM` tokens more, and keeps what it did not
+    use while it waits. So each gets the same share of tokens, whatever the number and the size of its requests.
+    """
+
+    def __init__(self) -> None:
+        self._of: OrderedDict[str, deque[GenerationSequence]] = OrderedDict()
+        self._deficit: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._of.values()))
+
+    def __iter__(self) -> Iterator[GenerationSequence]:
+        return (sequence for queue in self._of.values() for sequence in queue)
+
+    def append(self, sequence: GenerationSequence) -> None:
+        """Put a sequence behind those of its tenant."""
+        tenant = sequence.request.tenant
+        self._of.setdefault(tenant, deque()).append(sequence)
+        self._deficit.setdefault(tenant, 0)
+
+    def remove(self, sequence: GenerationSequence) -> None:
+        """Take a sequence out of turn."""
+        tenant = sequence.request.tenant
+        self._of[tenant].remove(sequence)
+        if not self._of[tenant]:
+            del self._of[tenant], self._deficit[tenant]
+
+    def clear(self) -> None:
+        """Forget them all."""
+        self._of.clear()
+        self._deficit.clear()
+
+    def heads(self) -> list[GenerationSequence]:
+        """The next sequence of each tenant."""
+        return [queue[0] for queue in self._of.values()]
+
+    def by_tenant(self) -> dict[str, int]:
+        """How many sequences of each tenant wait."""
+        return {tenant: len(queue) for tenant, queue in self._of.copy().items()}
+
+    def take(self, allowed: Collection[str]) -> GenerationSequence | None:
+        """Take the next sequence in turn, of the waiting tenants that are `allowed`; None when there is none."""
+        while allowed:
+            tenant = next(iter(self._of))
+            head = self._of[tenant][0]
+            if tenant in allowed and self._deficit[tenant] >= head.need:
+                self._deficit[tenant] -= head.need
+                self.remove(head)
+                return head
+            if tenant in allowed:
+                self._deficit[tenant] += QUANTUM
+            self._of.move_to_end(tenant)
+        return None
 
 
 class Scheduler:
@@ -25,6 +94,8 @@ class Scheduler:
     to many who write are read in a step of their own, which is a fraction of the others': one step in `alone_every` at
     most, and only while nobody waits for a row, since what they win in time all together lose in throughput.
     With `whole_prompts` each prompt is read in one piece, the oldest first.
+
+    The last `spare` rows are for tenants that have no row: whoever fills the others delays nobody else's first token.
     """
 
     def __init__(
@@ -32,13 +103,15 @@ class Scheduler:
         rows: int,
         max_queue: int,
         *,
+        spare: int = 0,
         whole_prompts: bool = False,
         busy_chunk: int = 64,
         idle_chunk: int = 256,
         alone_every: int = 4,
     ) -> None:
         self.rows: list[GenerationSequence | None] = [None] * rows
-        self.waiting: deque[GenerationSequence] = deque()
+        self.waiting = FairQueue()
+        self._spare = spare
         self._max_queue = max_queue
         self._whole_prompts = whole_prompts
         self._busy_chunk = busy_chunk
@@ -61,15 +134,33 @@ class Scheduler:
         """The sequences in rows, in order of row."""
         return [sequence for sequence in self.rows if sequence is not None]
 
-    def admit(self) -> list[GenerationSequence]:
-        """Give free rows, lowest first, to waiting sequences; return those sequences."""
-        admitted = []
-        for row, held in enumerate(self.rows):
-            if held is None and self.waiting:
-                sequence = self.waiting.popleft()
-                sequence.row = row
-                self.rows[row] = sequence
-                admitted.append(sequence)
+    def admit(self, most_rows: Callable[[int], int] | None = None) -> list[GenerationSequence]:
+        """Give free rows, lowest first, to waiting sequences; return those sequences.
+
+        `most_rows` says how many rows of so many tokens have room for their keys and values.
+        """
+        most_rows = most_rows or (lambda _: len(self.rows))
+        admitted: list[GenerationSequence] = []
+        while self.waiting and None in self.rows:
+            running = self.running
+            longest = max((sequence.need for sequence in running), default=0)
+            heads = {head.request.tenant: head for head in self.waiting.heads()}
+            fitting = {t for t, head in heads.items() if len(running) < most_rows(max(longest, head.need))}
+            late = {tenant for tenant, head in heads.items() if head.passed_over >= PATIENCE}
+            # What has been passed over for long enough goes first, and nothing else goes until it fits.
+            allowed = fitting & late if late else fitting
+            if not running:
+                allowed = allowed or set(heads)
+            elif len(running) >= len(self.rows) - self._spare:
+                allowed -= {sequence.request.tenant for sequence in running}
+            sequence = self.waiting.take(allowed)
+            if sequence is None:
+                return admitted
+            for tenant, head in heads.items():
+                head.passed_over += tenant not in fitting
+            sequence.row = self.rows.index(None)
+            self.rows[sequence.row] = sequence
+            admitted.append(sequence)
         return admitted
 
     def compact(self) -> list[tuple[GenerationSequence, int]]:
@@ -116,28 +207,40 @@ class Scheduler:
 
 
 def share_prompt_tokens(reading: list[GenerationSequence], budget: int) -> dict[int, int]:
-    """Split a step's budget of prompt tokens by row: a quarter for the oldest, the rest to the shortest first."""
+    """Split a step's budget of prompt tokens by row: a quarter for the oldest, the rest to the shortest first.
+
+    With several tenants each first has its part of the rest.
+    """
     oldest = min(reading, key=lambda sequence: sequence.admitted)
     shares = {oldest.row: min(max(budget // 4, 1), oldest.left)}
     budget -= shares[oldest.row]
-    for sequence in sorted(reading, key=lambda sequence: (sequence.left, sequence.admitted)):
-        more = min(budget, sequence.left - shares.get(sequence.row, 0))
-        shares[sequence.row] = shares.get(sequence.row, 0) + more
-        budget -= more
+    shortest_first = sorted(reading, key=lambda sequence: (sequence.left, sequence.admitted))
+    tenants = {sequence.request.tenant for sequence in reading}
+    parts = dict.fromkeys(tenants, budget // len(tenants)) if len(tenants) > 1 else {}
+    for own_part in (True, False):
+        for sequence in shortest_first:
+            most = parts.get(sequence.request.tenant, 0) if own_part else budget
+            more = min(most, budget, sequence.left - shares.get(sequence.row, 0))
+            shares[sequence.row] = shares.get(sequence.row, 0) + more
+            budget -= more
+            if own_part and parts:
+                parts[sequence.request.tenant] -= more
     return shares
 
 
 class EngineCore:
     """Runs steps on a thread of its own while there is work."""
 
-    def __init__(self, runner: ModelRunner, end_tokens: frozenset[int], *, max_queue: int) -> None:
+    def __init__(self, runner: ModelRunner, end_tokens: frozenset[int], *, max_queue: int, spare_rows: int = 0) -> None:
         self._runner = runner
         self._end_tokens = end_tokens
-        self._scheduler = Scheduler(runner.rows, max_queue, whole_prompts=runner.whole_prompts)
+        self._scheduler = Scheduler(runner.rows, max_queue, spare=spare_rows, whole_prompts=runner.whole_prompts)
         self._changed = threading.Condition()
         self._closed = False
         self.steps = 0
         self.tokens = 0
+        self.restarts = 0
+        self._failed_at = -math.inf
         self._thread = threading.Thread(target=self._run, name="adapterhub-engine", daemon=True)
         self._thread.start()
 
@@ -169,6 +272,11 @@ class EngineCore:
         """Requests in the queue now."""
         return len(self._scheduler.waiting)
 
+    def waiting_by_tenant(self) -> dict[str, int]:
+        """Requests in the queue now, per tenant."""
+        with self._changed:
+            return self._scheduler.waiting.by_tenant()
+
     def wake(self) -> None:
         """Look again at once: a sequence was cancelled."""
         with self._changed:
@@ -185,18 +293,39 @@ class EngineCore:
     @torch.inference_mode()
     def _run(self) -> None:
         try:
-            while self._wait():
-                slices = self._scheduler.plan()
-                if slices:
-                    self._step(slices)
+            while True:
+                try:
+                    while self._wait():
+                        slices = self._scheduler.plan()
+                        if slices:
+                            self._step(slices)
+                    return
+                except Exception as error:
+                    if not self._begin_anew(error):
+                        return
         finally:
-            # Reached by an error of our own too: then nobody waits for ever, and `alive` says so.
+            # Reached by a failure of the thread itself too: then nobody waits for ever, and `alive` says so.
             with self._changed:
                 self._closed = True
                 sequences = [*self._scheduler.running, *self._scheduler.waiting]
                 self._scheduler.waiting.clear()
             for sequence in sequences:
                 sequence.end(EngineClosedError("The engine was closed before the answer was finished."))
+
+    def _begin_anew(self, error: Exception) -> bool:
+        """End what is in rows after a failure that no request can be blamed for; False when it is the second one."""
+        logger.error("The engine's loop failed.", exc_info=error)
+        failure = ServingError("The engine failed while this request was in work, and began anew; send it again.")
+        failure.__cause__ = error
+        for sequence in self._scheduler.running:
+            self._end_in_row(sequence, failure)
+        now = time.monotonic()
+        recent, self._failed_at = now - self._failed_at < FORGIVEN_SECONDS, now
+        if recent:
+            logger.critical("The engine's loop failed again; the engine ends.")
+            return False
+        self.restarts += 1
+        return True
 
     def _wait(self) -> bool:
         """Sleep until there is work, settle who is in which row; False when closed."""
@@ -211,29 +340,40 @@ class EngineCore:
             now = time.perf_counter()
             for sequence in [*scheduler.running, *scheduler.waiting]:
                 error = sequence.overdue(now)
-                if error is not None:
-                    if sequence.row >= 0:
-                        self._leave(sequence)
-                    else:
-                        scheduler.waiting.remove(sequence)
+                if error is not None and sequence.row >= 0:
+                    self._end_in_row(sequence, error)
+                elif error is not None:
+                    scheduler.waiting.remove(sequence)
                     sequence.end(error)
-            admitted = scheduler.admit()
+            admitted = scheduler.admit(self._runner.most_rows)
         for sequence, old_row in scheduler.compact():
-            self._runner.move(old_row, sequence.row, sequence.route.parts, sequence.computed)
+            if sequence not in admitted:
+                try:
+                    self._runner.move(old_row, sequence.row, sequence.route.parts, sequence.computed)
+                except Exception as error:
+                    self._fail(sequence, error)
         for sequence in admitted:
             started = time.perf_counter()
-            self._runner.admit(sequence.row, sequence.route.parts, len(sequence.prompt_ids) + sequence.limit)
+            try:
+                longest = max(one.need for one in scheduler.running)
+                self._runner.admit(sequence.row, sequence.route.parts, longest)
+            except Exception as error:
+                self._fail(sequence, error)
             sequence.admitted = time.perf_counter()
             sequence.placing = sequence.admitted - started
         return True
 
     def _step(self, slices: list[RowSlice]) -> None:
-        sequences = [
-            sequence for sequence in self._scheduler.running if any(part.row == sequence.row for part in slices)
-        ]
+        rows = {part.row for part in slices}
+        sequences = [sequence for sequence in self._scheduler.running if sequence.row in rows]
         try:
             logits = self._runner.forward(pack(slices, self._runner.device)).cpu()
         except Exception as error:
+            if len(slices) > 1 and self._runner.repeatable:
+                # One row's fault is not the others': each computes alone what it was to compute.
+                for part in slices:
+                    self._step([part])
+                return
             for sequence in sequences:
                 self._fail(sequence, error)
             return
@@ -247,11 +387,26 @@ class EngineCore:
                     self._fail(sequence, error)
 
     def _fail(self, sequence: GenerationSequence, error: Exception) -> None:
-        failure = ServingError(f"The model failed on this request: {type(error).__name__}: {error}")
+        """End a sequence that something went wrong for."""
+        failure: ServingError | ResourceError
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+            failure = ResourceError(
+                "There is not enough memory for this request now; try again later, or ask for less."
+            )
+        else:
+            failure = ServingError(f"The model failed on this request: {type(error).__name__}: {error}")
         failure.__cause__ = error
-        if self._scheduler.rows[sequence.row] is sequence:
-            self._runner.cache.spoil(sequence.row)
-            self._leave(sequence)
+        self._end_in_row(sequence, failure)
+
+    def _end_in_row(self, sequence: GenerationSequence, failure: BaseException) -> None:
+        row = sequence.row
+        if self._scheduler.rows[row] is sequence:
+            self._scheduler.leave(sequence)
+            try:
+                self._runner.cache.spoil(row)
+                self._runner.leave(row)
+            except Exception:
+                logger.exception("A row could not be cleared; it is when it is used again.")
         sequence.end(failure)
 
     def _leave(self, sequence: GenerationSequence) -> None:

@@ -47,8 +47,15 @@ from adapterhub_lite.serving.engine.sequence import (
     Sampler,
     TextStream,
 )
+from adapterhub_lite.serving.model.kv_cache import free_memory
 from adapterhub_lite.serving.model.proof import Verdict, proven
 from adapterhub_lite.serving.model.runner import ModelRunner
+
+# One row in so many more is kept for tenants that have none, so that whoever fills the rows delays nobody else.
+ROWS_PER_SPARE = 8
+# Of the memory that is free when the base has been loaded; the rest is for adapters and for computing.
+CACHE_SHARE = 0.5
+SHORTEST = 64
 
 
 class InferenceEngine:
@@ -71,6 +78,8 @@ class InferenceEngine:
         max_host: int = 64,
         max_rank: int = 16,
         max_queue: int = 256,
+        spare_rows: int = 0,
+        cache_memory: int | None = None,
         end_tokens: frozenset[int] | None = None,
     ) -> None:
         self.base_fingerprint = base_fingerprint
@@ -88,7 +97,15 @@ class InferenceEngine:
         )
         self._tokenizing = threading.Lock()
         ends = end_tokens_of(runner.model, tokenizer) if end_tokens is None else end_tokens
-        self._core = EngineCore(runner, ends, max_queue=max_queue)
+        self._cache_memory = cache_memory
+        if cache_memory is not None:
+            runner.set_cache_budget(cache_memory)
+            if runner.most_rows(SHORTEST) < 1:
+                raise ConfigurationError(
+                    f"Keys and values may take {cache_memory:,} bytes, which is not enough for {SHORTEST} tokens of one "
+                    "request. Free some memory, or give more with --cache-memory."
+                )
+        self._core = EngineCore(runner, ends, max_queue=max_queue, spare_rows=spare_rows)
 
     @classmethod
     def from_base(
@@ -103,6 +120,7 @@ class InferenceEngine:
         device: str | None = None,
         max_rows: int = 16,
         native: bool | None = None,
+        cache_memory: int | None = None,
         **options: Any,
     ) -> "InferenceEngine":
         """Load a base by name, folder or Hub id and start serving it.
@@ -110,7 +128,9 @@ class InferenceEngine:
         `pull` allows hub repositories ("org/*") to be pulled into the registry at their first use. `dtype` None keeps
         the one the base was saved in; `quantization` is None, "int8" or "nf4". `device` None takes a GPU when there is
         one. `native` None applies adapters by compiled code on a CPU with a C compiler, False by PyTorch alone.
-        `options` are those of the constructor: max_slots, max_host, max_rank, max_queue, end_tokens.
+        `cache_memory` bounds what keys and values of all rows take, in bytes; None takes a part of what is free when
+        the base has been loaded. `options` are those of the constructor: max_slots, max_host, max_rank, max_queue,
+        end_tokens.
 
         Raises:
             UnknownNameError: no such base.
@@ -131,10 +151,16 @@ class InferenceEngine:
         source: AdapterSource = FolderSource(resolved)
         if registry is not None:
             source = HubSource(registry, pull, base=resolved) if pull else RegistrySource(registry, resolved)
-        runner, verdict = proven(model, resolved.fingerprint, adapterhub_home(home), rows=max_rows, native=native)
-        return cls(
-            runner, load_tokenizer(resolved.folder), resolved.fingerprint, source=source, verdict=verdict, **options
+        spare = max(1, max_rows // ROWS_PER_SPARE)
+        runner, verdict = proven(
+            model, resolved.fingerprint, adapterhub_home(home), rows=max_rows + spare, native=native
         )
+        if cache_memory is None:
+            cache_memory = int(free_memory(runner.device) * CACHE_SHARE)
+        return cls(
+            runner, load_tokenizer(resolved.folder), resolved.fingerprint, source=source, verdict=verdict,
+            spare_rows=spare, cache_memory=cache_memory, **options,
+        )  # fmt: skip
 
     def generate(self, request: GenerationRequest) -> GenerationResult:
         """Answer one request; it shares its steps with whatever else runs.
@@ -169,6 +195,13 @@ class InferenceEngine:
         """Queue a request and return its handle at once; the adapter is resolved, and loaded if need be, before."""
         started = time.perf_counter()
         prompt_ids = self._encode(request)
+        limit = min(request.max_new_tokens, self._runner.max_length - len(prompt_ids))
+        if self._runner.most_rows(len(prompt_ids) + limit) < 1:
+            raise ConfigurationError(
+                f"The prompt has {len(prompt_ids)} tokens and may get {limit} more. Their keys and values never fit into "
+                f"the {self._cache_memory:,} bytes that this engine has for them. Shorten the prompt, ask for fewer "
+                "tokens, or start the engine with more --cache-memory."
+            )
         route = self._pool.route(request.adapter, request.timeout_seconds)
         sequence = GenerationSequence(
             request=request,
@@ -178,7 +211,7 @@ class InferenceEngine:
             stream=TextStream(self.tokenizer, request.stop),
             base_fingerprint=self.base_fingerprint,
             submitted=started,
-            limit=min(request.max_new_tokens, self._runner.max_length - len(prompt_ids)),
+            limit=limit,
         )
         try:
             self._core.add(sequence)
@@ -265,6 +298,10 @@ class InferenceEngine:
             evictions=slots.evictions,
             damaged=self._pool.damaged,
             splits=self.splits(),
+            restarts=self._core.restarts,
+            cache_budget=self._cache_memory,
+            cache_bytes=self._runner.cache.nbytes,
+            waiting_by_tenant=self._core.waiting_by_tenant(),
             forward=str(self._runner.kind),
             difference=None if self._verdict is None else self._verdict.difference,
             reasons=() if self._verdict is None else self._verdict.reasons,

@@ -18,7 +18,7 @@ class GenerationRequest:
     one of the two. `adapter` is a reference ("sql@prod"), a blend ("sql:3*0.7+event@prod*0.3"), the `Path` of a
     PEFT folder, or None for the base; a string is never taken for a path. `temperature` 0 is greedy. `logprobs` asks
     for the log-probability of each chosen token and of that many alternatives. `timeout_seconds` counts from
-    submission.
+    submission. Rows are shared fairly between tenants.
 
     Raises:
         ConfigurationError: a setting is out of range; the text lists every one that is.
@@ -36,6 +36,7 @@ class GenerationRequest:
     stop: Sequence[str] = ()
     timeout_seconds: float | None = None
     logprobs: int | None = None
+    tenant: str = ""
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -136,6 +137,9 @@ class EngineStatus:
     `forward` is how the base is computed: "lean" and "packed" are batches, "row by row" and "recomputed" are slower and
     for families that cannot be batched exactly; `reasons` say why no faster way is. `difference` is the largest from
     the model's own logits, relative to their size, that was found at start; None where nothing was compared.
+
+    `restarts` counts how often the engine began anew after a failure of its own. `cache_bytes` of at most `cache_budget`
+    (None: no limit) are allocated for keys and values.
     """
 
     can_serve: bool
@@ -153,3 +157,7 @@ class EngineStatus:
     forward: str = ""
     difference: float | None = None
     reasons: tuple[str, ...] = ()
+    restarts: int = 0
+    cache_budget: int | None = None
+    cache_bytes: int = 0
+    waiting_by_tenant: dict[str, int] = field(default_factory=dict)

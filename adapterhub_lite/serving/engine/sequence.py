@@ -1,5 +1,6 @@
 """One request on its way through the engine: its sampler, its text, its state; and the handle that its caller keeps."""
 
+import logging
 import queue
 import threading
 import time
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from adapterhub_lite.errors import RequestCancelledError, RequestTimeoutError
+from adapterhub_lite.errors import RequestCancelledError, RequestTimeoutError, ServingError
 from adapterhub_lite.serving.adapters.pool import Route
 from adapterhub_lite.serving.engine.request import (
     GenerationChunk,
@@ -21,6 +22,7 @@ from adapterhub_lite.serving.engine.request import (
 )
 
 Item = GenerationChunk | BaseException
+logger = logging.getLogger("adapterhub.engine")
 
 
 class Sampler:
@@ -170,7 +172,14 @@ class Outbox:
     def put(self, item: Item) -> None:
         """Keep an item, or tell the listener."""
         with self._lock:
-            (self._listener or self._kept.put)(item)
+            if self._listener is None:
+                self._kept.put(item)
+                return
+            try:
+                self._listener(item)
+            except Exception:
+                # The engine's thread: whoever listens badly harms nobody else.
+                logger.exception("A listener failed.")
 
     def get(self) -> Item:
         """Wait for the next item that was kept, and take it."""
@@ -206,6 +215,12 @@ class GenerationSequence:
     cancelled: threading.Event = field(default_factory=threading.Event)
     outbox: Outbox = field(default_factory=Outbox)
     ended: bool = False
+    passed_over: int = 0
+
+    @property
+    def need(self) -> int:
+        """Tokens that it may have at its end, prompt and output."""
+        return len(self.prompt_ids) + self.limit
 
     @property
     def known(self) -> int:
@@ -237,16 +252,25 @@ class GenerationSequence:
         return None
 
     def end(self, outcome: BaseException | str) -> None:
-        """Let go of the adapters and tell the caller: an error, or the reason the answer is finished."""
-        self.ended = True
-        if isinstance(outcome, BaseException):
-            self.route.release()
-            self.outbox.put(outcome)
+        """Release the adapters and tell the caller: an error, or the reason the answer is finished. Never raises."""
+        if self.ended:
             return
-        rest = self.stream.finish()
-        result = self._result(outcome)
-        self.route.release()
-        self.outbox.put(GenerationChunk(rest, done=True, result=result))
+        self.ended = True
+        item: Item
+        if isinstance(outcome, BaseException):
+            item = outcome
+        else:
+            try:
+                rest = self.stream.finish()
+                item = GenerationChunk(rest, done=True, result=self._result(outcome))
+            except Exception as error:
+                item = ServingError(f"The answer could not be finished: {type(error).__name__}: {error}")
+                item.__cause__ = error
+        try:
+            self.route.release()
+        except Exception:
+            logger.exception("An adapter could not be released.")
+        self.outbox.put(item)
 
     def _result(self, reason: str) -> GenerationResult:
         now = time.perf_counter()

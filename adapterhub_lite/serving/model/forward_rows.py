@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from adapterhub_lite.serving.adapters.weights import Family, Parts
 from adapterhub_lite.serving.model.batch import Step
+from adapterhub_lite.serving.model.kv_cache import token_bytes
 
 
 class RowLora:
@@ -74,7 +75,9 @@ class RowForward:
     def __init__(
         self, model: PreTrainedModel, families: tuple[Family, ...], rows: int, *, keeps_state: bool = True
     ) -> None:
-        self._model, self._keeps_state = model, keeps_state
+        self._model, self._keeps_state, self._rows = model, keeps_state, rows
+        self.budget: int | None = None
+        self.nbytes = 0
         self.lora = RowLora(rows)
         self._states: dict[int, RowState] = {}
         self._hooks = [
@@ -99,6 +102,13 @@ class RowForward:
     def spoil(self, row: int) -> None:
         """Forget a row's state."""
         self._states.pop(row, None)
+
+    def most_rows(self, length: int) -> int:
+        """How many rows of at most `length` tokens fit into the budget, were their states keys and values."""
+        if self.budget is None or not self._keeps_state:
+            return self._rows
+        each = token_bytes(self._model.config.get_text_config(), self._model.dtype)
+        return min(self._rows, self.budget // max(1, length * each))
 
     def reserve(self, length: int) -> None:
         """Nothing: a state grows as it is written."""

@@ -9,16 +9,20 @@ Layout, for each layer and for keys and values alike: one tensor
 
 so that a step stores with one `index_copy_` at `row * capacity + position`, and neighbouring rows of about one length
 are one slice, attended by one call. No paging: all rows share one capacity, which doubles when a longer request is
-admitted and falls back when the engine is idle. Memory is allocated, not cleared; the operating system commits the
+admitted and falls back when the engine is idle. A budget in bytes bounds rows * capacity: the larger the capacity, the
+fewer rows are allocated, and who does not fit waits. Memory is allocated, not cleared; the operating system commits the
 pages that are written, so a short row of a large capacity costs what it uses. A masked place is multiplied by 0, and
 0 * NaN is NaN: `_clean` records up to where each row is known to hold numbers, and a row is wiped only beyond that.
 """
 
+import contextlib
 import ctypes
 import struct
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
+from transformers import PretrainedConfig
 
 from adapterhub_lite.serving.model.batch import Run, Step
 
@@ -30,17 +34,26 @@ class KVCache:
     """For each layer, keys and values (rows, capacity, kv_heads, head_dim), and attention over them.
 
     The capacity grows by doubling when a longer request is admitted, and falls back when the engine is idle. `direct`
-    attends for rows with few queries, PyTorch for the others.
+    attends for rows with few queries, PyTorch for the others. `budget` bounds what is allocated, in bytes; `token_bytes`
+    is what one token of one row takes in all layers, as far as that is known before the first write.
     """
 
     def __init__(
-        self, layers: int, rows: int, *, device: torch.device | str = "cpu", direct: "NativeAttention | None" = None
+        self,
+        layers: int,
+        rows: int,
+        *,
+        device: torch.device | str = "cpu",
+        direct: "NativeAttention | None" = None,
+        token_bytes: int = 1,
     ) -> None:
         self.rows = rows
+        self.budget: int | None = None
+        self._token_bytes = token_bytes
+        self._held = rows
         self._direct = direct
         self._runs: list[Run] = []
-        self.capacity = 0
-        self._wanted = FIRST_CAPACITY
+        self.capacity = FIRST_CAPACITY
         self._device = device
         # Made at the first write of a layer, which knows heads and dtype; models may differ from layer to layer.
         self._keys: list[torch.Tensor | None] = [None] * layers
@@ -48,29 +61,75 @@ class KVCache:
         # Up to here a row's memory is known to hold numbers: masked places are multiplied by 0, and 0 * NaN is NaN.
         self._clean = [0] * rows
         self._step: Step | None = None
-        self._flat = torch.empty(0)
+        # By capacity: layers differ in it after an allocation that failed half-way.
+        self._flat: dict[int, torch.Tensor] = {}
         # By the run's first token.
         self._masks: dict[tuple[int, int | None, torch.dtype], torch.Tensor] = {}
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that one token of one row takes, keys and values of all layers."""
+        pairs = [(k, v) for k, v in zip(self._keys, self._values, strict=True) if k is not None and v is not None]
+        if not pairs:
+            return self._token_bytes
+        found = sum(t[0, 0].numel() * t.element_size() for pair in pairs for t in pair)
+        return found * len(self._keys) // len(pairs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are allocated now."""
+        return sum(t.nbytes for store in (self._keys, self._values) for t in store if t is not None)
+
+    def most_rows(self, length: int) -> int:
+        """How many rows of at most `length` tokens fit into the budget."""
+        if self.budget is None:
+            return self.rows
+        return min(self.rows, self._places() // self._capacity_for(length))
+
+    def _places(self) -> int:
+        """Tokens that fit into the budget, with one layer held twice while it grows."""
+        assert self.budget is not None
+        layers = len(self._keys)
+        return self.budget * layers // ((layers + 1) * self.token_bytes)
+
+    def _capacity_for(self, length: int) -> int:
+        """The capacity for rows of `length` tokens: doubled from the first, or just enough where only that fits."""
+        capacity = FIRST_CAPACITY
+        while capacity < length:
+            capacity *= 2
+        return capacity if self.budget is None or capacity <= self._places() else max(length, self._places())
+
     def reserve(self, length: int) -> None:
-        """Make room for `length` tokens in every row."""
-        while self._wanted < length:
-            self._wanted *= 2
-        if self.capacity and self._wanted > self.capacity:
-            for store in (self._keys, self._values):
-                for layer, old in enumerate(store):
-                    if old is not None:
-                        grown = old.new_empty(self.rows, self._wanted, *old.shape[2:])
-                        grown[:, : max(self._clean)] = old[:, : max(self._clean)]
-                        store[layer] = grown
-            self.capacity = self._wanted
+        """Make room for rows of `length` tokens, the longest that there are or will be.
+
+        A capacity that leaves fewer rows than there could be shrinks when it is not needed any more. When an allocation
+        fails, what is in the rows stays as it is.
+        """
+        capacity = self._capacity_for(length)
+        if capacity > self.capacity or (capacity < self.capacity and self._held < self.rows):
+            self._resize(capacity, self.most_rows(length))
+
+    def _resize(self, capacity: int, rows: int) -> None:
+        rows = max(rows, 1)
+        # Until all layers have the new shape, only what both shapes have is there.
+        self.capacity, self._held = min(capacity, self.capacity), min(rows, self._held)
+        self._clean = [min(clean, self.capacity) if row < self._held else 0 for row, clean in enumerate(self._clean)]
+        keep = max(self._clean)
+        for store in (self._keys, self._values):
+            for layer, old in enumerate(store):
+                if old is not None:
+                    fresh = old.new_empty(rows, capacity, *old.shape[2:])
+                    fresh[: self._held, :keep] = old[: self._held, :keep]
+                    store[layer] = fresh
+        self.capacity, self._held = capacity, rows
 
     def shrink(self) -> None:
         """Give back what a long request needed. Only when no row is in use."""
-        if self.capacity > FIRST_CAPACITY:
+        rows = max(1, self.most_rows(FIRST_CAPACITY))
+        if (self.capacity, self._held) != (FIRST_CAPACITY, rows):
             self._keys = [None] * len(self._keys)
             self._values = [None] * len(self._values)
-            self.capacity, self._wanted = 0, FIRST_CAPACITY
+            self.capacity, self._held = FIRST_CAPACITY, rows
             self._clean = [0] * self.rows
 
     def move(self, source: int, target: int, length: int) -> None:
@@ -87,9 +146,8 @@ class KVCache:
 
     def begin(self, step: Step) -> None:
         """Fix the step that the following `attend` calls belong to."""
-        self.capacity = self._wanted
         self._step = step
-        self._flat = step.token_rows * self.capacity + step.positions
+        self._flat = {}
         self._masks = {}
         self._runs = list(step.runs) if self._direct is None else self._direct.begin(step.runs)
         for run in step.runs:
@@ -154,11 +212,15 @@ class KVCache:
             held = store[layer]
             if held is None:
                 # empty, not zeros: pages that no row has reached are never committed
-                held = fresh.new_empty(self.rows, self.capacity, *fresh.shape[1:])
-                for row, clean in enumerate(self._clean):
+                held = fresh.new_empty(self._held, self.capacity, *fresh.shape[1:])
+                for row, clean in enumerate(self._clean[: self._held]):
                     held[row, :clean].zero_()
                 store[layer] = held
-            held.view(-1, *fresh.shape[1:]).index_copy_(0, self._flat, fresh)
+            flat = self._flat.get(held.shape[1])
+            if flat is None:
+                assert self._step is not None
+                flat = self._flat[held.shape[1]] = self._step.token_rows * held.shape[1] + self._step.positions
+            held.view(-1, *fresh.shape[1:]).index_copy_(0, flat, fresh)
             pair.append(held)
         return pair[0], pair[1]
 
@@ -282,3 +344,32 @@ class NativeAttention:
         made = ctypes.create_string_buffer(b"".join(packed), len(packed) * LOOK.size), len(packed)
         self._looks[window] = made
         return made
+
+
+def token_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes that the keys and values of one token take in all layers, as far as a configuration says."""
+    heads = getattr(config, "num_attention_heads", None) or 1
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * int(kv_heads) * int(head_dim) * int(config.num_hidden_layers) * dtype.itemsize
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process could still allocate on `device` now; 1 << 40 where the machine does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    limits = [1 << 40]
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        limits.append(next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")))
+    with contextlib.suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if soft != resource.RLIM_INFINITY:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            limits.append(soft - pages * resource.getpagesize())
+    return max(0, min(limits))

@@ -12,7 +12,7 @@ from adapterhub_lite.serving.model.batch import RowSlice, Step, pack
 from adapterhub_lite.serving.model.forward_hf import HFForward
 from adapterhub_lite.serving.model.forward_llama import LlamaForward, can_fuse, fused_groups
 from adapterhub_lite.serving.model.forward_rows import RowForward
-from adapterhub_lite.serving.model.kv_cache import KVCache, NativeAttention
+from adapterhub_lite.serving.model.kv_cache import KVCache, NativeAttention, token_bytes
 from adapterhub_lite.serving.model.lora_native import NativeLora
 from adapterhub_lite.serving.model.lora_torch import LoraBank, RowAdapters, TorchLora
 from adapterhub_lite.serving.model.native import row_attention, row_products
@@ -85,7 +85,13 @@ class ModelRunner:
         kernel = row_attention() if products is not None else None
         direct = None if kernel is None else NativeAttention(kernel)
         layers = model.config.get_text_config().num_hidden_layers
-        self.cache = KVCache(layers, self.rows, device=self.device, direct=direct)
+        self.cache = KVCache(
+            layers,
+            self.rows,
+            device=self.device,
+            direct=direct,
+            token_bytes=token_bytes(model.config.get_text_config(), model.dtype),
+        )
         if lean:
             return LlamaForward(model, lora, self.cache)
         return HFForward(model, lora, self.cache, self.families)
@@ -94,6 +100,20 @@ class ModelRunner:
     def whole_prompts(self) -> bool:
         """Whether a prompt has to be computed in one piece: not every kind of state takes several tokens later on."""
         return self.kind == ForwardKind.ROWS
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether a step may be computed again after it failed: what it stores is stored at fixed places."""
+        return self.kind != ForwardKind.ROWS
+
+    def set_cache_budget(self, budget: int) -> None:
+        """Bound what keys and values may take, in bytes. Only when no row is in use."""
+        self.cache.budget = budget
+        self.cache.shrink()
+
+    def most_rows(self, length: int) -> int:
+        """How many rows of at most `length` tokens have room for their keys and values; 0: not even one."""
+        return self.cache.most_rows(length)
 
     @torch.inference_mode()
     def forward(self, step: Step) -> torch.Tensor:
@@ -104,7 +124,11 @@ class ModelRunner:
         return self._pass.forward(step).float()
 
     def admit(self, row: int, parts: Parts, length: int) -> None:
-        """Give a row to a request of at most `length` tokens, answered with the sum of `parts`."""
+        """Give a row to a request answered with the sum of `parts`; `length` is the most tokens of any row now.
+
+        Raises:
+            Exception: what PyTorch raises where memory is short; the other rows stay as they are.
+        """
         self.cache.reserve(length)
         self.lora.place(row, parts)
 

@@ -170,7 +170,7 @@ def test_too_many_at_once_are_told_to_come_back(serve: Serve) -> None:
     server, _ = serve(max_concurrent=1)
     body = {"model": "sql", "prompt": "x", "max_tokens": 2, "temperature": 0}
     for stream in (False, True):
-        with server.api.dispatcher.admit(Caller("anyone"), "127.0.0.1"):
+        with server.api.dispatcher.admit(Caller("anyone", tenant="127.0.0.1")):
             got = httpx.post(f"{server.url}/v1/completions", json={**body, "stream": stream})
             assert (got.status_code, got.headers["retry-after"]) == (429, "1")
         assert httpx.post(f"{server.url}/v1/completions", json={**body, "stream": stream}).status_code == 200
