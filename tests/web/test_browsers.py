@@ -6,7 +6,7 @@ import pytest
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
-from adapterhub_lite.web.browsers import BrowserGuard
+from adapterhub_lite.web.guard import BrowserGuard
 
 JSON = {"content-type": "application/json"}
 

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
-from adapterhub_lite.web.connections import ConnectionLimits, HeaderLimit
+from adapterhub_lite.web.guard import ConnectionLimits, HeaderLimit
 
 SHORT = {
     "header_bytes": 4096, "header_count": 20, "first_byte_seconds": 0.5, "header_seconds": 0.5, "body_seconds": 0.5,

@@ -23,12 +23,14 @@ def serve(
 
     Example: `adapterhub-lite serve --adapters sql@prod,event --port 8000`
     """
+    from adapterhub_lite.cli.train.plan import parse_bytes
     from adapterhub_lite.registry import AdapterRegistry
     from adapterhub_lite.serving.api.auth import KeyRing
     from adapterhub_lite.serving.api.engine_protocol import Engine
     from adapterhub_lite.serving.api.server import ApiServer
 
     settings = build_settings(ClusterSettings, {"base_name": Path(base).name, **given}, config)
+    cache_memory = parse_bytes(settings.cache_memory) if settings.cache_memory else None
     registry = AdapterRegistry(home)
     keys = KeyRing.read(settings.keys)
     for reference in settings.references:
@@ -43,11 +45,13 @@ def serve(
                     "--cluster needs Ray Serve, which is not installed: pip install 'adapterhub-lite[cluster]'."
                 ) from error
             say(f"Starting {settings.replicas} replicas; this takes a while.")
-            engine: Engine = stack.enter_context(ClusterEngine(base, settings, home=home))
+            engine: Engine = stack.enter_context(ClusterEngine(base, settings, home=home, cache_memory=cache_memory))
         else:
             from adapterhub_lite.serving import InferenceEngine
 
-            engine = stack.enter_context(InferenceEngine.from_base(base, registry=registry, home=home))
+            engine = stack.enter_context(
+                InferenceEngine.from_base(base, registry=registry, home=home, cache_memory=cache_memory)
+            )
         server = ApiServer(engine, registry, settings, keys)
         say(f"Serving {settings.base_name} on {server.url}/v1. Ctrl+C stops it.")
         server.run()

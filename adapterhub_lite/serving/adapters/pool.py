@@ -87,7 +87,7 @@ class AdapterPool:
             while held:
                 self.slots.release(held.pop())
 
-        factors = ["" if len(blend) == 1 and piece.weight == 1.0 else f"*{piece.weight!r}" for piece in blend]
+        factors = ["" if len(blend) == 1 and piece.weight == 1.0 else piece.factor for piece in blend]
         return Route(
             tuple(Part(e.weights, piece.weight) for e, piece in zip(entries, blend, strict=True) if e.weights),
             "+".join(entry.name + factor for entry, factor in zip(entries, factors, strict=True)),

@@ -20,6 +20,11 @@ class WeightedReference:
     reference: str | Path
     weight: float = 1.0
 
+    @property
+    def factor(self) -> str:
+        """The weight in the notation of blends; an exponent has no sign there, because "+" joins parts."""
+        return f"*{self.weight!r}".replace("e+", "e")
+
 
 def parse_blend(adapter: str | Path) -> tuple[WeightedReference, ...]:
     """Split an adapter argument into its parts; a `Path` is a folder, one part of weight 1. A string never is a path.

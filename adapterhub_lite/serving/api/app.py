@@ -1,6 +1,6 @@
 """The OpenAI-compatible routes over an engine. `model` is the base, a reference or a blend.
 
-Reading order: settings, auth, errors, engine_protocol, shares, observe, dispatch, schema, admin, this file, server.
+Reading order: settings, auth, errors, engine_protocol, observe, dispatch, schema, admin, this file, server.
 """
 
 import html
@@ -25,8 +25,7 @@ from adapterhub_lite.serving.api.observe import AccessLog, Series
 from adapterhub_lite.serving.api.schema import ChatRequest, CompletionRequest, Sampling
 from adapterhub_lite.serving.api.settings import ServerSettings
 from adapterhub_lite.serving.engine.request import GenerationChunk, GenerationRequest, GenerationResult
-from adapterhub_lite.web.browsers import BrowserGuard
-from adapterhub_lite.web.connections import BodyLimit, ConnectionLimits, HeaderLimit
+from adapterhub_lite.web.guard import BodyLimit, BrowserGuard, ConnectionLimits, HeaderLimit
 
 Json = dict[str, Any]
 CHAT_TOKENS = 256

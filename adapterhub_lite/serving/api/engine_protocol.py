@@ -71,7 +71,11 @@ class Engine(Protocol):
         ...
 
     def ended(self) -> bool:
-        """Whether it will never compute again. Cheap: asked every second."""
+        """Whether it will never compute again."""
+        ...
+
+    def when_ended(self, call: Callable[[], None]) -> None:
+        """Make this call, on any thread, when it will never compute again."""
         ...
 
     def choose(self, reference: str) -> str | Path:

@@ -116,6 +116,9 @@ class Metrics(Series):
         self._tenant_in_work = Gauge(
             "adapterhub_tenant_prompts_in_work", "Prompts in work now", ["tenant"], registry=registry
         )
+        self._tenant_waiting = Gauge(
+            "adapterhub_tenant_requests_waiting", "Requests that wait for a row now", ["tenant"], registry=registry
+        )
         self.in_work = Gauge("adapterhub_prompts_in_work", "Prompts in work now", registry=registry)
         self.draining = Gauge("adapterhub_draining", "1 while the server drains", registry=registry)
         self._engine = {
@@ -127,6 +130,9 @@ class Metrics(Series):
                 ("adapter_loads", "Loads since the engine's start"),
                 ("adapter_evictions", "Evictions since the engine's start"),
                 ("damaged_loads", "Loads refused because the bytes were not the recorded ones"),
+                ("engine_restarts", "How often the engine began anew after a failure of its own"),
+                ("cache_bytes", "Bytes allocated for keys and values now"),
+                ("cache_budget_bytes", "Bytes that keys and values may take; 0 without a limit"),
                 ("engine_serving", "1 while the engine computes"),
             )
         }
@@ -141,12 +147,18 @@ class Metrics(Series):
             ("adapter_loads", status.loads),
             ("adapter_evictions", status.evictions),
             ("damaged_loads", status.damaged),
+            ("engine_restarts", status.restarts),
+            ("cache_bytes", status.cache_bytes),
+            ("cache_budget_bytes", status.cache_budget or 0),
             ("engine_serving", int(status.can_serve)),
         ):
             self._engine[name].set(value)
         self._tenant_in_work.clear()
         for tenant, prompts in in_work.items():
             self._tenant_in_work.labels(self._tenant(tenant)).inc(prompts)
+        self._tenant_waiting.clear()
+        for tenant, waiting in status.waiting_by_tenant.items():
+            self._tenant_waiting.labels(self._tenant(tenant or NONE)).inc(waiting)
         self.in_work.set(sum(in_work.values()))
 
     def own(self, key: str) -> Series:

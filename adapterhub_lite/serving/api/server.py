@@ -6,11 +6,12 @@ has its own time limit. SIGINT (Ctrl+C) skips the wait for load balancers. A sec
 the file of keys again.
 """
 
+import asyncio
+import contextlib
 import math
 import signal
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
@@ -24,9 +25,8 @@ from adapterhub_lite.serving.api.auth import Caller, KeyRing
 from adapterhub_lite.serving.api.engine_protocol import Engine
 from adapterhub_lite.serving.api.observe import log_to_stderr
 from adapterhub_lite.serving.api.settings import ServerSettings
-from adapterhub_lite.web.connections import ConnectionLimits
+from adapterhub_lite.web.guard import ConnectionLimits
 
-TICKS_PER_LOOK = 10
 # Time in which /health can be seen to say that the engine has ended, before the process ends too.
 ENDED_SECONDS = 3.0
 
@@ -37,7 +37,7 @@ class _Uvicorn(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, api: Api) -> None:
         super().__init__(config)
         self._api = api
-        self._stop_at = math.inf
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.engine_ended = False
 
     @contextmanager
@@ -56,21 +56,35 @@ class _Uvicorn(uvicorn.Server):
             for one, handler in before.items():
                 signal.signal(one, handler)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start listening, and learn of the engine's end."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        self._api.dispatcher.engine.when_ended(self._after_the_engine)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain at the first signal, end at the second."""
         if self._api.dispatcher.draining:
             self.should_exit = self.force_exit = True
             return
         self._api.dispatcher.draining = True
-        wait = self._api.settings.drain_seconds if sig == signal.SIGTERM else 0
-        self._stop_at = time.monotonic() + wait
+        self._stop_in(self._api.settings.drain_seconds if sig == signal.SIGTERM else 0)
 
-    async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: whether to stop listening now."""
-        if counter % TICKS_PER_LOOK == 0 and not self.engine_ended and self._api.dispatcher.engine.ended():
-            self.engine_ended = True
-            self._stop_at = min(self._stop_at, time.monotonic() + ENDED_SECONDS)
-        return await super().on_tick(counter) or time.monotonic() >= self._stop_at
+    def _after_the_engine(self) -> None:
+        self.engine_ended = True
+        self._stop_in(ENDED_SECONDS)
+
+    def _stop_in(self, seconds: float) -> None:
+        """Stop listening after so many seconds. For any thread, and for signal handlers."""
+
+        def stop() -> None:
+            self.should_exit = True
+
+        if self._loop is None:
+            return stop()
+        # The loop is closed when the server has stopped before its engine.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._loop.call_later, seconds, stop)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Say that nothing more is taken, then wait for the requests in work."""

@@ -30,6 +30,10 @@ class ServerSettings:
         "", "Names under which clients reach the server, comma-separated, besides localhost and IP addresses."
     )
     keys: Path | None = setting(None, "JSON file of API keys and what each may use; read again when it changes.")
+    cache_memory: str = setting(
+        "",
+        "Memory for keys and values of running requests, such as 2GB; empty takes half of what is free at the start.",
+    )
     max_body_bytes: int = setting(1_000_000, "Largest request body, in bytes.")
     max_prompt_characters: int = setting(200_000, "Longest prompt, in characters.")
     max_new_tokens: int = setting(1024, "Most new tokens that one request may ask for.")

@@ -187,11 +187,17 @@ class ClusterEngine:
             forward=found[0].forward if found else "",
             difference=found[0].difference if found else None,
             reasons=found[0].reasons if found else (),
+            restarts=total("restarts"),
+            cache_budget=total("cache_budget") if all(one.cache_budget for one in found) else None,
+            cache_bytes=total("cache_bytes"),
         )
 
     def ended(self) -> bool:
         """Never: Ray replaces a replica whose engine has ended."""
         return False
+
+    def when_ended(self, call: Callable[[], None]) -> None:
+        """Never, likewise."""
 
     def choose(self, reference: str) -> str | Path:
         """Return `reference` or the candidate of its split, whichever the next request gets."""

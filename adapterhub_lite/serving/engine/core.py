@@ -241,6 +241,7 @@ class EngineCore:
         self.tokens = 0
         self.restarts = 0
         self._failed_at = -math.inf
+        self._at_end: list[Callable[[], None]] = []
         self._thread = threading.Thread(target=self._run, name="adapterhub-engine", daemon=True)
         self._thread.start()
 
@@ -311,6 +312,16 @@ class EngineCore:
                 self._scheduler.waiting.clear()
             for sequence in sequences:
                 sequence.end(EngineClosedError("The engine was closed before the answer was finished."))
+            for call in self._at_end:
+                call()
+
+    def when_ended(self, call: Callable[[], None]) -> None:
+        """Make this call when no more requests are taken; at once when that is so already."""
+        with self._changed:
+            if not self._closed:
+                self._at_end.append(call)
+                return
+        call()
 
     def _begin_anew(self, error: Exception) -> bool:
         """End what is in rows after a failure that no request can be blamed for; False when it is the second one."""

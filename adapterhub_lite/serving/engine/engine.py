@@ -18,7 +18,7 @@ Before any request, `from_base` proves that all this computes what the base's ow
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -310,6 +310,10 @@ class InferenceEngine:
     def ended(self) -> bool:
         """Whether it will never compute again: it was closed, or failed."""
         return not self._core.alive
+
+    def when_ended(self, call: Callable[[], None]) -> None:
+        """Make this call, on the engine's thread, when it ends; at once when it has."""
+        self._core.when_ended(call)
 
     def base_digest(self) -> str:
         """The sha256 over the base's weights as they are in memory now."""

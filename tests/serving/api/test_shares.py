@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapterhub_lite.serving.api.auth import Caller
+from adapterhub_lite.serving.api.dispatch import Shares, TokenBudget
 from adapterhub_lite.serving.api.errors import ApiRefusal
-from adapterhub_lite.serving.api.shares import Shares, TokenBudget
 
 
 def tenant(name: str) -> Caller:
