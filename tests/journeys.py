@@ -17,11 +17,12 @@ PACKAGE = str(ROOT / "adapterhub_lite") + "/"
 
 
 @contextmanager
-def files_entered() -> Iterator[list[str]]:
+def files_entered(*, again: bool = False) -> Iterator[list[str]]:
     """Yield a list that fills while the block runs: paths under `adapterhub_lite/`, in the order of first entry.
 
     Threads that started before the block are not seen, because a profile function belongs to its thread; start them
-    inside, and `clear()` the list where the call begins.
+    inside, and `clear()` the list where the call begins. With `again` a file is listed each time that it is entered
+    from another one.
     """
     entered: list[str] = []
 
@@ -29,7 +30,7 @@ def files_entered() -> Iterator[list[str]]:
         code = frame.f_code
         if event == "call" and code.co_filename.startswith(PACKAGE) and code.co_name != "<module>":
             name = code.co_filename.removeprefix(PACKAGE)
-            if name not in entered:
+            if (name not in entered) if not again else (entered[-1:] != [name]):
                 entered.append(name)
 
     threading.setprofile(note)
