@@ -17,11 +17,12 @@ from tests.serving.model.families import FAMILIES, build
 
 PROMPTS = (
     "Hi",
-    "SELECT name FROM users WHERE age > 30 AND city",
+    # 58 tokens, and 12 more: across 64, where longrope takes its other factors.
+    "Once upon a time, in a village by the sea, there lived an ",
     "Once upon a time, in a village by the sea, there lived an old man with his three",
 )
 # Which end early, and so leave the batch while others go on.
-WRITTEN = (12, 5, 9)
+WRITTEN = (5, 12, 9)
 # PEFT refuses their out_proj, as it does Mamba's.
 MAMBA_LIKE = ("falcon_h1", "nemotron_h")
 
@@ -117,13 +118,15 @@ def test_a_family_is_served_as_its_own_generate_answers(family: str, tmp_path: P
 
 @pytest.mark.slow
 def test_the_table_in_the_docs_is_what_was_found() -> None:
-    """Written again with ADAPTERHUB_WRITE_DOCS=1."""
+    """The page is written with ADAPTERHUB_WRITE_DOCS=1; what stands in it must be so."""
     if FOUND.keys() != FAMILIES.keys():
         pytest.skip("only some families were tried")
     assert sum(how in set(ForwardKind) for how in FOUND.values()) >= 60
-    rows = [f"| {family} | {how} |" for family, how in sorted(FOUND.items())]
-    page, table = ROOT / "docs" / "bases.md", "\n".join(["| family | served |", "|---|---|", *rows, ""])
-    head = page.read_text().split("| family |")[0]
+    page = ROOT / "docs" / "bases.md"
+    head, mark, table = page.read_text().partition("| family | served |\n|---|---|\n")
+    rows = [f"| {family} | {how} |\n" for family, how in sorted(FOUND.items())]
     if os.environ.get("ADAPTERHUB_WRITE_DOCS"):
-        page.write_text(head + table)
-    assert page.read_text() == head + table
+        page.write_text(head + mark + "".join(rows))
+    else:
+        stale = set(table.splitlines(keepends=True)) - set(rows)
+        assert not stale, f"no longer so, write the page again with ADAPTERHUB_WRITE_DOCS=1: {sorted(stale)}"

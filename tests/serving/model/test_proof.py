@@ -48,7 +48,7 @@ def test_a_state_that_a_batch_does_not_keep_is_kept_row_by_row(lfm2: Path, byte_
         asked = [GenerationRequest(prompt, max_new_tokens=8) for prompt in ("one", "a longer one", "the third")]
         answers = engine.generate_many(asked)
         status = engine.status()
-    assert status.forward == "row by row" and "packed: logits differ" in status.reasons[0]
+    assert status.forward == "row by row" and "packed: the base keeps more than keys and values" in status.reasons[0]
     model: Any = load_base_model(lfm2)
     for request, answer in zip(asked, answers, strict=True):
         ids = torch.tensor([byte_tokenizer.encode(request.prompt)])
@@ -87,7 +87,7 @@ def test_a_base_that_nothing_reproduces_is_refused_with_what_differs(
     ):
         proof.prove(load_base_model(tiny_base), rows=4)
     monkeypatch.setattr(RowForward, "_row", lambda self, row, position, ids: torch.zeros(300))
-    with pytest.raises(ConfigurationError, match=r"packed: logits differ .*row by row: .*recomputed: "):
+    with pytest.raises(ConfigurationError, match=r"packed: the base keeps .*row by row: .*recomputed: "):
         proof.prove(load_base_model(lfm2), rows=4)
 
 
