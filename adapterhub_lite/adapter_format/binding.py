@@ -43,7 +43,7 @@ def bind(config: LoraConfigFile, entries: Iterable[TensorEntry], modules: Module
             wanted = {module for module in pairs if known is None or module in known}
         else:
             wanted = config.targets(known)
-        found.config = config.resolved(pairs)
+        found.config = config.resolved(pairs, known or ())
         ranks = values_for(found.config.rank_pattern, pairs)
     except PatternError as error:
         problems.append(f"adapter_config.json: {error}")

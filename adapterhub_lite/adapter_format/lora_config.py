@@ -17,43 +17,50 @@ from adapterhub_lite.adapter_format.patterns import ModuleName, Pattern, is_plai
 from adapterhub_lite.adapter_format.record import StrictModel
 from adapterhub_lite.adapter_format.strict_json import strict_json
 
-MAX_CONFIG_BYTES = 64 << 10
+MAX_CONFIG_BYTES = 1 << 20
 MAX_RANK = 1024
 MAX_SCALING = 64.0
-MAX_TARGETS = 2000
+MAX_TARGETS = 10_000
 ALL_LINEAR = "all-linear"
 
 Rank = Annotated[int, Field(gt=0, le=MAX_RANK)]
 Alpha = Annotated[float, Field(gt=0, le=MAX_RANK * MAX_SCALING, allow_inf_nan=False)]
+# Which head PEFT would put on the model; of a LoRA on a causal base it changes nothing.
+TaskType = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"]
 Layer = Annotated[int, Field(ge=0, lt=10_000)]
 
-# key -> (values under which it does nothing, why any other is refused)
-INERT: dict[str, tuple[tuple[Any, ...], str]] = {
-    "auto_mapping": ((None,), "it names a library to import"),
-    "megatron_config": ((None,), "it configures a library to import"),
-    "megatron_core": ((None, "megatron.core"), "it names a library to import"),
-    "loftq_config": ((None, {}), "it changes the base's weights at load"),
-    "corda_config": ((None,), "it names files to load"),
-    "lora_ga_config": ((None,), "it names files to load"),
-    "velora_config": ((None,), "this variant is not supported"),
-    "monteclora_config": ((None,), "this variant is not supported"),
-    "kasa_config": ((None,), "this variant is not supported"),
-    "arrow_config": ((None,), "this variant is not supported"),
-    "alora_invocation_tokens": ((None,), "this variant is not supported"),
-    "use_qalora": ((False,), "this variant is not supported"),
-    "qalora_group_size": ((None, 16), "this variant is not supported"),
-    "use_bdlora": ((None, False), "this variant is not supported"),
-    "layer_replication": ((None,), "it makes the base grow"),
-    "modules_to_save": ((None, []), "whole modules in place of the base's are not an adapter"),
-    "trainable_token_indices": ((None,), "it changes the base's embeddings"),
-    "target_parameters": ((None, []), "only modules are adapted, not single parameters"),
-    "ensure_weight_tying": ((False,), "it changes how the base is tied"),
+# key -> why it is refused when it is set to something. Null, false and empty do nothing, nor does what HARMLESS has.
+ACTING: dict[str, str] = {
+    "auto_mapping": "it names a library to import",
+    "megatron_config": "it configures a library to import",
+    "megatron_core": "it names a library to import",
+    "loftq_config": "it changes the base's weights at load",
+    "corda_config": "it names files to load",
+    "lora_ga_config": "it names files to load",
+    "velora_config": "this variant is not supported",
+    "monteclora_config": "this variant is not supported",
+    "kasa_config": "this variant is not supported",
+    "arrow_config": "this variant is not supported",
+    "alora_invocation_tokens": "this variant is not supported",
+    "use_qalora": "this variant is not supported",
+    "qalora_group_size": "this variant is not supported",
+    "use_bdlora": "this variant is not supported",
+    "layer_replication": "it makes the base grow",
+    "modules_to_save": "whole modules in place of the base's are not an adapter",
+    "trainable_token_indices": "it changes the base's embeddings",
+    "target_parameters": "only modules are adapted, not single parameters",
+    "ensure_weight_tying": "it changes how the base is tied",
     "init_lora_weights": (
-        (True, False, "gaussian", "orthogonal", "eva"),
         "this initialisation changes the base's weights, so the adapter alone does not say what it does; convert it to "
-        "a plain LoRA (PEFT: save_pretrained with path_initial_model_for_weight_conversion)",
+        "a plain LoRA (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
     ),
-    "bias": (("none",), "biases of the base are not part of an adapter"),
+    "bias": "biases of the base are not part of an adapter",
+}
+HARMLESS: dict[str, tuple[Any, ...]] = {
+    "megatron_core": ("megatron.core",),
+    "qalora_group_size": (16,),
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
+    "bias": ("none",),
 }
 # What a training run set up its adapter with; it says nothing about the adapter that came out.
 SPENT = frozenset({"eva_config", "runtime_config"})
@@ -63,7 +70,7 @@ class LoraConfigFile(StrictModel):
     """The keys of `adapter_config.json` that decide something; the inert ones have been checked and dropped."""
 
     peft_type: Literal["LORA"]
-    task_type: Literal["CAUSAL_LM"] | None = None
+    task_type: TaskType | None = None
     peft_version: Annotated[str, Field(max_length=80)] | None = None
     base_model_name_or_path: Annotated[str, Field(max_length=500)] | None = None
     revision: Annotated[str, Field(max_length=100)] | None = None
@@ -108,6 +115,7 @@ class LoraConfigFile(StrictModel):
             base_model_name_or_path=base_id,
             revision=revision,
             inference_mode=True,
+            task_type="CAUSAL_LM",
             target_modules=_listed(self.target_modules),
             bias="none",
             modules_to_save=None,
@@ -135,26 +143,28 @@ class LoraConfigFile(StrictModel):
         # A module that is named in full is meant wherever it lies.
         return {m for m in found if m in self.target_modules or inside.get(m) in layers}
 
-    def resolved(self, bound: Iterable[str]) -> "LoraConfigFile":
+    def resolved(self, bound: Iterable[str], modules: Iterable[str] = ()) -> "LoraConfigFile":
         """The same LoRA without patterns, for an adapter with tensors for the modules `bound` and no others.
 
-        A configuration of plain names alone stays as it is.
+        A configuration of plain names alone stays as it is; a pattern becomes the last parts of the names where, of the
+        base's `modules`, they mean the same.
 
         Raises:
             PatternError: a pattern takes too long.
         """
-        modules = sorted(bound)
+        whole = sorted(bound)
         changes: dict[str, Any] = {}
         if isinstance(self.target_modules, str) or isinstance(self.exclude_modules, str):
+            short = sorted({module.rpartition(".")[2] for module in whole})
             changes = {
-                "target_modules": modules,
+                "target_modules": short if named(short, modules) == set(whole) else whole,
                 "exclude_modules": None,
                 "layers_to_transform": None,
                 "layers_pattern": None,
             }
         for field in ("rank_pattern", "alpha_pattern"):
             if not all(is_plain(key) for key in getattr(self, field)):
-                changes[field] = values_for(getattr(self, field), modules)
+                changes[field] = values_for(getattr(self, field), whole)
         return self.model_copy(update=changes)
 
 
@@ -190,21 +200,54 @@ def examine_lora_config(content: bytes) -> ConfigReading:
     except ValueError as error:
         raise ConfigProblems([str(error)]) from None
     problems, notes = [], []
-    for key, (harmless, reason) in INERT.items():
-        value = found.pop(key, harmless[0])
-        # type() too: 0 == False and 1 == True in Python, not in a schema.
-        if not any(value == ok and type(value) is type(ok) for ok in harmless):
-            problems.append(f"adapter_config.json sets {key} to {_short(value)}: {reason}")
-    notes += [f"{key} was used up by training" for key in SPENT if found.pop(key, None)]
+    for key in [key for key in found if key not in LoraConfigFile.model_fields]:
+        value = found.pop(key)
+        if key in SPENT:
+            notes += [f"{key} only set up the training"] if value else []
+        elif key == "auto_mapping" and _names_a_class(value):
+            notes.append("auto_mapping was dropped: it only names the class of the base")
+        elif key in ACTING:
+            # type() too: 1 == True in Python, not in a schema.
+            if not _is_nothing(value) and not any(
+                value == ok and type(value) is type(ok) for ok in HARMLESS.get(key, ())
+            ):
+                problems.append(f"adapter_config.json sets {key} to {_short(value)}: {ACTING[key]}")
+        elif _is_nothing(value):
+            notes.append(f"the unknown key {key!r:.80} was dropped: it is set to nothing")
+        else:
+            problems.append(
+                f"adapter_config.json has the unknown key {key!r:.80}, set to {_short(value)}; it was written by "
+                f"{_writer(found)}, and this version knows those of PEFT up to 0.21"
+            )
     try:
-        config = LoraConfigFile.model_validate_json(json.dumps(found))
+        config = LoraConfigFile.model_validate_json(json.dumps({k: v for k, v in found.items() if v is not None}))
     except ValidationError as error:
         problems += _problems(error)
-        raise ConfigProblems(problems) from None
+        raise ConfigProblems(problems[:40]) from None
+    if config.task_type not in (None, "CAUSAL_LM"):
+        notes.append(f"task_type {config.task_type} became CAUSAL_LM, which is what the base is")
     problems += _scaling_problems(config)
     if problems:
         raise ConfigProblems(problems)
     return ConfigReading(config, tuple(notes))
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or value is False or (isinstance(value, str | list | dict) and not value)
+
+
+def _names_a_class(value: Any) -> bool:
+    """Whether an `auto_mapping` names a class of transformers, as PEFT writes it where no task type was given."""
+    if not isinstance(value, dict) or not set(value) <= {"base_model_class", "parent_library", "unsloth_fixed"}:
+        return False
+    library, name = value.get("parent_library"), value.get("base_model_class")
+    plain = isinstance(library, str) and isinstance(name, str) and name.isidentifier()
+    return plain and re.fullmatch(r"transformers(\.\w+)*|transformers_modules(\.[\w-]+)*", str(library)) is not None
+
+
+def _writer(found: dict[str, Any]) -> str:
+    version = found.get("peft_version")
+    return f"PEFT {version:.40}" if isinstance(version, str) else "a writer that does not say its version"
 
 
 def _listed(names: Iterable[str] | str) -> Any:
@@ -235,8 +278,6 @@ def _problems(error: ValidationError) -> list[str]:
 
 
 def _problem(where: str, error: Any) -> str:
-    if error["type"] == "extra_forbidden":
-        return f"adapter_config.json has the unknown key {where!r:.80}"
     return f"adapter_config.json: {where:.80}: {error['msg']}, got {_short(error['input'])}"
 
 

@@ -29,6 +29,7 @@ class PatternError(ValueError):
     """A pattern that is no regular expression, or that takes too long."""
 
 
+@lru_cache(maxsize=4096)
 def is_plain(name: str) -> bool:
     """Whether `name` is the name of a module or its ending, and no pattern."""
     return re.fullmatch(PLAIN_NAME, name) is not None
@@ -65,7 +66,7 @@ def named(names: Sequence[str] | str | None, modules: Iterable[str]) -> set[str]
         return set()
     if isinstance(names, str):
         clock = _Clock()
-        return {module for module in modules if clock.fits(names, module, whole=True)}
+        return {module for module in modules if clock.match(names, module, whole=True)}
     whole, endings = frozenset(names), tuple(f".{name}" for name in names)
     return {module for module in modules if module in whole or module.endswith(endings)}
 
@@ -80,7 +81,7 @@ def values_for(patterns: Mapping[str, Value], modules: Iterable[str]) -> dict[st
     found = {}
     for module in modules:
         for key, value in patterns.items():
-            if clock.fits(rf"(.*\.)?({key})$", module):
+            if _ends_with(module, key) if is_plain(key) else clock.match(rf"(.*\.)?({key})$", module):
                 found[module] = value
                 break
     return found
@@ -104,21 +105,28 @@ def layer_indices(modules: Iterable[str], layers_pattern: Sequence[str] | str | 
 
 
 class _Clock:
-    """Matches until its time is up."""
+    """Matches until this thread has computed for so long."""
 
     def __init__(self) -> None:
-        self._end = time.monotonic() + MATCH_SECONDS
-
-    def fits(self, pattern: str, text: str, *, whole: bool = False) -> bool:
-        return self.match(pattern, text, whole=whole) is not None
+        self._end = time.thread_time() + MATCH_SECONDS
 
     def match(self, pattern: str, text: str, *, whole: bool = False) -> "regex.Match[str] | None":
         compiled = _compiled(pattern)
         try:
-            left = max(self._end - time.monotonic(), 0.001)
-            return compiled.fullmatch(text, timeout=left) if whole else compiled.match(text, timeout=left)
+            if time.thread_time() > self._end:
+                raise TimeoutError
+            look = compiled.fullmatch if whole else compiled.match
+            return look(text, timeout=MATCH_SECONDS)
         except TimeoutError:
             raise PatternError(f"the pattern {pattern!r:.80} takes too long on {text!r:.80}") from None
+
+
+def _ends_with(module: str, key: str) -> bool:
+    """What `(.*\\.)?(key)$` says of a plain `key`, in which a dot fits any character."""
+    before, tail = len(module) - len(key), module[-len(key) :]
+    if before < 0 or (before > 0 and module[before - 1] != "."):
+        return False
+    return tail == key or ("." in key and all(k in (".", t) for k, t in zip(key, tail, strict=True)))
 
 
 @lru_cache(maxsize=4096)

@@ -24,6 +24,8 @@ class BaseRecord(StrictModel):
     """The base a run started from. `revision` is a 40-hex commit, or None for a local or embedded base.
 
     `parts` are the digests of what the fingerprint covers, so that a base which is another can be told by what differs.
+    `quantization` is a word of `Quantization`, or what a model's own configuration says. `named` is what the adapter's
+    configuration called its base, where that is not `id`.
     """
 
     id: str
@@ -31,6 +33,7 @@ class BaseRecord(StrictModel):
     fingerprint: str
     parts: dict[str, str] = {}
     quantization: str | None = None
+    named: str | None = Field(default=None, exclude_if=lambda name: name is None)
 
     def difference(self, model_id: str, fingerprint: str, parts: Mapping[str, str]) -> str:
         """Say how the base `model_id` is another than this one: both fingerprints, and which parts differ if known."""

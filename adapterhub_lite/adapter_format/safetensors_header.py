@@ -4,7 +4,8 @@ The reference reader accepts 700,000 empty tensors or a 90 MB metadata string; a
 Format: https://github.com/huggingface/safetensors#format
 """
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 from adapterhub_lite.adapter_format.strict_json import strict_json
 
 MAX_HEADER_BYTES = 1 << 20
+# A base has more tensors than an adapter, and its files come from whoever the user trusts with it.
+MAX_BASE_HEADER_BYTES = 64 << 20
 MAX_TENSORS = 20_000
 MAX_METADATA_BYTES = 64 << 10
 MAX_DIMENSIONS = 8
@@ -63,6 +66,28 @@ def read_tensor_entries(path: Path, *, header_limit: int = MAX_HEADER_BYTES) -> 
     if expected != size:
         raise ValueError(f"{path.name} has {size} bytes, its header accounts for {expected}: truncated, or more behind")
     return entries
+
+
+def write_tensors(source: Path, target: Path, names: Mapping[str, str]) -> None:
+    """Copy the tensors of `source` that are in `names` (old name -> new name) to the new file `target`, byte for byte."""
+    kept = [entry for entry in read_tensor_entries(source) if entry.name in names]
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for entry in kept:
+        size = entry.end - entry.start
+        offsets = [position, position + size]
+        header[names[entry.name]] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
+        position += size
+    written = json.dumps(header).encode()
+    with source.open("rb") as file, target.open("xb") as out:
+        out.write(len(written).to_bytes(8, "little") + written)
+        for entry in kept:
+            file.seek(entry.start)
+            remaining = entry.end - entry.start
+            while remaining > 0:
+                block = file.read(min(BLOCK_BYTES, remaining))
+                out.write(block)
+                remaining -= len(block)
 
 
 def nonfinite_tensors(path: Path, entries: list[TensorEntry]) -> Iterator[str]:

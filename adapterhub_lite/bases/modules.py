@@ -5,9 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from adapterhub_lite.adapter_format.binding import Modules
-from adapterhub_lite.adapter_format.safetensors_header import read_tensor_entries
-
-MAX_BASE_HEADER_BYTES = 64 << 20
+from adapterhub_lite.adapter_format.safetensors_header import MAX_BASE_HEADER_BYTES, read_tensor_entries
 
 
 def base_modules(folder: Path) -> Modules:

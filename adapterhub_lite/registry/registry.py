@@ -4,7 +4,7 @@ The public face: each method is one operation on a `Store`, in which errors of t
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from adapterhub_lite.registry.operations.gc import (
     remove_version,
     set_pin,
 )
-from adapterhub_lite.registry.operations.intake import About, add_adapter
+from adapterhub_lite.registry.operations.intake import About, Reading, add_adapter
 from adapterhub_lite.registry.operations.list import (
     AdapterDetails,
     AdapterSummary,
@@ -75,20 +75,31 @@ class AdapterRegistry:
         parents: Sequence[ParentRecord] = (),
         recipe: MergeRecipe | None = None,
         verify: Literal["files", "probes"] = "files",
+        convert: bool = False,
+        base_differs: bool = False,
+        tell: Callable[[str], None] | None = None,
     ) -> AdapterManifest:
         """Validate the adapter in `folder` and keep it as the next version of `name`; all or nothing.
 
-        `base` None: the one that the folder's training record names, where it is on this machine. `verify="probes"`
-        loads the base and replays the folder's probes, or records them where there are none.
+        `folder` is an adapter's, a checkpoint's or a run's, a zip or tar archive of one, or an adapter of MLX or GGUF;
+        pickled weights are converted in a closed process with `convert`. `tell` hears what was done, dropped and left
+        alone, in a sentence each; without it, that is logged.
+
+        `base` None: the one that the folder's training record names, where it is on this machine. `base_differs`: the
+        configuration may name another. `verify="probes"` loads the base and replays the folder's probes, or records
+        them where there are none.
 
         Raises:
             AdapterRejectedError: with every problem of the adapter.
-            BaseMismatchError: `base` is not the one it was trained on, or it behaves otherwise there.
+            BaseMismatchError: `base` is not the one it was trained on or names, or it behaves otherwise there.
             UsageError: no such folder, not a name, or no base known.
         """
         about = About(evaluation, task, examples, tags, parents, recipe)
+        reading = Reading(convert, base_differs, tell) if tell else Reading(convert, base_differs)
         with self.store.guard(f"add {name!r}"):
-            return add_adapter(self.store, Path(folder).expanduser(), name, base=base, about=about, verify=verify)
+            return add_adapter(
+                self.store, Path(folder).expanduser(), name, base=base, about=about, verify=verify, reading=reading
+            )
 
     def resolve(self, reference: str | AdapterReference) -> AdapterManifest:
         """The manifest that `name` (newest), `name:3`, `name@alias` or a digest names now.

@@ -1,6 +1,7 @@
 """`add`, `pin`, `unpin`, `remove` and `gc`: what is kept, and what is freed."""
 
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +26,9 @@ ReferenceArgument = Annotated[str, typer.Argument(help="name, name:version, name
 
 
 def add(
-    folder: Annotated[Path, typer.Argument(help="A plain PEFT adapter folder.")],
+    folder: Annotated[
+        Path, typer.Argument(help="An adapter: its folder, a checkpoint, a run, a zip or tar, or one of MLX or GGUF.")
+    ],
     name: Annotated[str, typer.Argument(help="The adapter's name; the folder becomes its next version.")],
     base: Annotated[
         str | None,
@@ -36,6 +39,12 @@ def add(
     probes: Annotated[
         bool, typer.Option("--probes", help="Also load the base and replay, or record, how the adapter behaves.")
     ] = False,
+    convert: Annotated[
+        bool, typer.Option("--convert", help="Convert pickled weights, in a closed process that executes nothing.")
+    ] = False,
+    base_differs: Annotated[
+        bool, typer.Option("--base-differs", help="Accept that the adapter names another base than the one given.")
+    ] = False,
     dry_run: DryRunOption = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
@@ -44,6 +53,7 @@ def add(
 
     Example: `adapterhub-lite add ./my-lora sql --base smollm2-135m`
     """
+    from adapterhub_lite.adapter_format.foreign.opening import open_adapter
     from adapterhub_lite.adapter_format.reference import is_name
     from adapterhub_lite.bases import resolve_base
     from adapterhub_lite.errors import UsageError
@@ -53,15 +63,28 @@ def add(
     if dry_run:
         if not is_name(name):
             raise UsageError(f"Expected a name of 1 to 64 letters, digits, '.', '_', '-'; got {name!r:.80}.")
-        if not folder.is_dir():
+        if not folder.exists():
             raise UsageError(f"There is no adapter folder {str(folder)!r}. Give the folder that training saved.")
-        _, lora = inspect_adapter(folder).accepted()
+        with tempfile.TemporaryDirectory() as scratch:
+            # Whatever needs the base to be converted is looked at when it is added.
+            _, lora = inspect_adapter(open_adapter(folder, Path(scratch), convert=convert).folder).accepted()
         return would(f"add {folder} (rank {lora.rank}) as the next version of {name}", as_json, rank=lora.rank)
     resolved = resolve_base(base, home=home, progress=say) if base else None
+    said: list[str] = []
     with waiting(f"checking {folder}"):
         manifest = AdapterRegistry(home).add(
-            folder, name, base=resolved, task=task, tags=tag or (), verify="probes" if probes else "files"
+            folder,
+            name,
+            base=resolved,
+            task=task,
+            tags=tag or (),
+            verify="probes" if probes else "files",
+            convert=convert,
+            base_differs=base_differs,
+            tell=said.append,
         )
+    for line in said:
+        say(line)
     if as_json:
         return print_json(manifest.model_dump(mode="json"))
     say(

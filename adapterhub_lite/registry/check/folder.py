@@ -1,10 +1,13 @@
 """What an adapter folder must pass before anything of it is loaded: examined, and held against its base. No torch."""
 
+import re
 from pathlib import Path
+from typing import Literal
 
 from adapterhub_lite.adapter_format.folder import Inspection, inspect_folder
 from adapterhub_lite.bases import ResolvedBase, base_modules
 from adapterhub_lite.bases.fingerprint import is_commit
+from adapterhub_lite.bases.resolve import HUB_ID
 from adapterhub_lite.errors import BaseMismatchError
 
 __all__ = ["Inspection", "inspect_adapter"]
@@ -18,18 +21,59 @@ def inspect_adapter(folder: Path, *, base: ResolvedBase | None = None, subject: 
     return inspect_folder(folder, base_modules(base.folder) if base else None, subject)
 
 
-def check_base(found: Inspection, base: ResolvedBase) -> None:
-    """Add to the problems of an adapter that its training record names another base than `base`.
+def check_base(found: Inspection, base: ResolvedBase, *, differs: bool = False) -> str | None:
+    """Hold an adapter against the base given for it; what its own configuration calls its base, where that is another.
+
+    The fingerprint in its training record decides where there is one. Otherwise the name in its configuration is
+    compared: another one is refused unless `differs` says that it is known, one that says nothing is noted.
 
     Raises:
-        BaseMismatchError: that is all that is wrong with it.
+        BaseMismatchError: it is for another base, and that is all that is wrong with it.
     """
     recorded = found.training.base if found.training else None
     for revision in {base.revision, recorded.revision if recorded else None}:
         if not is_commit(revision):
             found.problems.append(f"the base's revision {revision!r:.80} is not a 40-hex commit")
-    if recorded is not None and recorded.fingerprint != base.fingerprint:
-        text = f"it was {recorded.difference(base.model_id, base.fingerprint, base.parts)}"
-        if not found.problems:
-            raise BaseMismatchError(f"{found.subject} is for another base: {text}.")
-        found.problems.append(text)
+    if recorded is not None and recorded.fingerprint == base.fingerprint:
+        return None
+    if recorded is not None:
+        _mismatch(found, f"it was {recorded.difference(base.model_id, base.fingerprint, base.parts)}")
+        return None
+    named = found.config.base_model_name_or_path if found.config else None
+    relation = compare_names(named, base)
+    if relation == "another" and not differs:
+        _mismatch(
+            found,
+            f"its configuration names {named!r:.120}, not {base.model_id!r:.120}. Give that base, or say with "
+            "base_differs=True (--base-differs) that the two are known to fit",
+        )
+    if relation == "unknown":
+        what = f"calls it {named!r:.120}" if named else "does not name it"
+        found.notes.append(f"whether {base.model_id!r:.120} is its base cannot be told: its configuration {what}")
+    return None if relation == "same" else named
+
+
+def _mismatch(found: Inspection, text: str) -> None:
+    if not found.problems:
+        raise BaseMismatchError(f"{found.subject} is for another base: {text}.")
+    found.problems.append(text)
+
+
+def compare_names(named: str | None, base: ResolvedBase) -> Literal["same", "unknown", "another"]:
+    """How what an adapter calls its base relates to `base`: a path or a folder's own name tells nothing of a Hub id."""
+    if not named:
+        return "unknown"
+    ours = {base.model_id, base.name, str(base.folder)}
+    if named in ours or Path(named).expanduser() == base.folder:
+        return "same"
+    if not HUB_ID.fullmatch(named):
+        return "same" if re.split(r"[/\\]", named.rstrip("/\\"))[-1] == base.model_id else "unknown"
+    if _plain_name(named) in {_plain_name(name) for name in ours}:
+        # A copy under another owner, or one that was quantised: likely, not certain.
+        return "unknown"
+    return "another" if HUB_ID.fullmatch(base.model_id) else "unknown"
+
+
+def _plain_name(model_id: str) -> str:
+    name = re.split(r"[/\\]", model_id)[-1].lower()
+    return re.sub(r"(-unsloth)?-(bnb-[48]bit|gptq(-int[48])?|awq|gguf|[48]bit)$", "", name)

@@ -37,7 +37,7 @@ from adapterhub_lite.registry.hub.aliases import aliases_at
 from adapterhub_lite.registry.hub.client import HubRepo
 from adapterhub_lite.registry.hub.receipts import Progress, PullReceipt
 from adapterhub_lite.registry.operations.aliases import move_alias
-from adapterhub_lite.registry.operations.intake import About, add_adapter, import_adapter
+from adapterhub_lite.registry.operations.intake import About, Reading, add_adapter, import_adapter
 from adapterhub_lite.registry.operations.lock import Lock, LockedAdapter, adapter_problems
 from adapterhub_lite.registry.store.database import stored_version
 from adapterhub_lite.registry.store.files import make_folder, write_durably
@@ -288,7 +288,9 @@ def _adopt(asked: _Pull, sha: str, folder: Path) -> PullReceipt:
         plain.mkdir(exist_ok=True)
         (plain / name).hardlink_to(fetched)
     name = asked.name or repo.id.rpartition("/")[2]
-    manifest = add_adapter(asked.store, plain, name, base=asked.base, about=About(), verify=asked.verify)
+    manifest = add_adapter(
+        asked.store, plain, name, base=asked.base, about=About(), verify=asked.verify, reading=Reading(tell=asked.tell)
+    )
     return PullReceipt(manifest, sha, "hub")
 
 

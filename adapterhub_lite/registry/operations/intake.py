@@ -5,7 +5,8 @@ becomes a version in one step or not at all.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from adapterhub_lite.adapter_format.folder import ALLOWED_SIZES, Survey, survey_folder
+from adapterhub_lite.adapter_format.foreign.opening import open_adapter
 from adapterhub_lite.adapter_format.lora_config import LoraConfigFile
 from adapterhub_lite.adapter_format.manifest import (
     CONFIG_FILE,
@@ -40,7 +42,28 @@ from adapterhub_lite.registry.store.database import stored_version
 from adapterhub_lite.registry.store.files import file_record, stage_file
 from adapterhub_lite.registry.store.store import Store
 
+logger = logging.getLogger(__name__)
+
 CARRIED_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, PROBES_FILE})
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a source is read: whether pickles are converted, and whether its base may be called otherwise.
+
+    `tell` hears, a sentence each, what was done on the way, dropped or left alone; without it, it is logged.
+    """
+
+    convert: bool = False
+    base_differs: bool = False
+    tell: Callable[[str], None] = logger.warning
+
+    def report(self, found: Inspection) -> None:
+        """Say what is worth knowing of an adapter that passes."""
+        for note in found.notes:
+            self.tell(f"{found.subject}: {note}.")
+        if found.left_alone:
+            self.tell(f"{found.subject}: left alone: {', '.join(found.left_alone[:20])}.")
 
 
 @dataclass(frozen=True)
@@ -85,24 +108,29 @@ def add_adapter(
     base: ResolvedBase | None,
     about: About,
     verify: Literal["files", "probes"],
+    reading: Reading | None = None,
 ) -> AdapterManifest:
     """Validate the adapter in `folder` and keep it as the next version of `name`; see `AdapterRegistry.add`."""
+    reading = reading or Reading()
     _check_name(name)
-    if not folder.is_dir():
+    if not folder.exists():
         raise UsageError(f"There is no adapter folder {str(folder)!r}. Give the folder that training saved.")
     store.read()  # a registry of a newer schema is refused before anything is written
-    with store.staging() as staging:
-        survey = _stage(folder, staging)
+    with store.staging() as scratch, store.staging() as staging:
+        opened = open_adapter(folder, scratch, base=base.folder if base else None, convert=reading.convert)
+        survey = _stage(opened.folder, staging)
         training = _staged_record(staging)
         base = base or (find_base(training.base, store.home) if training else None)
         found = _inspect(staging, survey, base, subject=f"The adapter in {folder.name!r:.100}")
+        found.left_alone, found.notes = opened.left_alone + found.left_alone, opened.said + found.notes
         if base is None:
             found.accepted()
             where = store.home / "bases"
             why = f"its base {training.base.id!r} is not in {where}" if training else "it has no training record"
             raise UsageError(f"Which base is {folder.name!r} for? Give base= (command line: --base), for {why}.")
-        record = _base_record(found, base)
+        record = _base_record(found, base, reading.base_differs)
         config, lora = found.accepted()
+        reading.report(found)
         if verify == "probes":
             from adapterhub_lite.registry.check.replay import ensure_probes
 
@@ -217,8 +245,8 @@ def _staged_record(staging: Path) -> TrainingRecord | None:
         return None
 
 
-def _base_record(found: Inspection, base: ResolvedBase) -> BaseRecord:
-    check_base(found, base)
+def _base_record(found: Inspection, base: ResolvedBase, differs: bool) -> BaseRecord:
+    named = check_base(found, base, differs=differs)
     recorded = found.training.base if found.training else None
     return BaseRecord(
         id=scrub(base.model_id),
@@ -226,6 +254,7 @@ def _base_record(found: Inspection, base: ResolvedBase) -> BaseRecord:
         fingerprint=base.fingerprint,
         parts=base.parts,
         quantization=recorded.quantization if recorded else None,
+        named=scrub(named),
     )
 
 

@@ -5,21 +5,18 @@ only a `Path` is a folder, so that no text of a client ever becomes a path.
 """
 
 import hashlib
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from adapterhub_lite.adapter_format.manifest import (
-    CARD_FILE,
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    AdapterManifest,
-    LoraRecord,
-)
+from adapterhub_lite.adapter_format.foreign.opening import ARCHIVED_SIZES, open_adapter
+from adapterhub_lite.adapter_format.manifest import CONFIG_FILE, WEIGHTS_FILE, AdapterManifest, LoraRecord
 from adapterhub_lite.adapter_format.probes import PROBES_FILE
-from adapterhub_lite.adapter_format.record import RECORD_FILE
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import AdapterRejectedError, UnknownNameError
 from adapterhub_lite.registry.check.folder import check_base, inspect_adapter
@@ -132,17 +129,29 @@ class FolderSource:
             known = self._known[reference] = (stamp, self._examine(reference))
         return known[1]
 
-    def _examine(self, folder: Path) -> AdapterFiles:
-        found = inspect_adapter(folder, base=self._base, subject=str(folder))
+    def _examine(self, source: Path) -> AdapterFiles:
+        # What is not plain PEFT is converted into a folder that lives as long as somebody may read from it.
+        scratch = Path(tempfile.mkdtemp(prefix="adapterhub-adapter-"))
+        try:
+            files = self._check(source, scratch)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        weakref.finalize(files, shutil.rmtree, scratch, ignore_errors=True)
+        return files
+
+    def _check(self, source: Path, scratch: Path) -> AdapterFiles:
+        folder = open_adapter(source, scratch, base=self._base.folder if self._base else None).folder
+        found = inspect_adapter(folder, base=self._base, subject=str(source))
         if self._base is not None:
             check_base(found, self._base)
         _, lora = found.accepted()
-        _refuse_variants(str(folder), lora)
+        _refuse_variants(str(source), lora)
         weights, probes = folder / WEIGHTS_FILE, folder / PROBES_FILE
         weights_digest = file_record(weights).sha256
         digest = hashlib.sha256((folder / CONFIG_FILE).read_bytes() + weights_digest.encode())
         return AdapterFiles(
-            folder.name,
+            source.name,
             f"sha256:{digest.hexdigest()}",
             weights,
             lora.scaling_of,
@@ -152,13 +161,11 @@ class FolderSource:
         )
 
 
-def _stamp(folder: Path) -> object:
-    """What changes whenever one of the files does: sizes, times of change and inodes."""
-    stats = {name: (folder / name).stat() for name in (CONFIG_FILE, WEIGHTS_FILE)}
-    stats |= {
-        name: (folder / name).stat() for name in (PROBES_FILE, RECORD_FILE, CARD_FILE) if (folder / name).exists()
-    }
-    return {name: (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for name, stat in stats.items()}
+def _stamp(source: Path) -> object:
+    """What changes whenever an adapter does: size, times of change and inode of what may belong to it."""
+    names = sorted(name for name in ARCHIVED_SIZES if (source / name).is_file()) if source.is_dir() else []
+    stats = [path.stat() for path in (source, *(source / name for name in names))]
+    return names, [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for stat in stats]
 
 
 class RegistrySource:

@@ -1,10 +1,11 @@
 """From a base model to one that trains a LoRA, and back to a plain PEFT folder. Knows PEFT, nothing of data.
 
-An adapter whose beginning changed the base (PiSSA, arXiv:2404.02948) is written so that the untouched base can use it: PiSSA
-moves the largest singular directions W0 = s B0 A0 out of W into the adapter; what was learned is the difference
-s (B A - B0 A0), which is a plain LoRA of twice the rank, [B, -B0] [A; A0].
+An adapter whose beginning changed the base (PiSSA, arXiv:2404.02948; OLoRA, arXiv:2406.01775) is written so that the
+untouched base can use it: PiSSA moves the largest singular directions W0 = s B0 A0 out of W into the adapter; what was
+learned is the difference s (B A - B0 A0), which is a plain LoRA of twice the rank, [B, -B0] [A; A0].
 """
 
+import copy
 import json
 import shutil
 import tempfile
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
+from adapterhub_lite.adapter_format.manifest import CONFIG_FILE, WEIGHTS_FILE
 from adapterhub_lite.bases import ResolvedBase, load_base_model, load_tokenizer, resolve_base
 from adapterhub_lite.bases.encoding import end_tokens
 from adapterhub_lite.bases.load import no_progress_bars
@@ -109,13 +111,15 @@ def with_adapter(
     if isinstance(model, PeftModel):
         _require_trainable(model)
         return model
-    config = peft_config or lora_config_of(model, args)
+    config = copy.copy(peft_config) if peft_config is not None else lora_config_of(model, args)
+    # The base is a causal one; without a task type, PEFT writes the name of a class to import.
+    config.task_type = "CAUSAL_LM"
     # Before the adapter is drawn: the Trainer's own seeding comes too late for A.
     set_seed(args.seed)
     try:
         # PEFT keeps the adapter in fp32 then: the weights that the optimizer moves by small steps.
         adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError, KeyError, ImportError, NotImplementedError, RuntimeError) as error:
         raise ConfigurationError(f"The LoRA does not fit {type(model).__name__}: {error}") from error
     if base is not None:
         config.base_model_name_or_path = base.model_id
@@ -239,12 +243,25 @@ def loraplus_optimizer(model: nn.Module, args: AdapterTrainingArguments) -> torc
     return made
 
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-
 def changes_the_base(config: PeftConfig) -> bool:
     """Whether an adapter of this configuration takes part of the base's weights into itself when it is made."""
-    return str(getattr(config, "init_lora_weights", "")).startswith("pissa")
+    return str(getattr(config, "init_lora_weights", "")).startswith(("pissa", "olora"))
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of the plain LoRA that such an adapter is written as: twice the rank, the same scaling.
+
+    Raises:
+        ConfigurationError: it has ranks of its own by module, or a DoRA, which cannot be subtracted.
+    """
+    if config.get("rank_pattern") or config.get("alpha_pattern") or config.get("use_dora"):
+        raise ConfigurationError(
+            f"An adapter that begins by {config['init_lora_weights']} cannot be written for the untouched base when it has "
+            "DoRA or ranks by module. Leave one of the two out."
+        )
+    # alpha / r, or alpha / sqrt(r) for rsLoRA.
+    alpha = config["lora_alpha"] * (2**0.5 if config.get("use_rslora") else 2)
+    return {**config, "lora_alpha": alpha, "r": 2 * config["r"], "init_lora_weights": True}
 
 
 def write_plain(folder: Path, initial: Mapping[str, Tensor]) -> None:
@@ -253,16 +270,11 @@ def write_plain(folder: Path, initial: Mapping[str, Tensor]) -> None:
     Raises:
         ConfigurationError: it has ranks of its own by module, or a DoRA, which cannot be subtracted.
     """
-    config: dict[str, Any] = json.loads((folder / CONFIG).read_bytes())
-    if config.get("rank_pattern") or config.get("alpha_pattern") or config.get("use_dora"):
-        raise ConfigurationError("A PiSSA adapter with DoRA or ranks by module cannot be written for the plain base.")
+    config = plain_config(json.loads((folder / CONFIG_FILE).read_bytes()))
     written: dict[str, Tensor] = {}
-    for name, tensor in load_file(folder / WEIGHTS).items():
+    for name, tensor in load_file(folder / WEIGHTS_FILE).items():
         before = initial[name].to(tensor)
         in_a = ".lora_A." in name
         written[name] = torch.cat([tensor, before if in_a else -before], dim=0 if in_a else 1).contiguous()
-    save_file(written, folder / WEIGHTS, metadata={"format": "pt"})
-    # The scaling stays: alpha / r, or alpha / sqrt(r) for rsLoRA.
-    config["lora_alpha"] *= 2**0.5 if config.get("use_rslora") else 2
-    config["r"], config["init_lora_weights"] = 2 * config["r"], True
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    save_file(written, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

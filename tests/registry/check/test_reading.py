@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapterhub_lite.adapter_format.lora_config import INERT, SPENT, ConfigProblems, LoraConfigFile, read_lora_config
+from adapterhub_lite.adapter_format.lora_config import ACTING, SPENT, ConfigProblems, LoraConfigFile, read_lora_config
 from adapterhub_lite.adapter_format.safetensors_header import nonfinite_tensors, read_tensor_entries
 from adapterhub_lite.adapter_format.strict_json import strict_json
 from adapterhub_lite.errors import ReferenceSyntaxError
@@ -40,7 +40,7 @@ def test_every_inert_key_of_peft_is_known() -> None:
 
     from peft import LoraConfig
 
-    assert {f.name for f in fields(LoraConfig)} <= {*INERT, *SPENT, *LoraConfigFile.model_fields}
+    assert {f.name for f in fields(LoraConfig)} <= {*ACTING, *SPENT, *LoraConfigFile.model_fields}
 
 
 def test_problems_of_a_configuration_come_together() -> None:

@@ -77,6 +77,6 @@ CONFIG_CASES = [
     Case("deep nesting", config_bytes(b"[" * 60_000), "nested too deep|not JSON"),
     Case("not JSON", config_bytes(b"\x80\x04cos\nsystem\n"), "not JSON"),
     Case("a list", config_bytes(b"[]"), "not a JSON object"),
-    Case("ten megabytes of configuration", config_bytes(b'{"a": "' + b"x" * (10 << 20) + b'"}'), "at most 65536"),
+    Case("ten megabytes of configuration", config_bytes(b'{"a": "' + b"x" * (10 << 20) + b'"}'), "at most 1048576"),
     Case("no configuration", lambda folder: (folder / CONFIG).unlink(), "adapter_config.json is missing"),
 ]

@@ -1,0 +1,56 @@
+"""Law 15 on the trainer's side: a model with its adapter is asked, before its first step, whether it could be kept."""
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from adapterhub_lite.adapter_format.before_training import problems_of_untrained
+from adapterhub_lite.bases import ResolvedBase, base_modules
+from adapterhub_lite.errors import ConfigurationError
+from adapterhub_lite.training.model.adapters import changes_the_base, kept_tensors, plain_config
+
+
+def check_before_training(model: PeftModel, base: ResolvedBase | None, *, whole: bool) -> None:
+    """Refuse an adapter that could not be kept, served or merged once it is trained, by the check made then.
+
+    `whole` is whether this process has all of each tensor; where it has not, the configuration alone is checked.
+
+    Raises:
+        ConfigurationError: with every reason.
+    """
+    config = model.active_peft_config.to_dict()
+    mutated = changes_the_base(model.active_peft_config)
+    if mutated:
+        config = plain_config(config)
+    modules = base_modules(base.folder) if base is not None else _modules_in_memory(model)
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    problems = problems_of_untrained(config, None, modules, tied_head=tied)
+    # Of what is refused by its configuration, PEFT cannot always say what it would save.
+    if whole and not problems:
+        shapes = {name: tuple(tensor.shape) for name, tensor in kept_tensors(model).items()}
+        if mutated:
+            # Written with what it began as beside it, so of twice the rank.
+            shapes = {n: (2 * s[0], s[1]) if ".lora_A." in n else (s[0], 2 * s[1]) for n, s in shapes.items()}
+        problems = problems_of_untrained(config, shapes, modules, tied_head=tied)
+    if problems:
+        raise ConfigurationError(
+            f"This adapter would be refused once it is trained, so it is not trained: {'; '.join(problems)}."
+        )
+
+
+def _modules_in_memory(model: PeftModel) -> dict[str, tuple[int, ...]]:
+    """The modules of the model under an adapter that hold a matrix: name -> shape, as their files would say it."""
+    found: dict[str, tuple[int, ...]] = {}
+    # PEFT ships no types for what it wraps.
+    inner: Any = model.get_base_model()
+    for name, module in inner.named_modules():
+        layer = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+        if "lora_" in name or name.endswith(".base_layer"):
+            continue
+        if isinstance(layer, torch.nn.Linear):
+            # Packed weights have other shapes than what they stand for.
+            found[name] = (layer.out_features, layer.in_features)
+        elif getattr(getattr(layer, "weight", None), "ndim", 0) == 2:
+            found[name] = tuple(layer.weight.shape)
+    return found
