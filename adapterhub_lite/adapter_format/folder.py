@@ -29,7 +29,7 @@ from adapterhub_lite.adapter_format.manifest import (
 from adapterhub_lite.adapter_format.probes import PROBES_FILE, probes_problems
 from adapterhub_lite.adapter_format.record import RECORD_FILE, TrainingRecord, read_record
 from adapterhub_lite.adapter_format.safetensors_header import nonfinite_tensors, read_tensor_entries
-from adapterhub_lite.adapter_format.tensor_names import some
+from adapterhub_lite.adapter_format.tensors import some
 from adapterhub_lite.errors import AdapterRejectedError, DataError
 
 MAX_CARD_BYTES = 256 << 10

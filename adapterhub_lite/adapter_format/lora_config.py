@@ -216,8 +216,8 @@ def examine_lora_config(content: bytes) -> ConfigReading:
             notes.append(f"the unknown key {key!r:.80} was dropped: it is set to nothing")
         else:
             problems.append(
-                f"adapter_config.json has the unknown key {key!r:.80}, set to {_short(value)}; it was written by "
-                f"{_writer(found)}, and this version knows those of PEFT up to 0.21"
+                f"adapter_config.json has the unknown key {key!r:.80}, set to {_short(value)}; it was written by PEFT "
+                f"{found.get('peft_version')!r:.40}, and this version knows the keys of PEFT up to 0.21"
             )
     try:
         config = LoraConfigFile.model_validate_json(json.dumps({k: v for k, v in found.items() if v is not None}))
@@ -226,7 +226,11 @@ def examine_lora_config(content: bytes) -> ConfigReading:
         raise ConfigProblems(problems[:40]) from None
     if config.task_type not in (None, "CAUSAL_LM"):
         notes.append(f"task_type {config.task_type} became CAUSAL_LM, which is what the base is")
-    problems += _scaling_problems(config)
+    alphas, ranks = [config.lora_alpha, *config.alpha_pattern.values()], [config.r, *config.rank_pattern.values()]
+    largest = max(alphas) / (math.sqrt(min(ranks)) if config.use_rslora else min(ranks))
+    if largest > MAX_SCALING:
+        scales = f"alpha {max(alphas):g} over rank {min(ranks)} scales by {largest:g}"
+        problems.append(f"{scales}, at most {MAX_SCALING:g} is taken")
     if problems:
         raise ConfigProblems(problems)
     return ConfigReading(config, tuple(notes))
@@ -245,23 +249,9 @@ def _names_a_class(value: Any) -> bool:
     return plain and re.fullmatch(r"transformers(\.\w+)*|transformers_modules(\.[\w-]+)*", str(library)) is not None
 
 
-def _writer(found: dict[str, Any]) -> str:
-    version = found.get("peft_version")
-    return f"PEFT {version:.40}" if isinstance(version, str) else "a writer that does not say its version"
-
-
 def _listed(names: Iterable[str] | str) -> Any:
     """A pattern as it is, names sorted and once each."""
     return names if isinstance(names, str) else sorted(set(names))
-
-
-def _scaling_problems(config: LoraConfigFile) -> list[str]:
-    alphas = [config.lora_alpha, *config.alpha_pattern.values()]
-    ranks = [config.r, *config.rank_pattern.values()]
-    largest = max(alphas) / (math.sqrt(min(ranks)) if config.use_rslora else min(ranks))
-    if largest <= MAX_SCALING:
-        return []
-    return [f"alpha {max(alphas):g} over rank {min(ranks)} scales by {largest:g}, at most {MAX_SCALING:g} is taken"]
 
 
 def _problems(error: ValidationError) -> list[str]:
@@ -274,11 +264,11 @@ def _problems(error: ValidationError) -> list[str]:
         if place not in found or found[place]["type"] in ("list_type", "string_type", "int_type"):
             found[place] = one
     inner = {place.rpartition(".")[0] for place in found}
-    return [_problem(place, one) for place, one in found.items() if place not in inner][:20]
-
-
-def _problem(where: str, error: Any) -> str:
-    return f"adapter_config.json: {where:.80}: {error['msg']}, got {_short(error['input'])}"
+    return [
+        f"adapter_config.json: {place:.80}: {one['msg']}, got {_short(one['input'])}"
+        for place, one in found.items()
+        if place not in inner
+    ][:20]
 
 
 def _short(value: Any) -> str:

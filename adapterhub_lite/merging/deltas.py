@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from adapterhub_lite.adapter_format.manifest import LoraRecord
-from adapterhub_lite.adapter_format.pairs import read_pairs
-from adapterhub_lite.adapter_format.tensor_names import LORA_A, LORA_B, tensor_name
+from adapterhub_lite.adapter_format.tensors import LORA_A, LORA_B, read_pairs, tensor_name
 
 
 @dataclass(frozen=True)

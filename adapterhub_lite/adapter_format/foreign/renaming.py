@@ -15,7 +15,7 @@ from adapterhub_lite.adapter_format.safetensors_header import (
     read_tensor_entries,
     write_tensors,
 )
-from adapterhub_lite.adapter_format.tensor_names import PREFIX, module_and_part, some
+from adapterhub_lite.adapter_format.tensors import PREFIX, module_and_part, some
 from adapterhub_lite.errors import AdapterRejectedError
 
 # Names that wrappers put into a path: torch.compile, FSDP, activation checkpointing.

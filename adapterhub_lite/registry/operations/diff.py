@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adapterhub_lite.adapter_format.manifest import WEIGHTS_FILE, AdapterManifest
-from adapterhub_lite.adapter_format.pairs import read_pairs
+from adapterhub_lite.adapter_format.tensors import read_pairs
 from adapterhub_lite.registry.store.store import Store
 
 if TYPE_CHECKING:

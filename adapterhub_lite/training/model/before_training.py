@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from adapterhub_lite.adapter_format.before_training import problems_of_untrained
+from adapterhub_lite.adapter_format.binding import problems_of_untrained
 from adapterhub_lite.bases import ResolvedBase, base_modules
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.training.model.adapters import changes_the_base, kept_tensors, plain_config

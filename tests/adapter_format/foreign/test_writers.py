@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapterhub_lite.adapter_format.foreign.opening import open_adapter
-from adapterhub_lite.adapter_format.pairs import read_pairs
+from adapterhub_lite.adapter_format.tensors import read_pairs
 from adapterhub_lite.bases import ResolvedBase, resolve_base
 from adapterhub_lite.errors import AdapterRejectedError, BaseMismatchError
 from adapterhub_lite.registry import AdapterRegistry

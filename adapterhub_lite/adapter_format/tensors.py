@@ -1,10 +1,18 @@
-"""The tensors of a LoRA by their names, as PEFT writes them, grouped by the module they change. No torch."""
+"""The tensors of a LoRA as PEFT writes them: their names, grouped by the module they change, and their values.
+
+Torch is imported where values are read, and only there.
+"""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from adapterhub_lite.adapter_format.safetensors_header import TensorEntry
+
+if TYPE_CHECKING:
+    import torch
 
 PREFIX = "base_model.model."
 LORA_A, LORA_B = "lora_A.weight", "lora_B.weight"
@@ -61,3 +69,33 @@ def some(items: list[str]) -> str:
     """The first few of `items` and how many more there are, each cut to a bearable length."""
     more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
     return ", ".join(f"{item:.120}" for item in items[:SHOWN]) + more
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One module's LoRA as it is stored: `a` (rank, in), `b` (out, rank); the change is scaling * b @ a.
+
+    `magnitude` (out,) is that of a DoRA, None of a plain LoRA.
+    """
+
+    a: "torch.Tensor"
+    b: "torch.Tensor"
+    scaling: float
+    magnitude: "torch.Tensor | None" = None
+
+
+def read_pairs(weights: Path | bytes, scaling_of: Callable[[str], float]) -> dict[str, Pair]:
+    """Read the (validated) weights of a LoRA, a file or its bytes: module -> pair, in the dtype of the file."""
+    from safetensors.torch import load
+
+    # Not by safe_open: safetensors 0.8 never gives back 60 bytes of each tensor got so, which adds up in a server.
+    content = weights if isinstance(weights, bytes) else weights.read_bytes()
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in load(content).items():
+        found = module_and_part(name)
+        assert found is not None, "the folder was examined"
+        parts.setdefault(found[0], {})[found[1]] = tensor
+    return {
+        module: Pair(own[LORA_A], own[LORA_B], scaling_of(module), own.get(DORA_MAGNITUDE))
+        for module, own in parts.items()
+    }
