@@ -310,6 +310,7 @@ class AdapterRegistry:
         token: str | None = None,
         offline: bool = False,
         adopt: bool = False,
+        subfolder: str | None = None,
         base: ResolvedBase | None = None,
         verify: Literal["files", "probes"] = "files",
         progress: Progress | None = None,
@@ -320,7 +321,7 @@ class AdapterRegistry:
         with self.store.guard(f"pull {repo_id}"):
             return pull_adapter(
                 self.store, repo_id, revision=revision, name=name, endpoint=endpoint, token=token, offline=offline,
-                adopt=adopt, base=base, verify=verify, progress=progress,
+                adopt=adopt, subfolder=subfolder, base=base, verify=verify, progress=progress,
             )  # fmt: skip
 
     def close(self) -> None:

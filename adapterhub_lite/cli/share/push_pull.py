@@ -79,6 +79,7 @@ def pull(
             "--adopt", help="Accept an adapter without a manifest, made by plain PEFT: measure it and write one."
         ),
     ] = False,
+    subfolder: Annotated[str | None, typer.Option(help="With --adopt, the folder of the repository it is in.")] = None,
     locked: Annotated[bool, typer.Option("--locked", help="Pull everything in the lock that is missing here.")] = False,
     file: Annotated[Path, typer.Option("--file", help="The lock file, for --locked.")] = Path("adapters.lock"),
     probes: Annotated[
@@ -98,7 +99,7 @@ def pull(
     from adapterhub_lite.registry import AdapterRegistry
 
     if locked:
-        if repo_id or revision or name or offline or adopt or probes or base:
+        if repo_id or revision or name or offline or adopt or subfolder or probes or base:
             raise ConfigurationError("--locked takes everything from the lock: only --file and --endpoint go with it.")
         return bring_locked(file, endpoint, home, as_json, dry_run)
     if repo_id is None:
@@ -112,7 +113,7 @@ def pull(
             f"fetch {repo_id} at {revision or 'its newest version'} from {there} and add it as {label}", as_json
         )
     receipt = registry.pull(
-        repo_id, revision=revision, name=name, endpoint=endpoint,  offline=offline, adopt=adopt,
+        repo_id, revision=revision, name=name, endpoint=endpoint,  offline=offline, adopt=adopt, subfolder=subfolder,
         verify="probes" if probes else "files", base=resolve_base(base, home=home) if base else None, progress=say,
     )  # fmt: skip
     manifest = receipt.manifest

@@ -44,6 +44,7 @@ from adapterhub_lite.registry.store.files import make_folder, write_durably
 from adapterhub_lite.registry.store.leases import PULL_LOCK, PULLS
 from adapterhub_lite.registry.store.store import Store
 
+SUBFOLDER = re.compile(r"(?!\.)[\w.-]{1,100}(/(?!\.)[\w.-]{1,100}){0,8}")
 REVISION = re.compile(r"[0-9a-f]{40}|[A-Za-z0-9][\w.\-]{0,63}")
 
 
@@ -60,11 +61,14 @@ class _Pull:
     adopt: bool
     expected: LockedAdapter | None
     tell: Progress
+    subfolder: str | None = None
 
     @property
     def memo(self) -> Path:
         """The file that remembers what this request came to, for pulling it again offline."""
-        asked = json.dumps([self.repo.endpoint, self.repo.id, self.revision, self.name])
+        asked = json.dumps(
+            [self.repo.endpoint, self.repo.id, self.revision, self.name, *filter(None, [self.subfolder])]
+        )
         return self.store.home / PULLS / f"{hashlib.sha256(asked.encode()).hexdigest()[:32]}.json"
 
 
@@ -82,11 +86,13 @@ def pull_adapter(
     verify: Literal["files", "probes"] = "files",
     progress: Progress | None = None,
     expected: LockedAdapter | None = None,
+    subfolder: str | None = None,
 ) -> PullReceipt:
     """Bring a published version into the registry under `name` (default: its own), verified.
 
     `revision` is a tag (`v3`), a full commit, a branch, or `@alias`, which moves the local alias too; None takes the
-    highest version. `adopt` takes a repository that plain PEFT made, measured on `base` and numbered here.
+    highest version. `adopt` takes a repository that plain PEFT made, measured on `base` and numbered here,
+    in its `subfolder` where it is not at the top.
     `offline` answers from what was pulled before, without asking the hub. `verify="probes"` also loads the base and
     replays the recorded behaviour (or, adopting, records it). `expected` is what a lock says of it. A failed pull can
     be repeated: files that are complete are not fetched again.
@@ -100,8 +106,10 @@ def pull_adapter(
     plain = (revision or "").removeprefix("@")
     if revision is not None and not (REVISION.fullmatch(plain) and (plain == revision or is_alias(plain))):
         raise UsageError(f"Wanted a revision like v3, @prod, a branch or a 40-hex commit; got {revision!r:.80}.")
+    if subfolder is not None and not (adopt and SUBFOLDER.fullmatch(subfolder)):
+        raise UsageError(f"Wanted the folder of an adapter to adopt, such as 'checkpoint-100'; got {subfolder!r:.80}.")
     repo = HubRepo(repo_id, endpoint=endpoint, token=token)
-    asked = _Pull(store, repo, revision, name, base, verify, adopt, expected, progress or (lambda _: None))
+    asked = _Pull(store, repo, revision, name, base, verify, adopt, expected, progress or (lambda _: None), subfolder)
     if offline:
         found = _memo(asked)
         if found is None:
@@ -271,7 +279,8 @@ def _adopt(asked: _Pull, sha: str, folder: Path) -> PullReceipt:
     repo, known = asked.repo, _memo(asked)
     if known is not None and known.commit == sha:
         return _checked(asked, PullReceipt(known.manifest, sha, "store"))
-    listed = repo.files(sha)
+    inside = f"{asked.subfolder}/" if asked.subfolder else ""
+    listed = {name.removeprefix(inside): file for name, file in repo.files(sha).items() if name.startswith(inside)}
     missing = [f"it has no {name}" for name in (CONFIG_FILE, WEIGHTS_FILE) if name not in listed]
     if missing:
         raise AdapterRejectedError(repo.id, missing)
@@ -281,7 +290,7 @@ def _adopt(asked: _Pull, sha: str, folder: Path) -> PullReceipt:
         if listed[name].size > ALLOWED_SIZES[name]:
             raise AdapterRejectedError(repo.id, [f"{name} has {listed[name].size} bytes: too many"])
         asked.tell(f"fetching {name}, {listed[name].size} bytes")
-        fetched = repo.download(sha, name, folder, size=listed[name].size)
+        fetched = repo.download(sha, inside + name, folder, size=listed[name].size)
         if not listed[name].holds(fetched):
             shutil.rmtree(folder, ignore_errors=True)
             raise IntegrityError(f"{name} of {repo.id} did not arrive as the hub lists it. Pull again.")

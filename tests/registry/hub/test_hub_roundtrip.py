@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import HfApi, constants
@@ -229,3 +230,21 @@ def test_plain_peft_reads_what_we_pushed_and_we_adopt_what_it_pushed(
     kept = elsewhere.file(receipt.manifest, "adapter_model.safetensors")
     assert kept.read_bytes() == (adapter / "adapter_model.safetensors").read_bytes()
     assert receipt.manifest.digest == registry.resolve("sql").digest
+
+
+def test_an_adapter_in_a_folder_of_a_repository_is_adopted_at_a_revision(
+    elsewhere: AdapterRegistry, adapter: Path, base: ResolvedBase, hub_server: HubServer
+) -> None:
+    api = HfApi(endpoint=hub_server.url, token="hf_any")
+    api.create_repo("org/run")
+    commit = api.upload_folder(
+        repo_id="org/run", folder_path=adapter, path_in_repo="checkpoint-5", ignore_patterns=["README.md"]
+    ).oid
+    options: dict[str, Any] = {"adopt": True, "base": base, "endpoint": hub_server.url, "revision": commit}
+    manifest = elsewhere.pull("org/run", subfolder="checkpoint-5", **options).manifest
+    assert manifest.name == "run" and manifest.lora.modules_bound == 6
+    with pytest.raises(AdapterRejectedError, match=r"no adapter_config\.json"):
+        elsewhere.pull("org/run", **options)
+    for wrong in ("../x", "/x", "a//b", ".git", ""):
+        with pytest.raises(UsageError, match="folder of an adapter"):
+            elsewhere.pull("org/run", subfolder=wrong, **options)
