@@ -3,10 +3,9 @@
 from adapterhub_lite.memory.calibration import calibrated, record_peak
 from adapterhub_lite.memory.estimate import MemoryEstimate, ModelFacts, Workload, estimate, estimate_memory, facts_of
 from adapterhub_lite.memory.exact import dry_run
-from adapterhub_lite.memory.heap import give_back_freed_memory
-from adapterhub_lite.memory.picture import BAR_LEGEND, draw_plan, plan_table
 from adapterhub_lite.memory.plan import MemoryPlan, Rejection, plan_memory
-from adapterhub_lite.memory.preparation import best_attention, prepare_for_training
+from adapterhub_lite.memory.plan_output import BAR_LEGEND, draw_plan, plan_table
+from adapterhub_lite.memory.preparation import best_attention, give_back_freed_memory, prepare_for_training
 from adapterhub_lite.memory.presets import MEMORY_PRESETS, Machine, MemoryPreset, find_preset, refusal
 from adapterhub_lite.memory.stand_ins import TARGETS
 

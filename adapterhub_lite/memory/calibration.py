@@ -6,6 +6,7 @@ are fitted: a factor on the activations, and bytes that are always there.
 
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ FACTOR_LIMITS = (0.4, 2.5)
 
 
 class MeasuredRun(StrictModel):
-    """One run: whose it was, what was predicted for it without any correction, and the peak that it had, in bytes."""
+    """One run: where and how it ran, what was predicted for it without any correction, and the peak it had, in bytes."""
 
     machine: str
     device: str
@@ -77,22 +78,19 @@ def read_calibration(home: str | Path | None = None) -> Calibration:
 
 def calibrated(predicted: MemoryEstimate, *, home: str | Path | None = None) -> MemoryEstimate:
     """`predicted` corrected by this machine's runs of the same preset; unchanged where there are none."""
-    fit = _fit(predicted, read_calibration(home))
-    if fit is None:
+    here = (platform.node(), predicted.workload.device, predicted.preset)
+    runs = [r for r in read_calibration(home).runs if (r.machine, r.device, r.preset) == here]
+    if not runs or predicted.unpredicted:
         return predicted
-    factor, constant = fit
+    factor, constant = fit(runs)
     components = dict(predicted.components)
     components["activations"] = round(components["activations"] * factor)
     components["overhead"] = max(0, round(components["overhead"] + constant))
     return replace(predicted, components=components)
 
 
-def _fit(predicted: MemoryEstimate, known: Calibration) -> tuple[float, float] | None:
-    """(factor on the activations, bytes to add), by least squares; with one run, whichever it speaks of most."""
-    device = predicted.workload.device
-    runs = [r for r in known.runs if (r.machine, r.device, r.preset) == (platform.node(), device, predicted.preset)]
-    if not runs:
-        return None
+def fit(runs: Sequence[MeasuredRun]) -> tuple[float, float]:
+    """(factor on the activations, bytes to add), by least squares; where the activations do not differ, bytes alone."""
     activations = [float(r.activations) for r in runs]
     rest = [float(r.measured - r.others) for r in runs]
     mean_a, mean_r = sum(activations) / len(runs), sum(rest) / len(runs)

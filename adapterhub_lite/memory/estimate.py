@@ -1,7 +1,7 @@
 """How many bytes a preset needs for a step, by component, from a model's config alone. Knows no data."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,17 @@ from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import ConfigurationError, UnknownNameError
 from adapterhub_lite.home import adapterhub_home
 from adapterhub_lite.loss_sizes import LossSize, frozen_head_bytes, trained_head_bytes
-from adapterhub_lite.memory.heap import SLACK_BYTES
+from adapterhub_lite.memory.preparation import SLACK_BYTES
 from adapterhub_lite.memory.presets import MemoryPreset, find_preset
 from adapterhub_lite.memory.tracing import ModelShape, StepBytes, TracedStep, model_shape, trace_step
 
 GIB = 2**30
 # Python, torch, transformers and the rest, resident on a CPU; the CUDA context and its libraries on a GPU.
 OVERHEAD_BYTES = {"cpu": 650 * 2**20, "cuda": 600 * 2**20}
-# Of a CPU's activations, what the C heap keeps beside them, in holes between what lives: the slope of measured peaks over
-# 0.1 to 2.2 GB of activations, in bf16 and fp32. Presets that save memory trim the heap.
+# Of a CPU's activations, what the C heap keeps in holes between what is in use: the slope of measured peaks over 0.1 to 2.2 GB
+# of activations, in bf16 and fp32. Presets that save memory trim the heap.
 HEAP_SHARE = 0.45
-# Of the proof before the first step: tokens whose logits are all there, as the model itself makes them.
+# The proof before the first step computes the model's own logits of so many tokens.
 PROVEN_TOKENS = 96
 NF4_CONSTANTS = 1 / 64 + 4 / (64 * 256)
 COMPONENTS = (
@@ -32,12 +32,12 @@ COMPONENTS = (
 
 @dataclass(frozen=True)
 class Workload:
-    """One step on one device: rows, tokens a row, the LoRA, processes, and whether gradients wait for more rows."""
+    """One step on one device: rows, tokens per row, the LoRA, processes, and how many steps an update accumulates."""
 
     batch_size: int
     sequence_length: int
     rank: int = 8
-    target_modules: Any = "all-linear"
+    target_modules: Any = "all-linear"  # as in PEFT's LoraConfig: a name, a pattern or a tuple of names
     world_size: int = 1
     accumulation: int = 1
     device: str = "cpu"
@@ -51,21 +51,27 @@ class Workload:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by component on each device, at the worst moment of a step; they add up to `total`."""
+    """Bytes by component on each device, at the worst moment of a step; they add up to `total`.
+
+    Where the layers could not be traced, `unpredicted` says why: activations are missing then, and the total is a bound.
+    """
 
     preset: str
     workload: Workload
     components: dict[str, int] = field(hash=False)
+    unpredicted: str = ""
 
     @property
     def total(self) -> int:
-        """The peak in bytes."""
+        """The peak in bytes; the least that it is where something is unpredicted."""
         return sum(self.components.values())
 
     def described(self) -> str:
-        """`12.3 GiB: weights 9.1, activations 2.0, ...`, largest first, what rounds to nothing left out."""
+        """`12.3 GiB: weights 9.1, activations 2.0, ...`, largest first, without what rounds to nothing."""
         parts = sorted(self.components.items(), key=lambda item: -item[1])
         shown = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts if size >= 0.005 * GIB)
+        if self.unpredicted:
+            return f"at least {self.total / GIB:.2f} GiB: {shown}, and activations, which are not predicted"
         return f"{self.total / GIB:.2f} GiB: {shown}"
 
 
@@ -87,7 +93,7 @@ def estimate_memory(
 
     Raises:
         UnknownNameError: no such base or preset.
-        ConfigurationError: the model cannot be traced, or a number below 1.
+        ConfigurationError: the LoRA does not fit the model, or a number is below 1.
     """
     preset = find_preset(preset) if isinstance(preset, str) else preset
     targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
@@ -98,23 +104,55 @@ def estimate_memory(
 class ModelFacts:
     """A config with what has been found out about it, so that many presets and batches share the tracing."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any) -> None:  # a config of transformers: its fields differ by family
         self.config = config
-        self._shapes: dict[Any, ModelShape] = {}
-        self._steps: dict[TracedStep, StepBytes] = {}
+        self._shapes: dict[tuple[Any, int], ModelShape] = {}
+        self._steps: dict[TracedStep, StepBytes | ConfigurationError] = {}
 
-    def shape(self, target_modules: Any) -> ModelShape:
-        """Parameters and sizes."""
-        if target_modules not in self._shapes:
-            self._shapes[target_modules] = model_shape(self.config, target_modules)
-        return self._shapes[target_modules]
+    @property
+    def quantized(self) -> bool:
+        """Whether the weights are quantised as they are stored."""
+        return getattr(self.config, "quantization_config", None) is not None
+
+    @property
+    def attentions(self) -> frozenset[str]:
+        """The implementations besides `eager`, by transformers' names, that the model's class says it can take."""
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(self.config), None)
+        able = {
+            "sdpa": getattr(kind, "_supports_sdpa", True),
+            "flash_attention_2": getattr(kind, "_supports_flash_attn", False),
+        }
+        return frozenset(name for name, supported in able.items() if supported)
+
+    def shape(self, workload: Workload) -> ModelShape:
+        """Parameters and sizes.
+
+        Raises:
+            ConfigurationError: the LoRA does not fit the model.
+        """
+        key = workload.target_modules, workload.rank
+        if key not in self._shapes:
+            self._shapes[key] = model_shape(self.config, *key)
+        return self._shapes[key]
 
     def step(self, preset: MemoryPreset, workload: Workload) -> StepBytes:
-        """Activations of one row, scaled to the batch: they grow with rows exactly, with tokens not always."""
+        """Activations of one row, scaled to the batch: they grow with rows exactly, with tokens not always.
+
+        Raises:
+            ConfigurationError: the model cannot be traced.
+        """
         traced = traced_step(preset, workload)
         if traced not in self._steps:
-            self._steps[traced] = trace_step(self.config, traced)
-        return self._steps[traced].of_rows(workload.batch_size)
+            try:
+                self._steps[traced] = trace_step(self.config, traced)
+            except ConfigurationError as error:
+                self._steps[traced] = error
+        found = self._steps[traced]
+        if isinstance(found, ConfigurationError):
+            raise found
+        return found.of_rows(workload.batch_size)
 
 
 def traced_step(preset: MemoryPreset, workload: Workload) -> TracedStep:
@@ -127,7 +165,7 @@ def traced_step(preset: MemoryPreset, workload: Workload) -> TracedStep:
         trains=preset.trains,
         rank=workload.rank if trains_lora else 0,
         target_modules=workload.target_modules if trains_lora else "all-linear",
-        # What a layer is unpacked into does not grow with rows, and is reckoned apart.
+        # What a layer is dequantised into does not grow with rows, and is added apart.
         packed=False,
         lean=whole,
         # LLM.int8 looks for outliers in all rows at once, so that they are not alone when they lie end to end.
@@ -156,102 +194,130 @@ def facts_of(base: Any) -> ModelFacts:
 
 
 def estimate(facts: ModelFacts, preset: MemoryPreset, workload: Workload) -> MemoryEstimate:
-    """`estimate_memory` for facts that are shared between many questions."""
-    shape = facts.shape(workload.target_modules)
-    weights, constants = _weight_bytes(shape, preset)
-    trained = _trained(shape, preset, workload)
-    gradients = trained * preset.trained_bytes
-    adapter = gradients if preset.trains == "lora" else 0
-    optimizer = 2 * trained * (1 if "8bit" in preset.optimizer else preset.trained_bytes)
-    split, ranks = preset.strategy, workload.world_size
-    if split in ("zero1", "zero2", "zero3", "fsdp"):
-        optimizer = 0 if preset.offload else optimizer // ranks
-    if split in ("zero2", "zero3", "fsdp"):
-        gradients //= ranks
-    gathered = 0
-    if split in ("zero3", "fsdp"):
-        # One layer and the head are whole at a time.
-        gathered = 0 if ranks == 1 and not preset.offload else weights // shape.layers + shape.head_parameters * 2
-        weights, constants = (0, 0) if preset.offload else (weights // ranks, constants // ranks)
-    # DDP's buckets are a second copy.
-    buckets = gradients if split == "ddp" else 0
-    moments = _moments(facts, preset, workload, gradients)
-    worst = max(moments, key=lambda moment: sum(moment.values()))
-    components = {
-        **dict.fromkeys(COMPONENTS, 0), "weights": weights, "quantization": constants, "adapter": adapter,
-        "optimizer": optimizer, "overhead": OVERHEAD_BYTES.get(workload.device, 0), **worst,
-    }  # fmt: skip
-    components["temporary"] += gathered + buckets + heap_bytes(facts, preset, workload)
-    return MemoryEstimate(preset.name, workload, components)
+    """`estimate_memory` for facts that are shared between many questions.
+
+    Raises:
+        ConfigurationError: the LoRA does not fit the model.
+    """
+    try:
+        step, unpredicted = facts.step(preset, workload), ""
+    except ConfigurationError as error:
+        step, unpredicted = StepBytes(0, (0,), (0,), 0, 0), str(error)
+    return EstimateParts(facts.shape(workload), step, preset, workload).estimate(unpredicted)
 
 
-def _moments(facts: ModelFacts, preset: MemoryPreset, workload: Workload, gradients: int) -> tuple[dict[str, int], ...]:
-    """The components that come and go, at each moment of a step that may be its worst; `gradients` are one rank's."""
-    shape, step = facts.shape(workload.target_modules), facts.step(preset, workload)
-    checkpointing = preset.gradient_checkpointing
-    saved, working = step.saved(shape.layers, checkpointing=checkpointing), step.working(checkpointing=checkpointing)
-    working += _unpacking_bytes(shape, preset)
-    held = gradients if workload.accumulation > 1 else 0
-    loss, head = loss_bytes(shape, preset, workload), _head_gradient_bytes(shape, preset)
-    # A tied head's gradient as the embedding comes on top of that as the head.
-    embedding = head if shape.tied else 0
-    # On a CPU the pre-flight keeps a copy of what is trained, until its step is undone.
-    copied = _trained(shape, preset, workload) * preset.trained_bytes if workload.device == "cpu" else 0
-    return (
-        {"activations": saved, "loss": loss, "gradients": held},
-        {"activations": saved, "temporary": working, "gradients": max(held, head)},
-        {"temporary": working + embedding, "gradients": gradients},
-        {"temporary": copied, "gradients": gradients},
-        {"temporary": min(PROVEN_TOKENS, workload.sequence_length) * shape.vocabulary * preset.torch_dtype.itemsize},
-    )
+@dataclass(frozen=True)
+class EstimateParts:
+    """What an estimate is made of, each in bytes on one device."""
+
+    shape: ModelShape
+    step: StepBytes
+    preset: MemoryPreset
+    workload: Workload
+
+    @property
+    def split(self) -> int:
+        """Into how many parts ZeRO and FSDP split what they split."""
+        return self.workload.world_size if self.preset.strategy in ("zero1", "zero2", "zero3", "fsdp") else 1
+
+    @property
+    def splits_weights(self) -> bool:
+        """Whether each device holds a part of the weights."""
+        return self.preset.strategy in ("zero3", "fsdp")
+
+    @property
+    def trained(self) -> int:
+        """Bytes of what is trained, as one gradient of it is."""
+        shape = self.shape
+        counts = {"lora": shape.lora_parameters, "head": shape.head_parameters, "all": shape.parameters}
+        return counts[self.preset.trains] * self.preset.trained_bytes
+
+    @property
+    def gradients(self) -> int:
+        """The gradients of one device, once all are there."""
+        return self.trained // (self.split if self.preset.strategy != "zero1" else 1)
+
+    def weights(self) -> tuple[int, int]:
+        """(weights, quantisation constants) of the base; embeddings, norms, experts and the head are not quantised."""
+        size, linear, other = (
+            self.preset.torch_dtype.itemsize,
+            self.shape.linear_parameters,
+            self.shape.other_parameters,
+        )
+        if self.preset.quantization is None:
+            return self.shape.parameters * size, 0
+        if self.preset.quantization == "int8":
+            return linear + other * size, linear // max(1, self.shape.hidden) * 4
+        return linear // 2 + other * size, int(linear * NF4_CONSTANTS)
+
+    def estimate(self, unpredicted: str = "") -> MemoryEstimate:
+        """The sum of all parts, at the worst moment of a step."""
+        weights, constants = self.weights()
+        gathered = 0
+        if self.splits_weights:
+            # One layer and the head are whole at a time.
+            alone = self.split == 1 and not self.preset.offload
+            gathered = 0 if alone else weights // self.shape.layers + self.shape.head_parameters * 2
+            parts = 0 if self.preset.offload else self.split
+            weights, constants = (weights // parts, constants // parts) if parts else (0, 0)
+        moments = 2 * (self.trained // self.preset.trained_bytes if "8bit" in self.preset.optimizer else self.trained)
+        worst = max(self.moments(), key=lambda moment: sum(moment.values()))
+        components = {
+            **dict.fromkeys(COMPONENTS, 0),
+            "weights": weights,
+            "quantization": constants,
+            "adapter": self.trained if self.preset.trains == "lora" else 0,
+            "optimizer": 0 if self.preset.offload else moments // self.split,
+            "overhead": OVERHEAD_BYTES.get(self.workload.device, 0),
+            **worst,
+        }
+        # DDP's buckets are a second copy of the gradients.
+        buckets = self.gradients if self.preset.strategy == "ddp" else 0
+        components["temporary"] += gathered + buckets + self.heap()
+        return MemoryEstimate(self.preset.name, self.workload, components, unpredicted)
+
+    def moments(self) -> tuple[dict[str, int], ...]:
+        """The components that come and go, at each moment of a step that may be its worst."""
+        shape, preset, workload = self.shape, self.preset, self.workload
+        checkpointing, size = preset.gradient_checkpointing, preset.torch_dtype.itemsize
+        saved = self.step.saved(checkpointing=checkpointing)
+        # A quantised layer is dequantised whole, one at a time, in the dtype it is computed in.
+        dequantised = shape.largest_linear * size if preset.quantization else 0
+        working = self.step.working(checkpointing=checkpointing) + dequantised
+        held = self.gradients if workload.accumulation > 1 else 0
+        # The head's gradient is there from the start of the backward pass on; that of a tied head as the embedding is added.
+        head = shape.head_parameters * preset.trained_bytes if preset.trains != "lora" else 0
+        embedding = head if shape.tied else 0
+        # On a CPU the pre-flight keeps a copy of what is trained, until its step is undone.
+        copied = self.trained if workload.device == "cpu" else 0
+        proof = min(PROVEN_TOKENS, workload.sequence_length) * shape.vocabulary * size
+        return (
+            {"activations": saved, "loss": self.loss(), "gradients": held},
+            {"activations": saved, "temporary": working, "gradients": max(held, head)},
+            {"temporary": working + embedding, "gradients": self.gradients},
+            {"temporary": copied, "gradients": self.gradients},
+            {"temporary": proof},
+        )
+
+    def loss(self) -> int:
+        """What the loss takes at its worst."""
+        tokens = self.workload.batch_size * self.workload.sequence_length
+        item = self.preset.torch_dtype.itemsize
+        columns = self.shape.lora_head_columns if self.preset.trains == "lora" else self.shape.hidden
+        states = LossSize(tokens, self.shape.vocabulary, self.shape.hidden, item, self.workload.device)
+        return frozen_head_bytes(states) + (trained_head_bytes(replace(states, columns=columns)) if columns else 0)
+
+    def heap(self) -> int:
+        """What the C heap of a CPU keeps as well as the activations, whichever moment is the worst."""
+        if self.workload.device != "cpu":
+            return 0
+        kept = int(HEAP_SHARE * self.step.saved(checkpointing=False))
+        # Between two trims, up to all of the slack may lie there when the peak comes.
+        return min(kept, SLACK_BYTES // 2) if self.preset.trims_heap else kept
 
 
-def heap_bytes(facts: ModelFacts, preset: MemoryPreset, workload: Workload) -> int:
-    """What the C heap of a CPU keeps beside the activations, whichever moment is the worst."""
-    if workload.device != "cpu":
-        return 0
-    layers = facts.shape(workload.target_modules).layers
-    kept = int(HEAP_SHARE * facts.step(preset, workload).saved(layers, checkpointing=False))
-    # Between two trims, up to all of the slack may lie there when the peak comes.
-    return min(kept, SLACK_BYTES // 2) if preset.trims_heap else kept
-
-
-def _trained(shape: ModelShape, preset: MemoryPreset, workload: Workload) -> int:
-    """How many parameters are trained."""
-    lora = workload.rank * shape.lora_inputs_outputs
-    return {"lora": lora, "head": shape.head_parameters, "all": shape.parameters}[preset.trains]
-
-
-def _weight_bytes(shape: ModelShape, preset: MemoryPreset) -> tuple[int, int]:
-    """(weights, quantisation constants) of the base; embeddings, norms and the head are never quantised."""
-    size = preset.torch_dtype.itemsize
-    if preset.quantization is None:
-        return shape.parameters * size, 0
-    linear = shape.layer_linear_parameters
-    if preset.quantization == "int8":
-        return linear + shape.other_parameters * size, linear // max(1, shape.hidden) * 4
-    return linear // 2 + shape.other_parameters * size, int(linear * NF4_CONSTANTS)
-
-
-def loss_bytes(shape: ModelShape, preset: MemoryPreset, workload: Workload) -> int:
-    """What the loss has at its worst: tiles of logits, the states' gradient in fp32, and what a trained head adds."""
-    tokens = workload.batch_size * workload.sequence_length
-    size = LossSize(tokens, shape.vocabulary, shape.hidden, preset.torch_dtype.itemsize, workload.device)
-    return frozen_head_bytes(size) + (trained_head_bytes(size) if preset.trains != "lora" else 0)
-
-
-def _head_gradient_bytes(shape: ModelShape, preset: MemoryPreset) -> int:
-    """The head's gradient is there from the start of the backward pass on."""
-    return shape.head_parameters * preset.trained_bytes if preset.trains != "lora" else 0
-
-
-def _unpacking_bytes(shape: ModelShape, preset: MemoryPreset) -> int:
-    """A quantised layer is unpacked whole, one at a time, in the dtype it is computed in."""
-    return 0 if preset.quantization is None else shape.largest_linear * preset.torch_dtype.itemsize
-
-
-def read_config(base: Any) -> Any:
-    """The config of `base`; of a Hub id only config.json is fetched.
+def read_config(base: Any) -> Any:  # whatever `estimate_memory` takes, to a config of transformers
+    """The config of `base`; of a Hub id, config.json alone is fetched.
 
     Raises:
         UnknownNameError: no config can be found under that name.

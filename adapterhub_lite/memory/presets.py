@@ -50,7 +50,7 @@ class MemoryPreset:
 
     @property
     def trims_heap(self) -> bool:
-        """Whether a CPU's heap is trimmed between blocks, which takes time: only where memory counts for more."""
+        """Whether a CPU's heap is trimmed between blocks, which takes time: only where memory matters more."""
         return self.gradient_checkpointing or self.quantization is not None
 
     def quantization_config(self) -> Any:
@@ -92,7 +92,7 @@ def deepspeed_config(stage: int, *, offload: bool = False) -> dict[str, Any]:
         "gradient_clipping": "auto",
         "bf16": {"enabled": "auto"},
         "fp16": {"enabled": "auto"},
-        # The optimizer is the one that the arguments name, also beside an offload.
+        # The optimizer is the one that the arguments name, also with an offload.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
@@ -102,15 +102,15 @@ def deepspeed_config(stage: int, *, offload: bool = False) -> dict[str, Any]:
 _PRESETS = (
     MemoryPreset("full", "every weight of the base, in bf16", trains="all", trained_dtype="bfloat16"),
     MemoryPreset("head-only", "the output head alone", trains="head", trained_dtype="bfloat16"),
-    MemoryPreset("lora-fp32", "LoRA beside a base in fp32", dtype="float32"),
-    MemoryPreset("lora-fp16", "LoRA beside a base in fp16, with loss scaling", dtype="float16", mixed_precision="fp16"),
-    MemoryPreset("lora-bf16", "LoRA beside a base in bf16"),
-    MemoryPreset("lora-bf16-gc", "the same, activations made again in backward", gradient_checkpointing=True),
-    MemoryPreset("lora-int8", "LoRA beside a base in 8 bits (LLM.int8)", quantization="int8"),
-    MemoryPreset("qlora-nf4", "LoRA beside a base in 4 bits (nf4, double quantisation)", quantization="nf4"),
+    MemoryPreset("lora-fp32", "LoRA on a base in fp32", dtype="float32"),
+    MemoryPreset("lora-fp16", "LoRA on a base in fp16, with loss scaling", dtype="float16", mixed_precision="fp16"),
+    MemoryPreset("lora-bf16", "LoRA on a base in bf16"),
+    MemoryPreset("lora-bf16-gc", "the same, activations recomputed in backward", gradient_checkpointing=True),
+    MemoryPreset("lora-int8", "LoRA on a base in 8 bits (LLM.int8)", quantization="int8"),
+    MemoryPreset("qlora-nf4", "LoRA on a base in 4 bits (nf4, double quantisation)", quantization="nf4"),
     MemoryPreset(
         "qlora-nf4-gc",
-        "the same, activations made again in backward",
+        "the same, activations recomputed in backward",
         quantization="nf4",
         gradient_checkpointing=True,
     ),

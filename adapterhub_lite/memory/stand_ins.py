@@ -1,17 +1,22 @@
-"""What the trainer puts into a model, as far as memory goes: stand-ins that keep and make the same bytes on fake tensors.
+"""What the trainer puts into a model, as far as memory goes: stand-ins that keep and allocate the same on fake tensors.
 
-The real ones belong to the training room, which this one does not know. A test there holds the two to each other.
+The real ones belong to the training room, which this one does not know; a test there compares the two. PEFT's own layers
+stay where the trainer leaves them: on experts, on GPT-2's Conv1D, on embeddings.
 """
 
+import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Rows up to this length have their score matrices made on a CPU; longer ones take torch's kernel, which makes none: beyond
-# it the matrix costs more than the kernel's slow backward. The trainer goes by it too.
+from adapterhub_lite.errors import ConfigurationError
+
+# Rows up to this length have their score matrices computed on a CPU; longer ones take torch's kernel, which needs none: then
+# the matrix costs more than the kernel's slow backward. The trainer uses this limit too.
 SHORT_TOKENS = 128
 
 TARGETS: dict[str, tuple[str, ...]] = {
@@ -22,7 +27,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
 
 
 class KeepsInputs(torch.autograd.Function):
-    """`step(*inputs)`, of which the inputs alone are kept; the backward pass runs it again."""
+    """`step(*inputs)`, of which the inputs alone are kept; the backward pass recomputes it."""
 
     @staticmethod
     def forward(ctx: Any, step: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -41,44 +46,64 @@ class KeepsInputs(torch.autograd.Function):
 
 
 class LoraShape(nn.Module):
-    """A linear layer with a LoRA in fp32; `packed` weights are unpacked whole for each pass."""
+    """A linear layer with a LoRA in fp32, as the trainer's fused step runs it; `packed` weights are dequantised per pass."""
 
-    def __init__(self, linear: nn.Linear, rank: int, packed: bool) -> None:
+    def __init__(self, linear: nn.Linear, down: nn.Parameter, up: nn.Parameter, packed: bool) -> None:
         super().__init__()
-        self.weight, self.bias, self.packed = linear.weight, linear.bias, packed
-        self.down = nn.Parameter(torch.empty(rank, linear.in_features, dtype=torch.float32))
-        self.up = nn.Parameter(torch.empty(linear.out_features, rank, dtype=torch.float32))
+        self.weight, self.bias, self.packed, self.down, self.up = linear.weight, linear.bias, packed, down, up
 
     def forward(self, states: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
         down, up = self.down.to(states.dtype), self.up.to(states.dtype)
-        if self.packed:
-            result = cast(Tensor, KeepsInputs.apply(self._unpacked, states, self.weight))
-        else:
-            result = F.linear(states, self.weight, self.bias)
+
+        def product(states: Tensor, weight: Tensor) -> Tensor:
+            # With a bias it is a view, which autograd would not let anyone add to.
+            made = states.new_empty(*states.shape[:-1], len(weight))
+            return made.copy_(F.linear(states, weight.clone(), self.bias))
+
+        result = (
+            cast(Tensor, KeepsInputs.apply(product, states, self.weight))
+            if self.packed
+            else F.linear(states, self.weight, self.bias)
+        )
         return result.add_(F.linear(F.linear(states, down), up))
 
-    def _unpacked(self, states: Tensor, weight: Tensor) -> Tensor:
-        # With a bias it is a view, which autograd would not let anyone add to.
-        made = states.new_empty(*states.shape[:-1], len(weight))
-        return made.copy_(F.linear(states, weight.clone(), self.bias))
+
+def put_peft(model: Any, rank: int, target_modules: Any) -> Any:
+    """PEFT's own LoRA on `model`, with fp32 adapters as the trainer has them; `target_modules` as in PEFT's LoraConfig.
+
+    Raises:
+        ConfigurationError: the LoRA does not fit the model.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets = target_modules
+    if isinstance(targets, str) and targets in TARGETS:
+        present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+        targets = sorted(present.intersection(TARGETS[targets])) or list(TARGETS[targets])
+    elif not isinstance(targets, str):
+        targets = list(targets)
+    config = LoraConfig(r=rank, target_modules=targets, task_type="CAUSAL_LM")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return get_peft_model(model, config, autocast_adapter_dtype=True)
+    except ValueError as error:
+        raise ConfigurationError(f"The LoRA does not fit {type(model).__name__}: {error}") from error
 
 
-def put_lora(model: nn.Module, rank: int, target_modules: Any, *, packed: bool) -> None:
-    """Replace the linear layers that `target_modules` names by stand-ins with a LoRA; the head is left out."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    for name, linear in list(model.named_modules()):
-        if isinstance(linear, nn.Linear) and linear is not head and is_target(name, target_modules):
+def put_lora(model: Any, rank: int, target_modules: Any, *, packed: bool) -> Any:
+    """`put_peft`, with stand-ins for the trainer's fused step in the place of plain linear layers. Returns the inner model."""
+    from peft.tuners.lora.layer import Linear as PeftLinear
+
+    inner = put_peft(model, rank, target_modules).get_base_model()
+    head = inner.get_output_embeddings()
+    for name, layer in list(inner.named_modules()):
+        if isinstance(layer, PeftLinear) and type(layer.base_layer) is nn.Linear and layer is not head:
             parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, LoraShape(linear, rank, packed))
-
-
-def is_target(name: str, target_modules: Any) -> bool:
-    """Whether the linear layer called `name` is meant by `target_modules`, as in PEFT's LoraConfig."""
-    if target_modules == "all-linear":
-        return True
-    wanted = TARGETS.get(target_modules, (target_modules,)) if isinstance(target_modules, str) else target_modules
-    return name.rpartition(".")[2] in wanted
+            down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            setattr(inner.get_submodule(parent), last, LoraShape(layer.base_layer, down, up, packed))
+    return inner
 
 
 def put_lean_blocks(model: nn.Module) -> None:
@@ -87,34 +112,36 @@ def put_lean_blocks(model: nn.Module) -> None:
         own = {name for name, _ in module.named_parameters(recurse=False)}
         children = dict(module.named_children())
         if type(module).__name__.endswith("RMSNorm") and own == {"weight"} and hasattr(module, "variance_epsilon"):
-            weight = cast(Tensor, module.weight)
-            if not weight.requires_grad:
-                module.forward = _lean_norm(weight, float(cast(float, module.variance_epsilon)))
-        elif {"gate_proj", "up_proj", "down_proj"} <= children.keys() and _is_silu(module):
-            module.forward = _lean_gate(children["gate_proj"], children["up_proj"], children["down_proj"])
+            if not cast(Tensor, module.weight).requires_grad:
+                module.forward = partial(lean_norm, module)
+        elif children.keys() == {"gate_proj", "up_proj", "down_proj", "act_fn"} and not own and is_silu(module):
+            module.forward = partial(lean_gate, children)
 
 
-def _is_silu(module: nn.Module) -> bool:
-    return type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
+def is_silu(gated: nn.Module) -> bool:
+    """Whether a gated MLP opens its gate by SiLU, under either of transformers' names."""
+    return type(gated.act_fn).__name__ in ("SiLU", "SiLUActivation")
 
 
-def _lean_norm(weight: Tensor, epsilon: float) -> Callable[[Tensor], Tensor]:
+def lean_norm(module: Any, x: Tensor) -> Tensor:
+    """An RMSNorm, of which the input alone is kept."""
+
     def step(x: Tensor) -> Tensor:
         wide = x.float()
-        return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
+        return cast(Tensor, module.weight * (wide * scale).to(x.dtype))
 
-    return lambda x: cast(Tensor, KeepsInputs.apply(step, x))
+    return cast(Tensor, KeepsInputs.apply(step, x))
 
 
-def _lean_gate(gate: nn.Module, up: nn.Module, down: nn.Module) -> Callable[[Tensor], Tensor]:
-    def step(opened: Tensor, raised: Tensor) -> Tensor:
-        return F.silu(opened) * raised
-
-    return lambda x: cast(Tensor, down(KeepsInputs.apply(step, gate(x), up(x))))
+def lean_gate(layers: dict[str, nn.Module], x: Tensor) -> Tensor:
+    """A gated MLP, of which the two inputs of the gate are kept."""
+    made = KeepsInputs.apply(lambda gate, up: F.silu(gate) * up, layers["gate_proj"](x), layers["up_proj"](x))
+    return cast(Tensor, layers["down_proj"](made))
 
 
 def short_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
-    """Rows end to end on a CPU: scores in fp32, made again in backward. query (rows, heads, seq, d), others (rows, kv, ...)."""
+    """Rows end to end on a CPU: scores in fp32, recomputed in backward. query (rows, heads, seq, d), others (rows, kv, ...)."""
 
     def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         rows, kv, length, width = k.shape

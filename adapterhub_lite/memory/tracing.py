@@ -1,10 +1,12 @@
-"""What a step of a model keeps in memory, found by running one or two of its layers on fake tensors.
+"""What a step of a model keeps in memory, found by running the first of its layers on fake tensors. Knows transformers, PEFT.
 
-From a config alone: no weights are read and nothing is allocated. Layers of one model are alike, so two depths give
-the line: what does not depend on depth, and what each layer adds. Knows transformers, never data.
+From a config alone: no weights are read and nothing is allocated. The model is built whole, and as many of its first
+layers are run as it takes to see one of each kind: all layers of a Llama are alike, but a hybrid has layers with
+attention and others with a state, and some layers have experts or take the keys and values of another layer.
 """
 
 import copy
+import itertools
 import logging
 import warnings
 import weakref
@@ -19,94 +21,71 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from adapterhub_lite.errors import ConfigurationError
-from adapterhub_lite.memory.stand_ins import SHORT_TOKENS, is_target, put_attention, put_lean_blocks, put_lora
+from adapterhub_lite.memory.stand_ins import SHORT_TOKENS, put_attention, put_lean_blocks, put_lora, put_peft
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Numbers of a model that memory depends on; parameters are counts, not bytes."""
+    """Numbers of a model that memory depends on; parameters are counts, not bytes.
+
+    `linear_parameters` are those that a quantisation packs; `lora_parameters` and `lora_head_columns` are those of a LoRA
+    of the rank asked for, as PEFT makes it.
+    """
 
     layers: int
     hidden: int
     vocabulary: int
-    layer_linear_parameters: int
+    linear_parameters: int
     other_parameters: int
     head_parameters: int
     tied: bool
-    lora_inputs_outputs: int
+    lora_parameters: int
+    lora_head_columns: int
     largest_linear: int
-    quantized: bool
-    attentions: frozenset[str] = frozenset({"sdpa", "flash_attention_2"})
 
     @property
     def parameters(self) -> int:
         """All parameters of the base, a tied head counted once."""
-        return self.layer_linear_parameters + self.other_parameters
+        return self.linear_parameters + self.other_parameters
 
 
 @dataclass(frozen=True)
 class StepBytes:
     """Bytes of the trunk's forward and backward pass, without parameters and their gradients.
 
-    `fixed` and `per_layer` are kept for backward at the end of forward, and so are each layer's `copies` of its adapter
-    in the base's dtype; `temporary` is what the worst moment has on top. All but the copies grow with the rows.
+    `fixed` and each of `layers` are kept for backward at the end of forward, and so are the `copies` that a layer has of
+    its adapter in the base's dtype; `temporary` is what the worst moment has on top. All but the copies grow with the rows.
     """
 
     fixed: int
-    per_layer: int
-    copies: int
+    layers: tuple[int, ...]
+    copies: tuple[int, ...]
     temporary: int
     layer_input: int
 
     def of_rows(self, rows: int) -> "StepBytes":
         """The same for `rows` rows, where this is for one."""
-        scaled = (self.fixed * rows, self.per_layer * rows, self.copies, self.temporary * rows, self.layer_input * rows)
-        return StepBytes(*scaled)
+        layers = tuple(size * rows for size in self.layers)
+        return StepBytes(self.fixed * rows, layers, self.copies, self.temporary * rows, self.layer_input * rows)
 
-    def saved(self, layers: int, *, checkpointing: bool) -> int:
+    def saved(self, *, checkpointing: bool) -> int:
         """Activations held until backward: of all layers, or with checkpointing only what goes into each."""
         if checkpointing:
             # And what comes out of the last one.
-            return self.fixed + (layers + 1) * self.layer_input
-        return self.fixed + layers * (self.per_layer + self.copies)
+            return self.fixed + (len(self.layers) + 1) * self.layer_input
+        return self.fixed + sum(self.layers) + sum(self.copies)
 
     def working(self, *, checkpointing: bool) -> int:
-        """What comes and goes while one layer is at work; with checkpointing that is the layer made again."""
-        return self.temporary + (self.per_layer + self.copies if checkpointing else 0)
-
-
-def model_shape(config: Any, target_modules: Any = "all-linear") -> ModelShape:
-    """Count a model's parameters on the meta device; `target_modules` as in PEFT's LoraConfig."""
-    with torch.device("meta"):
-        model = build_model(config, depth=None, dtype=torch.float32)
-    head = model.get_output_embeddings()
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
-    in_layers = sum(m.weight.numel() for m in linears.values())
-    everything = sum(p.numel() for p in model.parameters())
-    targets = [m for name, m in linears.items() if is_target(name, target_modules)]
-    if not targets:
-        raise ConfigurationError(f"No linear layer of {type(model).__name__} is called like {target_modules!r}.")
-    text = config.get_text_config()
-    return ModelShape(
-        layers=int(text.num_hidden_layers),
-        hidden=int(text.hidden_size),
-        vocabulary=int(text.vocab_size),
-        layer_linear_parameters=in_layers,
-        other_parameters=everything - in_layers,
-        head_parameters=head.weight.numel(),
-        tied=head.weight is model.get_input_embeddings().weight,
-        lora_inputs_outputs=sum(m.in_features + m.out_features for m in targets),
-        largest_linear=max(m.weight.numel() for m in linears.values()),
-        quantized=getattr(config, "quantization_config", None) is not None,
-        attentions=_attentions(model),
-    )
+        """What comes and goes while one layer is at work; with checkpointing that is the recomputed layer."""
+        largest = max(size + copies for size, copies in zip(self.layers, self.copies, strict=True))
+        return self.temporary + (largest if checkpointing else 0)
 
 
 @dataclass(frozen=True)
 class TracedStep:
     """What a trace depends on: a row of `sequence_length` tokens, what is trained, and how the trainer runs it.
 
-    `packed` weights are unpacked for each pass; `lean` says whether the trainer's leaner blocks may be used, and
+    `packed` weights are dequantised for each pass; `lean` says whether the trainer's leaner blocks may be used, and
     `end_to_end` whether rows may be laid out without padding.
     """
 
@@ -114,71 +93,181 @@ class TracedStep:
     dtype: torch.dtype
     trains: str
     rank: int
-    target_modules: Any
+    target_modules: Any  # as in PEFT's LoraConfig: a name, a pattern or a tuple of names
     packed: bool
     lean: bool
     end_to_end: bool
     device: str
 
 
-def _attentions(model: Any) -> frozenset[str]:
-    """The implementations besides `eager`, by transformers' names, that this model says it can take."""
-    able = {"sdpa": model._supports_sdpa, "flash_attention_2": model._supports_flash_attn}
-    return frozenset(name for name, supported in able.items() if supported)
+def model_shape(config: Any, target_modules: Any = "all-linear", rank: int = 8) -> ModelShape:
+    """Count a model's parameters on the meta device; `target_modules` as in PEFT's LoraConfig.
+
+    Raises:
+        ConfigurationError: there is no layer of that name, or the model has no output head.
+    """
+    with torch.device("meta"):
+        return _shape_of(build_model(config, dtype=torch.float32), target_modules, rank)
+
+
+def _shape_of(model: Any, target_modules: Any, rank: int) -> ModelShape:
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None:
+        raise ConfigurationError(f"{type(model).__name__} has no output head: a causal language model is needed.")
+    packable = [weight for module in model.modules() if module is not head and (weight := packable_weight(module))]
+    linear, everything = sum(packable), sum(p.numel() for p in model.parameters())
+    tied, vocabulary = head.weight is embeddings.weight, int(model.config.get_text_config().vocab_size)
+    layers, head_parameters = len(decoder_layers(model)), head.weight.numel()
+    adapted = put_peft(model, rank, target_modules)
+    lora = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    own = getattr(adapted.get_base_model().get_output_embeddings(), "lora_B", {})
+    return ModelShape(
+        layers=layers,
+        hidden=int(head.weight.shape[1]),
+        vocabulary=vocabulary,
+        linear_parameters=linear,
+        other_parameters=everything - linear,
+        head_parameters=head_parameters,
+        tied=tied,
+        lora_parameters=sum(p.numel() for p in lora.values()),
+        lora_head_columns=sum(up.weight.shape[1] for up in own.values()),
+        largest_linear=max(packable, default=0),
+    )
+
+
+def packable_weight(module: nn.Module) -> int:
+    """The number of weights that bitsandbytes would pack in `module` itself: those of a linear layer or of GPT-2's Conv1D."""
+    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return weight.numel()
+    return 0
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The list of a model's layers: of the lists of modules in the trunk, that with the most parameters.
+
+    Raises:
+        ConfigurationError: the trunk has no such list.
+    """
+    lists = [module for module in model.base_model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    if not lists:
+        raise ConfigurationError(f"{type(model).__name__} has no list of layers.")
+    # A list within a layer, as of experts, is a part of the list of layers.
+    return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()))
+
+
+def kind_of(layer: nn.Module) -> tuple[object, ...]:
+    """What two layers that keep equally much have in common: their modules, the shapes of their weights, their switches."""
+    found: list[object] = []
+    for name, module in layer.named_modules():
+        switches = [(key, value) for key, value in vars(module).items() if isinstance(value, bool | str)]
+        shapes = [(key, tuple(p.shape)) for key, p in module.named_parameters(recurse=False)]
+        found.append((name, type(module).__name__, tuple(sorted(switches)), tuple(shapes)))
+    return tuple(found)
 
 
 def trace_step(config: Any, step: TracedStep) -> StepBytes:
-    """Measure the trunk's forward and backward at two depths, for one row.
+    """Measure the trunk's forward and backward for one row, layer by layer.
 
     Raises:
         ConfigurationError: the model cannot be run on fake tensors.
     """
-    first, second = (_trace(config, depth, step) for depth in (1, 2))
-    copies = second.copies - first.copies
-    per_layer = second.saved - first.saved - copies
-    return StepBytes(
-        fixed=max(0, first.saved - per_layer - copies),
-        per_layer=per_layer,
-        copies=copies,
-        temporary=max(first.peak - first.saved, second.peak - second.saved),
-        layer_input=step.sequence_length * int(config.get_text_config().hidden_size) * step.dtype.itemsize,
-    )
-
-
-@dataclass(frozen=True)
-class _Traced:
-    """Bytes saved for backward, those of them that are copies of the adapter, and the peak without whole gradients."""
-
-    saved: int
-    copies: int
-    peak: int
-
-
-def _trace(config: Any, depth: int, step: TracedStep) -> _Traced:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     try:
+        with without_chatter(), torch.device("meta"):
+            model, kinds = _shortened(build_model(config, dtype=step.dtype), step)
         with without_chatter(), FakeTensorMode(allow_non_fake_inputs=True):
-            model = build_model(config, depth=depth, dtype=step.dtype)
-            _as_kept(model, step)
-            ids = torch.zeros((1, step.sequence_length), dtype=torch.long)
-            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            live = LiveBytes([*model.parameters(), *model.buffers()])
-            for parameter in trained:
-                parameter.register_post_accumulate_grad_hook(live.forget_gradient)
-            with live:
-                states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-                saved = live.now
-                if states.requires_grad:
-                    states.backward(torch.zeros_like(states))
-            wide = sum(parameter.numel() for parameter in trained if parameter.dtype != step.dtype)
-            return _Traced(saved, wide * step.dtype.itemsize, live.peak)
-    except (RuntimeError, NotImplementedError, TypeError) as error:
+            return _trace(put_on_cpu(model), kinds, step)
+    except ConfigurationError:
+        raise
+    except Exception as error:  # a model's own code may fail in any way on tensors without values
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigurationError(
-            f"The memory of {config.model_type!r} cannot be estimated from its config, because its layers do not run "
-            f"on fake tensors: {first}. Give a preset by name."
+            f"the memory of {config.model_type!r} cannot be foreseen from its config, because its layers do not run on "
+            f"fake tensors: {first.rstrip('.')}"
         ) from error
+
+
+def _shortened(model: Any, step: TracedStep) -> tuple[Any, list[int]]:
+    """The model as it is trained, with as many of its layers as are needed, and for each layer that which stands for it.
+
+    The first layer stands for itself: under a LoRA its input needs no gradient. Each kind behind it has to be seen once.
+    """
+    layers = decoder_layers(model)
+    kinds = [kind_of(layer) for layer in layers]
+    places = [0, *(kinds.index(kind, 1) for kind in kinds[1:])]
+    del layers[max(2, max(places) + 1) :]
+    model.config.get_text_config().num_hidden_layers = len(layers)
+    head_is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    # What is kept alone: the gradients of whole weights do not grow with rows, and are left out. A linear layer keeps its
+    # input for a LoRA as for its own weight. A tied head is the embedding, and all layers pass its gradient on.
+    if step.trains == "all":
+        model = as_trained(model, replace(step, trains="lora", rank=1, target_modules="all-linear"), norms=True)
+        model.enable_input_require_grads()
+    else:
+        model = as_trained(model, step)
+    if step.trains == "head":
+        model.requires_grad_(False)
+        if head_is_tied:
+            model.enable_input_require_grads()
+    return model, places
+
+
+def _trace(model: Any, places: list[int], step: TracedStep) -> StepBytes:
+    layers = decoder_layers(model)
+    copies = [_copied_bytes(layer, step.dtype) for layer in layers]
+    live = LiveBytes([*model.parameters(), *model.buffers()])
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(live.forget_gradient)
+    marks: list[int] = []
+    layers[0].register_forward_pre_hook(lambda *_: marks.append(live.now))
+    for layer in layers:
+        layer.register_forward_hook(lambda *_: marks.append(live.now))
+    with live:
+        ids = torch.zeros((1, step.sequence_length), dtype=torch.long)
+        states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        saved = live.now
+        if states.requires_grad:
+            states.backward(torch.zeros_like(states))
+    if len(marks) != len(layers) + 1:
+        raise ConfigurationError(f"the layers of {type(model).__name__} do not run once each")
+    grown = [after - before for before, after in itertools.pairwise(marks)]
+    each = [size - copied for size, copied in zip(grown, copies, strict=True)]
+    return StepBytes(
+        fixed=max(0, saved - sum(grown)),
+        layers=tuple(max(0, each[place]) for place in places),
+        copies=tuple(copies[place] for place in places),
+        temporary=live.peak - saved,
+        layer_input=states.numel() * step.dtype.itemsize,
+    )
+
+
+def put_on_cpu(model: Any) -> Any:
+    """Replace what `model` has on the meta device by tensors on a CPU: fake ones, in the mode this is called in."""
+    made: dict[int, Tensor] = {}
+
+    def replaced(tensor: Tensor) -> Tensor:
+        # A tied weight stays one tensor.
+        if id(tensor) not in made:
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            one = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+            made[id(tensor)] = one
+        return made[id(tensor)]
+
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = replaced(tensor)
+    return model
+
+
+def _copied_bytes(module: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of the copies that a module's trained parameters have in the dtype of the base, where theirs is another."""
+    return sum(p.numel() * dtype.itemsize for p in module.parameters() if p.requires_grad and p.dtype != dtype)
 
 
 @contextmanager
@@ -195,44 +284,27 @@ def without_chatter() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _as_kept(model: Any, step: TracedStep) -> None:
-    """As `as_trained`, for what is kept alone: the gradients of whole weights do not grow with rows, and are left out.
+def as_trained(model: Any, step: TracedStep, *, norms: bool = False) -> Any:
+    """Make of `model` what the trainer makes of a base, as far as memory goes: what is trained, and its leaner blocks.
 
-    A linear layer keeps its input for a LoRA as for its own weight. A tied head is the embedding, and all layers pass
-    its gradient on; they keep nothing for one that is not tied.
-    """
-    if step.trains == "all":
-        as_trained(model, replace(step, trains="lora", rank=1), norms=True)
-        model.enable_input_require_grads()
-    else:
-        as_trained(model, step)
-    if step.trains == "head":
-        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-        model.requires_grad_(False)
-        if tied:
-            model.enable_input_require_grads()
-
-
-def as_trained(model: Any, step: TracedStep, *, norms: bool = False) -> None:
-    """Make `model` what the trainer makes of a base, as far as memory goes: what is trained, and its leaner blocks.
-
-    `norms` says that the norms are trained beside a LoRA.
+    `norms` says that the norms are trained as well as a LoRA. Returns the model, inside which layers have changed.
     """
     model.requires_grad_(step.trains == "all")
+    if step.trains == "lora":
+        model = put_lora(model, step.rank, step.target_modules, packed=step.packed)
+    elif step.trains == "head":
+        model.get_output_embeddings().requires_grad_(True)
     if norms:
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.endswith("norm.weight"))
-    if step.trains == "lora":
-        put_lora(model, step.rank, step.target_modules, packed=step.packed)
-    elif step.trains == "head":
-        # A tied one is the embedding, and all layers pass its gradient on.
-        model.get_output_embeddings().requires_grad_(True)
+            if name.endswith("norm.weight"):
+                parameter.requires_grad_(True)
     if step.lean:
         put_lean_blocks(model)
     special = has_special_attention(model.config.get_text_config())
     if step.end_to_end and model._supports_attention_backend and not special:
         put_attention(model, short=step.device == "cpu" and step.sequence_length <= SHORT_TOKENS)
     model.train()
+    return model
 
 
 def has_special_attention(config: Any) -> bool:
@@ -249,14 +321,18 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._known: Any = weakref.WeakSet(t.untyped_storage() for t in known)
+        self._known: Any = weakref.WeakSet(
+            t.untyped_storage() for t in known
+        )  # torch's storages have no type of their own
         self._finalizers: Any = weakref.WeakKeyDictionary()
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:  # as torch has it
         made = function(*args, **(kwargs or {}))
         for value in tree_iter(made):
             if isinstance(value, Tensor):
-                self._count(value.untyped_storage())
+                self.count(value.untyped_storage())
         return made
 
     def forget_gradient(self, parameter: Tensor) -> None:
@@ -266,32 +342,26 @@ class LiveBytes(TorchDispatchMode):
         if finalizer is not None:
             finalizer()
 
-    def leave_out(self, known: list[Tensor]) -> None:
-        """Do not count these tensors either."""
-        self._known.update(t.untyped_storage() for t in known)
-
-    def _count(self, storage: Any) -> None:
+    def count(self, storage: Any) -> None:
+        """Count a storage for as long as it lives, unless it is known."""
         if storage in self._known:
             return
         self._known.add(storage)
-        self.now += storage.nbytes()
+        size = storage.nbytes()
+        self.now += size
         self.peak = max(self.peak, self.now)
-        self._finalizers[storage] = weakref.finalize(storage, self._release, storage.nbytes())
+        self._finalizers[storage] = weakref.finalize(storage, self.add, -size)
 
-    def _release(self, size: int) -> None:
-        self.now -= size
+    def add(self, size: int) -> None:
+        """Add bytes to what lives now."""
+        self.now += size
 
 
-def build_model(config: Any, *, depth: int | None, dtype: torch.dtype) -> Any:
-    """A causal language model with `depth` layers (None: all), on the device of the context it is called in."""
+def build_model(config: Any, *, dtype: torch.dtype) -> Any:
+    """A causal language model with all its layers, on the device of the context it is called in."""
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)
-    text = config.get_text_config()
-    if depth is not None:
-        text.num_hidden_layers = depth
-        if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[:depth]
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     with warnings.catch_warnings():

@@ -9,7 +9,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.memory import MEMORY_PRESETS
-from adapterhub_lite.memory.accelerate_config import accelerate_config, write_config
+from adapterhub_lite.memory.plan_output import accelerate_config, write_config
 
 SEVERAL = {"devices": 4, "nodes": 2, "node_rank": 1, "main_address": "node0"}
 

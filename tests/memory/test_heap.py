@@ -10,7 +10,7 @@ import torch
 
 from adapterhub_lite.bases import load_base_model
 from adapterhub_lite.memory import find_preset, give_back_freed_memory, prepare_for_training
-from adapterhub_lite.memory.heap import SLACK_BYTES
+from adapterhub_lite.memory.preparation import SLACK_BYTES
 from adapterhub_lite.training.run.measurement import PeakMemory
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only glibc is asked to give memory back")

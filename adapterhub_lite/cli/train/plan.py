@@ -36,7 +36,7 @@ def plan(
     Example: `adapterhub-lite plan smollm2-135m --sequence-length 2048 --device-memory 16GiB`
     """
     from adapterhub_lite.memory import BAR_LEGEND, draw_plan, dry_run, plan_memory, plan_table
-    from adapterhub_lite.memory.accelerate_config import accelerate_config, write_config
+    from adapterhub_lite.memory.plan_output import accelerate_config, write_config
 
     request = PlanRequest(**given)
     lengths = None

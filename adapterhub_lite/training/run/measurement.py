@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from adapterhub_lite.errors import ResourceError
 from adapterhub_lite.memory import record_peak
 from adapterhub_lite.memory.estimate import GIB
-from adapterhub_lite.memory.heap import trim_heap
+from adapterhub_lite.memory.preparation import trim_heap
 from adapterhub_lite.training.run.memory_choice import MemoryChoice
 
 

@@ -149,6 +149,8 @@ def choose_memory(
             raw = estimate(facts, preset, asked)
         except ConfigurationError as error:
             return _unforeseen(preset, attention(preset), asked, str(error))
+        if raw.unpredicted:
+            return _unforeseen(preset, attention(preset), asked, raw.unpredicted)
         how = False, args.per_device_train_batch_size, 1
         return _choice(preset, raw, attention(preset), reasons, how, overhead, home)
     candidates = tuple(_by_hand(preset, args) for preset in suited_presets(args, loaded))
@@ -270,12 +272,7 @@ def attention_of(facts: ModelFacts, machine: Machine, model: Any) -> Callable[[M
     if model is not None:
         own = f"{model.config._attn_implementation}: that of the model given"
         return lambda preset: own
-    try:
-        supported = facts.shape("all-linear").attentions
-    except ConfigurationError:
-        # A model without linear layers as we know them; every model of transformers can take these, or says so.
-        supported = frozenset({"sdpa"})
-    return lambda preset: ": ".join(best_attention(preset, machine, supported))
+    return lambda preset: ": ".join(best_attention(preset, machine, facts.attentions))
 
 
 def _unforeseen(preset: MemoryPreset, attention: str, asked: Workload, reason: str) -> MemoryChoice:
