@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,15 @@ from adapterhub_lite.home import adapterhub_home
 from adapterhub_lite.loss_sizes import LossSize, frozen_head_bytes, trained_head_bytes
 from adapterhub_lite.memory.preparation import SLACK_BYTES
 from adapterhub_lite.memory.presets import MemoryPreset, find_preset
-from adapterhub_lite.memory.tracing import ModelShape, StepBytes, TracedStep, model_shape, trace_step
+from adapterhub_lite.memory.tracing import (
+    LoraShape,
+    ModelShape,
+    StepBytes,
+    TracedStep,
+    lora_shape,
+    model_shape,
+    trace_step,
+)
 
 GIB = 2**30
 # Python, torch, transformers and the rest, resident on a CPU; the CUDA context and its libraries on a GPU.
@@ -106,7 +114,7 @@ class ModelFacts:
 
     def __init__(self, config: Any) -> None:  # a config of transformers: its fields differ by family
         self.config = config
-        self._shapes: dict[tuple[Any, int], ModelShape] = {}
+        self._loras: dict[tuple[Any, int], LoraShape] = {}
         self._steps: dict[TracedStep, StepBytes | ConfigurationError] = {}
 
     @property
@@ -126,16 +134,27 @@ class ModelFacts:
         }
         return frozenset(name for name, supported in able.items() if supported)
 
-    def shape(self, workload: Workload) -> ModelShape:
+    @cached_property
+    def shape(self) -> ModelShape:
         """Parameters and sizes.
+
+        Raises:
+            ConfigurationError: it is no causal language model.
+        """
+        return model_shape(self.config)
+
+    def lora(self, preset: MemoryPreset, workload: Workload) -> LoraShape:
+        """The LoRA that `preset` trains.
 
         Raises:
             ConfigurationError: the LoRA does not fit the model.
         """
         key = workload.target_modules, workload.rank
-        if key not in self._shapes:
-            self._shapes[key] = model_shape(self.config, *key)
-        return self._shapes[key]
+        if preset.trains != "lora":
+            return LoraShape(0, 0)
+        if key not in self._loras:
+            self._loras[key] = lora_shape(self.config, *key)
+        return self._loras[key]
 
     def step(self, preset: MemoryPreset, workload: Workload) -> StepBytes:
         """Activations of one row, scaled to the batch: they grow with rows exactly, with tokens not always.
@@ -203,7 +222,7 @@ def estimate(facts: ModelFacts, preset: MemoryPreset, workload: Workload) -> Mem
         step, unpredicted = facts.step(preset, workload), ""
     except ConfigurationError as error:
         step, unpredicted = StepBytes(0, (0,), (0,), 0, 0), str(error)
-    return EstimateParts(facts.shape(workload), step, preset, workload).estimate(unpredicted)
+    return EstimateParts(facts.shape, facts.lora(preset, workload), step, preset, workload).estimate(unpredicted)
 
 
 @dataclass(frozen=True)
@@ -211,6 +230,7 @@ class EstimateParts:
     """What an estimate is made of, each in bytes on one device."""
 
     shape: ModelShape
+    lora: LoraShape
     step: StepBytes
     preset: MemoryPreset
     workload: Workload
@@ -229,7 +249,7 @@ class EstimateParts:
     def trained(self) -> int:
         """Bytes of what is trained, as one gradient of it is."""
         shape = self.shape
-        counts = {"lora": shape.lora_parameters, "head": shape.head_parameters, "all": shape.parameters}
+        counts = {"lora": self.lora.parameters, "head": shape.head_parameters, "all": shape.parameters}
         return counts[self.preset.trains] * self.preset.trained_bytes
 
     @property
@@ -303,7 +323,7 @@ class EstimateParts:
         """What the loss takes at its worst."""
         tokens = self.workload.batch_size * self.workload.sequence_length
         item = self.preset.torch_dtype.itemsize
-        columns = self.shape.lora_head_columns if self.preset.trains == "lora" else self.shape.hidden
+        columns = self.lora.head_columns if self.preset.trains == "lora" else self.shape.hidden
         states = LossSize(tokens, self.shape.vocabulary, self.shape.hidden, item, self.workload.device)
         return frozen_head_bytes(states) + (trained_head_bytes(replace(states, columns=columns)) if columns else 0)
 

@@ -31,7 +31,8 @@ def dry_run(base: Any, preset: MemoryPreset | str, workload: Workload) -> int:  
     if preset.strategy != "single":
         raise ConfigurationError(f"A dry run is of one device, and {preset.name!r} splits over several: estimate it.")
     facts = ModelFacts(read_config(base))
-    parts = EstimateParts(facts.shape(workload), facts.step(preset, workload), preset, workload)
+    lora, step = facts.lora(preset, workload), facts.step(preset, workload)
+    parts = EstimateParts(facts.shape, lora, step, preset, workload)
     with without_chatter(), torch.device("meta"):
         model = prepare_for_training(build_model(facts.config, dtype=preset.torch_dtype), preset)
         model = as_trained(model, replace(traced_step(preset, workload), packed=preset.quantization is not None))

@@ -45,7 +45,7 @@ class KeepsInputs(torch.autograd.Function):
         return None, *(next(found) if w else None for w in wanted)
 
 
-class LoraShape(nn.Module):
+class FusedLora(nn.Module):
     """A linear layer with a LoRA in fp32, as the trainer's fused step runs it; `packed` weights are dequantised per pass."""
 
     def __init__(self, linear: nn.Linear, down: nn.Parameter, up: nn.Parameter, packed: bool) -> None:
@@ -102,8 +102,18 @@ def put_lora(model: Any, rank: int, target_modules: Any, *, packed: bool) -> Any
         if isinstance(layer, PeftLinear) and type(layer.base_layer) is nn.Linear and layer is not head:
             parent, _, last = name.rpartition(".")
             down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            setattr(inner.get_submodule(parent), last, LoraShape(layer.base_layer, down, up, packed))
+            setattr(inner.get_submodule(parent), last, FusedLora(layer.base_layer, down, up, packed))
     return inner
+
+
+def put_rank_one(model: Any) -> None:
+    """A LoRA of rank 1 on each linear layer but the head: what the layers keep for it they keep for their own weights."""
+    head = model.get_output_embeddings()
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, nn.Linear) and linear is not head:
+            parent, _, last = name.rpartition(".")
+            down, up = (nn.Parameter(torch.empty(s)) for s in ((1, linear.in_features), (linear.out_features, 1)))
+            setattr(model.get_submodule(parent), last, FusedLora(linear, down, up, packed=False))
 
 
 def put_lean_blocks(model: nn.Module) -> None:

@@ -21,15 +21,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from adapterhub_lite.errors import ConfigurationError
-from adapterhub_lite.memory.stand_ins import SHORT_TOKENS, put_attention, put_lean_blocks, put_lora, put_peft
+from adapterhub_lite.memory.stand_ins import (
+    SHORT_TOKENS,
+    put_attention,
+    put_lean_blocks,
+    put_lora,
+    put_peft,
+    put_rank_one,
+)
 
 
 @dataclass(frozen=True)
 class ModelShape:
     """Numbers of a model that memory depends on; parameters are counts, not bytes.
 
-    `linear_parameters` are those that a quantisation packs; `lora_parameters` and `lora_head_columns` are those of a LoRA
-    of the rank asked for, as PEFT makes it.
+    `linear_parameters` are those that a quantisation packs.
     """
 
     layers: int
@@ -39,8 +45,6 @@ class ModelShape:
     other_parameters: int
     head_parameters: int
     tied: bool
-    lora_parameters: int
-    lora_head_columns: int
     largest_linear: int
 
     @property
@@ -54,7 +58,8 @@ class StepBytes:
     """Bytes of the trunk's forward and backward pass, without parameters and their gradients.
 
     `fixed` and each of `layers` are kept for backward at the end of forward, and so are the `copies` that a layer has of
-    its adapter in the base's dtype; `temporary` is what the worst moment has on top. All but the copies grow with the rows.
+    its adapter in the base's dtype, or of its experts with their adapter; `temporary` and `unpacked` are what the worst
+    moment has on top. All but `copies` and `unpacked` grow with the rows.
     """
 
     fixed: int
@@ -62,11 +67,17 @@ class StepBytes:
     copies: tuple[int, ...]
     temporary: int
     layer_input: int
+    unpacked: int = 0
 
     def of_rows(self, rows: int) -> "StepBytes":
         """The same for `rows` rows, where this is for one."""
-        layers = tuple(size * rows for size in self.layers)
-        return StepBytes(self.fixed * rows, layers, self.copies, self.temporary * rows, self.layer_input * rows)
+        return replace(
+            self,
+            fixed=self.fixed * rows,
+            layers=tuple(size * rows for size in self.layers),
+            temporary=self.temporary * rows,
+            layer_input=self.layer_input * rows,
+        )
 
     def saved(self, *, checkpointing: bool) -> int:
         """Activations held until backward: of all layers, or with checkpointing only what goes into each."""
@@ -78,7 +89,7 @@ class StepBytes:
     def working(self, *, checkpointing: bool) -> int:
         """What comes and goes while one layer is at work; with checkpointing that is the recomputed layer."""
         largest = max(size + copies for size, copies in zip(self.layers, self.copies, strict=True))
-        return self.temporary + (largest if checkpointing else 0)
+        return self.temporary + self.unpacked + (largest if checkpointing else 0)
 
 
 @dataclass(frozen=True)
@@ -100,38 +111,50 @@ class TracedStep:
     device: str
 
 
-def model_shape(config: Any, target_modules: Any = "all-linear", rank: int = 8) -> ModelShape:
-    """Count a model's parameters on the meta device; `target_modules` as in PEFT's LoraConfig.
+@dataclass(frozen=True)
+class LoraShape:
+    """A LoRA of some rank as PEFT makes it: its parameters, and the columns (its rank) of the one on the head, 0 for none."""
+
+    parameters: int
+    head_columns: int
+
+
+def model_shape(config: Any) -> ModelShape:
+    """Count a model's parameters on the meta device.
 
     Raises:
-        ConfigurationError: there is no layer of that name, or the model has no output head.
+        ConfigurationError: the model has no output head, or no list of layers.
     """
     with torch.device("meta"):
-        return _shape_of(build_model(config, dtype=torch.float32), target_modules, rank)
-
-
-def _shape_of(model: Any, target_modules: Any, rank: int) -> ModelShape:
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+        model = build_model(config, dtype=torch.float32)
+    head = model.get_output_embeddings()
     if head is None:
         raise ConfigurationError(f"{type(model).__name__} has no output head: a causal language model is needed.")
     packable = [weight for module in model.modules() if module is not head and (weight := packable_weight(module))]
-    linear, everything = sum(packable), sum(p.numel() for p in model.parameters())
-    tied, vocabulary = head.weight is embeddings.weight, int(model.config.get_text_config().vocab_size)
-    layers, head_parameters = len(decoder_layers(model)), head.weight.numel()
-    adapted = put_peft(model, rank, target_modules)
-    lora = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
-    own = getattr(adapted.get_base_model().get_output_embeddings(), "lora_B", {})
     return ModelShape(
-        layers=layers,
+        layers=len(decoder_layers(model)),
         hidden=int(head.weight.shape[1]),
-        vocabulary=vocabulary,
-        linear_parameters=linear,
-        other_parameters=everything - linear,
-        head_parameters=head_parameters,
-        tied=tied,
-        lora_parameters=sum(p.numel() for p in lora.values()),
-        lora_head_columns=sum(up.weight.shape[1] for up in own.values()),
+        vocabulary=int(head.weight.shape[0]),
+        linear_parameters=sum(packable),
+        other_parameters=sum(p.numel() for p in model.parameters()) - sum(packable),
+        head_parameters=head.weight.numel(),
+        tied=head.weight is model.get_input_embeddings().weight,
         largest_linear=max(packable, default=0),
+    )
+
+
+def lora_shape(config: Any, target_modules: Any, rank: int) -> LoraShape:
+    """Count a LoRA on the meta device; `target_modules` as in PEFT's LoraConfig.
+
+    Raises:
+        ConfigurationError: the LoRA does not fit the model.
+    """
+    with torch.device("meta"):
+        adapted = put_peft(build_model(config, dtype=torch.float32), rank, target_modules)
+    on_head = getattr(adapted.get_base_model().get_output_embeddings(), "lora_B", {})
+    return LoraShape(
+        parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
+        head_columns=sum(up.weight.shape[1] for up in on_head.values()),
     )
 
 
@@ -204,10 +227,12 @@ def _shortened(model: Any, step: TracedStep) -> tuple[Any, list[int]]:
     # What is kept alone: the gradients of whole weights do not grow with rows, and are left out. A linear layer keeps its
     # input for a LoRA as for its own weight. A tied head is the embedding, and all layers pass its gradient on.
     if step.trains == "all":
-        model = as_trained(model, replace(step, trains="lora", rank=1, target_modules="all-linear"), norms=True)
+        put_rank_one(model)
+    model = as_trained(model, step)
+    if step.trains == "all":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.endswith((".down", ".up", "norm.weight")))
         model.enable_input_require_grads()
-    else:
-        model = as_trained(model, step)
     if step.trains == "head":
         model.requires_grad_(False)
         if head_is_tied:
@@ -216,33 +241,72 @@ def _shortened(model: Any, step: TracedStep) -> tuple[Any, list[int]]:
 
 
 def _trace(model: Any, places: list[int], step: TracedStep) -> StepBytes:
-    layers = decoder_layers(model)
-    copies = [_copied_bytes(layer, step.dtype) for layer in layers]
-    live = LiveBytes([*model.parameters(), *model.buffers()])
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(live.forget_gradient)
-    marks: list[int] = []
-    layers[0].register_forward_pre_hook(lambda *_: marks.append(live.now))
-    for layer in layers:
-        layer.register_forward_hook(lambda *_: marks.append(live.now))
-    with live:
-        ids = torch.zeros((1, step.sequence_length), dtype=torch.long)
-        states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        saved = live.now
-        if states.requires_grad:
-            states.backward(torch.zeros_like(states))
-    if len(marks) != len(layers) + 1:
-        raise ConfigurationError(f"the layers of {type(model).__name__} do not run once each")
-    grown = [after - before for before, after in itertools.pairwise(marks)]
-    each = [size - copied for size, copied in zip(grown, copies, strict=True)]
+    one = _Row.of(model, step.sequence_length, rows=1)
+    # What does not grow with the rows are copies of the adapter in the dtype of the base. PEFT adds a LoRA on experts to
+    # their weights, whole: how much of a layer that is, is found by a second row.
+    if holds_experts(model):
+        two = _Row.of(model, step.sequence_length, rows=2)
+        grown = [b - a for a, b in zip(one.layers, two.layers, strict=True)]
+        copies = [a - b for a, b in zip(one.layers, grown, strict=True)]
+        temporary = two.temporary - one.temporary
+    else:
+        copies = [_copied_bytes(layer, step.dtype) for layer in decoder_layers(model)]
+        grown = [a - b for a, b in zip(one.layers, copies, strict=True)]
+        temporary = one.temporary
     return StepBytes(
-        fixed=max(0, saved - sum(grown)),
-        layers=tuple(max(0, each[place]) for place in places),
-        copies=tuple(copies[place] for place in places),
-        temporary=live.peak - saved,
-        layer_input=states.numel() * step.dtype.itemsize,
+        fixed=one.fixed,
+        layers=tuple(max(0, grown[place]) for place in places),
+        copies=tuple(max(0, copies[place]) for place in places),
+        temporary=max(0, temporary),
+        layer_input=one.output,
+        unpacked=one.temporary - max(0, temporary),
     )
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Bytes of a pass of some rows: what is kept outside the layers and in each, what comes and goes, what comes out."""
+
+    fixed: int
+    layers: tuple[int, ...]
+    temporary: int
+    output: int
+
+    @classmethod
+    def of(cls, model: Any, tokens: int, rows: int) -> "_Row":
+        """Run forward and backward on fake tensors."""
+        layers = decoder_layers(model)
+        live = LiveBytes([*model.parameters(), *model.buffers()])
+        marks: list[int] = []
+        hooks = [layers[0].register_forward_pre_hook(lambda *_: marks.append(live.now))]
+        hooks += [layer.register_forward_hook(lambda *_: marks.append(live.now)) for layer in layers]
+        trained = [p for p in model.parameters() if p.requires_grad]
+        hooks += [p.register_post_accumulate_grad_hook(live.forget_gradient) for p in trained]
+        with live:
+            ids = torch.zeros((rows, tokens), dtype=torch.long)
+            states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            saved = live.now
+            if states.requires_grad:
+                states.backward(torch.zeros_like(states))
+        for hook in hooks:
+            hook.remove()
+        for parameter in trained:
+            parameter.grad = None
+        if len(marks) != len(layers) + 1:
+            raise ConfigurationError(f"the layers of {type(model).__name__} do not run once each")
+        grown = tuple(after - before for before, after in itertools.pairwise(marks))
+        size = states.numel() * states.element_size()
+        return cls(max(0, saved - sum(grown)), grown, live.peak - saved, size)
+
+
+def holds_experts(model: nn.Module) -> bool:
+    """Whether PEFT has put a LoRA on a parameter that belongs to no linear layer."""
+    return any(type(module).__name__ == "ParamWrapper" for module in model.modules())
+
+
+def _copied_bytes(module: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of the copies that a module's trained parameters have in the dtype of the base, where theirs is another."""
+    return sum(p.numel() * dtype.itemsize for p in module.parameters() if p.requires_grad and p.dtype != dtype)
 
 
 def put_on_cpu(model: Any) -> Any:
@@ -284,20 +348,16 @@ def without_chatter() -> Iterator[None]:
         log.setLevel(level)
 
 
-def as_trained(model: Any, step: TracedStep, *, norms: bool = False) -> Any:
+def as_trained(model: Any, step: TracedStep) -> Any:
     """Make of `model` what the trainer makes of a base, as far as memory goes: what is trained, and its leaner blocks.
 
-    `norms` says that the norms are trained as well as a LoRA. Returns the model, inside which layers have changed.
+    Returns the model, inside which layers have changed.
     """
     model.requires_grad_(step.trains == "all")
     if step.trains == "lora":
         model = put_lora(model, step.rank, step.target_modules, packed=step.packed)
     elif step.trains == "head":
         model.get_output_embeddings().requires_grad_(True)
-    if norms:
-        for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.requires_grad_(True)
     if step.lean:
         put_lean_blocks(model)
     special = has_special_attention(model.config.get_text_config())
@@ -329,7 +389,9 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:  # as torch has it
-        made = function(*args, **(kwargs or {}))
+        # The kernel for experts refuses fake tensors in fp32, which it takes when they are real.
+        experts = function is torch.ops.aten._grouped_mm.default
+        made = grouped_product(*args[:3]) if experts else function(*args, **(kwargs or {}))
         for value in tree_iter(made):
             if isinstance(value, Tensor):
                 self.count(value.untyped_storage())
@@ -355,6 +417,16 @@ class LiveBytes(TorchDispatchMode):
     def add(self, size: int) -> None:
         """Add bytes to what lives now."""
         self.now += size
+
+
+def grouped_product(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """What torch's grouped product of experts returns: of (tokens, in) and (experts, in, out), or for the experts' gradient
+    of (in, tokens) and (tokens, out). `ends` (experts,) are where the tokens of each expert end."""
+    if left.dim() == right.dim() == 2:
+        return left.new_empty(len(ends), left.shape[0], right.shape[1])
+    if left.dim() == right.dim() == 3:
+        return left.new_empty(left.shape[0], left.shape[1], right.shape[2])
+    return left.new_empty(left.shape[-2], right.shape[-1])
 
 
 def build_model(config: Any, *, dtype: torch.dtype) -> Any:
