@@ -1,4 +1,4 @@
-"""How fast and how small is the logits-free loss beside the full one and its peers, in one paired run?
+"""How fast and how small is the logits-free loss, compared with the full one and its peers in one paired run?
 
 Every measured value is the median of rounds in which all contestants take turns. Peak is the growth of resident memory
 above the inputs, their gradients included, in a child process each that does nothing else (CUDA: the allocator's).
@@ -28,7 +28,6 @@ from torch.nn import functional as F
 from adapterhub_lite.loss_sizes import LIMITS, TileLimits
 from adapterhub_lite.losses import linear_cross_entropy
 from scripts.bench.report import RESULTS, describe_machine, write_result
-from scripts.bench.train.loss_plot import plot
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -81,7 +80,7 @@ def contestants(device: torch.device, only: str | None = None) -> tuple[dict[str
         found["torch linear_cross_entropy"] = torch_fused
     else:
         missing["torch linear_cross_entropy"] = f"torch {torch.__version__} has none"
-    for name, build in (("TRL fused head", _trl), ("cut_cross_entropy", _cce), ("Liger", _liger)):
+    for name, build in (("TRL fused head", trl_fused_head), ("cut_cross_entropy", cut_cross_entropy), ("Liger", liger)):
         if only not in (None, name):
             continue
         try:
@@ -95,7 +94,7 @@ def contestants(device: torch.device, only: str | None = None) -> tuple[dict[str
     return found, missing
 
 
-def _trl() -> Loss:
+def trl_fused_head() -> Loss:
     """TRL's fused head as its trainer calls it: every position is scored where there is no Triton, then masked."""
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
@@ -107,13 +106,15 @@ def _trl() -> Loss:
     return loss
 
 
-def _cce() -> Loss:
+def cut_cross_entropy() -> Loss:
+    """Apple's Cut Cross-Entropy."""
     from cut_cross_entropy import linear_cross_entropy as cce
 
     return lambda hidden, weight, targets: cce(hidden, weight, targets)
 
 
-def _liger() -> Loss:
+def liger() -> Loss:
+    """Liger's fused linear cross entropy."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     loss = LigerFusedLinearCrossEntropyLoss()
@@ -214,7 +215,7 @@ def compare(problem: Problem, rounds: int, device: torch.device) -> dict[str, An
 
 
 def scale_with_length(rounds: int, device: torch.device) -> list[dict[str, float]]:
-    """Ours alone over growing numbers of tokens: time a token and peak beyond the gradients should stay."""
+    """Ours alone over growing numbers of tokens: time per token and peak beyond the gradients should stay the same."""
     rows = []
     inputs = {n: make_inputs(Problem(f"length-{n}", n, 49152, 576), device) for n in LENGTHS}
     seconds: dict[int, list[float]] = {n: [] for n in LENGTHS}
@@ -262,7 +263,8 @@ def main() -> None:
         swept = {p.name: sweep_tiles(p, arguments.rounds, device) for p in problems}
         print(write_result("loss_tiles", {"tiles": swept}))
         return
-    found = _earlier()
+    path = RESULTS / "loss.json"
+    found: dict[str, Any] = json.loads(path.read_text())["results"] if path.exists() else {}
     for problem in problems:
         found[problem.name] = compare(problem, arguments.rounds, device)
         print_result(found[problem.name])
@@ -274,10 +276,29 @@ def main() -> None:
     plot([found[p.name] for p in (*PROBLEMS, *GPU_PROBLEMS) if p.name in found], RESULTS / "loss.png")
 
 
-def _earlier() -> dict[str, Any]:
-    path = RESULTS / "loss.json"
-    found: dict[str, Any] = json.loads(path.read_text())["results"] if path.exists() else {}
-    return found
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Draw seconds and MB of each contestant, one group of bars per problem, on a logarithmic scale."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 4.5))
+    names = list(dict.fromkeys(name for result in results for name in result["contestants"]))
+    for axis, key, title in zip(
+        axes, ("seconds_median", "peak_bytes"), ("time (s, median)", "peak above the inputs (MB)"), strict=True
+    ):
+        for offset, name in enumerate(names):
+            found = [(i, r["contestants"][name][key]) for i, r in enumerate(results) if name in r["contestants"]]
+            heights = [value / (1e6 if key == "peak_bytes" else 1) for _, value in found]
+            axis.bar([i + offset * 0.2 for i, _ in found], heights, 0.19, label=name)
+        axis.set_xticks([i + 0.3 for i in range(len(results))])
+        axis.set_xticklabels([r["problem"]["name"] for r in results], rotation=15, fontsize=8)
+        axis.set_title(title)
+        axis.set_yscale("log")
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
 
 
 def _circumstances() -> dict[str, Any]:
@@ -286,7 +307,7 @@ def _circumstances() -> dict[str, Any]:
 
 
 def print_result(result: dict[str, Any]) -> None:
-    """One line a contestant."""
+    """One line per contestant."""
     print(result["problem"]["name"])
     for contestant, row in result["contestants"].items():
         print(

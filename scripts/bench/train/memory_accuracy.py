@@ -1,10 +1,10 @@
 """How near is the predicted memory of a run to what the run measures, per preset, family and length?
 
 Each run is a process of its own: the embedded base or a model of random weights, the trainer, two steps, and the peak
-of resident memory (on a GPU: of the allocator), beside what the trainer predicted without any calibration; then once
+of resident memory (on a GPU: of the allocator), compared with what the trainer predicted without calibration; then once
 more with the calibration that the other runs of its preset would have left.
 
-    python -m scripts.bench.train.memory_accuracy smollm2-135m            # every preset that runs here; minutes a shape
+    python -m scripts.bench.train.memory_accuracy smollm2-135m            # every preset that runs here; minutes per shape
     python -m scripts.bench.train.memory_accuracy qwen2.5-0.5b --presets lora-bf16 lora-bf16-gc --lengths 128
     python -m scripts.bench.train.memory_accuracy gemma-3-270m --seconds 300    # as much as fits; call again to go on
 
@@ -65,7 +65,7 @@ def make_base(shape: dict[str, Any] | None, folder: Path) -> Path:
 
 
 def measure(folder: str, preset: str, length: int, rows_a_step: int, rank: int, output: str) -> None:
-    """The child: train two steps under a preset, and print what the trainer predicted before beside what it measured."""
+    """The child: train two steps under a preset, and print what the trainer predicted and what it measured."""
     from datasets import Dataset
 
     from adapterhub_lite.training import AdapterTrainer, AdapterTrainingArguments
@@ -115,11 +115,11 @@ def run_child(
 
 
 def main() -> None:
-    """Run each preset in a child process and set its peak beside the prediction."""
+    """Run each preset in a child process and compare its peak with the prediction."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", nargs="?", choices=[EMBEDDED, *SHAPES], default=EMBEDDED)
     parser.add_argument("--presets", nargs="*", choices=PRESETS, help="those that run here when not given")
-    parser.add_argument("--lengths", nargs="*", type=int, default=list(LENGTHS), help="tokens a row")
+    parser.add_argument("--lengths", nargs="*", type=int, default=list(LENGTHS), help="tokens per row")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no run after so long")
     parser.add_argument("--again", action="store_true", help="measure also what was measured before")
     parser.add_argument("--child", nargs=6, help=argparse.SUPPRESS)
@@ -136,12 +136,14 @@ def main() -> None:
     presets = arguments.presets or [name for name in PRESETS if name not in skipped]
     path = RESULTS / "memory_accuracy.json"
     found: dict[str, Any] = json.loads(path.read_text())["runs"] if path.exists() else {}
-    wanted = [(preset, length) for preset in presets for length in arguments.lengths]
+    missing = [(preset, length) for preset in presets for length in arguments.lengths]
     if not arguments.again:
-        wanted = [(preset, length) for preset, length in wanted if f"{arguments.shape}:{preset}:{length}" not in found]
+        missing = [
+            (preset, length) for preset, length in missing if f"{arguments.shape}:{preset}:{length}" not in found
+        ]
     with tempfile.TemporaryDirectory() as scratch:
-        base = make_base(SHAPES.get(arguments.shape), Path(scratch) / "base") if wanted else Path()
-        for preset, length in wanted:
+        base = make_base(SHAPES.get(arguments.shape), Path(scratch) / "base") if missing else Path()
+        for preset, length in missing:
             if time.monotonic() > end:
                 print("stopped for the time; call again to go on")
                 break
@@ -157,7 +159,7 @@ def main() -> None:
 def write(found: dict[str, Any], skipped: dict[str, str]) -> None:
     """Write all runs with their errors, and the summary of these."""
     for name, run in found.items():
-        run["error_calibrated"] = _left_out(name, found)
+        run["error_calibrated"] = error_when_calibrated(name, found)
     errors = [abs(run["error"]) for run in found.values()]
     after = [abs(run["error_calibrated"]) for run in found.values() if run["error_calibrated"] is not None]
     summary = {
@@ -172,7 +174,7 @@ def write(found: dict[str, Any], skipped: dict[str, str]) -> None:
 
 
 def draw(found: dict[str, Any]) -> None:
-    """Predicted against measured, a point a run, with the wanted 10 % either way."""
+    """Predicted against measured, one point per run, with 10 % either way."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -193,7 +195,7 @@ def draw(found: dict[str, Any]) -> None:
     figure.savefig(RESULTS / "memory_accuracy.png", dpi=110)
 
 
-def _left_out(name: str, found: dict[str, Any]) -> float | None:
+def error_when_calibrated(name: str, found: dict[str, Any]) -> float | None:
     """The error when this machine has seen the other runs of the same preset, and not this one."""
     from adapterhub_lite.memory import MemoryEstimate, Workload, calibrated, record_peak
 

@@ -1,7 +1,7 @@
-"""What does each preset need for Qwen2.5-1.5B and 7B at 1 x 1024 tokens, beside the published figures?
+"""What does each preset need for Qwen2.5-1.5B and 7B at 1 x 1024 tokens, compared with the published figures?
 
 The shapes alone are used: no weights. Each cell says in `source` where its `gb` comes from: `measured` (the allocator
-of a GPU, in a run on random weights), `exact` (the whole step on fake tensors) or `estimate` (two layers on fake
+of a GPU, in a run on random weights), `exact` (the whole step on fake tensors) or `estimate` (some layers on fake
 tensors). Bytes are without Python's or CUDA's own overhead, as the allocator of a GPU counts them; 1 GB is 1e9 bytes.
 
     python -m scripts.bench.train.memory_table                            # estimates, a minute
@@ -22,7 +22,7 @@ from scripts.bench.report import RESULTS, write_result
 from scripts.bench.train.memory_accuracy import make_base, run_child
 
 RANKS = (4, 8, 16, 32)
-PUBLISHED_GB = {
+PUBLISHED_GB: dict[str, dict[str, Any]] = {
     "1.5B": {"full": 20.31, "lora": {4: 9.68, 8: 9.78, 16: 9.93, 32: 9.98}},
     "7B": {"full": 40.68, "lora": {4: 24.77, 8: 24.95, 16: 24.94, 32: 25.98}},
 }
@@ -40,12 +40,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 COLOURS = {"measured": "tab:green", "exact": "tab:blue", "estimate": "tab:gray"}
-# The presets that the published table has a figure for, or a wish: at each of its ranks, the others at 8.
+# The presets that the published table has a figure for, or that have a goal: at each of its ranks, the others at 8.
 EVERY_RANK = ("lora-bf16", "lora-bf16-gc", "qlora-nf4-gc")
 
 
 def main() -> None:
-    """Reckon the table, and write it as JSON after each cell."""
+    """Estimate the table, and write it as JSON after each cell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--exact", action="store_true")
     parser.add_argument("--measure", action="store_true")
@@ -58,9 +58,10 @@ def main() -> None:
     path = RESULTS / "memory_table.json"
     kept = json.loads(path.read_text())["cells"] if path.exists() and not arguments.again else []
     facts = {size: ModelFacts(AutoConfig.for_model(**shape)) for size, shape in SHAPES.items()}
-    cells = [_cell(facts[size], size, name, rank, kept) for size in SHAPES for name, rank in _wanted()]
+    combinations = [(name, rank) for name in MEMORY_PRESETS for rank in (RANKS if name in EVERY_RANK else (8,))]
+    cells = [estimated_cell(facts[size], size, name, rank, kept) for size in SHAPES for name, rank in combinations]
     _write(cells)
-    # What is wished for comes first.
+    # What has a goal comes first.
     for cell in sorted(cells, key=lambda cell: cell["preset"] not in EVERY_RANK):
         single = MEMORY_PRESETS[cell["preset"]].strategy == "single"
         if arguments.exact and single and "exact_gb" not in cell and time.monotonic() < end:
@@ -69,37 +70,36 @@ def main() -> None:
             cell |= {"exact_gb": round(peak / 1e9, 2), "exact_seconds": round(time.perf_counter() - start, 1)}
             _write(cells)
     if arguments.measure:
-        _measure(cells, end)
-
-
-def _wanted() -> list[tuple[str, int]]:
-    return [(name, rank) for name in MEMORY_PRESETS for rank in (RANKS if name in EVERY_RANK else (8,))]
+        measure_cells(cells, end)
 
 
 def _workload(cell: dict[str, Any]) -> Workload:
     return Workload(1, TOKENS, rank=cell["rank"] or 8, world_size=cell["world_size"], device="cuda")
 
 
-def _cell(facts: ModelFacts, size: str, name: str, rank: int, kept: list[dict[str, Any]]) -> dict[str, Any]:
-    preset = MEMORY_PRESETS[name]
+def estimated_cell(facts: ModelFacts, size: str, name: str, rank: int, kept: list[dict[str, Any]]) -> dict[str, Any]:
+    """One cell of the table, with what earlier calls measured for it."""
+    preset, published = MEMORY_PRESETS[name], PUBLISHED_GB[size]
+    of_rank: Any = published["full"] if name == "full" else published["lora"]
     cell: dict[str, Any] = {
         "model": size,
         "preset": name,
         "rank": rank if preset.trains == "lora" else None,
         "world_size": 1 if preset.strategy == "single" else 2,
-        "published_gb": _published(size, name, rank),
+        "published_gb": of_rank if name == "full" else of_rank[rank] if name in ("lora-bf16", "lora-bf16-gc") else None,
     }
-    reckoned = estimate(facts, preset, _workload(cell))
-    cell["estimate_gb"] = round((reckoned.total - OVERHEAD_BYTES["cuda"]) / 1e9, 2)
-    cell["components_gb"] = {k: round(v / 1e9, 3) for k, v in reckoned.components.items() if k != "overhead"}
+    found = estimate(facts, preset, _workload(cell))
+    cell["estimate_gb"] = round((found.total - OVERHEAD_BYTES["cuda"]) / 1e9, 2)
+    cell["components_gb"] = {k: round(v / 1e9, 3) for k, v in found.components.items() if k != "overhead"}
     same = [old for old in kept if all(old[key] == cell[key] for key in ("model", "preset", "rank"))]
     return cell | {key: old[key] for old in same for key in old if key.startswith(("exact_", "measured_"))}
 
 
-def _measure(cells: list[dict[str, Any]], end: float) -> None:
+def measure_cells(cells: list[dict[str, Any]], end: float) -> None:
+    """Run what this GPU can run, and write each figure at once."""
     here = Machine.present()
     if here.device != "cuda":
-        raise SystemExit("--measure wants a GPU, and there is none here.")
+        raise SystemExit("--measure needs a GPU, and there is none here.")
     with tempfile.TemporaryDirectory() as scratch:
         for size, shape in SHAPES.items():
             base = make_base(shape, Path(scratch) / size)
@@ -114,13 +114,13 @@ def _write(cells: list[dict[str, Any]]) -> None:
     for cell in cells:
         cell["source"] = next(s for s in ("measured", "exact", "estimate") if f"{s}_gb" in cell)
         cell["gb"] = cell[f"{cell['source']}_gb"]
-    payload = {"cells": cells, "wanted": _verdicts(cells), "published": PUBLISHED_GB, "tokens": f"1 x {TOKENS}"}
+    payload = {"cells": cells, "wanted": goals_reached(cells), "published": PUBLISHED_GB, "tokens": f"1 x {TOKENS}"}
     write_result("memory_table", payload)
     _plot(cells)
 
 
-def _verdicts(cells: list[dict[str, Any]]) -> dict[str, bool]:
-    """Whether the figures that are wished for are reached, by the best source that each cell has."""
+def goals_reached(cells: list[dict[str, Any]]) -> dict[str, bool]:
+    """Whether each goal is reached, by the best source that each cell has."""
 
     def of(model: str, preset: str) -> list[dict[str, Any]]:
         return [cell for cell in cells if (cell["model"], cell["preset"]) == (model, preset)]
@@ -131,13 +131,6 @@ def _verdicts(cells: list[dict[str, Any]]) -> dict[str, bool]:
         "7B lora-bf16-gc at most 17 GB": all(cell["gb"] <= 17 for cell in of("7B", "lora-bf16-gc")),
         "7B qlora-nf4-gc within 8 GiB": all(cell["gb"] <= 8 * 2**30 / 1e9 for cell in of("7B", "qlora-nf4-gc")),
     }
-
-
-def _published(size: str, preset: str, rank: int) -> float | None:
-    known: Any = PUBLISHED_GB[size]
-    if preset == "full":
-        return float(known["full"])
-    return float(known["lora"][rank]) if preset in ("lora-bf16", "lora-bf16-gc") else None
 
 
 def _plot(cells: list[dict[str, Any]]) -> None:

@@ -37,13 +37,16 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     tokenizer = load_tokenizer(base.folder)
     count = job["rows"] * (job["steps"] + 1)
     if job["lengths"] == "filled":
-        rows = [{"messages": _filled(job["length"], index)} for index in range(count)]
+        texts = [" ".join(f"word{(index + i) % 97}" for i in range(job["length"])) for index in range(count)]
+        rows = [
+            {"messages": [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": t}]} for t in texts
+        ]
     else:
         rows = chats(count, job["seed"], job["lengths"])
     limit = job.get("length", 512)
     table = tokenize_rows(load_rows(rows), tokenizer, max_length=limit, overlong="truncate").table
     if job["lengths"] == "filled":
-        table = _ended(table, tokenizer.eos_token_id)
+        table = with_end(table, tokenizer.eos_token_id)
     settings: dict[str, Any] = {
         "output_dir": str(Path(job["folder"]) / "run"),
         "max_steps": job["steps"],
@@ -83,7 +86,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def held_out_loss(model: Any, table: Any) -> float:
-    """Mean cross entropy over the answers' tokens, in nats: one plain way for all trainers, a row at a time, in fp32."""
+    """Mean cross entropy over the answers' tokens, in nats: the same plain way for all trainers, one row at a time, in fp32."""
     import torch
     from torch.nn import functional as F
 
@@ -100,17 +103,12 @@ def held_out_loss(model: Any, table: Any) -> float:
     return total / count
 
 
-def _ended(table: Any, end: int | None) -> Any:
+def with_end(table: Any, end: int | None) -> Any:
     """Rows that were cut to their length, with the end token as the last to be learned."""
     from datasets import Dataset
 
     columns = {name: [[*row[:-1], end] for row in table[name]] for name in ("input_ids", "labels")}
     return Dataset.from_dict({**columns, "length": table["length"]})
-
-
-def _filled(length: int, index: int) -> list[dict[str, str]]:
-    text = " ".join(f"word{(index + i) % 97}" for i in range(length))
-    return [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": text}]
 
 
 def ours(base: Any, tokenizer: Any, table: Any, settings: dict[str, Any]) -> Any:

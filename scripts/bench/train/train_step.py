@@ -1,6 +1,6 @@
 """What does a LoRA training step cost, and does it learn as well: ours, HF Trainer with PEFT, and TRL's SFTTrainer?
 
-    python -m scripts.bench.train.train_step speed mixed  # seconds a step and peak memory, paired, alternating, medians
+    python -m scripts.bench.train.train_step speed mixed  # seconds per step and peak memory, paired, alternating, medians
     python -m scripts.bench.train.train_step speed equal  # the same with rows of one length, where no padding is saved
     python -m scripts.bench.train.train_step scaling      # our step from 512 to 8 x 2048 tokens
     python -m scripts.bench.train.train_step quality 0    # held-out loss after 100 steps with seed 0, ours and HF's
@@ -58,7 +58,7 @@ def chats(count: int, seed: int, lengths: str) -> list[dict[str, Any]]:
 
 
 def run_one(job: dict[str, Any]) -> dict[str, Any]:
-    """Run one trainer here and now; returns seconds a step, peak bytes and losses."""
+    """Run one trainer here and now; returns seconds per step, peak bytes and losses."""
     from scripts.bench.train import step_trainers
 
     return step_trainers.run(job)
@@ -111,14 +111,14 @@ def scaling(longest: int) -> dict[str, Any]:
 
 
 def draw(parts: dict[str, Any]) -> None:
-    """Plot seconds a step and peak of each trainer, and our seconds a step over tokens."""
+    """Plot seconds per step and peak of each trainer, and our seconds per step over tokens."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4), layout="constrained")
     panels = figure.subplots(1, 3)
     speeds = [name for name in ("speed_mixed", "speed_equal") if name in parts]
     for panel, key, label in zip(
-        panels, ("median_step_seconds", "peak_mib"), ("seconds a step", "peak MiB"), strict=False
+        panels, ("median_step_seconds", "peak_mib"), ("seconds per step", "peak MiB"), strict=False
     ):
         for shift, name in enumerate(speeds):
             heights = [parts[name]["trainers"][trainer][key] for trainer in TRAINERS]
@@ -133,9 +133,9 @@ def draw(parts: dict[str, Any]) -> None:
         panels[2].plot(tokens, [point["step_seconds"] for point in points], "o-", label="ours")
         last = points[-1]["step_seconds"] / tokens[-1]
         panels[2].plot(tokens, [last * count for count in tokens], "--", label="proportional to tokens")
-        panels[2].set(xlabel="tokens a step", ylabel="seconds a step")
+        panels[2].set(xlabel="tokens per step", ylabel="seconds per step")
         panels[2].legend()
-    figure.suptitle("SmolLM2-135M, rank 8 on all linear layers, bf16, 16 short chats a step")
+    figure.suptitle("SmolLM2-135M, rank 8 on all linear layers, bf16, 16 short chats per step")
     figure.savefig(RESULTS / f"{NAME}.png", dpi=110)
 
 
@@ -151,7 +151,7 @@ def quality(seed: int, steps: int, rows: int, trainers: Sequence[str]) -> dict[s
 
 
 def merge(part: dict[str, Any]) -> None:
-    """Write `part` into the result, beside the parts measured before and the other trainers of the same part."""
+    """Write `part` into the result, with the parts measured before and the other trainers of the same part."""
     path = RESULTS / f"{NAME}.json"
     parts = json.loads(path.read_bytes())["parts"] if path.exists() else {}
     for name, value in part.items():
@@ -171,10 +171,10 @@ def main() -> None:
     parser.add_argument("part", choices=("speed", "scaling", "quality", "job"))
     parser.add_argument("value", nargs="?", default="0", help="mixed or equal for speed, the seed for quality")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, help="steps a run: 6 for speed and 100 for quality when not given")
-    parser.add_argument("--rows", type=int, default=4, help="for quality: chats a step")
+    parser.add_argument("--steps", type=int, help="steps per run: 6 for speed and 100 for quality when not given")
+    parser.add_argument("--rows", type=int, default=4, help="for quality: chats per step")
     parser.add_argument("--trainer", choices=("ours", "hf"), help="for quality: this one alone")
-    parser.add_argument("--longest", type=int, default=2048, help="tokens a row at which scaling ends")
+    parser.add_argument("--longest", type=int, default=2048, help="tokens per row at which scaling ends")
     given = parser.parse_args()
     if given.part == "job":
         with tempfile.TemporaryDirectory() as folder:
