@@ -329,11 +329,6 @@ def put_on_cpu(model: Any) -> Any:
     return model
 
 
-def _copied_bytes(module: nn.Module, dtype: torch.dtype) -> int:
-    """Bytes of the copies that a module's trained parameters have in the dtype of the base, where theirs is another."""
-    return sum(p.numel() * dtype.itemsize for p in module.parameters() if p.requires_grad and p.dtype != dtype)
-
-
 @contextmanager
 def without_chatter() -> Iterator[None]:
     """While inside, torch's own log of an operation that fake tensors cannot run, and warnings, are not shown."""
