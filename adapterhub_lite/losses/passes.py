@@ -267,7 +267,7 @@ def second_pass(
     width = 0 if wanted.columns is None else wanted.columns.stop - wanted.columns.start
     found = Gradients(
         problem.zeros(*problem.hidden.shape) if wanted.hidden else None,
-        problem.zeros(problem.vocabulary, width).to(rows_dtype) if wanted.columns else None,
+        torch.zeros((problem.vocabulary, width), dtype=rows_dtype, device=problem.device) if wanted.columns else None,
         problem.zeros(problem.vocabulary) if wanted.bias else None,
     )
     trained = wanted.columns or slice(0, 0)
