@@ -1,45 +1,103 @@
-"""The hub as an ASGI application: routes put together, refusals turned into answers."""
+"""The hub as an ASGI application: routes put together, refusals and renames turned into answers."""
 
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import unquote
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from pydantic import ValidationError
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from adapterhub_lite.hub_server.hub import Account, Hub
-from adapterhub_lite.hub_server.routes import ROUTES, Wire
+from adapterhub_lite.hub_server.bodies import described
+from adapterhub_lite.hub_server.hub import Account, Hub, MovedError
+from adapterhub_lite.hub_server.page import PAGE_ROUTES, Pages, error_page
+from adapterhub_lite.hub_server.routes import ROUTES, Api, repository_or_unsupported, unsupported
 from adapterhub_lite.hub_server.store import HubRefusal
+from adapterhub_lite.hub_server.transfer import TRANSFER_ROUTES, Transfer
+
+# Of everything but uploads: a commit carries its small files inside.
+MAX_BODY_BYTES = 256 << 20
 
 
 class RawPath:
-    """Route on the undecoded path, so that a branch `a%2Fb` stays one segment; handlers unquote what they take."""
+    """Route on the undecoded path, so that a branch `a%2Fb` stays one segment, and bound what a body may hold.
+
+    Handlers unquote what they take.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hand the request on."""
-        await self.app(
-            dict(scope, path=scope["raw_path"].decode()) if scope["type"] == "http" else scope, receive, send
-        )
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        received = 0
+
+        async def bounded() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > MAX_BODY_BYTES and not scope["raw_path"].startswith(b"/lfs/"):
+                raise HubRefusal(413, f"A request may carry {MAX_BODY_BYTES:,} bytes; commit fewer files at a time.")
+            return message
+
+        await self.app(dict(scope, path=scope["raw_path"].decode("latin-1")), bounded, send)
 
 
-async def _refused(_: Request, refusal: Exception) -> JSONResponse:
-    assert isinstance(refusal, HubRefusal)
-    headers = {"X-Error-Message": str(refusal)} | ({"X-Error-Code": refusal.code} if refusal.code else {})
-    return JSONResponse({"error": str(refusal)}, refusal.status, headers)
-
-
-def create_app(data: Path, *, tokens: Mapping[str, Account] | None = None, part_bytes: int = 64_000_000) -> FastAPI:
+def create_app(
+    data: Path,
+    *,
+    tokens: Mapping[str, Account] | None = None,
+    part_bytes: int = 64_000_000,
+    quota_bytes: int | None = None,
+) -> FastAPI:
     """The hub over the files in `data`.
 
     `tokens` maps a token to its account; None lets everybody read and write. Files above `part_bytes` are uploaded
-    in parts of that many bytes.
+    in parts of that many bytes. `quota_bytes` bounds each repository, over all its commits.
     """
-    app, wire = FastAPI(openapi_url=None, redirect_slashes=False), Wire(Hub(data, tokens, part_bytes))
-    for method, path, name in ROUTES:
-        app.add_api_route(path, getattr(wire, name), methods=[method], response_model=None)
-    app.add_exception_handler(HubRefusal, _refused)
+    app = FastAPI(openapi_url=None, redirect_slashes=False)
+    hub = Hub(data, tokens, part_bytes, quota_bytes)
+    for routes, target in ((ROUTES, Api(hub)), (TRANSFER_ROUTES, Transfer(hub)), (PAGE_ROUTES, Pages(hub))):
+        for method, path, name in routes:
+            app.add_api_route(path, getattr(target, name), methods=[method], response_model=None)
+
+    @app.api_route("/{rest:path}", methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"], response_model=None)
+    def otherwise(request: Request) -> Response:
+        """Whatever no route answers."""
+        parts = unquote(request.url.path).strip("/").split("/")
+        if parts[0] == "api" and len(parts) > 1:
+            raise repository_or_unsupported(hub, request)
+        if "resolve" in parts or ".git" in request.url.path:
+            raise HubRefusal(404, "Repository not found", "RepoNotFound")
+        raise HubRefusal(404, "There is no such page.") if request.method in ("GET", "HEAD") else unsupported(request)
+
+    @app.exception_handler(HubRefusal)
+    async def refused(request: Request, refusal: HubRefusal) -> Response:
+        text = str(refusal).encode("ascii", "backslashreplace").decode().replace("\n", " ")
+        headers = {"X-Error-Message": text} | ({"X-Error-Code": refusal.code} if refusal.code else {})
+        if "text/html" in request.headers.get("accept", ""):
+            return HTMLResponse(error_page(str(refusal)), refusal.status, headers)
+        return JSONResponse({"error": str(refusal)}, refusal.status, headers)
+
+    @app.exception_handler(MovedError)
+    async def moved(request: Request, move: MovedError) -> RedirectResponse:
+        # Relative, because the client follows no other redirect when it asks for a file's metadata.
+        path = request.scope["path"].replace(move.old, move.new, 1)
+        query = request.scope["query_string"].decode("latin-1")
+        return RedirectResponse(f"{path}?{query}" if query else path, 307)
+
+    @app.exception_handler(RequestValidationError)
+    @app.exception_handler(ValidationError)
+    async def malformed(request: Request, error: RequestValidationError | ValidationError) -> Response:
+        if isinstance(error, ValidationError):
+            return await refused(request, HubRefusal(400, f"The request is malformed: {described(error)}."))
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        return await refused(request, HubRefusal(400, f"The request is malformed: {where}: {first['msg']}."))
+
     app.add_middleware(RawPath)
     return app

@@ -1,4 +1,4 @@
-"""Faults on order: what a network and a busy hub do to a client. Knows requests, not what they mean."""
+"""Injected faults: what a network and a busy hub do to a client. Knows requests, not what they mean."""
 
 import asyncio
 import re
@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 FaultKind = Literal["503", "429", "lost_response", "slow", "cut", "wrong_etag", "flipped_byte", "stale_listing"]
 FAULT_KINDS: tuple[FaultKind, ...] = get_args(FaultKind)
-# A hub that runs for weeks keeps no longer a log than this.
+# Bounds the log of a hub that runs for weeks.
 LOGGED_EXCHANGES = 100_000
 
 
@@ -80,7 +80,7 @@ class FaultLayer:
         self.app, self.faults = app, faults
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request, with whatever was ordered for it."""
+        """Serve one request, with the fault that is in force for it."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         rule = self.faults.strike(scope["method"], scope["path"])
@@ -101,23 +101,23 @@ class FaultLayer:
             if rule and kind == "slow":
                 await asyncio.sleep(rule.seconds)
             if rule and kind in ("503", "429"):
-                await _refuse(int(kind), rule.seconds, counted_send)
+                limit = [
+                    (b"ratelimit", f'"api";r=0;t={rule.seconds:g}'.encode()),
+                    (b"retry-after", f"{rule.seconds:g}".encode()),
+                ]
+                headers = limit if kind == "429" else []
+                await counted_send({"type": "http.response.start", "status": int(kind), "headers": headers})
+                await counted_send({"type": "http.response.body", "body": b""})
             else:
                 scope.setdefault("state", {})["stale"] = kind == "stale_listing"
-                await self.app(scope, counted_receive, _falsify(kind, counted_send))
+                await self.app(scope, counted_receive, falsify(kind, counted_send))
         finally:
             self.faults.log.append(Exchange(scope["method"], scope["path"], **counts, fault=kind))
             del self.faults.log[:-LOGGED_EXCHANGES]
 
 
-async def _refuse(status: int, seconds: float, send: Send) -> None:
-    limit = [(b"ratelimit", f'"api";r=0;t={seconds:g}'.encode()), (b"retry-after", f"{seconds:g}".encode())]
-    await send({"type": "http.response.start", "status": status, "headers": limit if status == 429 else []})
-    await send({"type": "http.response.body", "body": b""})
-
-
-def _falsify(kind: str, send: Send) -> Send:
-    """A `send` that spoils the answer as `kind` says; uvicorn drops the connection of an unfinished answer."""
+def falsify(kind: str, send: Send) -> Send:
+    """Return a `send` that corrupts the answer as `kind` says; uvicorn drops the connection of an unfinished answer."""
     spoilt = False
 
     async def spoil(message: Message) -> None:

@@ -1,21 +1,19 @@
-"""One hub: its store, its tokens, and who may do what. The requests themselves are in `routes`."""
+"""One hub: its store, its tokens, and who may do what. The requests themselves are in `routes` and `transfer`."""
 
-import json
-import re
 import uuid
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote
 
-import yaml
 from fastapi import Request
 
-from adapterhub_lite.hub_server.store import Commit, Entry, HubRefusal, HubStore, Repo
+from adapterhub_lite.hub_server.store import Commit, Entry, HubRefusal, HubStore, Repo, repo_key
 from adapterhub_lite.hub_server.xet import XetStore
 
-MAX_DEPTH = 32
+# Uploads that were announced and never made; the oldest are forgotten.
+MAX_TICKETS = 10_000
 
 
 @dataclass(frozen=True)
@@ -27,34 +25,32 @@ class Account:
     orgs: tuple[str, ...] = ()
 
 
-def front_matter(text: str) -> dict[str, Any]:
-    """The metadata block of a card, {} without one; raises YAMLError when it is no mapping, or one that would grow."""
-    match = re.match(r"^---\r?\n(.*?)\r?\n---(\r?\n|$)", text, re.DOTALL)
-    block, depth = match[1] if match else "{}", 0
-    for event in yaml.parse(block, yaml.SafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        # A few aliases of aliases are gigabytes once they are written out as JSON.
-        if isinstance(event, yaml.AliasEvent) or depth > MAX_DEPTH:
-            raise yaml.YAMLError("the metadata block has aliases or is nested too deep")
-    found = yaml.safe_load(block)
-    if not isinstance(found, dict):
-        raise yaml.YAMLError("the metadata block is not a mapping")
-    return found
+class MovedError(Exception):
+    """The repository has another address now: the client is sent there with 307."""
+
+    def __init__(self, old: str, new: str) -> None:
+        self.old, self.new = old, new
+        super().__init__(f"{old} is now {new}")
 
 
-def texts(value: Any) -> list[str]:
-    """The texts in what a card has under a key: one, or a list of them."""
-    return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
+def key_of(request: Request) -> str:
+    """The key of the repository that a path names: `/api/models/org/name`, `/datasets/org/name/resolve/...`."""
+    kind = {"models": "model", "datasets": "dataset"}.get(request.path_params.get("kinds", "models"))
+    if kind is None:
+        raise HubRefusal(501, f"This hub holds models and data sets, no {request.path_params['kinds']}.")
+    return repo_key(kind, "{ns}/{name}".format(**request.path_params))
 
 
 class Hub:
     """One store behind one table of tokens (None: open to all)."""
 
-    def __init__(self, data: Path, accounts: Mapping[str, Account] | None, part_bytes: int) -> None:
+    def __init__(
+        self, data: Path, accounts: Mapping[str, Account] | None, part_bytes: int, quota_bytes: int | None
+    ) -> None:
         # Clients get a path of it as an address, wherever they run.
-        self.store, self.xet = HubStore(data), XetStore(data.resolve() / "xet")
+        self.store, self.xet = HubStore(data, quota_bytes), XetStore(data.resolve() / "xet")
         self.accounts, self.part_bytes = accounts, part_bytes
-        self.tickets: dict[str, tuple[str, int]] = {}
+        self._tickets: OrderedDict[str, tuple[str, int]] = OrderedDict()
 
     def account(self, request: Request) -> Account | None:
         """Who is asking; 401 for a token that nobody has."""
@@ -69,12 +65,24 @@ class Hub:
         """Whether the repository is in the caller's own or an organisation's namespace."""
         return self.accounts is None or bool(account and repo_id.split("/")[0] in (account.name, *account.orgs))
 
-    def readable(self, request: Request, repo_id: str = "") -> Repo:
-        """The repository, by default that of the path; missing and hidden look the same, as on the real hub."""
+    def visible(self, request: Request, kind: str) -> list[Repo]:
+        """The repositories of a kind that the caller may see."""
         account = self.account(request)
-        repo = self.store.find(repo_id or "{ns}/{name}".format(**request.path_params))
+        return [repo for repo in self.store.repos(kind) if not repo.private or self.owns(account, repo.id)]
+
+    def readable(self, request: Request, key: str = "") -> Repo:
+        """The repository, by default that of the path; missing and hidden look the same, as on the real hub.
+
+        Raises MovedError when it has another address now, and may be seen there.
+        """
+        account, key = self.account(request), key or key_of(request)
+        repo = self.store.find(key)
+        if repo is None and (new := self.store.elsewhere(key)):
+            repo = self.store.find(new)
         if repo is None or (repo.private and not self.owns(account, repo.id)):
             raise HubRefusal(404 if account else 401, "Repository not found", "RepoNotFound")
+        if repo.key != key:
+            raise MovedError(key, repo.key)
         return repo
 
     def require_write(self, request: Request, repo_id: str) -> None:
@@ -85,17 +93,24 @@ class Hub:
         if not self.owns(account, repo_id) or (account and account.role != "write"):
             raise HubRefusal(403, f"Forbidden: you don't have the rights to write to {repo_id}.")
 
-    def writable(self, request: Request, repo_id: str = "") -> Repo:
+    def writable(self, request: Request, key: str = "") -> Repo:
         """The repository, for a caller who may write to it."""
-        repo = self.readable(request, repo_id)
+        repo = self.readable(request, key)
         self.require_write(request, repo.id)
+        return repo
+
+    def open_files(self, request: Request) -> Repo:
+        """The repository, for a caller who may read its files: gated ones are for their owners."""
+        repo, account = self.readable(request), self.account(request)
+        if repo.gated and not self.owns(account, repo.id):
+            raise HubRefusal(403 if account else 401, f"Access to {repo.key} is restricted.", "GatedRepo")
         return repo
 
     def at(self, request: Request, repo: Repo, revision: str) -> Commit:
         """The commit that a quoted revision names; for a branch the one before while a stale listing is injected."""
-        commit = self.store.commit(repo.id, self.store.resolve(repo, unquote(revision)))
+        commit = self.store.commit(repo.key, self.store.resolve(repo, unquote(revision)))
         stale = getattr(request.state, "stale", False) and unquote(revision) in repo.branches and commit.parent
-        return self.store.commit(repo.id, commit.parent) if stale else commit
+        return self.store.commit(repo.key, commit.parent) if stale else commit
 
     def entry(self, sha256: str) -> Entry:
         """The entry of a large file that a commit names, taken in from the Xet side when it went there."""
@@ -106,31 +121,16 @@ class Hub:
             self.store.admit(landing, sha256)
         return self.store.large(sha256, self.xet.hash_of(sha256))
 
+    def issue_ticket(self, sha256: str, size: int) -> str:
+        """A new upload address for a content."""
+        ticket = uuid.uuid4().hex
+        self._tickets[ticket] = (sha256, size)
+        while len(self._tickets) > MAX_TICKETS:
+            self._tickets.popitem(last=False)
+        return ticket
+
     def ticket(self, ticket: str) -> tuple[str, int]:
-        """What an upload address is for: sha256 and size."""
-        if ticket not in self.tickets:
+        """What an upload address is for: sha256 and size in bytes."""
+        if ticket not in self._tickets:
             raise HubRefusal(403, "This upload address is not valid any more.")
-        return self.tickets[ticket]
-
-    def info(self, repo: Repo, commit: Commit) -> dict[str, Any]:
-        """A repository as `model_info` and `list_models` read it; tags are derived from its card."""
-        readme = commit.files.get("README.md")
-        try:
-            card = front_matter(self.store.blob(readme.sha256).read_text()) if readme else {}
-        except (yaml.YAMLError, UnicodeDecodeError):
-            card = {}
-        if "tags" in card:
-            card["tags"] = texts(card["tags"])  # the client iterates over them
-        kinds = ["", *(f"{relation}:" for relation in texts(card.get("base_model_relation")))]
-        tags = [f"base_model:{kind}{base}" for kind in kinds for base in texts(card.get("base_model"))]
-        tags = [*card.get("tags", ()), *tags, *texts(card.get("library_name"))]
-        files = [{"rfilename": path, "blobId": file.oid} | described(file) for path, file in commit.files.items()]
-        return {"id": repo.id, "sha": commit.sha, "private": repo.private, "gated": repo.gated or False, "tags": tags,
-                "createdAt": repo.created, "lastModified": commit.date, "siblings": files,
-                "cardData": json.loads(json.dumps(card, default=str, skipkeys=True))}  # fmt: skip
-
-
-def described(file: Entry) -> dict[str, Any]:
-    """Size, LFS and Xet keys of a file in a listing; `oid` and `sha256` are the same thing under two of its names."""
-    lfs = {"oid": file.sha256, "sha256": file.sha256, "size": file.size, "pointerSize": 134}
-    return {"size": file.size} | ({"lfs": lfs} if file.lfs else {}) | ({"xetHash": file.xet} if file.xet else {})
+        return self._tickets[ticket]

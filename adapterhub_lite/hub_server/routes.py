@@ -1,38 +1,63 @@
-"""The wire: what the `huggingface_hub` 2.x client asks of a hub with model repositories, one method a request."""
+"""The API of repositories: what the `huggingface_hub` 2.x client asks about models and data sets, one method per request.
 
-import base64
-import json
+What this hub does not have is refused with 501 before anything is written; see `unsupported`.
+"""
+
 import re
-import time
-import uuid
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import Annotated
 from urllib.parse import parse_qs, unquote
 
+import pathspec
 import yaml
-from fastapi import Request
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi import Query, Request
+from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
-from adapterhub_lite.hub_server.hub import Hub, described, front_matter
-from adapterhub_lite.hub_server.store import Commit, Entry, HubRefusal
+from adapterhub_lite.hub_server.bodies import (
+    CardText,
+    CommitRequest,
+    Copies,
+    Duplicate,
+    Move,
+    NamedRepo,
+    NewBranch,
+    NewRepo,
+    NewTag,
+    Preupload,
+    Settings,
+    Squash,
+)
+from adapterhub_lite.hub_server.hub import Hub, key_of
+from adapterhub_lite.hub_server.info import (
+    Json,
+    describe,
+    expanded,
+    front_matter,
+    last_commits,
+    listed,
+    matching,
+    paged,
+    tree,
+)
+from adapterhub_lite.hub_server.store import Commit, HubRefusal, check_path, repo_key
 
-Json = dict[str, Any]
-LARGE_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf", ".png", ".npz", ".arrow", ".parquet")
+LARGE_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf", ".png", ".npz", ".arrow", ".parquet", ".zip", ".gz")
 REGULAR_BYTES = 10_000_000
 MODEL_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
-REPO = "/api/models/{ns}/{name}"
-# In the order they are matched: method, path, method of `Wire`.
+REPO = "/api/{kinds}/{ns}/{name}"
+# In the order they are matched: method, path, method of `Api`.
 ROUTES = (
     ("GET", "/api/whoami-v2", "whoami"),
     ("POST", "/api/repos/create", "create"),
     ("DELETE", "/api/repos/delete", "delete"),
+    ("POST", "/api/repos/move", "move"),
     ("POST", "/api/validate-yaml", "validate"),
-    ("GET", "/api/models", "models"),
+    ("GET", "/api/{kinds}", "repositories"),
     ("GET", REPO, "info"),
     ("GET", REPO + "/revision/{rev}", "info"),
+    ("GET", REPO + "/auth-check", "auth_check"),
+    ("GET", REPO + "/auth-check/write", "auth_check_write"),
     ("PUT", REPO + "/settings", "settings"),
     ("GET", REPO + "/tree/{rev}", "tree"),
     ("GET", REPO + "/tree/{rev}/{path:path}", "tree"),
@@ -40,22 +65,19 @@ ROUTES = (
     ("GET", REPO + "/commits/{rev}", "commits"),
     ("GET", REPO + "/refs", "refs"),
     ("POST", REPO + "/tag/{rev}", "add_tag"),
+    ("DELETE", REPO + "/tag/{ref}", "drop_tag"),
     ("POST", REPO + "/branch/{ref}", "add_branch"),
-    ("DELETE", REPO + "/{kind}/{ref}", "drop_ref"),
+    ("DELETE", REPO + "/branch/{ref}", "drop_branch"),
+    ("POST", REPO + "/super-squash/{ref}", "squash"),
+    ("POST", REPO + "/duplicate", "duplicate"),
+    ("POST", REPO + "/lfs-files/duplicate", "duplicate_files"),
+    ("GET", REPO + "/discussions", "discussions"),
     ("POST", REPO + "/preupload/{rev}", "preupload"),
     ("POST", REPO + "/commit/{rev}", "commit"),
-    ("GET", REPO + "/xet-{mode}-token/{rev}", "xet_token"),
-    ("POST", "/{ns}/{name}.git/info/lfs/objects/batch", "batch"),
-    ("PUT", "/lfs/{ticket}", "upload"),
-    ("PUT", "/lfs/{ticket}/{part}", "upload"),
-    ("POST", "/lfs/{ticket}", "complete"),
-    ("POST", "/lfs/{ticket}/verify", "verify"),
-    ("GET", "/{ns}/{name}/resolve/{rev}/{path:path}", "resolve"),
-    ("HEAD", "/{ns}/{name}/resolve/{rev}/{path:path}", "resolve"),
 )
 
 
-class Wire:
+class Api:
     """The answers, from one hub. Path parameters arrive quoted."""
 
     def __init__(self, hub: Hub) -> None:
@@ -70,78 +92,135 @@ class Wire:
         orgs = [{"name": org, "type": "org"} for org in account.orgs]
         return {"type": "user", "name": account.name, "fullname": account.name, "orgs": orgs, "auth": auth}
 
-    def _named(self, request: Request, body: Json) -> str:
+    def _named(self, request: Request, body: NewRepo | NamedRepo) -> str:
         account = self.hub.account(request)
-        return f"{body.get('organization') or (account.name if account else 'user')}/{body['name']}"
+        owner = body.organization or (account.name if account else "user")
+        return repo_key(body.type, f"{owner}/{body.name}")
 
-    def create(self, request: Request, body: Json) -> JSONResponse:
+    def create(self, request: Request, body: NewRepo) -> JSONResponse:
         """Create a repository; 409 when it exists."""
-        repo_id = self._named(request, body)
-        self.hub.require_write(request, repo_id)
-        if body.get("type", "model") != "model":
-            raise HubRefusal(400, "This hub holds model repositories only.")
-        told = {"url": f"{request.base_url}{repo_id}", "name": repo_id}
-        if self.store.create(repo_id, body.get("visibility") == "private"):
+        key = self._named(request, body)
+        self.hub.require_write(request, key.removeprefix("datasets/"))
+        told = {"url": f"{request.base_url}{key}", "name": key.removeprefix("datasets/")}
+        if self.store.create(key, body.private or body.visibility == "private"):
             return JSONResponse(told)
-        return JSONResponse(told | {"error": "You already created this model repo"}, 409)
+        return JSONResponse(told | {"error": f"You already created this {body.type} repo"}, 409)
 
-    def delete(self, request: Request, body: Json) -> Json:
+    def delete(self, request: Request, body: NamedRepo) -> Json:
         """Delete a repository."""
-        self.store.delete(self.hub.writable(request, self._named(request, body)).id)
+        self.store.delete(self.hub.writable(request, self._named(request, body)).key)
         return {}
 
-    def settings(self, request: Request, body: Json) -> Json:
+    def move(self, request: Request, body: Move) -> Json:
+        """Rename a repository, or give it to another owner whom the caller may write for."""
+        repo = self.hub.writable(request, repo_key(body.type, body.fromRepo))
+        self.hub.require_write(request, body.toRepo)
+        self.store.move(repo.key, repo_key(body.type, body.toRepo))
+        return {}
+
+    def duplicate(self, request: Request, body: Duplicate) -> Json:
+        """Copy a repository's files, without its history, into a new one."""
+        repo = self.hub.open_files(request)
+        key = repo_key(repo.kind, body.repository)
+        self.hub.require_write(request, body.repository)
+        head = self.hub.at(request, repo, "main")
+        private = body.private or body.visibility == "private" or (body.visibility is None and repo.private)
+        if not self.store.create(key, private, head.files, f"Duplicate from {repo.id}"):
+            raise HubRefusal(409, f"A repository called {key} exists already.")
+        return {"url": f"{request.base_url}{key}"}
+
+    def duplicate_files(self, request: Request, body: Copies) -> Json:
+        """Contents lie in one pool, so that there is nothing to copy; only the right to read and write is checked."""
+        held = self.store.named_contents(self.hub.open_files(request).key)
+        self.hub.writable(request, repo_key(body.target.type, body.target.name))
+        missing = [file.sha256 for file in body.files if file.sha256 not in held]
+        return {"failed": [{"sha256": sha256, "error": "not in the source repository"} for sha256 in missing]}
+
+    def settings(self, request: Request, body: Settings) -> Json:
         """Change who may see a repository, and whether it is gated."""
         repo = self.hub.writable(request)
-        private = body.get("visibility") == "private" if "visibility" in body else body.get("private", repo.private)
-        self.store.save(replace(repo, private=private, gated=body.get("gated", repo.gated) or ""))
+        private = repo.private if body.private is None else body.private
+        private = body.visibility == "private" if body.visibility else private
+        gated = repo.gated if body.gated is None else body.gated or ""
+        with self.store.lock:
+            self.store.save(replace(self.store.find(repo.key) or repo, private=private, gated=gated))
         return {}
 
-    def validate(self, body: Json) -> JSONResponse:
+    def validate(self, body: CardText) -> JSONResponse:
         """Check the metadata of a card, as far as this hub can."""
         try:
-            bases = front_matter(body["content"]).get("base_model") or []
+            bases = front_matter(body.content).get("base_model") or []
             bases = bases if isinstance(bases, list) else [bases]
             errors = [f'"base_model" {base!r} is not a model id' for base in bases if not MODEL_ID.fullmatch(str(base))]
         except yaml.YAMLError as error:
             errors = [str(error)]
         return JSONResponse({"errors": [{"message": text} for text in errors], "warnings": []}, 400 if errors else 200)
 
-    def models(self, request: Request, author: str = "", search: str = "", limit: int = 1000) -> list[Json]:
-        """Repositories that the caller may see, filtered."""
-        tags, account = set(request.query_params.getlist("filter")), self.hub.account(request)
-        seen = [repo for repo in self.store.repos() if not repo.private or self.hub.owns(account, repo.id)]
-        named = [repo for repo in seen if repo.id.startswith(f"{author}/" if author else "") and search in repo.id]
-        found = [self.hub.info(repo, self.hub.at(request, repo, "main")) for repo in named]
-        return [info for info in found if tags <= set(info["tags"])][:limit]
+    def repositories(
+        self, request: Request, kinds: str, limit: int = 1000, expand: Annotated[list[str] | None, Query()] = None
+    ) -> JSONResponse:
+        """Repositories of a kind that the caller may see, filtered and in order."""
+        if kinds not in ("models", "datasets"):
+            raise unsupported(request)
+        # One without `main` (a copy of a hub that was cut short) must not hide the others.
+        seen = [repo for repo in self.hub.visible(request, kinds[:-1]) if "main" in repo.branches]
+        infos = (describe(self.store, repo, self.hub.at(request, repo, "main")) for repo in seen)
+        lines = [listed(info, request.query_params, expand or ()) for info in matching(infos, request)]
+        return paged(request, lines, limit)
 
-    def info(self, request: Request, rev: str = "main") -> Json:
+    def info(
+        self, request: Request, rev: str = "main", blobs: bool = False,
+        expand: Annotated[list[str] | None, Query()] = None,
+    ) -> Json:  # fmt: skip
         """A repository at a revision."""
         repo = self.hub.readable(request)
-        return self.hub.info(repo, self.hub.at(request, repo, rev))
+        return expanded(describe(self.store, repo, self.hub.at(request, repo, rev), blobs=blobs), expand or ())
 
-    def _commit(self, request: Request, rev: str) -> Commit:
-        return self.hub.at(request, self.hub.readable(request), rev)
+    def auth_check(self, request: Request) -> Json:
+        """Whether the caller may read the files."""
+        self.hub.open_files(request)
+        return {}
 
-    def tree(self, request: Request, rev: str, path: str = "", recursive: bool = False) -> list[Json]:
+    def auth_check_write(self, request: Request) -> Json:
+        """Whether the caller may write."""
+        self.hub.writable(request)
+        return {}
+
+    def tree(
+        self, request: Request, rev: str, path: str = "", recursive: bool = False, expand: bool = False
+    ) -> JSONResponse:
         """Files and folders, of one level or of all."""
-        top = f"{unquote(path)}/" if path else ""
-        shown = [item for item in _listing(self._commit(request, rev).files) if item["path"].startswith(top)]
-        return [item for item in shown if recursive or "/" not in item["path"][len(top) :]]
+        repo = self.hub.readable(request)
+        commit = self.hub.at(request, repo, rev)
+        found = tree(commit.files, unquote(path).strip("/"), recursive=recursive)
+        return paged(request, self._with_commits(repo.key, commit, found) if expand else found)
+
+    def _with_commits(self, key: str, commit: Commit, items: list[Json]) -> list[Json]:
+        newest = last_commits(self.store, key, commit.sha, [item["path"] for item in items])
+        return [item | {"lastCommit": newest[item["path"]]} for item in items]
 
     async def paths_info(self, request: Request, rev: str) -> list[Json]:
         """The files and folders that are asked for."""
-        wanted = parse_qs((await request.body()).decode()).get("paths", [])
-        return [item for item in _listing(self._commit(request, rev).files) if item["path"] in wanted]
+        try:
+            asked = parse_qs((await request.body()).decode(), max_num_fields=20_000)
+        except (UnicodeDecodeError, ValueError) as error:
+            raise HubRefusal(400, "The paths are not a form in UTF-8, or there are too many of them.") from error
+        paths = {path.strip("/") for path in asked.get("paths", [])}
+        repo = self.hub.readable(request)
+        commit = self.hub.at(request, repo, rev)
+        found = [item for item in tree(commit.files, recursive=True) if item["path"] in paths]
+        wants_commits = asked.get("expand", [""])[0].lower() in ("1", "true")
+        return await run_in_threadpool(self._with_commits, repo.key, commit, found) if wants_commits else found
 
-    def commits(self, request: Request, rev: str) -> list[Json]:
+    def commits(self, request: Request, rev: str) -> JSONResponse:
         """The log, newest first."""
         repo = self.hub.readable(request)
-        found = [self.hub.at(request, repo, rev)]
-        while found[-1].parent:
-            found.append(self.store.commit(repo.id, found[-1].parent))
-        said = [{"id": one.sha, "title": one.title, "message": one.description, "date": one.date} for one in found]
-        return [line | {"authors": [{"user": one.author}]} for line, one in zip(said, found, strict=True)]
+        lines = [
+            {"id": one.sha, "title": one.title, "message": one.description, "date": one.date,
+             "authors": [{"user": one.author}]}
+            for one in self.store.log(repo.key, self.hub.at(request, repo, rev).sha)
+        ]  # fmt: skip
+        return paged(request, lines)
 
     def refs(self, request: Request) -> Json:
         """Branches and tags."""
@@ -153,129 +232,107 @@ class Wire:
         }
         return {"branches": shown["heads"], "tags": shown["tags"], "converts": [], "pullRequests": []}
 
-    def add_tag(self, request: Request, rev: str, body: Json) -> Json:
+    def add_tag(self, request: Request, rev: str, body: NewTag) -> Json:
         """Create a tag."""
-        self.store.set_ref(self.hub.writable(request).id, "tags", body["tag"], unquote(rev))
+        self.store.set_ref(self.hub.writable(request).key, "tags", body.tag, unquote(rev))
         return {}
 
-    def add_branch(self, request: Request, ref: str, body: Json) -> Json:
+    def drop_tag(self, request: Request, ref: str) -> Json:
+        """Delete a tag."""
+        self.store.set_ref(self.hub.writable(request).key, "tags", unquote(ref), None)
+        return {}
+
+    def add_branch(self, request: Request, ref: str, body: NewBranch | None = None) -> Json:
         """Create a branch."""
+        body, repo = body or NewBranch(), self.hub.writable(request)
+        start = body.startingPoint or "main"
+        self.store.set_ref(repo.key, "branches", unquote(ref), start, replace_it=body.overwrite)
+        return {}
+
+    def drop_branch(self, request: Request, ref: str) -> Json:
+        """Delete a branch; `main` cannot be deleted."""
+        self.store.set_ref(self.hub.writable(request).key, "branches", unquote(ref), None)
+        return {}
+
+    def squash(self, request: Request, ref: str, body: Squash | None = None) -> Json:
+        """Replace the history of a branch by one commit."""
+        repo, account = self.hub.writable(request), self.hub.account(request)
+        title = (body.message if body else "") or f"Squash {unquote(ref)}"
+        self.store.squash(repo.key, unquote(ref), title, account.name if account else "anonymous")
+        return {}
+
+    def discussions(self, request: Request) -> Json:
+        """There are none, which is what a listing may say; opening one is refused."""
+        self.hub.readable(request)
+        return {"discussions": [], "count": 0, "start": 0, "numClosedDiscussions": 0}
+
+    def preupload(self, request: Request, rev: str, body: Preupload) -> Json:
+        """How each file is to be uploaded, what is there of it already, and whether `.gitignore` leaves it out."""
+        refuse_pull_requests(request)
         repo = self.hub.writable(request)
-        self.store.set_ref(repo.id, "branches", unquote(ref), body.get("startingPoint") or "main")
-        return {}
-
-    def drop_ref(self, request: Request, kind: str, ref: str) -> Json:
-        """Delete a tag or a branch."""
-        refs = "branches" if kind == "branch" else "tags"
-        self.store.set_ref(self.hub.writable(request).id, refs, unquote(ref), None)
-        return {}
-
-    def preupload(self, request: Request, rev: str, body: Json) -> Json:
-        """How each file is to be uploaded, and what is there of it already."""
-        have, told = self.hub.at(request, self.hub.writable(request), rev).files, []
-        for file in body["files"]:
-            large = file["path"].endswith(LARGE_SUFFIXES) or file["size"] > REGULAR_BYTES
-            mode = {"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
-            old = have.get(file["path"])
+        have, told = self.hub.at(request, repo, rev).files, []
+        ignore = have.get(".gitignore")
+        patterns = body.gitIgnore
+        if patterns is None and ignore and ignore.size <= REGULAR_BYTES:
+            patterns = self.store.blob(ignore.sha256).read_text(errors="replace")
+        ignored = pathspec.GitIgnoreSpec.from_lines((patterns or "").splitlines())
+        for file in body.files:
+            check_path(file.path)
+            large = file.path.endswith(LARGE_SUFFIXES) or file.size > REGULAR_BYTES
+            leave_out = ignored.match_file(file.path)
+            mode: Json = {"path": file.path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": leave_out}
+            old = have.get(file.path)
             told.append(mode | ({"oid": old.sha256 if old.lfs else old.oid} if old else {}))
+            if not leave_out and self.store.quota_bytes is not None and file.size > self.store.quota_bytes:
+                # What is there already counts when the contents are known, at the commit.
+                raise HubRefusal(
+                    413, f"{file.path} is larger than the {self.store.quota_bytes:,} bytes this hub allows."
+                )
         return {"files": told}
 
     async def commit(self, request: Request, rev: str) -> Json:
         """Apply a commit; 412 when its parent is not the head."""
-        lines = [json.loads(line) for line in (await request.body()).splitlines()]
-        return await run_in_threadpool(self._apply, request, unquote(rev), lines)
+        refuse_pull_requests(request)
+        asked = CommitRequest.parse(await request.body())
+        return await run_in_threadpool(self._apply, request, unquote(rev), asked)
 
-    def _apply(self, request: Request, branch: str, lines: list[Json]) -> Json:
+    def _apply(self, request: Request, branch: str, asked: CommitRequest) -> Json:
         repo, account = self.hub.writable(request), self.hub.account(request)
-        added, gone, header = {}, [], lines[0]["value"]
-        for key, value in ((line["key"], line["value"]) for line in lines[1:]):
-            if ".." in Path(value["path"]).parts or value["path"].startswith("/"):
-                raise HubRefusal(400, f"{value['path']!r} leaves the repository.")
-            if key == "file":
-                added[value["path"]] = self.store.regular(base64.b64decode(value["content"]))
-            elif key == "lfsFile":
-                added[value["path"]] = self.hub.entry(value["oid"])
-            elif key in ("deletedFile", "deletedFolder"):
-                gone.append(value["path"].rstrip("/") + ("/" if key == "deletedFolder" else ""))
-            else:
-                raise HubRefusal(400, f"{key!r} is not an operation of this hub.")
-        message = (header["summary"], header.get("description", ""), account.name if account else "anonymous")
-        sha = self.store.add_commit(repo.id, branch, header.get("parentCommit") or "", message, added, gone)
-        return {"success": True, "commitOid": sha, "commitUrl": f"/{repo.id}/commit/{sha}", "hookOutput": ""}
-
-    def xet_token(self, request: Request, mode: str) -> JSONResponse:
-        """Where this client may write or read Xet contents."""
-        (self.hub.writable if mode == "write" else self.hub.readable)(request)
-        address, expires = self.hub.xet.open_lane(mode == "write"), int(time.time()) + 86400
-        headers = {"X-Xet-Cas-Url": address, "X-Xet-Access-Token": "none", "X-Xet-Token-Expiration": str(expires)}
-        return JSONResponse({"casUrl": address, "accessToken": "none", "exp": expires}, headers=headers)
-
-    def batch(self, request: Request, body: Json) -> Json:
-        """Upload addresses for the objects that are not here yet; large ones in parts."""
-        self.hub.writable(request)
-        objects = [self._lfs_object(str(request.base_url), asked) for asked in body["objects"]]
-        return {"transfer": "basic", "objects": objects}
-
-    def _lfs_object(self, host: str, asked: Json) -> Json:
-        oid, size, header = asked["oid"], asked["size"], {}
-        if not re.fullmatch(r"[0-9a-f]{64}", oid):
-            return {"oid": oid, "size": size, "error": {"code": 422, "message": "oid is not a sha256"}}
-        if self.store.blob(oid).exists():
-            return {"oid": oid, "size": size}
-        ticket = uuid.uuid4().hex
-        self.hub.tickets[ticket] = (oid, size)
-        href, part_bytes = f"{host}lfs/{ticket}", self.hub.part_bytes
-        if size > part_bytes:
-            parts = {f"{part:05}": f"{href}/{part}" for part in range(1, -(-size // part_bytes) + 1)}
-            header = {"chunk_size": str(part_bytes)} | parts
-        actions = {"upload": {"href": href, "header": header}, "verify": {"href": f"{href}/verify"}}
-        return {"oid": oid, "size": size, "actions": actions}
-
-    async def upload(self, request: Request, ticket: str, part: int = 0) -> JSONResponse:
-        """Take in the bytes of an object, or of one part of it."""
-        sha256, _ = self.hub.ticket(ticket)
-        landing = self.store.incoming / f"{ticket}.{part:05}"
-        with landing.open("wb") as stream:
-            async for chunk in request.stream():
-                stream.write(chunk)
-        if not part:
-            await run_in_threadpool(self.store.admit, landing, sha256)
-        return JSONResponse({}, headers={"ETag": f'"{part}"'})
-
-    def complete(self, ticket: str) -> Json:
-        """Join the parts."""
-        sha256, _ = self.hub.ticket(ticket)
-        whole = self.store.incoming / ticket
-        with whole.open("wb") as stream:
-            for part in sorted(self.store.incoming.glob(f"{ticket}.*")):
-                stream.write(part.read_bytes())
-        self.store.admit(whole, sha256)
-        return {}
-
-    def verify(self, ticket: str) -> Json:
-        """Check that an upload arrived whole."""
-        sha256, size = self.hub.ticket(ticket)
-        if not self.store.blob(sha256).exists() or self.store.blob(sha256).stat().st_size != size:
-            raise HubRefusal(400, "The upload is missing or of another size.")
-        return {}
-
-    def resolve(self, request: Request, rev: str, path: str) -> FileResponse:
-        """The bytes of a file, or a range of them."""
-        repo, account = self.hub.readable(request), self.hub.account(request)
-        if repo.gated and not self.hub.owns(account, repo.id):
-            raise HubRefusal(403 if account else 401, f"Access to model {repo.id} is restricted.", "GatedRepo")
-        commit = self.hub.at(request, repo, rev)
-        file = commit.files.get(unquote(path))
-        if file is None:
-            raise HubRefusal(404, "Entry not found", "EntryNotFound")
-        headers = {"X-Repo-Commit": commit.sha, "ETag": f'"{file.sha256 if file.lfs else file.oid}"'}
-        if file.xet:
-            route = f"{request.base_url}api/models/{repo.id}/xet-read-token/{commit.sha}"
-            headers |= {"X-Xet-Hash": file.xet, "Link": f'<{route}>; rel="xet-auth"'}
-        return FileResponse(self.store.blob(file.sha256), headers=headers, media_type="application/octet-stream")
+        added = {path: self.store.regular(content) for path, content in asked.regular.items()}
+        added |= {path: self.hub.entry(sha256) for path, sha256 in asked.large.items()}
+        message = (asked.title, asked.description, account.name if account else "anonymous")
+        sha = self.store.add_commit(repo.key, branch, asked.parent, message, added, asked.gone)
+        return {"success": True, "commitOid": sha, "commitUrl": f"{request.base_url}{repo.key}/commit/{sha}",
+                "hookOutput": ""}  # fmt: skip
 
 
-def _listing(files: dict[str, Entry]) -> Iterator[Json]:
-    folders = {str(parent) for path in files for parent in Path(path).parents if str(parent) != "."}
-    yield from ({"type": "directory", "path": path, "size": 0, "oid": "0" * 40} for path in sorted(folders))
-    yield from ({"type": "file", "path": path, "oid": file.oid} | described(file) for path, file in files.items())
+def refuse_pull_requests(request: Request) -> None:
+    """Pull requests are refused before anything is uploaded, because a commit for one must never reach `main`."""
+    if request.query_params.get("create_pr", "").lower() in ("1", "true"):
+        raise HubRefusal(
+            501, "This hub has no pull requests. Commit to a branch instead: create_branch, then revision=."
+        )
+
+
+def unsupported(request: Request) -> HubRefusal:
+    """The refusal of a request that this hub does not answer."""
+    what = unquote(request.url.path)
+    return HubRefusal(
+        501, f"This hub does not support {request.method} {what:.200}. See 'A hub of your own' in the docs."
+    )
+
+
+def repository_or_unsupported(hub: Hub, request: Request) -> HubRefusal:
+    """For an address of the API that no route answers: a repository that is not there, or an operation that is not."""
+    parts = unquote(request.url.path).strip("/").split("/")
+    if parts[1] in ("models", "datasets") and len(parts) > 2:
+        key = repo_key(parts[1][:-1], "/".join(parts[2:4]))
+        try:
+            hub.readable(request, key)
+        except HubRefusal as refusal:
+            # `gpt2` and the like: the real hub has ids without an owner, this one has none.
+            return refusal if refusal.code else HubRefusal(404, "Repository not found", "RepoNotFound")
+    return unsupported(request)
+
+
+__all__ = ["ROUTES", "Api", "key_of", "repository_or_unsupported", "unsupported"]

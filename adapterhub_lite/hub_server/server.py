@@ -20,14 +20,23 @@ class HubServer:
     """A context manager: `with HubServer(folder) as hub: HfApi(endpoint=hub.url)`.
 
     `port` 0 takes a free one. `tokens` maps tokens to accounts; None lets everybody read and write. Files above
-    `part_bytes` are uploaded in parts. Raises ResourceError when the port or the folder is in use.
+    `part_bytes` are uploaded in parts; no repository may hold more than `quota_bytes` over all its commits.
+
+    Raises:
+        ResourceError: the port or the folder is in use.
     """
 
     def __init__(
-        self, data: Path, *, port: int = 0, tokens: Mapping[str, Account] | None = None, part_bytes: int = 64_000_000
+        self,
+        data: Path,
+        *,
+        port: int = 0,
+        tokens: Mapping[str, Account] | None = None,
+        part_bytes: int = 64_000_000,
+        quota_bytes: int | None = None,
     ) -> None:
-        self.faults, self._claim = Faults(), _claim(data)
-        # asyncio sends small answers at once only on sockets that say TCP; without, each waits 40 ms for an ACK.
+        self.faults, self._claim = Faults(), claim(data)
+        # asyncio disables Nagle's algorithm only on sockets created as TCP; otherwise small answers wait 40 ms for an ACK.
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -37,7 +46,9 @@ class HubServer:
             self._claim.close()
             raise ResourceError(f"Port {port} on 127.0.0.1 is not free ({error.strerror}); pick another.") from error
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        layered = FaultLayer(create_app(data, tokens=tokens, part_bytes=part_bytes), self.faults)
+        layered = FaultLayer(
+            create_app(data, tokens=tokens, part_bytes=part_bytes, quota_bytes=quota_bytes), self.faults
+        )
         config = uvicorn.Config(layered, log_level="critical", lifespan="off", timeout_graceful_shutdown=2)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, args=([self._socket],), daemon=True)
@@ -56,8 +67,12 @@ class HubServer:
         self._claim.close()
 
 
-def _claim(data: Path) -> IO[str]:
-    """Keep other hubs off the folder until the file is closed: each would sweep the uploads of the other."""
+def claim(data: Path) -> IO[str]:
+    """Keep other hubs off the folder until the file is closed: each would sweep the uploads of the other.
+
+    Raises:
+        ResourceError: another hub has it.
+    """
     data.mkdir(parents=True, exist_ok=True)
     file = (data / "hub.lock").open("w")
     try:

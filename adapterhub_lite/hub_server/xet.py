@@ -1,6 +1,6 @@
 """Xet through the client's own on-disk scheme `local://`. Knows folders and hashes, no repositories.
 
-The client's on-disk store is locked by one process for that process's whole life, so every token names a folder of
+The client's on-disk store is locked by one process for the whole life of that process, so every token names a folder of
 its own: writers get an empty one, readers a copy of the index over the contents that the server took in.
 """
 
@@ -74,13 +74,23 @@ class XetStore:
             with target.open("rb") as stream:
                 if hashlib.file_digest(stream, "sha256").hexdigest() != sha256:
                     return False
-            self._session = self._session or hf_xet.XetSession()
-            with self._session.new_upload_commit(endpoint=f"local://{self.main}") as upload:
-                handle = upload.start_upload_file(str(target), sha256=sha256)
-            memo = self.main / "hashes" / sha256
-            memo.parent.mkdir(exist_ok=True)
-            memo.write_text(handle.result().xet_info.hash)
+            self.keep(sha256, target)
             return True
+
+    def keep(self, sha256: str, content: Path) -> None:
+        """Store a content so that readers can fetch it by Xet."""
+        import hf_xet
+
+        self._session = self._session or hf_xet.XetSession()
+        with self._session.new_upload_commit(endpoint=f"local://{self.main}") as upload:
+            handle = upload.start_upload_file(str(content), sha256=sha256)
+        memo = self.main / "hashes" / sha256
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        memo.write_text(handle.result().xet_info.hash)
+
+    def size(self) -> int:
+        """Bytes of everything stored here."""
+        return sum(path.stat().st_size for path in self.main.rglob("*") if path.is_file())
 
     def hash_of(self, sha256: str) -> str:
         """The Xet hash of a content that was taken in, "" for any other."""

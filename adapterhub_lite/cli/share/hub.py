@@ -1,16 +1,19 @@
-"""`hub`: run the embedded hub."""
+"""`hub`: run the embedded hub, or free what it no longer needs."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from adapterhub_lite.cli.output import JsonOption, print_json, say
-from adapterhub_lite.errors import ConfigurationError
+from adapterhub_lite.cli.output import DryRunOption, JsonOption, megabytes, print_json, say, would
+from adapterhub_lite.errors import ConfigurationError, UnknownNameError
 from adapterhub_lite.home import adapterhub_home
 
 
 def hub(
+    action: Annotated[
+        str, typer.Argument(help="run; or gc: free contents that no commit names, with the hub stopped.")
+    ] = "run",
     data: Annotated[Path | None, typer.Option(help="Folder for its repositories; <home>/hub if not given.")] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1; 0 takes a free one.")] = 8765,
     token: Annotated[
@@ -22,6 +25,10 @@ def hub(
             show_default=False,
         ),
     ] = None,
+    quota: Annotated[
+        int | None, typer.Option(min=1, help="Megabytes that one repository may hold, over all its commits.")
+    ] = None,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run a small Hugging Face Hub on loopback, for trying things out, tests and offline teams.
@@ -34,7 +41,19 @@ def hub(
     import threading
 
     from adapterhub_lite.hub_server import Account, HubServer
+    from adapterhub_lite.hub_server.gc import collect
 
+    folder = data or adapterhub_home() / "hub"
+    if action == "gc":
+        found = collect(folder, dry_run=dry_run)
+        act = f"free {len(found.contents)} contents, {megabytes(found.freed_bytes)}"
+        if dry_run:
+            return would(act, as_json, contents=found.contents, freed_bytes=found.freed_bytes)
+        if as_json:
+            return print_json({"contents": found.contents, "freed_bytes": found.freed_bytes})
+        return say(f"Freed {len(found.contents)} contents, {megabytes(found.freed_bytes)}.")
+    if action != "run":
+        raise UnknownNameError.among("action of hub", action, ["run", "gc"])
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -47,7 +66,10 @@ def hub(
             # The text may contain a secret, so it is not repeated.
             raise ConfigurationError("A --token is malformed: expected OWNER=TOKEN, ann,team=TOKEN or ann:read=TOKEN.")
         tokens[secret] = Account(names[0], role or "write", tuple(names[1:]))
-    with HubServer(data or adapterhub_home() / "hub", port=port, tokens=tokens or None) as server:
+    if dry_run:
+        return would(f"serve {folder} on port {port}", as_json, data=str(folder), port=port)
+    quota_bytes = None if quota is None else quota * 1_000_000
+    with HubServer(folder, port=port, tokens=tokens or None, quota_bytes=quota_bytes) as server:
         # Tests inject faults on purpose and keep this quiet; here an error is a defect, so its traceback is logged.
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
         if as_json:

@@ -1,0 +1,235 @@
+"""What a request may carry: the JSON bodies, and the lines of a commit. Anything else is refused with 400."""
+
+import base64
+import binascii
+import json
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+
+from adapterhub_lite.hub_server.store import HubRefusal, check_path
+
+Text = Annotated[str, Field(max_length=10_000)]
+Name = Annotated[str, Field(min_length=1, max_length=200)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Size = Annotated[int, Field(ge=0, strict=True)]
+Visibility = Literal["public", "private"]
+
+
+class NewRepo(BaseModel):
+    """`POST /api/repos/create`."""
+
+    name: Name
+    organization: Name | None = None
+    type: str = "model"
+    visibility: Visibility | None = None
+    private: bool = False
+
+
+class NamedRepo(BaseModel):
+    """`DELETE /api/repos/delete`."""
+
+    name: Name
+    organization: Name | None = None
+    type: str = "model"
+
+
+class Move(BaseModel):
+    """`POST /api/repos/move`."""
+
+    fromRepo: Name  # noqa: N815 - names of the wire
+    toRepo: Name  # noqa: N815
+    type: str = "model"
+
+
+class Duplicate(BaseModel):
+    """`POST .../duplicate`."""
+
+    repository: Name
+    visibility: Visibility | None = None
+    private: bool = False
+
+
+class Settings(BaseModel):
+    """`PUT .../settings`; what is not given stays as it is."""
+
+    visibility: Visibility | None = None
+    private: bool | None = None
+    gated: Literal["auto", "manual", False] | None = None
+
+
+class NewTag(BaseModel):
+    """`POST .../tag/REVISION`."""
+
+    tag: Name
+    message: Text | None = None
+
+
+class NewBranch(BaseModel):
+    """`POST .../branch/NAME`."""
+
+    startingPoint: Name | None = None  # noqa: N815
+    overwrite: bool = False
+
+
+class Squash(BaseModel):
+    """`POST .../super-squash/BRANCH`."""
+
+    message: Text = ""
+
+
+class CardText(BaseModel):
+    """`POST /api/validate-yaml`."""
+
+    content: str = ""
+
+
+class PlannedFile(BaseModel):
+    """One file that a client is about to upload."""
+
+    path: str
+    size: Size = 0
+
+
+class Preupload(BaseModel):
+    """`POST .../preupload/REVISION`."""
+
+    files: Annotated[list[PlannedFile], Field(max_length=10_000)]
+    gitIgnore: str | None = None  # noqa: N815
+
+
+class LfsObject(BaseModel):
+    """One content that a client has; `oid` is checked for its form where it is used."""
+
+    oid: str
+    size: Size
+
+
+class LfsBatch(BaseModel):
+    """`POST .git/info/lfs/objects/batch`."""
+
+    objects: Annotated[list[LfsObject], Field(max_length=10_000)]
+
+
+class CopyTarget(BaseModel):
+    """Where files are duplicated to."""
+
+    type: str = "model"
+    name: Name
+
+
+class CopiedFile(BaseModel):
+    """A file that is duplicated into another repository."""
+
+    sha256: Sha256
+    filename: str = ""
+
+
+class Copies(BaseModel):
+    """`POST .../lfs-files/duplicate`."""
+
+    target: CopyTarget
+    files: Annotated[list[CopiedFile], Field(max_length=10_000)]
+
+
+class _Header(BaseModel):
+    summary: Annotated[str, Field(min_length=1, max_length=2_000)]
+    description: Text | None = ""
+    parentCommit: Annotated[str, Field(pattern=r"^[0-9a-f]{7,40}$")] | None = None  # noqa: N815
+
+
+class _File(BaseModel):
+    path: str
+    content: str
+    encoding: Literal["base64", "utf-8"] = "base64"
+
+
+class _LfsFile(BaseModel):
+    path: str
+    oid: Sha256
+    algo: Literal["sha256"] = "sha256"
+
+
+class _Deleted(BaseModel):
+    path: str
+
+
+class _HeaderLine(BaseModel):
+    key: Literal["header"]
+    value: _Header
+
+
+class _FileLine(BaseModel):
+    key: Literal["file"]
+    value: _File
+
+
+class _LfsLine(BaseModel):
+    key: Literal["lfsFile"]
+    value: _LfsFile
+
+
+class _DeletedLine(BaseModel):
+    key: Literal["deletedFile", "deletedFolder"]
+    value: _Deleted
+
+
+_LINES: TypeAdapter[list[_HeaderLine | _FileLine | _LfsLine | _DeletedLine]] = TypeAdapter(
+    list[Annotated[_HeaderLine | _FileLine | _LfsLine | _DeletedLine, Field(discriminator="key")]]
+)
+
+
+@dataclass(frozen=True)
+class CommitRequest:
+    """A commit as it was asked for: `regular` is path to bytes, `large` path to sha256, folders end with `/`."""
+
+    title: str
+    description: str
+    parent: str
+    regular: dict[str, bytes] = field(default_factory=dict)
+    large: dict[str, str] = field(default_factory=dict)
+    gone: list[str] = field(default_factory=list)
+
+    @classmethod
+    def parse(cls, body: bytes) -> "CommitRequest":
+        """Read the lines of a commit (one JSON object each, the header first); 400 for anything else."""
+        try:
+            lines = _LINES.validate_python([json.loads(line) for line in body.splitlines() if line.strip()])
+        except ValidationError as error:
+            raise HubRefusal(400, f"The commit is malformed: {described(error)}.") from error
+        except (ValueError, RecursionError) as error:
+            raise HubRefusal(400, f"The commit is not JSON, one object per line: {error}.") from error
+        if not lines or not isinstance(lines[0], _HeaderLine):
+            raise HubRefusal(400, "A commit begins with its header.")
+        header = lines[0].value
+        found = cls(header.summary, header.description or "", header.parentCommit or "")
+        for line in lines[1:]:
+            if isinstance(line, _HeaderLine):
+                raise HubRefusal(400, "A commit has one header.")
+            path = line.value.path.rstrip("/") if isinstance(line, _DeletedLine) else line.value.path
+            check_path(path)
+            if isinstance(line, _FileLine):
+                found.regular[path] = decode(line.value)
+            elif isinstance(line, _LfsLine):
+                found.large[path] = line.value.oid
+            else:
+                found.gone.append(path + ("/" if line.key == "deletedFolder" else ""))
+        return found
+
+
+def decode(file: _File) -> bytes:
+    """The bytes of a file that came inside a commit; 400 when they are not what the encoding says."""
+    if file.encoding == "utf-8":
+        return file.content.encode()
+    try:
+        return base64.b64decode(file.content, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise HubRefusal(400, f"The content of {file.path!r:.120} is not base64.") from error
+
+
+def described(error: ValidationError) -> str:
+    """The first problem of a body in a few words."""
+    first = error.errors(include_input=False, include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"]) or "the body"
+    return f"{where}: {first['msg']}"
