@@ -3,7 +3,7 @@
 import fcntl
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -14,6 +14,7 @@ from adapterhub_lite.errors import ResourceError
 from adapterhub_lite.hub_server.app import create_app
 from adapterhub_lite.hub_server.faults import FaultLayer, Faults
 from adapterhub_lite.hub_server.hub import Account
+from adapterhub_lite.web.browsers import BrowserGuard
 
 
 class HubServer:
@@ -21,6 +22,7 @@ class HubServer:
 
     `port` 0 takes a free one. `tokens` maps tokens to accounts; None lets everybody read and write. Files above
     `part_bytes` are uploaded in parts; no repository may hold more than `quota_bytes` over all its commits.
+    `hosts` are names under which a proxy serves it; requests to other names, and from pages of other sites, are refused.
 
     Raises:
         ResourceError: the port or the folder is in use.
@@ -34,6 +36,7 @@ class HubServer:
         tokens: Mapping[str, Account] | None = None,
         part_bytes: int = 64_000_000,
         quota_bytes: int | None = None,
+        hosts: Sequence[str] = (),
     ) -> None:
         self.faults, self._claim = Faults(), claim(data)
         # asyncio disables Nagle's algorithm only on sockets created as TCP; otherwise small answers wait 40 ms for an ACK.
@@ -49,7 +52,9 @@ class HubServer:
         layered = FaultLayer(
             create_app(data, tokens=tokens, part_bytes=part_bytes, quota_bytes=quota_bytes), self.faults
         )
-        config = uvicorn.Config(layered, log_level="critical", lifespan="off", timeout_graceful_shutdown=2)
+        # A page of another site in a browser on this machine must not reach the hub.
+        guarded = BrowserGuard(layered, hosts=hosts)
+        config = uvicorn.Config(guarded, log_level="critical", lifespan="off", timeout_graceful_shutdown=2)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, args=([self._socket],), daemon=True)
 

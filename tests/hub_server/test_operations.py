@@ -417,3 +417,18 @@ def test_the_page_shows_what_anybody_may_see_and_runs_nothing(tmp_path: Path) ->
         for hidden in ("/ann/secret", "/ann/none", "/nothing/at/all/here", "/ann/open/tree/none"):
             answer = httpx.get(server.url + hidden, headers={"Accept": "text/html"})
             assert answer.status_code in (401, 404) and "<h1>" in answer.text
+
+
+def test_a_page_of_another_site_reaches_nothing(tmp_path: Path) -> None:
+    with HubServer(tmp_path / "hub", hosts=("hub.example.org",)) as server:
+        new = {"name": "model", "organization": "org"}
+
+        def create(**headers: str) -> int:
+            return httpx.post(f"{server.url}/api/repos/create", json=new, headers=headers).status_code
+
+        assert create(Origin="http://evil.example") == 403 and create(Host="evil.example") == 421
+        assert create(Origin="null") == 403
+        assert list(HfApi(endpoint=server.url, token=False).list_models()) == []
+        assert create(Host="hub.example.org") == 200
+        page = httpx.get(server.url)
+        assert page.headers["x-frame-options"] == "DENY"

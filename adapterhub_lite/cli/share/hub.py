@@ -28,6 +28,10 @@ def hub(
     quota: Annotated[
         int | None, typer.Option(min=1, help="Megabytes that one repository may hold, over all its commits.")
     ] = None,
+    host_name: Annotated[
+        list[str] | None,
+        typer.Option(help="A name under which a proxy serves it; may be repeated.", show_default=False),
+    ] = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -69,7 +73,7 @@ def hub(
     if dry_run:
         return would(f"serve {folder} on port {port}", as_json, data=str(folder), port=port)
     quota_bytes = None if quota is None else quota * 1_000_000
-    with HubServer(folder, port=port, tokens=tokens or None, quota_bytes=quota_bytes) as server:
+    with HubServer(folder, port=port, tokens=tokens or None, quota_bytes=quota_bytes, hosts=host_name or ()) as server:
         # Tests inject faults on purpose and keep this quiet; here an error is a defect, so its traceback is logged.
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
         if as_json:
