@@ -5,6 +5,7 @@ A browser sends no token, so that a page shows what anybody may see.
 
 import html
 import json
+from collections.abc import Sequence
 from urllib.parse import quote, unquote
 
 from fastapi import Request
@@ -51,7 +52,7 @@ def error_page(text: str) -> str:
     return draw("Not here", f"<p>{html.escape(text)}</p>")
 
 
-def table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     """Rows of cells that are HTML already."""
     top = "".join(f"<th>{html.escape(head)}</th>" for head in heads)
     lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
