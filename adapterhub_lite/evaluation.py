@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adapterhub_lite.adapter_format.manifest import EvaluationRecord
 from adapterhub_lite.bases import ResolvedBase, resolve_base
 from adapterhub_lite.errors import ConfigurationError, DataError
 from adapterhub_lite.registry import AdapterManifest, AdapterRegistry
@@ -105,6 +106,17 @@ def measure(
         found = compare_losses(registry, manifest, resolve_base(base, home=home), rows)
         measured += [one for one in found if one.metric in metrics]
     return measured
+
+
+def record_comparisons(
+    registry: AdapterRegistry, manifest: AdapterManifest, measured: Sequence[tuple[Comparison, str]]
+) -> None:
+    """Store comparisons in the registry, each with a name of the data it was measured on."""
+    records = [
+        EvaluationRecord(metric=one.metric, adapter_value=one.adapter, base_value=one.base, data=data[:200])
+        for one, data in measured
+    ]
+    registry.record_evaluation(manifest.reference, records)
 
 
 def compare_with_base(engine: InferenceEngine, reference: str, rows: Rows, max_new_tokens: int) -> dict[str, float]:

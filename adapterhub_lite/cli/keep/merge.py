@@ -34,7 +34,7 @@ def merge(
     """
     from adapterhub_lite.bases import resolve_base
     from adapterhub_lite.errors import ConfigurationError
-    from adapterhub_lite.merging import merge_adapters, merge_into_base
+    from adapterhub_lite.merging import merge_adapters
     from adapterhub_lite.merging.adapters import Method
     from adapterhub_lite.registry import AdapterRegistry
 
@@ -42,12 +42,7 @@ def merge(
     chosen = next((known for known in methods if known == method), None)
     if chosen is None:
         raise ConfigurationError(f"There is no merge method {method!r}. Known: {', '.join(methods)}.")
-    factors = None
-    if weights is not None:
-        try:
-            factors = [float(part) for part in weights.split(",")]
-        except ValueError as error:
-            raise ConfigurationError(f"--weights is {weights!r}; expected numbers with commas, as 0.7,0.3.") from error
+    factors = parse_weights(weights)
     registry = AdapterRegistry(home)
     if dry_run:
         known = [registry.resolve(one).reference for one in references]
@@ -57,30 +52,52 @@ def merge(
         parts = " + ".join(f"{share:g} x {one}" for share, one in zip(shares, known, strict=True))
         way = f"into the base, as {into_base}" if into_base else f"by {method} into a new version of {name}"
         return would(f"merge {parts} {way}", as_json, references=known, weights=shares)
-    resolved = resolve_base(base, home=home) if base else None
     if into_base is not None:
-        if len(references) != 1:
-            raise ConfigurationError(f"--into-base takes one adapter, got {len(references)}. Merge them first.")
-        with waiting(f"merging {references[0]} into its base"):
-            model = merge_into_base(references[0], into_base, dtype, registry=registry, base=resolved)
-        if as_json:
-            return print_json(asdict(model))
-        return say(
-            f"{model.folder}: base + {model.adapter} in {model.dtype}, relative error {model.relative_error:.2e}."
-        )
+        return merge_one(references, into_base, base, dtype, home, as_json)
+    resolved = resolve_base(base, home=home) if base else None
     with waiting("merging"):
         merged = merge_adapters(
-            references,
-            factors,
-            chosen,
-            rank=rank,
-            seed=seed,
-            name=name,
-            registry=registry,
-            base=resolved,
+            references, factors, chosen, rank=rank, seed=seed, name=name, registry=registry, base=resolved
         )
     if as_json:
         return print_json(
             {"manifest": merged.manifest.model_dump(mode="json"), "relative_error": merged.relative_error}
         )
     say(f"{merged.manifest.reference} ({short(merged.manifest.digest)}), relative error {merged.relative_error:.2e}.")
+
+
+def parse_weights(text: str | None) -> list[float] | None:
+    """Read comma-separated factors; None stays None.
+
+    Raises:
+        ConfigurationError: they are not numbers.
+    """
+    from adapterhub_lite.errors import ConfigurationError
+
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigurationError(f"--weights is {text!r}; expected numbers with commas, as 0.7,0.3.") from error
+
+
+def merge_one(
+    references: list[str], folder: Path, base: str | None, dtype: str | None, home: str | None, as_json: bool
+) -> None:
+    """`merge --into-base`: write the base with one adapter merged into it as a model folder.
+
+    Raises:
+        ConfigurationError: there is more than one adapter.
+    """
+    from adapterhub_lite.bases import resolve_base
+    from adapterhub_lite.errors import ConfigurationError
+    from adapterhub_lite.merging import merge_into_base
+    from adapterhub_lite.registry import AdapterRegistry
+
+    if len(references) != 1:
+        raise ConfigurationError(f"--into-base takes one adapter, got {len(references)}. Merge them first.")
+    resolved = resolve_base(base, home=home) if base else None
+    with waiting(f"merging {references[0]} into its base"):
+        model = merge_into_base(references[0], folder, dtype, registry=AdapterRegistry(home), base=resolved)
+    if as_json:
+        return print_json(asdict(model))
+    say(f"{model.folder}: base + {model.adapter} in {model.dtype}, relative error {model.relative_error:.2e}.")

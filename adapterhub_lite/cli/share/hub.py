@@ -45,31 +45,16 @@ def hub(
     import threading
 
     from adapterhub_lite.hub_server import Account, HubServer
-    from adapterhub_lite.hub_server.gc import collect
 
     folder = data or adapterhub_home() / "hub"
     if action == "gc":
-        found = collect(folder, dry_run=dry_run)
-        act = f"free {len(found.contents)} contents, {megabytes(found.freed_bytes)}"
-        if dry_run:
-            return would(act, as_json, contents=found.contents, freed_bytes=found.freed_bytes)
-        if as_json:
-            return print_json({"contents": found.contents, "freed_bytes": found.freed_bytes})
-        return say(f"Freed {len(found.contents)} contents, {megabytes(found.freed_bytes)}.")
+        return free_contents(folder, as_json, dry_run)
     if action != "run":
         raise UnknownNameError.among("action of hub", action, ["run", "gc"])
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    tokens: dict[str, Account] = {}
-    for text in token or []:
-        owners, separator, secret = text.partition("=")
-        owners, _, role = owners.partition(":")
-        names = owners.split(",")
-        if not (separator and secret and all(names) and role in ("", "read", "write")):
-            # The text may contain a secret, so it is not repeated.
-            raise ConfigurationError("A --token is malformed: expected OWNER=TOKEN, ann,team=TOKEN or ann:read=TOKEN.")
-        tokens[secret] = Account(names[0], role or "write", tuple(names[1:]))
+    tokens = {secret: Account(*account) for secret, account in map(parse_token, token or ())}
     if dry_run:
         return would(f"serve {folder} on port {port}", as_json, data=str(folder), port=port)
     quota_bytes = None if quota is None else quota * 1_000_000
@@ -81,3 +66,30 @@ def hub(
         else:
             say(f"Hub on {server.url}; use it with HF_ENDPOINT={server.url} or --endpoint. Ctrl+C stops it.")
         stop.wait()
+
+
+def free_contents(folder: Path, as_json: bool, dry_run: bool) -> None:
+    """`hub gc`: free the contents that no commit names."""
+    from adapterhub_lite.hub_server.gc import collect
+
+    found = collect(folder, dry_run=dry_run)
+    act = f"{len(found.contents)} contents, {megabytes(found.freed_bytes)}"
+    if dry_run:
+        return would(f"free {act}", as_json, contents=found.contents, freed_bytes=found.freed_bytes)
+    if as_json:
+        return print_json({"contents": found.contents, "freed_bytes": found.freed_bytes})
+    say(f"Freed {act}.")
+
+
+def parse_token(text: str) -> tuple[str, tuple[str, str, tuple[str, ...]]]:
+    """(token, (owner, role, organisations)) of one --token.
+
+    Raises:
+        ConfigurationError: it is malformed; the text may contain a secret, so it is not repeated.
+    """
+    owners, separator, secret = text.partition("=")
+    owners, _, role = owners.partition(":")
+    names = owners.split(",")
+    if not (separator and secret and all(names) and role in ("", "read", "write")):
+        raise ConfigurationError("A --token is malformed: expected OWNER=TOKEN, ann,team=TOKEN or ann:read=TOKEN.")
+    return secret, (names[0], role or "write", tuple(names[1:]))

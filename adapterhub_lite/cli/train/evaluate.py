@@ -46,44 +46,34 @@ def evaluate(
 
     Example: `adapterhub-lite eval sql@prod --task sql --limit 100 --metric exact_match --metric scores:near`
     """
-    from adapterhub_lite.adapter_format.manifest import EvaluationRecord
+    from adapterhub_lite import evaluation
     from adapterhub_lite.bases import resolve_base
-    from adapterhub_lite.evaluation import compare_on_harness, evaluation_rows, find_metric, measure
     from adapterhub_lite.registry import AdapterRegistry
 
     registry = AdapterRegistry(home)
     manifest = registry.resolve(reference)
     metrics = metric or ([] if harness and not (data or task) else ["exact_match", "loss", "perplexity"])
     for name in metrics:
-        find_metric(name)
-    rows = evaluation_rows(data, task, limit) if metrics else []
+        evaluation.find_metric(name)
+    rows = evaluation.evaluation_rows(data, task, limit) if metrics else []
     if dry_run:
-        named = ", ".join([*metrics, *(harness or [])])
-        return would(f"measure {named} of {manifest.reference} and {base} on {len(rows)} rows", as_json, rows=len(rows))
+        act = f"measure {', '.join([*metrics, *(harness or [])])} of {manifest.reference} and {base}"
+        return would(f"{act} on {len(rows)} rows", as_json, rows=len(rows))
     source = Path(data).name if data and Path(data).exists() else data or f"adapterhub-lite/tasks/{task}, held-out"
     with waiting("measuring base and adapter"):
-        found = measure(registry, manifest, base, rows, metrics, max_new_tokens=max_new_tokens, home=home)
+        found = evaluation.measure(registry, manifest, base, rows, metrics, max_new_tokens=max_new_tokens, home=home)
     measured = [(one, source) for one in found]
     if harness:
-        found = compare_on_harness(
-            registry, manifest, resolve_base(base, home=home), harness, limit=limit, folder=harness_folder
-        )
+        resolved = resolve_base(base, home=home)
+        found = evaluation.compare_on_harness(registry, manifest, resolved, harness, limit=limit, folder=harness_folder)
         measured += [(one, f"lm-evaluation-harness, {limit} documents") for one in found]
     if record:
-        records = [
-            EvaluationRecord(metric=one.metric, adapter_value=one.adapter, base_value=one.base, data=origin[:200])
-            for one, origin in measured
-        ]
-        registry.record_evaluation(manifest.reference, records)
+        evaluation.record_comparisons(registry, manifest, measured)
     scores = {one.metric: {"base": one.base, "adapter": one.adapter} for one, _ in measured}
     if as_json:
-        return print_json(
-            {"reference": manifest.reference, "digest": manifest.digest, "rows": len(rows), "metrics": scores,
-             "recorded": record}
-        )  # fmt: skip
-    lines = [(one.metric, f"{one.base:.3f}", f"{one.adapter:.3f}") for one, _ in measured]
-    print_table(
-        f"{len(rows)} rows of {source}" if rows else "Benchmarks", ("metric", "base", manifest.reference), lines
-    )
+        head = {"reference": manifest.reference, "digest": manifest.digest, "rows": len(rows)}
+        return print_json({**head, "metrics": scores, "recorded": record})
+    title, heads = f"{len(rows)} rows of {source}" if rows else "Benchmarks", ("metric", "base", manifest.reference)
+    print_table(title, heads, [(one.metric, f"{one.base:.3f}", f"{one.adapter:.3f}") for one, _ in measured])
     if record:
         say(f"Recorded: see `adapterhub-lite show {manifest.reference}`.")

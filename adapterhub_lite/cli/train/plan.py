@@ -46,46 +46,31 @@ def plan(
         lengths = measure_rows(base, data, max_length=request.sequence_length)
     found = plan_memory(
         base,
-        batch_size=request.batch_size,
+        batch_size=request.batch_size, rank=request.rank, target_modules=request.target_modules,
         sequence_length=lengths.of_step(request.batch_size) if lengths else request.sequence_length,
         device_memory=parse_bytes(request.device_memory) if request.device_memory else None,
-        world_size=request.devices * request.nodes,
-        rank=request.rank,
-        target_modules=request.target_modules,
-        preset=request.preset,
-        home=home,
-    )
+        world_size=request.devices * request.nodes, preset=request.preset, home=home,
+    )  # fmt: skip
     run_dry = dry_run(base, found.preset, found.predicted.workload) if exact else None
     if picture is not None:
         draw_plan(found, picture)
     if write_accelerate_config is not None:
         settings = accelerate_config(
-            found.preset,
-            devices=request.devices,
-            device=found.predicted.workload.device,
-            nodes=request.nodes,
-            node_rank=request.node_rank,
-            main_address=request.main_address,
-        )
+            found.preset, devices=request.devices, device=found.predicted.workload.device, nodes=request.nodes,
+            node_rank=request.node_rank, main_address=request.main_address,
+        )  # fmt: skip
         write_config(write_accelerate_config, settings)
     if as_json:
-        return print_json(
-            {
-                "preset": found.preset.name,
-                "predicted": {"total": found.predicted.total, **found.predicted.components},
-                "batch_size": found.batch_size,
-                "accumulation": found.accumulation,
-                "sequence_length": found.predicted.workload.sequence_length,
-                "reasons": list(found.reasons),
-                "rejected": [asdict(rejection) for rejection in found.rejected],
-                "exact_total": run_dry,
-            }
-        )
-    if lengths:
-        say(lengths.described())
-    say(found.described())
-    if run_dry is not None:
-        say(f"run on fake tensors: {run_dry / 2**30:.2f} GiB")
+        document = {
+            "preset": found.preset.name, "predicted": {"total": found.predicted.total, **found.predicted.components},
+            "batch_size": found.batch_size, "accumulation": found.accumulation,
+            "sequence_length": found.predicted.workload.sequence_length, "reasons": list(found.reasons),
+            "rejected": [asdict(rejection) for rejection in found.rejected], "exact_total": run_dry,
+        }  # fmt: skip
+        return print_json(document)
+    exactly = [] if run_dry is None else [f"run on fake tensors: {run_dry / 2**30:.2f} GiB"]
+    for text in (*([lengths.described()] if lengths else []), found.described(), *exactly):
+        say(text)
     head, *rows = plan_table(found)
     print_table(f"Memory of a run on {base}", head, rows)
     say(BAR_LEGEND)

@@ -108,10 +108,7 @@ def build_chat_tab(backend: Backend, task: gr.Dropdown, opened: Any) -> None:
             examples = gr.Dataset(
                 components=[gr.Textbox(visible=False)], samples=[], label="Examples", elem_id="examples", visible=False
             )
-            with gr.Accordion("Settings", open=False):
-                length = gr.Slider(8, 512, value=128, step=8, label="Maximum answer length, tokens")
-                temperature = gr.Slider(0, 1.5, value=0, step=0.1, label="Temperature (0 is greedy)")
-                remember = gr.Checkbox(value=True, label="Include the task's own earlier turns")
+            settings = build_settings()
         with gr.Column(scale=3, min_width=320):
             chatbot = gr.Chatbot(
                 elem_id="transcript", show_label=False, height="min(62vh, 620px)", render_markdown=False,
@@ -122,7 +119,7 @@ def build_chat_tab(backend: Backend, task: gr.Dropdown, opened: Any) -> None:
                 again = gr.Button("Retry", size="sm", elem_id="retry")
                 clear = gr.Button("New conversation", size="sm", elem_id="clear")
 
-    settings, outputs = [length, temperature, remember], [chatbot, turns, question, send, stop]
+    outputs = [chatbot, turns, question, send, stop]
 
     def on_ask(
         picked: str, text: str, held: Any, tokens: float, heat: float, earlier: bool, request: gr.Request
@@ -145,13 +142,9 @@ def build_chat_tab(backend: Backend, task: gr.Dropdown, opened: Any) -> None:
         return description, gr.Dataset(samples=samples, visible=bool(samples))
 
     asked = gr.on(
-        [question.submit, send.click],
-        on_ask,
-        [task, question, turns, *settings],
-        outputs,
-        trigger_mode="once",
+        [question.submit, send.click], on_ask, [task, question, turns, *settings], outputs, trigger_mode="once",
         show_progress="hidden",
-    )
+    )  # fmt: skip
     retried = again.click(on_retry, [task, turns, *settings], outputs, trigger_mode="once", show_progress="hidden")
     kept = keep_conversation(chatbot, turns, task, opened)
     for answering in (asked, retried):
@@ -183,6 +176,16 @@ def keep_conversation(chatbot: gr.Chatbot, turns: gr.JSON, task: gr.Dropdown, op
     gr.on([opened], on_open, kept, [chatbot, *kept], js=_BRING_BACK, queue=False, show_progress="hidden")
     chatbot.change(None, kept, None, js=_KEEP, show_progress="hidden")
     return kept
+
+
+def build_settings() -> list[Any]:
+    """Lay out the answer length, the temperature, and whether earlier turns are included."""
+    with gr.Accordion("Settings", open=False):
+        return [
+            gr.Slider(8, 512, value=128, step=8, label="Maximum answer length, tokens"),
+            gr.Slider(0, 1.5, value=0, step=0.1, label="Temperature (0 is greedy)"),
+            gr.Checkbox(value=True, label="Include the task's own earlier turns"),
+        ]
 
 
 def build_question_row() -> tuple[gr.Textbox, gr.Button, gr.Button]:
