@@ -14,7 +14,7 @@ from adapterhub_lite.errors import ResourceError
 from adapterhub_lite.hub_server.app import create_app
 from adapterhub_lite.hub_server.faults import FaultLayer, Faults
 from adapterhub_lite.hub_server.hub import Account
-from adapterhub_lite.web.browsers import BrowserGuard
+from adapterhub_lite.web.guard import BrowserGuard
 
 
 class HubServer:
