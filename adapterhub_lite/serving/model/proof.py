@@ -40,8 +40,8 @@ PROMPTS = (21, 6, 11)  # tokens
 WRITTEN = 4
 # Windows are narrowed to this for the proof, so that a row of 25 tokens crosses the edge of one of 4,096.
 NARROW = 16
-# Where transformers keeps keys and values and nothing else.
-PLAIN_STATE = {"DynamicLayer", "DynamicSlidingWindowLayer"}
+# Where transformers keeps keys and values and nothing else; nothing at all, where a layer reads those of another.
+PLAIN_STATE = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
 WINDOWS = ("sliding_window", "attention_chunk_size")
 
 
