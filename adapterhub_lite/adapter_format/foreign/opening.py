@@ -47,7 +47,7 @@ def open_adapter(source: Path, scratch: Path, *, base: Path | None = None, conve
     """
     opened = Opened(source)
     subject = f"The adapter in {source.name!r:.100}"
-    if is_archive(source):
+    if not source.is_dir() and is_archive(source):
         opened.folder = scratch / "unpacked"
         inside, opened.left_alone = unpack(source, opened.folder, ARCHIVED_SIZES)
         opened.said.append(f"unpacked {inside or 'its top folder'} of {source.name}")
@@ -60,7 +60,7 @@ def open_adapter(source: Path, scratch: Path, *, base: Path | None = None, conve
         return _converted(opened, scratch, "gguf", gguf, subject, base)
     if not opened.folder.is_dir():
         raise AdapterRejectedError(subject, ["it is no folder, no zip or tar archive and no GGUF adapter"])
-    if is_mlx(opened.folder):
+    if not (opened.folder / WEIGHTS_FILE).exists() and is_mlx(opened.folder):
         target = scratch / "mlx"
         opened.said.append(convert_mlx(subject, opened.folder, target))
         opened.folder = target
