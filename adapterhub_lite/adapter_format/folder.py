@@ -4,6 +4,7 @@ The first look opens nothing. Then headers are read before tensors, and tensors 
 to an adapter is left alone: never opened, copied or loaded.
 """
 
+import hashlib
 import os
 import re
 import stat
@@ -22,7 +23,9 @@ from adapterhub_lite.adapter_format.manifest import (
     CONFIG_FILE,
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
+    MAX_TEMPLATE_BYTES,
     SIGNATURE_FILE,
+    TEMPLATE_FILE,
     WEIGHTS_FILE,
     LoraRecord,
 )
@@ -42,6 +45,7 @@ ALLOWED_SIZES = {
     SIGNATURE_FILE: 16 << 10,
     RECORD_FILE: 1 << 20,
     CARD_FILE: MAX_CARD_BYTES,
+    TEMPLATE_FILE: MAX_TEMPLATE_BYTES,
 }
 ALLOWED_FILES = frozenset(ALLOWED_SIZES)
 REQUIRED_FILES = (CONFIG_FILE, WEIGHTS_FILE)
@@ -152,6 +156,10 @@ def inspect_folder(folder: Path, modules: Modules | None = None, subject: str | 
             found.problems.append(str(error).replace(str(folder), ""))
     if WEIGHTS_FILE in found.usable:
         _inspect_weights(found, folder / WEIGHTS_FILE, modules)
+    if TEMPLATE_FILE in found.usable and found.training is not None:
+        digest = hashlib.sha256((folder / TEMPLATE_FILE).read_bytes()).hexdigest()
+        if digest != found.training.template_digest:
+            found.problems.append(f"{TEMPLATE_FILE} is not the chat template that its training record names")
     if PROBES_FILE in found.usable:
         found.problems += probes_problems(folder / PROBES_FILE)
     return found

@@ -25,6 +25,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 SIGNATURE_FILE = "adapterhub.sig.json"
 CARD_FILE = "README.md"
 ALIASES_FILE = "aliases.json"
+TEMPLATE_FILE = "chat_template.jinja"
+MAX_TEMPLATE_BYTES = 256 << 10
 LOSS_FILE = "loss.svg"
 MAX_MANIFEST_BYTES = 1 << 20
 

@@ -58,6 +58,19 @@ class DataRecord(StrictModel):
     dropped: int = 0
 
 
+class TextRecord(StrictModel):
+    """How texts became tokens: what an adapter that is asked otherwise does not know.
+
+    `end_tokens` are the ids that end an answer; `vocabulary` counts the tokens; `special_tokens` are those by name;
+    `layouts` counts the examples by how they were laid out ("whole", "per turn", "marks", "text", "completion").
+    """
+
+    end_tokens: tuple[int, ...] = ()
+    vocabulary: int | None = None
+    special_tokens: dict[str, str] = {}
+    layouts: dict[str, int] = {}
+
+
 class MemoryRecord(StrictModel):
     """Bytes the plan predicted (None when no plan was made) and the peak that the run measured."""
 
@@ -72,6 +85,7 @@ class TrainingRecord(StrictModel):
     base: BaseRecord
     data: DataRecord
     template_digest: str
+    text: TextRecord | None = None
     seeds: dict[str, int]
     hyperparameters: dict[str, Any]
     packages: dict[str, str]

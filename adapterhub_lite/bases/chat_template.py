@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from adapterhub_lite.adapter_format.manifest import TEMPLATE_FILE as TEMPLATE_FILE
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TEMPLATE_FILE = "chat_template.jinja"
-MAX_TEMPLATE_BYTES = 256 << 10
 Turn = Mapping[str, Any]  # a turn holds whatever the template reads
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -25,7 +25,12 @@ def template_of(tokenizer: "PreTrainedTokenizerBase", tools: object = None) -> s
 
 def template_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Return the sha256 of the chat template that `tokenizer` carries, or of nothing where it has none."""
-    return hashlib.sha256(str(tokenizer.chat_template or "").encode()).hexdigest()
+    return digest_of(str(tokenizer.chat_template or ""))
+
+
+def digest_of(template: str) -> str:
+    """The sha256 of a template's text, 64 hex digits."""
+    return hashlib.sha256(template.encode()).hexdigest()
 
 
 def render_chat(

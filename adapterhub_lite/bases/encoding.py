@@ -41,15 +41,15 @@ def encode_texts(
     if not texts:
         return []
     if not tokenizer.is_fast:
-        return [_encode_in_parts(tokenizer, text, cuts[i] if cuts is not None else ()) for i, text in enumerate(texts)]
+        return [encode_in_parts(tokenizer, text, cuts[i] if cuts is not None else ()) for i, text in enumerate(texts)]
     found = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return [
-        EncodedText(ids, *_positions(offsets))
+        EncodedText(ids, *without_gaps(offsets))
         for ids, offsets in zip(found["input_ids"], found["offset_mapping"], strict=True)
     ]
 
 
-def _positions(offsets: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
+def without_gaps(offsets: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
     """Starts and ends without gaps: the white space that a byte-level tokenizer trims off belongs to its token."""
     starts, ends, reached = [], [], 0
     for start, end in offsets:
@@ -59,7 +59,8 @@ def _positions(offsets: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]
     return starts, ends
 
 
-def _encode_in_parts(tokenizer: Any, text: str, cuts: Sequence[int]) -> EncodedText:
+def encode_in_parts(tokenizer: Any, text: str, cuts: Sequence[int]) -> EncodedText:
+    """Encode a text with positions that are exact at the cuts alone."""
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
     starts, ends, before = [], [], 0
     for start, end in pairwise(sorted({0, *cuts, len(text)})):
@@ -119,12 +120,13 @@ def end_tokens(tokenizer: "PreTrainedTokenizerBase", *configs: Any) -> frozenset
     """
     found: set[int] = set()
     for source in (tokenizer, *configs):
-        values = _ends_in(source) if isinstance(source, Path) else [getattr(source, "eos_token_id", None)]
+        values = ends_in(source) if isinstance(source, Path) else [getattr(source, "eos_token_id", None)]
         for value in values:
             found.update([value] if isinstance(value, int) else value or [])
     return frozenset(found)
 
 
-def _ends_in(folder: Path) -> list[Any]:
+def ends_in(folder: Path) -> list[Any]:
+    """What the two configurations in a folder say of end tokens."""
     files = [folder / name for name in ("generation_config.json", "config.json")]
     return [json.loads(path.read_bytes()).get("eos_token_id") for path in files if path.is_file()]

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adapterhub_lite.bases.chat_template import TEMPLATE_FILE
 from adapterhub_lite.errors import UsageError
 
 # Written by the library that saved the folder; they change with its version, not with the model.
 VOLATILE_CONFIG_KEYS = frozenset({"transformers_version", "_name_or_path", "_model_name_or_path", "use_cache"})
-TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", TEMPLATE_FILE)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 BLOCK_BYTES = 4 << 20

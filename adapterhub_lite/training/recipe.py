@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from transformers.trainer_utils import get_last_checkpoint
 
 from adapterhub_lite.adapter_format.record import TrainingRecord, read_record
@@ -15,10 +17,12 @@ from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import ConfigurationError, RunStoppedError
 from adapterhub_lite.tasks import get_task
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
-from adapterhub_lite.training.data.rows import load_rows
-from adapterhub_lite.training.settings import REPORTERS, TrainingRecipe
+from adapterhub_lite.training.data.held_out import row_digests, split_rows, without_rows_of
+from adapterhub_lite.training.data.rows import columns_of, is_checked, load_rows
+from adapterhub_lite.training.settings import REPORTERS, DataSettings, TrainingRecipe
 from adapterhub_lite.training.trainer import AdapterTrainer
 
+logger = logging.getLogger(__name__)
 # Rows drawn from an example task by default, and at the most; longer runs see them again.
 TASK_ROWS, MOST_TASK_ROWS = 320, 2000
 
@@ -41,11 +45,30 @@ def rows_for(data: str | None, task: str | None, recipe: TrainingRecipe) -> tupl
     if (data is None) == (task is None):
         raise ConfigurationError("Give either --data (a JSONL file or a Hub id) or --task (an example task).")
     if data is not None:
-        return load_rows(data), Path(data).name if Path(data).exists() else data
+        name = Path(data).name if Path(data).exists() else data
+        return read_rows(data, recipe), name
     # By epochs, a task is as long as its rows are drawn.
     count = TASK_ROWS if recipe.steps < 0 else recipe.steps * recipe.batch_size * recipe.accumulation
     example = get_task(str(task))
     return example.rows(min(count, MOST_TASK_ROWS), seed=recipe.seed), f"adapterhub-lite/tasks/{example.name}"
+
+
+def read_rows(data: str, settings: DataSettings) -> Dataset:
+    """The rows of a file, a folder or a data set on the Hub, as the settings say."""
+    config = settings.data_config or None
+    return load_rows(data, split=settings.data_split, config=config, columns=columns_of(settings))
+
+
+def held_out_rows(rows: Dataset, recipe: TrainingRecipe) -> tuple[Dataset, Dataset | None]:
+    """The rows to train on and those to evaluate on, None without; no text is among both."""
+    if recipe.validation_split:
+        return split_rows(rows, recipe.validation_split, recipe.seed)
+    if not recipe.eval_data:
+        return rows, None
+    held, shared = without_rows_of(read_rows(recipe.eval_data, recipe), rows)
+    if shared:
+        logger.warning(f"{shared} rows of {recipe.eval_data} are trained on too, and are left out of the evaluation.")
+    return rows, held
 
 
 def train_adapter(
@@ -67,17 +90,23 @@ def train_adapter(
         RunStoppedError: SIGTERM came before the last step.
         TrainingError: the run stopped because going on would be wrong.
     """
-    rows = load_rows(rows)
-    run = Path(folder) / run_key(base, rows, recipe)
+    if not (isinstance(rows, Dataset) and is_checked(rows)):
+        rows = load_rows(rows, columns=columns_of(recipe))
+    rows, held_out = held_out_rows(rows, recipe)
+    run = Path(folder) / run_key(base, rows, recipe, held_out)
     finished = read_record(run / "adapter")
     if finished is not None:
         return TrainingOutcome(run / "adapter", finished)
     chosen = {**recipe.arguments(), "report_to": _reporters(recipe.report_to)}
+    if held_out is not None:
+        chosen |= {"eval_strategy": "steps", "eval_steps": recipe.save_steps}
     # A run publishes nothing that was not asked for: the default makes a Space of the run's figures at its end.
     arguments = AdapterTrainingArguments(
         output_dir=str(run), trackio_static_space_id=False, show_progress=show_progress, **chosen
     )
-    trainer = AdapterTrainer(str(base.folder), arguments, train_dataset=rows, base=base)
+    trainer = AdapterTrainer(
+        str(base.folder), arguments, train_dataset=rows, eval_dataset=held_out, base=base, data_settings=recipe
+    )
     if data_id is not None:
         trainer.data_name = data_id
     last = get_last_checkpoint(str(run)) if run.is_dir() else None
@@ -87,6 +116,8 @@ def train_adapter(
         raise RunStoppedError(
             f"The run was asked to stop: {done} of {wanted} steps are done and saved. The same call goes on from there."
         )
+    if held_out is not None:
+        trainer.evaluate()
     adapter = trainer.save_adapter(run / "adapter")
     record = read_record(adapter)
     assert record is not None, "save_adapter writes the record"
@@ -103,12 +134,14 @@ def _reporters(wanted: str) -> list[str]:
     return names
 
 
-def run_key(base: ResolvedBase, rows: Any, recipe: TrainingRecipe) -> str:
+def run_key(base: ResolvedBase, rows: Dataset, recipe: TrainingRecipe, held_out: Dataset | None = None) -> str:
     """Twelve hex digits that name a run: the same base, rows and settings give the same run, anything else another."""
     settings = asdict(recipe)
     # Who is told of a run does not change what it does.
     del settings["report_to"]
     digest = hashlib.sha256(json.dumps([base.fingerprint, settings], sort_keys=True).encode())
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True).encode())
+    digest.update((recipe.chat_template_text() or "").encode())
+    for table in (rows, held_out):
+        for row in row_digests(table) if table is not None else ():
+            digest.update(row)
     return digest.hexdigest()[:12]

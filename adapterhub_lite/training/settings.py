@@ -6,9 +6,11 @@ selections of them: the options of `train` and `plan`, and `train`'s YAML keys. 
 LoRA+ and save_steps were measured on the example tasks (scripts/bench/results/training_defaults.json).
 """
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from adapterhub_lite.errors import ConfigurationError
@@ -21,6 +23,7 @@ REPORTERS = {
     "wandb": ("wandb",),
     "mlflow": ("mlflow",),
 }
+MAX_TEMPLATE_BYTES = 256 << 10
 TARGET_GROUPS = ("all-linear", "attention", "mlp")
 INITS = r"default|gaussian|orthogonal|pissa|pissa_niter_\d+"
 
@@ -52,8 +55,8 @@ class RunSettings:
     )
     init_lora: str = setting("default", "How A and B begin: default, gaussian, orthogonal, pissa or pissa_niter_N.")
     max_length: int = setting(1024, "Longest row, in tokens.")
-    overlong: Literal["refuse", "truncate", "drop"] = setting(
-        "refuse", "What becomes of a longer row: refuse, truncate or drop."
+    overlong: Literal["refuse", "truncate", "truncate_start", "drop"] = setting(
+        "refuse", "What becomes of a longer row: refuse, truncate (its end), truncate_start or drop."
     )
     seed: int = setting(42, "Seed of the adapter and of the order of rows.")
     save_steps: float = setting(50, "Optimizer steps between checkpoints; below 1, a share of the run.")
@@ -88,7 +91,7 @@ AT_LEAST: dict[str, float] = {
 }
 POSITIVE = ("learning_rate", "save_steps", "loraplus_lr_ratio", "num_train_epochs")
 CHOICES: dict[str, tuple[str, ...]] = {
-    "overlong": ("refuse", "truncate", "drop"),
+    "overlong": ("refuse", "truncate", "truncate_start", "drop"),
     "on_out_of_memory": ("stop", "replan"),
 }
 
@@ -121,7 +124,83 @@ def same_as(name: str) -> Any:
 
 
 @dataclass(frozen=True)
-class TrainingRecipe:
+class DataSettings:
+    """What a person may say of their rows beyond where they are.
+
+    Raises:
+        ConfigurationError: two settings contradict each other, or one cannot be read.
+    """
+
+    data_config: str = setting("", "Configuration of a data set on the Hub.")
+    data_split: str = setting("train", "Split of a data set on the Hub, or of a folder.")
+    prompt_column: str = setting("", "Column of raw text that is asked, where its name does not say so.")
+    completion_column: str = setting("", "Column of raw text that is learned.")
+    template: str = setting(
+        "", 'Text over columns, as "Q: {question}\\n": the prompt where there is a completion column, else all.'
+    )
+    ignore_columns: str = setting("", "Keys of rows, turns or parts that may be left out; several with commas.")
+    chat_template: str = setting(
+        "", "File with a chat template (Jinja) instead of the base's; it goes with the adapter."
+    )
+    chat_template_kwargs: str = setting(
+        "", 'Arguments of the chat template for every row, as JSON: {"thinking": false}.'
+    )
+    unlearnable: Literal["refuse", "drop"] = setting(
+        "refuse", "A row of which a cut leaves nothing to learn: refuse or drop."
+    )
+
+    def __post_init__(self) -> None:
+        if self.prompt_column and self.template:
+            raise ConfigurationError("Give either a prompt column or a template: both make the prompt.")
+        if self.prompt_column and not self.completion_column:
+            raise ConfigurationError("A prompt column needs a completion column.")
+        if self.completion_column and not (self.prompt_column or self.template):
+            raise ConfigurationError("A completion column needs a prompt column, or a template that makes the prompt.")
+        if self.unlearnable not in ("refuse", "drop"):
+            raise ConfigurationError(f"unlearnable is {self.unlearnable!r}, expected refuse or drop.")
+        self.template_arguments()
+
+    def ignored(self) -> frozenset[str]:
+        """The keys that may be left out."""
+        return frozenset(name.strip() for name in self.ignore_columns.split(",") if name.strip())
+
+    def template_arguments(self) -> dict[str, Any]:
+        """The chat template's arguments for every row."""
+        if not self.chat_template_kwargs:
+            return {}
+        try:
+            found = json.loads(self.chat_template_kwargs)
+        except ValueError as error:
+            raise ConfigurationError(f"chat_template_kwargs is no JSON: {error}.") from error
+        if not isinstance(found, dict):
+            raise ConfigurationError('chat_template_kwargs must be a JSON object, such as {"thinking": false}.')
+        return found
+
+    def chat_template_text(self) -> str | None:
+        """The chat template to use instead of the base's; None without one.
+
+        Raises:
+            ConfigurationError: the file cannot be read.
+        """
+        if not self.chat_template:
+            return None
+        path = Path(self.chat_template).expanduser()
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise ConfigurationError(f"The chat template {path} cannot be read: {error.strerror}.") from error
+        if not content.strip() or len(content) > MAX_TEMPLATE_BYTES:
+            raise ConfigurationError(
+                f"{path} holds no chat template: expected 1 to {MAX_TEMPLATE_BYTES} bytes of Jinja."
+            )
+        try:
+            return content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ConfigurationError(f"{path} is not UTF-8 text (byte {error.start}).") from error
+
+
+@dataclass(frozen=True)
+class TrainingRecipe(DataSettings):
     """What `train` lets people choose; everything else is `AdapterTrainingArguments`.
 
     Raises:
@@ -138,7 +217,7 @@ class TrainingRecipe:
     alpha: int | None = same_as("alpha")
     target_modules: str = same_as("target_modules")
     max_length: int = same_as("max_length")
-    overlong: Literal["refuse", "truncate", "drop"] = same_as("overlong")
+    overlong: Literal["refuse", "truncate", "truncate_start", "drop"] = same_as("overlong")
     seed: int = same_as("seed")
     save_steps: float = same_as("save_steps")
     memory_preset: str = same_as("memory_preset")
@@ -148,13 +227,21 @@ class TrainingRecipe:
     loraplus_lr_ratio: float | None = same_as("loraplus_lr_ratio")
     report_to: str = same_as("report_to")
     init_lora: str = same_as("init_lora")
+    eval_data: str = setting("", "Rows to evaluate on during the run: a file, a folder or a data set's id on the Hub.")
+    validation_split: float = setting(0.0, "Share of the rows to hold out and evaluate on, such as 0.1.")
 
     def arguments(self) -> dict[str, Any]:
         """The settings by their names in `AdapterTrainingArguments`."""
-        return {one.metadata["setting"]: getattr(self, one.name) for one in fields(self)}
+        return {one.metadata["setting"]: getattr(self, one.name) for one in fields(self) if "setting" in one.metadata}
 
     def __post_init__(self) -> None:
-        problems = problems_of(self.arguments(), {one.metadata["setting"]: one.name for one in fields(self)})
+        super().__post_init__()
+        shown = {one.metadata["setting"]: one.name for one in fields(self) if "setting" in one.metadata}
+        problems = problems_of(self.arguments(), shown)
+        if not 0.0 <= self.validation_split < 1.0:
+            problems.append(f"validation_split is {self.validation_split}, expected at least 0 and less than 1")
+        if self.eval_data and self.validation_split:
+            problems.append("eval_data and validation_split both say what is evaluated on, expected one of them")
         if self.steps < 1 and self.steps != -1:
             problems.insert(0, f"steps is {self.steps}, expected 1 or more, or -1 to go by epochs")
         if self.target_modules not in TARGET_GROUPS:

@@ -20,7 +20,9 @@ from adapterhub_lite.errors import NonFiniteLossError, OutOfMemoryError
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
 from adapterhub_lite.training.data.collation import PackedCollator, PaddedCollator, unpack
 from adapterhub_lite.training.data.preparation import Preparation
-from adapterhub_lite.training.data.tokenization import Limits, row_lengths
+from adapterhub_lite.training.data.rows import Formatting
+from adapterhub_lite.training.data.tokenization import WEIGHTS_COLUMN, row_lengths
+from adapterhub_lite.training.data.vocabulary import check_vocabulary
 from adapterhub_lite.training.distributed import sharded
 from adapterhub_lite.training.evaluation import GeneratedMetrics
 from adapterhub_lite.training.model.adapters import loraplus_optimizer, open_base
@@ -32,6 +34,7 @@ from adapterhub_lite.training.run.progress import PLOT_FILE, MetricsCallback, Pr
 from adapterhub_lite.training.run.record import make_record, save_adapter
 from adapterhub_lite.training.run.run_trainer import RunTrainer
 from adapterhub_lite.training.run.step_loss import EvaluationSums, StepLoss, without_repeats
+from adapterhub_lite.training.settings import DataSettings
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +44,8 @@ class AdapterTrainer(RunTrainer):
 
     `model` is a base's name, its folder, a model in memory, or a `PeftModel`; `train_dataset` and `eval_dataset` are
     tokenised data sets, or anything that `load_rows` takes; `base` says where a model in memory came from, for the
-    record; `generated_metrics` are asked in each evaluation. Every other keyword is the `Trainer`'s own.
+    record; `generated_metrics` are asked in each evaluation. `data_settings` and
+    `formatting_func` say how rows are read and laid out. Every other keyword is the `Trainer`'s own.
 
     Raises:
         DataError: a row is not what was wanted.
@@ -60,11 +64,22 @@ class AdapterTrainer(RunTrainer):
         *,
         base: ResolvedBase | None = None,
         generated_metrics: GeneratedMetrics | None = None,
+        data_settings: DataSettings | None = None,
+        formatting_func: Formatting | None = None,
         **trainer_keywords: Any,
     ) -> None:
         before = PeakMemory.before(args.device, model)
         opened = open_base(model, base, processing_class)
-        self.preparation = Preparation(opened.tokenizer, Limits(args.max_length, args.overlong), opened.ends())
+        if processing_class is not None or opened.model is not None:
+            check_vocabulary(opened.tokenizer, opened.base, opened.model)
+        self.preparation = Preparation.for_run(
+            opened.tokenizer,
+            data_settings or DataSettings(),
+            max_length=args.max_length,
+            overlong=args.overlong,
+            ends=opened.ends(),
+            formatting_func=formatting_func,
+        )
         self.rows = self.preparation.rows(train_dataset)
         self.generated_metrics = generated_metrics
         with sharded.built_whole(args):
@@ -140,6 +155,13 @@ class AdapterTrainer(RunTrainer):
         self._train_batch_size = self.args.train_batch_size
         self.memory_report.choice = self.memory_choice
         self.memory_report.say(self.memory_choice.reasons[-1])
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        names: list[str] = self._signature_columns or []
+        if WEIGHTS_COLUMN not in names:
+            # The collator reads them, though the model's forward does not. transformers types the list as None.
+            self._signature_columns = [*names, WEIGHTS_COLUMN]  # type: ignore[assignment]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make the optimizer as the `Trainer` does, or with LoRA+ learning rates when they are asked for."""

@@ -35,6 +35,9 @@ class Case:
 
 CASES = {
     "plan": Case("{base} --device-memory 4GiB", "preset predicted rejected", "nowhere", "nowhere", dry=False),
+    "preview": Case(
+        "{rows} --base {base} --rows 1", "rows examples longest learned refusals template", "nowhere.csv", "nowhere.csv", dry=False
+    ),
     "train": Case(
         "own --data {rows} --base {base} --steps 1 --batch-size 2", "name version digest training", "own", "--data"
     ),

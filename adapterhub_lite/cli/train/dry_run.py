@@ -11,7 +11,7 @@ def rehearse(
     recipe: TrainingRecipe,
     rows: int,
     data_id: str,
-    data: str | None,
+    data: object,
     base: str,
     home: str | None,
     as_json: bool,
@@ -21,7 +21,7 @@ def rehearse(
     from adapterhub_lite.memory import plan_memory
     from adapterhub_lite.training.data.lengths import measure_rows
 
-    lengths = measure_rows(base, data, max_length=recipe.max_length) if data else None
+    lengths = measure_rows(base, data, max_length=recipe.max_length, settings=recipe) if data is not None else None
     plan = plan_memory(
         base,
         batch_size=recipe.batch_size,

@@ -22,7 +22,9 @@ STRATEGIES = ("auto", "ddp", "zero1", "zero2", "zero3", "fsdp")
 def train(
     name: Annotated[str, typer.Argument(help="The adapter's name; a new version is added each time.")],
     given: dict[str, Any],
-    data: Annotated[str | None, typer.Option(help="A JSONL file or a data set's id on the Hub.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A JSONL, JSON, CSV or parquet file, a folder, or a data set's id on the Hub.")
+    ] = None,
     task: Annotated[str | None, typer.Option(help="An example task instead of data: sql or event.")] = None,
     base: Annotated[str, typer.Option(help="Base model: an embedded name, a folder or a Hub id.")] = "smollm2-135m",
     devices: Annotated[
@@ -37,9 +39,9 @@ def train(
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a LoRA adapter and add it to the registry. Rows are `messages`, `prompt`/`completion` or `text`.
+    """Train a LoRA adapter and add it to the registry. See how rows are read with `preview`.
 
-    Example: `adapterhub-lite train sql --data questions.jsonl --steps 60`
+    Example: `adapterhub-lite train sql --data questions.csv --validation-split 0.1 --steps 60`
     """
     with quiet_rendezvous(nodes):
         from adapterhub_lite.training.distributed.launch import Launch, is_first, launch, launched
@@ -63,7 +65,7 @@ def train(
         )
     rows, data_id = rows_for(data, task, recipe)
     if dry_run:
-        return rehearse(name, recipe, len(rows), data_id, data, base, home, as_json, wanted.processes)
+        return rehearse(name, recipe, len(rows), data_id, rows if data else None, base, home, as_json, wanted.processes)
     resolved = resolve_base(base, home=home, progress=say)
     if wanted.processes > 1 and not launched():
         return launch(wanted, ["-m", "adapterhub_lite", *sys.argv[1:]])

@@ -33,6 +33,7 @@ from adapterhub_lite.adapter_format.manifest import (
 from adapterhub_lite.adapter_format.record import BaseRecord, TrainingRecord, read_record
 from adapterhub_lite.adapter_format.reference import is_name
 from adapterhub_lite.bases import ResolvedBase, find_base
+from adapterhub_lite.bases.chat_template import TEMPLATE_FILE
 from adapterhub_lite.bases.fingerprint import is_commit
 from adapterhub_lite.errors import BaseMismatchError, DataError, IntegrityError, UsageError
 from adapterhub_lite.registry.check.folder import Inspection, check_base, inspect_adapter
@@ -44,7 +45,7 @@ from adapterhub_lite.registry.store.store import Store
 
 logger = logging.getLogger(__name__)
 
-CARRIED_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, PROBES_FILE})
+CARRIED_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, PROBES_FILE, TEMPLATE_FILE})
 
 
 @dataclass(frozen=True)

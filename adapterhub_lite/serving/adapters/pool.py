@@ -15,6 +15,7 @@ from weakref import WeakSet
 
 import torch
 
+from adapterhub_lite.bases.chat_template import TEMPLATE_FILE
 from adapterhub_lite.errors import BaseMismatchError, IntegrityError, QueueFullError, RequestTimeoutError
 from adapterhub_lite.serving.adapters.slots import AdapterSlots, HostTier, ResidentAdapter, SlotRequest
 from adapterhub_lite.serving.adapters.sources import AdapterFiles, AdapterSource
@@ -35,6 +36,43 @@ class Route:
     digest: str | None = None
     seconds: float = 0.0
     release: Callable[[], None] = lambda: None
+    end_tokens: frozenset[int] | None = None
+
+
+@dataclass(frozen=True)
+class FoundAdapters:
+    """What an adapter argument names at one moment: the adapters of a blend with their weights, or none."""
+
+    files: tuple[AdapterFiles, ...] = ()
+    pieces: tuple[BlendPiece, ...] = ()
+    seconds: float = 0.0
+
+    def end_tokens(self) -> frozenset[int] | None:
+        """The ids that end an answer of any of them; None are the base's alone."""
+        own = [files.asked.end_tokens for files in self.files]
+        return frozenset().union(*(ends for ends in own if ends is not None)) if own and all(own) else None
+
+    def template(self, of_base: str) -> str | None:
+        """The chat template to ask with, None is the base's, which has the digest `of_base`.
+
+        Raises:
+            BaseMismatchError: one was trained with a template that is not here, or two with different ones.
+        """
+        others = [files for files in self.files if files.asked.template_digest not in (None, of_base)]
+        if not others:
+            return None
+        if len({files.asked.template_digest for files in self.files}) > 1:
+            raise BaseMismatchError(
+                f"{' and '.join(files.name for files in self.files)} were trained with different chat templates, so no "
+                "chat can be put to both. Ask with a prompt, laid out by hand."
+            )
+        if others[0].asked.template is None:
+            raise BaseMismatchError(
+                f"{others[0].name} was trained with another chat template than this base has, and does not bring it "
+                f"along ({TEMPLATE_FILE}), so a chat would reach it in words it never saw. Ask with a prompt, or add "
+                "the template it was trained with to its folder."
+            )
+        return others[0].asked.template
 
 
 class AdapterPool:
@@ -70,11 +108,27 @@ class AdapterPool:
         Raises:
             RequestTimeoutError, QueueFullError: no slot came free in `timeout` seconds, or in a minute.
         """
+        return self.hold(self.find(adapter), timeout)
+
+    def find(self, adapter: str | Path | None) -> FoundAdapters:
+        """Resolve an adapter argument, splits and all, without loading anything."""
         if adapter is None:
-            return Route()
+            return FoundAdapters()
         started = time.perf_counter()
         blend = parse_blend(adapter)
-        wanted = [self._wanted(self.locate(self.splits.choose(piece.reference))) for piece in blend]
+        files = tuple(self.locate(self.splits.choose(piece.reference)) for piece in blend)
+        return FoundAdapters(files, tuple(blend), time.perf_counter() - started)
+
+    def hold(self, found: FoundAdapters, timeout: float | None = None) -> Route:
+        """Hold what was found in memory until the route is released.
+
+        Raises:
+            RequestTimeoutError, QueueFullError: no slot came free in `timeout` seconds, or in a minute.
+        """
+        if not found.files:
+            return Route()
+        started = time.perf_counter()
+        wanted = [self._wanted(files) for files in found.files]
         try:
             entries, _ = self.slots.acquire(wanted, timeout=min(timeout or SLOT_WAIT_SECONDS, SLOT_WAIT_SECONDS))
         except QueueFullError as error:
@@ -87,13 +141,15 @@ class AdapterPool:
             while held:
                 self.slots.release(held.pop())
 
-        factors = ["" if len(blend) == 1 and piece.weight == 1.0 else piece.factor for piece in blend]
+        alone = len(found.pieces) == 1 and found.pieces[0].weight == 1.0
+        factors = ["" if alone else piece.factor for piece in found.pieces]
         return Route(
-            tuple(Part(e.weights, piece.weight) for e, piece in zip(entries, blend, strict=True) if e.weights),
+            tuple(Part(e.weights, piece.weight) for e, piece in zip(entries, found.pieces, strict=True) if e.weights),
             "+".join(entry.name + factor for entry, factor in zip(entries, factors, strict=True)),
             "+".join(entry.digest + factor for entry, factor in zip(entries, factors, strict=True)),
-            time.perf_counter() - started,
+            found.seconds + time.perf_counter() - started,
             release,
+            found.end_tokens(),
         )
 
     def load(self, reference: str | Path, *, pin: bool = False) -> ResidentAdapter:

@@ -17,10 +17,39 @@ from typing import Any, Protocol
 from adapterhub_lite.adapter_format.foreign.opening import ARCHIVED_SIZES, open_adapter
 from adapterhub_lite.adapter_format.manifest import CONFIG_FILE, WEIGHTS_FILE, AdapterManifest, LoraRecord
 from adapterhub_lite.adapter_format.probes import PROBES_FILE
+from adapterhub_lite.adapter_format.record import TrainingRecord
 from adapterhub_lite.bases import ResolvedBase
+from adapterhub_lite.bases.chat_template import TEMPLATE_FILE, digest_of
 from adapterhub_lite.errors import AdapterRejectedError, UnknownNameError
 from adapterhub_lite.registry.check.folder import check_base, inspect_adapter
 from adapterhub_lite.registry.store.files import file_record
+
+
+@dataclass(frozen=True)
+class AskedAs:
+    """How an adapter learned to be asked and to end. None is as the base; `template` is the text it brings along."""
+
+    end_tokens: frozenset[int] | None = None
+    template_digest: str | None = None
+    template: str | None = None
+
+
+def asked_as(subject: str, record: TrainingRecord | None, template: Path | None) -> AskedAs:
+    """What an adapter's record and its template file say.
+
+    Raises:
+        AdapterRejectedError: the file is not the template that the record names.
+    """
+    text = None
+    if template is not None:
+        text = template.read_bytes().decode("utf-8", "replace")
+    digest = record.template_digest if record is not None else None
+    if text is not None and digest is not None and digest_of(text) != digest:
+        raise AdapterRejectedError(subject, [f"its {TEMPLATE_FILE} is not the one that its training record names"])
+    if text is not None:
+        digest = digest_of(text)
+    ends = record.text.end_tokens if record is not None and record.text is not None else ()
+    return AskedAs(frozenset(ends) or None, digest, text)
 
 
 @dataclass(frozen=True)
@@ -40,6 +69,7 @@ class AdapterFiles:
     hold: Callable[[], AbstractContextManager[Any]] = nullcontext
     probes: Path | None = None
     sha256: str | None = None
+    asked: AskedAs = AskedAs()
 
 
 class PullReceipt(Protocol):
@@ -147,7 +177,7 @@ class FolderSource:
             check_base(found, self._base)
         _, lora = found.accepted()
         _refuse_variants(str(source), lora)
-        weights, probes = folder / WEIGHTS_FILE, folder / PROBES_FILE
+        weights, probes, template = (folder / name for name in (WEIGHTS_FILE, PROBES_FILE, TEMPLATE_FILE))
         weights_digest = file_record(weights).sha256
         digest = hashlib.sha256((folder / CONFIG_FILE).read_bytes() + weights_digest.encode())
         return AdapterFiles(
@@ -158,6 +188,7 @@ class FolderSource:
             found.training.base.fingerprint if found.training else None,
             probes=probes if PROBES_FILE in found.usable else None,
             sha256=weights_digest,
+            asked=asked_as(str(folder), found.training, template if TEMPLATE_FILE in found.usable else None),
         )
 
 
@@ -191,6 +222,11 @@ class RegistrySource:
             lambda: self._registry.hold(manifest),
             self._registry.file(manifest, PROBES_FILE) if PROBES_FILE in manifest.files else None,
             manifest.files[WEIGHTS_FILE].sha256,
+            asked_as(
+                name,
+                manifest.training,
+                self._registry.file(manifest, TEMPLATE_FILE) if TEMPLATE_FILE in manifest.files else None,
+            ),
         )
 
 

@@ -437,7 +437,9 @@ class EngineCore:
             sequence.logprobs.append(token_logprob(logits, token, sequence.request.logprobs))
         piece = sequence.stream.push(token)
         reason = None
-        if token in self._end_tokens or sequence.stream.stopped:
+        # An empty set writes every answer to its full length, an adapter's with an end of its own too.
+        own = sequence.route.end_tokens if self._end_tokens else None
+        if token in (self._end_tokens if own is None else own) or sequence.stream.stopped:
             reason = "stop"
         elif len(sequence.output) >= sequence.limit:
             reason = "length"

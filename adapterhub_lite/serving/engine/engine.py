@@ -26,15 +26,16 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from adapterhub_lite.adapter_format.quantization import Quantization
 from adapterhub_lite.bases import load_base_model, load_tokenizer, resolve_base
+from adapterhub_lite.bases.chat_template import render_chat, template_digest
 from adapterhub_lite.bases.encoding import encode_prompt
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.home import adapterhub_home
 from adapterhub_lite.serving.adapters.hub_source import HubSource
-from adapterhub_lite.serving.adapters.pool import AdapterPool, Tier
+from adapterhub_lite.serving.adapters.pool import AdapterPool, FoundAdapters, Tier
 from adapterhub_lite.serving.adapters.slots import ResidentAdapter
 from adapterhub_lite.serving.adapters.sources import AdapterSource, FolderSource, RegistrySource
 from adapterhub_lite.serving.engine.core import EngineCore
@@ -96,7 +97,9 @@ class InferenceEngine:
             max_rank=max_rank,
         )
         self._tokenizing = threading.Lock()
-        ends = end_tokens_of(runner.model, tokenizer) if end_tokens is None else end_tokens
+        self._template_digest = template_digest(tokenizer)
+        configs = (getattr(runner.model, "generation_config", None), runner.model.config)
+        ends = base_end_tokens(tokenizer, *configs) if end_tokens is None else end_tokens
         self._cache_memory = cache_memory
         if cache_memory is not None:
             runner.set_cache_budget(cache_memory)
@@ -194,7 +197,8 @@ class InferenceEngine:
     def submit(self, request: GenerationRequest) -> GenerationHandle:
         """Queue a request and return its handle at once; the adapter is resolved, and loaded if need be, before."""
         started = time.perf_counter()
-        prompt_ids = self._encode(request)
+        found = self._pool.find(request.adapter)
+        prompt_ids = self._encode(request, found)
         limit = min(request.max_new_tokens, self._runner.max_length - len(prompt_ids))
         if self._runner.most_rows(len(prompt_ids) + limit) < 1:
             raise ConfigurationError(
@@ -202,7 +206,7 @@ class InferenceEngine:
                 f"the {self._cache_memory:,} bytes that this engine has for them. Shorten the prompt, ask for fewer "
                 "tokens, or start the engine with more --cache-memory."
             )
-        route = self._pool.route(request.adapter, request.timeout_seconds)
+        route = self._pool.hold(found, request.timeout_seconds)
         sequence = GenerationSequence(
             request=request,
             prompt_ids=prompt_ids,
@@ -330,18 +334,27 @@ class InferenceEngine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _encode(self, request: GenerationRequest) -> list[int]:
-        with self._tokenizing:
-            if request.messages is not None:
-                try:
-                    text = self.tokenizer.apply_chat_template(
-                        [dict(message) for message in request.messages], tokenize=False, add_generation_prompt=True
-                    )
-                except Exception as error:  # jinja raises whatever the template asks for
-                    raise ConfigurationError(f"The base's chat template refused the messages: {error}") from error
-                ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
-            else:
+    def _encode(self, request: GenerationRequest, found: FoundAdapters | None = None) -> list[int]:
+        if request.messages is None:
+            with self._tokenizing:
                 ids = encode_prompt(self.tokenizer, request.prompt or "")
+        else:
+            template = found.template(self._template_digest) if found is not None else None
+            whose = "base's" if template is None else "adapter's"
+            try:
+                # Outside the lock: an adapter's template may take its time, and others need not wait for it.
+                text = render_chat(
+                    self.tokenizer,
+                    request.messages,
+                    tools=request.tools,
+                    arguments=request.chat_template_kwargs,
+                    template=template,
+                    ask=True,
+                )
+            except ValueError as error:
+                raise ConfigurationError(f"The {whose} chat template refused the messages: {error}") from error
+            with self._tokenizing:
+                ids = self.tokenizer.encode(text, add_special_tokens=False)
         if not ids:
             raise ConfigurationError(
                 "The prompt is empty, so there is nothing to go on from. Give at least one character."
@@ -351,15 +364,6 @@ class InferenceEngine:
                 f"The prompt has {len(ids)} tokens, this base takes at most {self._runner.max_length - 1}. Shorten it."
             )
         return ids
-
-
-def end_tokens_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that end an answer, by the base's generation settings, its configuration or its tokenizer."""
-    found: set[int] = set()
-    for source in (getattr(model, "generation_config", None), model.config, tokenizer):
-        value = getattr(source, "eos_token_id", None)
-        found.update([value] if isinstance(value, int) else value or [])
-    return frozenset(found)
 
 
 def _quantization(kind: str | None) -> Any:

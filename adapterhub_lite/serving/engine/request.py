@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from adapterhub_lite.errors import ConfigurationError
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]  # a message holds whatever the template reads
 MAX_TOP_LOGPROBS = 20
 
 
@@ -14,8 +15,9 @@ MAX_TOP_LOGPROBS = 20
 class GenerationRequest:
     """One question to the base or to an adapter.
 
-    `prompt` is raw text; `messages` are chat messages (role, content) put through the base's chat template: exactly
-    one of the two. `adapter` is a reference ("sql@prod"), a blend ("sql:3*0.7+event@prod*0.3"), the `Path` of a
+    `prompt` is raw text; `messages` are chat messages (role, content, and what else the template reads) put through the
+    chat template, of the adapter if it brings one, with `tools` and `chat_template_kwargs`: exactly one of the two.
+    `adapter` is a reference ("sql@prod"), a blend ("sql:3*0.7+event@prod*0.3"), the `Path` of a
     PEFT folder, or None for the base; a string is never taken for a path. `temperature` 0 is greedy. `logprobs` asks
     for the log-probability of each chosen token and of that many alternatives. `timeout_seconds` counts from
     submission. Rows are shared fairly between tenants.
@@ -26,6 +28,8 @@ class GenerationRequest:
 
     prompt: str | None = None
     messages: Sequence[Message] | None = None
+    tools: Sequence[Mapping[str, Any]] = ()
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     adapter: str | Path | None = None
     max_new_tokens: int = 128
     temperature: float = 0.0

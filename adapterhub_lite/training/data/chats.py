@@ -106,17 +106,17 @@ class ChatLayout:
                 "Give one (chat_template), or rows with prompt and completion."
             )
         try:
-            chat = self._read(row, template, where)
+            chat = self.read(row, template, where)
             if not chat.learned():
                 return []
-            found = self._marked(chat) if GENERATION_MARK.search(template) else None
-            found = found or self._whole(chat) or self._per_turn(chat)
+            found = self.marked(chat) if GENERATION_MARK.search(template) else None
+            found = found or self.whole_chat(chat) or self.per_turn(chat)
         except ValueError as error:
             raise DataError(f"{where}: the chat template refuses this row: {error}") from error
-        self._check_nothing_lost(chat, found, where)
+        self.check_nothing_lost(chat, found, where)
         return found
 
-    def _read(self, row: Mapping[str, Any], template: str, where: str) -> Chat:
+    def read(self, row: Mapping[str, Any], template: str, where: str) -> Chat:
         """The chat in keys that the template reads; what it does not read is refused, unless it may be lost."""
         words = words_of(template)
         arguments = {**self.arguments, **(row.get("chat_template_kwargs") or {})}
@@ -131,11 +131,12 @@ class ChatLayout:
         weights = tuple(weight_of(turn) if i >= len(before) else 0.0 for i, turn in enumerate(turns))
         arguments = {key: value for key, value in arguments.items() if key in words}
         tools = row.get("tools") if "tools" in words else None
-        made = [self._read_turn(turn, words, f"{where}, turn {i}", where) for i, turn in enumerate(turns, start=1)]
-        made = made if READS_TEXT_ARGUMENTS.search(template) else [_with_parsed_arguments(turn) for turn in made]
-        return Chat([self._content_as_read(turn, template) for turn in made], weights, tools, arguments)
+        made = [self.read_turn(turn, words, f"{where}, turn {i}", where) for i, turn in enumerate(turns, start=1)]
+        made = made if READS_TEXT_ARGUMENTS.search(template) else [with_parsed_arguments(turn) for turn in made]
+        return Chat([self.content_as_read(turn, template) for turn in made], weights, tools, arguments)
 
-    def _read_turn(self, turn: Turn, words: frozenset[str], here: str, where: str) -> Turn:
+    def read_turn(self, turn: Turn, words: frozenset[str], here: str, where: str) -> Turn:
+        """The keys of a turn that the template reads."""
         kept: Turn = {}
         for key, value in turn.items():
             if key in WEIGHTS or (value in (None, "", [], {}) and key != "content"):
@@ -148,7 +149,7 @@ class ChatLayout:
                 raise DataError(_lost(here, key))
         return kept
 
-    def _content_as_read(self, turn: Turn, template: str) -> Turn:
+    def content_as_read(self, turn: Turn, template: str) -> Turn:
         """The turn with its content as text or as a list of parts, as the template reads it."""
         content = turn.get("content")
         if isinstance(content, str) and not self._reads("text", template) and self._reads("parts", template):
@@ -171,7 +172,8 @@ class ChatLayout:
     def _render(self, chat: Chat, count: int, *, ask: bool = False) -> str:
         return render_chat(self.tokenizer, chat.turns[:count], tools=chat.tools, arguments=chat.arguments, ask=ask)
 
-    def _marked(self, chat: Chat) -> list[Example] | None:
+    def marked(self, chat: Chat) -> list[Example] | None:
+        """By the marks of the template; None where weights differ and nobody knows which mark is whose."""
         text, marks = render_marked(self.tokenizer, chat.turns, tools=chat.tools, arguments=chat.arguments)
         weights = [weight for turn, weight in zip(chat.turns, chat.weights, strict=True) if turn["role"] == "assistant"]
         if len(marks) != len(weights):
@@ -181,7 +183,8 @@ class ChatLayout:
         spans = [Span(*mark, weight) for mark, weight in zip(marks, weights, strict=True) if weight > 0]
         return [Example(text, tuple(spans), "marks")]
 
-    def _whole(self, chat: Chat) -> list[Example] | None:
+    def whole_chat(self, chat: Chat) -> list[Example] | None:
+        """Laid out once; None where a turn is laid out differently once more turns follow."""
         count, learned = len(chat.turns), chat.learned()
         whole, prefill = self._render(chat, count), ""
         spans: list[Span] = []
@@ -200,7 +203,8 @@ class ChatLayout:
             prefill = prefill or missing
         return [Example(whole, tuple(spans), "whole", prefill)]
 
-    def _per_turn(self, chat: Chat) -> list[Example]:
+    def per_turn(self, chat: Chat) -> list[Example]:
+        """One example for each learned turn, which ends with it."""
         found = []
         for index in chat.learned():
             through = self._render(chat, index + 1)
@@ -222,7 +226,7 @@ class ChatLayout:
         asked = self._render(chat, index, ask=True)
         if through.startswith(asked):
             return len(asked), ""
-        start = _shared(asked, through)
+        start = shared_beginning(asked, through)
         if start == len(through) or not through.startswith(self._render(chat, index)):
             raise ValueError(f"it lays out the turns before turn {index + 1} in another way once that turn is there")
         return start, asked[start:]
@@ -237,11 +241,12 @@ class ChatLayout:
             end, rest = len(rest), rest.removesuffix(last)
         return max(end, start)
 
-    def _check_nothing_lost(self, chat: Chat, examples: Sequence[Example], where: str) -> None:
+    def check_nothing_lost(self, chat: Chat, examples: Sequence[Example], where: str) -> None:
+        """Refuse a chat of which a text that decides its meaning does not come out of the template."""
         texts = [example.text for example in examples]
         for index, turn in enumerate(chat.turns):
             named = turn["role"] != "assistant" or chat.weights[index] > 0
-            for key, text in _texts_of(turn) if named else ():
+            for key, text in texts_of(turn) if named else ():
                 stripped = text.strip()
                 quoted = json.dumps(stripped)[1:-1], json.dumps(stripped, ensure_ascii=False)[1:-1]
                 if any(form in one for one in texts for form in (stripped, *quoted)) or key in self.ignore:
@@ -252,7 +257,7 @@ class ChatLayout:
                 )
 
 
-def _shared(one: str, other: str) -> int:
+def shared_beginning(one: str, other: str) -> int:
     """How many characters both begin with."""
     return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
@@ -264,7 +269,7 @@ def _lost(here: str, key: str) -> str:
     )
 
 
-def _texts_of(turn: Turn) -> Iterator[tuple[str, str]]:
+def texts_of(turn: Turn) -> Iterator[tuple[str, str]]:
     """The texts that decide what a turn means, with the key of each."""
     content = turn.get("content")
     parts = [part["text"] for part in content] if isinstance(content, list) else [content or ""]
@@ -279,7 +284,7 @@ def _texts_of(turn: Turn) -> Iterator[tuple[str, str]]:
             yield "tool_calls.name", function["name"]
 
 
-def _with_parsed_arguments(turn: Turn) -> Turn:
+def with_parsed_arguments(turn: Turn) -> Turn:
     """Tool calls whose arguments are JSON text, as OpenAI's files have them, as the object that templates write as JSON."""
     if not turn.get("tool_calls"):
         return turn

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adapterhub_lite.training.data.tokenization import IGNORED
+from adapterhub_lite.training.data.tokenization import IGNORED, WEIGHTS_COLUMN
 
 
-def sequences_of(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (token ids, labels) of each sequence in `rows`, both (length,); without labels the ids are learned.
+def sequences_of(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield (token ids, labels, weights) of each sequence in `rows`, all (length,); without labels the ids are learned.
 
     Tokens under an `attention_mask` of 0 are padding of somebody else's making, and left out. A row whose
     `position_ids` begin at 0 more than once was packed, and holds several sequences.
@@ -21,37 +21,42 @@ def sequences_of(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Tensor, Te
     for row in rows:
         ids = torch.as_tensor(row["input_ids"], dtype=torch.long)
         labels = torch.as_tensor(row.get("labels", ids), dtype=torch.long)
+        weights = torch.as_tensor(row.get(WEIGHTS_COLUMN, torch.ones(len(ids))), dtype=torch.float)
         again = (torch.as_tensor(row.get("position_ids", [])) == 0).nonzero()[:, 0].tolist()
         starts = sorted({0, *again})
         mask = torch.as_tensor(row.get("attention_mask", torch.ones_like(ids))).bool()
         for start, end in itertools.pairwise([*starts, len(ids)]):
             real = mask[start:end]
             if real.any():
-                yield ids[start:end][real], labels[start:end][real]
+                yield ids[start:end][real], labels[start:end][real], weights[start:end][real]
 
 
 @dataclass(frozen=True)
 class PaddedCollator:
     """Pads on the right to the longest sequence of the batch.
 
-    Returns `input_ids`, `attention_mask` and `labels`, each (batch, longest); padding is masked by length, never by
-    token id, because a tokenizer may pad with the end token that has to be learned.
+    Returns `input_ids`, `attention_mask` and `labels`, each (batch, longest), and `token_weights` where a row has them;
+    padding is masked by length, never by token id, because a tokenizer may pad with the end token that has to be learned.
     """
 
     pad_token_id: int
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         sequences = list(sequences_of(rows))
-        shape = (len(sequences), max(len(ids) for ids, _ in sequences))
+        shape = (len(sequences), max(len(ids) for ids, _, _ in sequences))
         batch = {
             "input_ids": torch.full(shape, self.pad_token_id, dtype=torch.long),
             "attention_mask": torch.zeros(shape, dtype=torch.long),
             "labels": torch.full(shape, IGNORED, dtype=torch.long),
         }
-        for index, (ids, labels) in enumerate(sequences):
+        if _weighted(rows):
+            batch[WEIGHTS_COLUMN] = torch.zeros(shape)
+        for index, (ids, labels, weights) in enumerate(sequences):
             batch["input_ids"][index, : len(ids)] = ids
             batch["attention_mask"][index, : len(ids)] = 1
             batch["labels"][index, : len(ids)] = labels
+            if WEIGHTS_COLUMN in batch:
+                batch[WEIGHTS_COLUMN][index, : len(ids)] = weights
         return batch
 
 
@@ -59,18 +64,25 @@ class PaddedCollator:
 class PackedCollator:
     """Lays the sequences of a batch end to end, without padding.
 
-    Returns `input_ids`, `position_ids` (from 0 again in each sequence) and `labels`, each (1, tokens). The first label
-    of a sequence is -100: it would be predicted by the one before.
+    Returns `input_ids`, `position_ids` (from 0 again in each sequence) and `labels`, each (1, tokens), and
+    `token_weights` where a row has them. The first label of a sequence is -100: it would be predicted by the one before.
     """
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        ids, positions, labels = [], [], []
-        for own, goals in sequences_of(rows):
+        ids, positions, labels, weights = [], [], [], []
+        for own, goals, counts in sequences_of(rows):
             ids.append(own)
+            weights.append(counts)
             positions.append(torch.arange(len(own)))
             labels.append(F.pad(goals[1:], (1, 0), value=IGNORED))
         parts = {"input_ids": ids, "position_ids": positions, "labels": labels}
+        if _weighted(rows):
+            parts[WEIGHTS_COLUMN] = weights
         return {name: torch.cat(tensors)[None] for name, tensors in parts.items()}
+
+
+def _weighted(rows: Sequence[Mapping[str, Any]]) -> bool:
+    return any(row.get(WEIGHTS_COLUMN) is not None for row in rows)
 
 
 def learn_only_first(batch: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:

@@ -31,16 +31,16 @@ def read_path(path: Path, split: str) -> Found:
         DataError: it cannot be read as what its name says; names the line.
     """
     if path.is_dir():
-        return _read_folder(path, split)
+        return read_folder(path, split)
     if path.suffix.lower() == ".parquet":
-        return _read_parquet(path)
+        return read_parquet(path)
     if path.suffix.lower() in (".csv", ".tsv"):
-        return _read_csv(path)
+        return read_csv(path)
     if path.suffix.lower() in (".xlsx", ".xls", ".ods"):
         raise DataError(f"{path} is a spreadsheet. Save it as CSV (UTF-8) and give that.")
     if path.suffix.lower() in (".gz", ".zip", ".zst", ".bz2", ".xz", ".7z", ".tar"):
         raise DataError(f"{path} is compressed. Unpack it first.")
-    return _read_json(path)
+    return read_json(path)
 
 
 def _open_text(path: Path) -> TextIO:
@@ -48,20 +48,22 @@ def _open_text(path: Path) -> TextIO:
     return path.open(encoding="utf-8-sig", newline="")
 
 
-def _read_json(path: Path) -> Found:
+def read_json(path: Path) -> Found:
+    """Yield (where, row) of a JSONL file, or of a file that holds one JSON array."""
     try:
         with _open_text(path) as file:
             first = next((char for char in iter(lambda: file.read(1), "") if not char.isspace()), "")
             file.seek(0)
             if first == "[":
-                yield from _read_json_array(path, file)
+                yield from read_json_array(path, file)
             else:
                 yield from _read_jsonl(path, file)
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
 
 
-def _read_json_array(path: Path, file: TextIO) -> Found:
+def read_json_array(path: Path, file: TextIO) -> Found:
+    """Yield (where, row) of one JSON array."""
     text = file.read()
     try:
         rows = json.loads(text)
@@ -80,7 +82,7 @@ def _read_json_array(path: Path, file: TextIO) -> Found:
 
 def _read_jsonl(path: Path, file: TextIO) -> Found:
     # Not by the file's own lines: with newline="" a lone carriage return would end one.
-    for number, line in enumerate(_lines(file), start=1):
+    for number, line in enumerate(lines_of(file), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -95,7 +97,7 @@ def _read_jsonl(path: Path, file: TextIO) -> Found:
             raise DataError(f"{where}: the JSON is nested too deeply.") from error
 
 
-def _lines(file: TextIO) -> Iterator[str]:
+def lines_of(file: TextIO) -> Iterator[str]:
     """The lines of a file that end in a newline alone: other separators may stand inside a JSON text."""
     rest = ""
     while block := file.read(1 << 20):
@@ -105,12 +107,13 @@ def _lines(file: TextIO) -> Iterator[str]:
         yield rest
 
 
-def _read_csv(path: Path) -> Found:
+def read_csv(path: Path) -> Found:
+    """Yield (where, row) of a CSV or TSV file; each cell is the text that is written in it."""
     csv.field_size_limit(MOST_CELL_CHARACTERS)
     try:
         with _open_text(path) as file:
             head = list(islice(file, SNIFFED_LINES))
-            delimiter = "\t" if path.suffix.lower() == ".tsv" else _delimiter(head)
+            delimiter = "\t" if path.suffix.lower() == ".tsv" else delimiter_of(head)
             reader = csv.reader(chain(head, file), delimiter=delimiter, strict=True)
             names = next(reader, [])
             doubled = sorted({name for name in names if names.count(name) > 1})
@@ -133,14 +136,15 @@ def _read_csv(path: Path) -> Found:
         raise DataError(f"{path} is not the CSV it should be: {error}.") from error
 
 
-def _delimiter(head: list[str]) -> str:
+def delimiter_of(head: list[str]) -> str:
     """The separator of the first line: the one of `,;|` and tab that divides it into most names."""
     first = head[0] if head else ""
     counts = {mark: len(next(csv.reader([first], delimiter=mark), [])) for mark in (",", ";", "\t", "|")}
     return max(counts, key=lambda mark: counts[mark])
 
 
-def _read_parquet(path: Path) -> Found:
+def read_parquet(path: Path) -> Found:
+    """Yield (where, row) of a parquet file."""
     from pyarrow import ArrowInvalid
     from pyarrow.parquet import ParquetFile
 
@@ -152,10 +156,15 @@ def _read_parquet(path: Path) -> Found:
         raise DataError(f"{path} is not a parquet file: {error}.") from error
 
 
-def _read_folder(path: Path, split: str) -> Found:
+def read_folder(path: Path, split: str) -> Found:
+    """Yield (where, row) of a folder that `datasets` saved, or of the files in it that make a split."""
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         table = load_from_disk(str(path))
-        yield from read_table(_one_split(table, split, str(path)), str(path))
+        if isinstance(table, DatasetDict):
+            if split not in table:
+                raise DataError(f"{path} has no split {split!r}, found {', '.join(map(str, table))}. Name one.")
+            table = table[split]
+        yield from read_table(table, str(path))
         return
     try:
         files = load_dataset_builder(str(path)).config.data_files or {}
@@ -165,14 +174,6 @@ def _read_folder(path: Path, split: str) -> Found:
         raise DataError(f"{path} has no split {split!r}, found {', '.join(map(str, files)) or 'none'}. Name one.")
     for name in files[split]:
         yield from read_path(Path(str(name)), split)
-
-
-def _one_split(table: Any, split: str, name: str) -> Any:
-    if not isinstance(table, DatasetDict):
-        return table
-    if split not in table:
-        raise DataError(f"{name} has no split {split!r}, found {', '.join(table)}. Name one.")
-    return table[split]
 
 
 def read_hub(name: str, config: str | None, split: str) -> Found:

@@ -1,14 +1,19 @@
 """How long the rows of a data set are for a base's tokenizer: what a plan can know of data before any weights are read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from adapterhub_lite.bases import EMBEDDED_BASES, resolve_base
+from adapterhub_lite.bases.encoding import end_tokens
 from adapterhub_lite.errors import UnknownNameError
 from adapterhub_lite.home import adapterhub_home
-from adapterhub_lite.training.data.rows import load_rows
-from adapterhub_lite.training.data.tokenization import row_lengths, tokenize_rows
+from adapterhub_lite.training.data.preparation import Preparation
+from adapterhub_lite.training.data.tokenization import row_lengths
+from adapterhub_lite.training.settings import DataSettings
 
 
 @dataclass(frozen=True)
@@ -29,27 +34,42 @@ class RowLengths:
         return f"{len(self.tokens)} rows: longest {max(self.tokens)} tokens, median {median(self.tokens):.0f}{cut}"
 
 
-def measure_rows(base: str, data: str, *, max_length: int) -> RowLengths:
-    """Tokenise `data` (as `load_rows` takes it) for `base` (a name, a folder or a Hub id) and count.
+def measure_rows(base: str, data: Any, *, max_length: int, settings: DataSettings | None = None) -> RowLengths:
+    """Tokenise `data` (as `load_rows` takes it) for `base` (a name, a folder or a Hub id) and count; longer rows are cut.
 
     Raises:
         DataError: the rows cannot be used.
         UnknownNameError: there is no tokenizer under that name.
     """
-    found = tokenize_rows(load_rows(data), _tokenizer(base), max_length=max_length, overlong="truncate")
+    tokenizer, ends = tokenizer_of(base)
+    chosen = replace(settings or DataSettings(), unlearnable="drop")
+    preparation = Preparation.for_run(tokenizer, chosen, max_length=max_length, overlong="truncate", ends=ends)
+    found = preparation.rows(data)
     return RowLengths(tuple(row_lengths(found.table)), found.truncated)
 
 
-def _tokenizer(base: str) -> Any:
-    from transformers import AutoTokenizer
+def tokenizer_of(base: str) -> tuple[PreTrainedTokenizerBase, frozenset[int]]:
+    """The tokenizer of a base and the ids that end its answers; no weights are read.
 
-    from adapterhub_lite.bases import EMBEDDED_BASES, resolve_base
-
+    Raises:
+        UnknownNameError: there is no tokenizer under that name.
+    """
     made = adapterhub_home() / "bases" / base
     known = str(made) if made.is_dir() else str(resolve_base(base).folder) if base in EMBEDDED_BASES else base
     try:
-        return AutoTokenizer.from_pretrained(known, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(known, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UnknownNameError.among(
             "tokenizer for the base", base, [*EMBEDDED_BASES, str(Path("a folder"))]
         ) from error
+    return tokenizer, end_tokens(tokenizer, *generation_configs(known))
+
+
+def generation_configs(known: str) -> list[Any]:
+    """Where the ids that end an answer stand: in a folder, or in a generation config on the Hub."""
+    if Path(known).is_dir():
+        return [Path(known)]
+    try:
+        return [GenerationConfig.from_pretrained(known)]
+    except OSError:  # a base need not have one
+        return []

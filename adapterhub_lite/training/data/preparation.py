@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from adapterhub_lite.errors import ConfigurationError, DataError
 from adapterhub_lite.training.data.files import without_none
-from adapterhub_lite.training.data.rows import is_checked, load_rows
+from adapterhub_lite.training.data.rows import Formatting, columns_of, is_checked, load_rows
 from adapterhub_lite.training.data.shapes import Columns, normalized
 from adapterhub_lite.training.data.tables import TableWriter
 from adapterhub_lite.training.data.tokenization import (
@@ -21,12 +21,14 @@ from adapterhub_lite.training.data.tokenization import (
     WEIGHTS_COLUMN,
     Fitted,
     Limits,
+    Overlong,
     RowTokenizer,
     TokenizedRows,
     Tokens,
     tokenize_rows,
 )
 from adapterhub_lite.training.distributed.launch import launched
+from adapterhub_lite.training.settings import DataSettings
 
 logger = logging.getLogger(__name__)
 MASKS = frozenset({"assistant_masks", "completion_mask"})
@@ -43,6 +45,30 @@ class Preparation:
     ends: frozenset[int] | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     columns: Columns = field(default_factory=Columns)
+    formatting_func: Formatting | None = None
+
+    @classmethod
+    def for_run(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: DataSettings,
+        *,
+        max_length: int,
+        overlong: Overlong = "refuse",
+        ends: frozenset[int] | None = None,
+        formatting_func: Formatting | None = None,
+    ) -> "Preparation":
+        """What the settings of a command say; a chat template that they name becomes the tokenizer's."""
+        template = settings.chat_template_text()
+        if template is not None:
+            tokenizer.chat_template = template
+        limits = Limits(max_length, overlong, settings.unlearnable)
+        arguments = settings.template_arguments()
+        return cls(tokenizer, limits, ends, arguments, columns_of(settings), formatting_func)
+
+    def maker(self) -> RowTokenizer:
+        """What makes examples of rows here."""
+        return RowTokenizer(self.tokenizer, ends=self.ends, arguments=self.arguments, ignore=self.columns.ignore)
 
     def rows(self, rows: Any) -> TokenizedRows:
         """Tokenise what are still rows, and warn of how many were cut or left out; None stays None.
@@ -53,13 +79,16 @@ class Preparation:
         Raises:
             DataError: a row cannot be used.
         """
-        if rows is None or not _holds_rows(rows):
+        if rows is None or not holds_rows(rows):
             return TokenizedRows(rows)
         if isinstance(rows, IterableDataset):
-            return TokenizedRows(self._stream(rows))
+            return TokenizedRows(self.tokenized_stream(rows))
         if isinstance(rows, Dataset) and "input_ids" in rows.column_names:
-            return self._told(self._tokenized(rows), len(rows))
-        table = rows if isinstance(rows, Dataset) and is_checked(rows) else load_rows(rows, columns=self.columns)
+            return self._told(self.tokenized_table(rows), len(rows))
+        if isinstance(rows, Dataset) and is_checked(rows):
+            table = rows
+        else:
+            table = load_rows(rows, columns=self.columns, formatting_func=self.formatting_func)
         found = tokenize_rows(
             table,
             self.tokenizer,
@@ -96,17 +125,18 @@ class Preparation:
                 logger.warning(f"{count} of {rows} rows are longer than max_length={most} and were {done}.")
         return found
 
-    def _tokenized(self, table: Dataset) -> TokenizedRows:
+    def tokenized_table(self, table: Dataset) -> TokenizedRows:
+        """A table that has tokens already: its masks become labels, and its rows are cut to the limits."""
         unread = sorted(set(table.column_names) - READ_COLUMNS)
         if unread:
             logger.warning(f"Of the tokenised rows these columns are not used: {', '.join(unread)}.")
         names = set(table.column_names)
         packed = bool(names & {"seq_lengths", "position_ids"})
-        fits = max(_lengths(table), default=0) <= self.limits.max_length
+        fits = max(longest_of(table), default=0) <= self.limits.max_length
         if fits and not names & MASKS and (not packed or "position_ids" in names):
             return TokenizedRows(table)
         if packed:
-            return TokenizedRows(self._packed(table))
+            return TokenizedRows(self.packed_table(table))
         fitted, weighted = Fitted(self.limits, tokenized=True), WEIGHTS_COLUMN in names
         writer = TableWriter(Features({**COLUMNS, **(WEIGHTS if weighted else {})}))
         before = 0
@@ -125,7 +155,7 @@ class Preparation:
             before += len(rows)
         return TokenizedRows(writer.finish(), fitted.truncated, fitted.dropped)
 
-    def _packed(self, table: Dataset) -> Dataset:
+    def packed_table(self, table: Dataset) -> Dataset:
         """What TRL's `pack_dataset` wrote as `seq_lengths`, in the words that models know: positions that begin again."""
         most = self.limits.max_length
 
@@ -144,13 +174,14 @@ class Preparation:
         drop = [name for name in ("seq_lengths", *MASKS) if name in table.column_names]
         return table.map(with_positions, remove_columns=drop)
 
-    def _stream(self, stream: IterableDataset) -> IterableDataset:
+    def tokenized_stream(self, stream: IterableDataset) -> IterableDataset:
+        """A stream of rows or of tokens, made ready as it is read."""
         first = next(iter(stream), None)
         if first is None:
             raise DataError("The stream holds no rows. Give at least one.")
         tokenized, told = "input_ids" in first, set[str]()
         fitted = Fitted(self.limits, tokenized=tokenized)
-        maker = RowTokenizer(self.tokenizer, ends=self.ends, arguments=self.arguments, ignore=self.columns.ignore)
+        maker = self.maker()
 
         def ready(batch: dict[str, list[Any]], numbers: list[int]) -> dict[str, list[Any]]:
             rows = [
@@ -160,7 +191,7 @@ class Preparation:
             if tokenized:
                 examples: Iterable[tuple[str, Tokens]] = ((where, tokens_of(row, where)) for where, row in rows)
             else:
-                examples = maker.examples([(where, self._checked(where, row, told)) for where, row in rows])
+                examples = maker.examples([(where, self.checked_row(where, row, told)) for where, row in rows])
             found = list(fitted.fit(examples))
             made: dict[str, list[Any]] = {
                 "input_ids": [one.ids for one in found],
@@ -171,7 +202,8 @@ class Preparation:
 
         return stream.map(ready, with_indices=True, batched=True, batch_size=32, remove_columns=list(first))
 
-    def _checked(self, where: str, row: Mapping[str, Any], told: set[str]) -> dict[str, Any]:
+    def checked_row(self, where: str, row: Mapping[str, Any], told: set[str]) -> dict[str, Any]:
+        """A row of a stream in one of the three shapes; keys that are not used are named once."""
         made, unused = normalized(where, without_none(dict(row)), self.columns)
         if unused - told:
             logger.warning(f"Of the stream these columns are not used: {', '.join(sorted(unused - told))} ({where}).")
@@ -200,7 +232,8 @@ def tokens_of(row: Mapping[str, Any], where: str = "a row") -> Tokens:
     return Tokens([ids[i] for i in kept], [labels[i] for i in kept], [weights[i] for i in kept])
 
 
-def _lengths(table: Dataset) -> Iterator[int]:
+def longest_of(table: Dataset) -> Iterator[int]:
+    """Tokens of each sequence of a tokenised table."""
     if "position_ids" in table.column_names:
         return (max(places, default=-1) + 1 for places in table["position_ids"])
     if "seq_lengths" in table.column_names:
@@ -208,6 +241,6 @@ def _lengths(table: Dataset) -> Iterator[int]:
     return (len(ids) for ids in table["input_ids"])
 
 
-def _holds_rows(data: Any) -> bool:
+def holds_rows(data: Any) -> bool:
     """Whether these are rows; a data set of the user's own class gives batches as it likes."""
     return isinstance(data, str | Path | list | tuple | Dataset | IterableDataset) or hasattr(data, "to_dict")

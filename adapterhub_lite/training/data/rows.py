@@ -13,6 +13,7 @@ from adapterhub_lite.errors import DataError
 from adapterhub_lite.training.data.files import Found, read_hub, read_path, read_table
 from adapterhub_lite.training.data.shapes import CHAT_KEYS, WANTED, Columns, normalized
 from adapterhub_lite.training.data.tables import TableWriter
+from adapterhub_lite.training.settings import DataSettings
 
 logger = logging.getLogger(__name__)
 # The column that remembers `file:line` through every shuffle and selection, for errors raised later.
@@ -45,11 +46,22 @@ def load_rows(
     Raises:
         DataError: no such file, a line that cannot be read, or a row that cannot be used; names file, line and key.
     """
-    found, name = _found_in(source, split, config)
-    return _as_table(_formatted(found, formatting_func), name, columns or Columns())
+    found, name = find_rows(source, split, config)
+    return as_table(formatted(found, formatting_func), name, columns or Columns())
 
 
-def _found_in(source: Any, split: str, config: str | None) -> tuple[Found, str]:
+def columns_of(settings: DataSettings) -> Columns:
+    """What the settings of a command say of a table's columns."""
+    return Columns(
+        settings.prompt_column or None,
+        settings.completion_column or None,
+        settings.template.replace("\\n", "\n") or None,
+        settings.ignored(),
+    )
+
+
+def find_rows(source: Any, split: str, config: str | None) -> tuple[Found, str]:
+    """The rows of a source, each with where it stands, and what the source is called."""
     if isinstance(source, Dataset | IterableDataset):
         return read_table(source), "the data set"
     if isinstance(source, str | Path):
@@ -64,7 +76,8 @@ def _found_in(source: Any, split: str, config: str | None) -> tuple[Found, str]:
     return ((f"row {i}", row) for i, row in enumerate(source)), "the list of rows"
 
 
-def _formatted(found: Found, function: Formatting | None) -> Found:
+def formatted(found: Found, function: Formatting | None) -> Found:
+    """The rows that a function of the user's makes of theirs."""
     for where, row in found:
         if function is None:
             yield where, row
@@ -76,9 +89,10 @@ def _formatted(found: Found, function: Formatting | None) -> Found:
         yield where, {"text": made} if isinstance(made, str) else made
 
 
-def _as_table(rows: Found, name: str, columns: Columns) -> Dataset:
+def as_table(rows: Found, name: str, columns: Columns) -> Dataset:
+    """Check rows and write them to one table, a batch at a time."""
     unused: dict[str, str] = {}
-    made = _same_shape(rows, columns, unused)
+    made = same_shape(rows, columns, unused)
     first = next(made, None)
     if first is None:
         raise DataError(f"There are no rows in {name}. Give at least one, with {WANTED}.")
@@ -101,7 +115,8 @@ def _text(value: Any) -> str | None:
     return None if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def _same_shape(rows: Found, columns: Columns, unused: dict[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def same_shape(rows: Found, columns: Columns, unused: dict[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows, normalized, all of one shape; keys that are not used go to `unused`."""
     first: tuple[tuple[str, ...], list[type]] | None = None
     for where, row in rows:
         made, extra = normalized(where, row, columns)

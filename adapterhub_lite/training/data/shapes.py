@@ -74,16 +74,17 @@ def normalized(where: str, row: Any, columns: Columns) -> tuple[dict[str, Any], 
             f"{where}: {media[0]!r} cannot be learned: only text is. Leave such rows out, or name the key in ignore_columns."
         )
     kept = {str(key): value for key, value in row.items() if key not in columns.ignore}
-    made, used = _by_columns(where, kept, columns) or _by_name(where, kept)
+    made, used = by_columns(where, kept, columns) or by_name(where, kept)
     extras = {key: kept[key] for key in CHAT_KEYS if kept.get(key)} if "text" not in made else {}
     for key, value in extras.items():
         made[key] = _json_value(where, key, value, dict if key == "chat_template_kwargs" else list)
-    _check(where, made, columns.ignore)
+    check_row(where, made, columns.ignore)
     unused = {key for key in kept if key not in used and key not in CHAT_KEYS and kept[key] not in (None, "", [], {})}
     return made, unused
 
 
-def _by_columns(where: str, row: Row, columns: Columns) -> tuple[dict[str, Any], set[str]] | None:
+def by_columns(where: str, row: Row, columns: Columns) -> tuple[dict[str, Any], set[str]] | None:
+    """The row that the named columns make, and the keys used; None where no column is named."""
     if columns.prompt is None and columns.completion is None and columns.template is None:
         return None
     used = {name for name in (columns.prompt, columns.completion) if name is not None}
@@ -102,7 +103,8 @@ def _by_columns(where: str, row: Row, columns: Columns) -> tuple[dict[str, Any],
     return {"prompt": laid_out, "completion": row[columns.completion]}, used
 
 
-def _by_name(where: str, row: Row) -> tuple[dict[str, Any], set[str]]:
+def by_name(where: str, row: Row) -> tuple[dict[str, Any], set[str]]:
+    """The row that its own keys make, and the keys used."""
     if "chosen" in row and "rejected" in row:
         raise DataError(
             f"{where}: 'chosen' and 'rejected' are pairs for preference training, which this is not. "
@@ -111,18 +113,18 @@ def _by_name(where: str, row: Row) -> tuple[dict[str, Any], set[str]]:
     for key in ("messages", "conversations", "conversation"):
         if key in row:
             turns = _json_value(where, key, row[key], list)
-            made = [_from_sharegpt(where, turn) for turn in turns]
+            made = [from_sharegpt(where, turn) for turn in turns]
             system = row.get("system")
             if isinstance(system, str) and system and (not made or made[0].get("role") != "system"):
                 made.insert(0, {"role": "system", "content": system})
             return {"messages": made}, {key, "system"}
     if "prompt" in row and "completion" in row:
-        pair = {key: _turns_or_text(row[key]) for key in ("prompt", "completion")}
+        pair = {key: list(row[key]) if isinstance(row[key], list) else row[key] for key in ("prompt", "completion")}
         return pair, {"prompt", "completion"}
     for asked, also, answers in QUESTION_PAIRS:
         answer = next((name for name in answers if name in row), None)
         if asked in row and answer is not None:
-            return _question(where, row, asked, also, answer)
+            return question_and_answer(where, row, asked, also, answer)
     if "text" in row:
         return {"text": row["text"]}, {"text"}
     raise DataError(
@@ -131,7 +133,9 @@ def _by_name(where: str, row: Row) -> tuple[dict[str, Any], set[str]]:
     )
 
 
-def _question(where: str, row: Row, asked: str, also: Sequence[str], answer: str) -> tuple[dict[str, Any], set[str]]:
+def question_and_answer(
+    where: str, row: Row, asked: str, also: Sequence[str], answer: str
+) -> tuple[dict[str, Any], set[str]]:
     """Alpaca and its relatives as a chat; `system` and `history` ([question, answer] pairs) come before it."""
     turns: list[Turn] = []
     if row.get("system"):
@@ -149,7 +153,8 @@ def _question(where: str, row: Row, asked: str, also: Sequence[str], answer: str
     return {"messages": turns}, {asked, *also, answer, "system", "history"}
 
 
-def _from_sharegpt(where: str, turn: Any) -> Turn:
+def from_sharegpt(where: str, turn: Any) -> Turn:
+    """A turn of `role` and `content`, of one that says `from` and `value`."""
     if not isinstance(turn, Mapping) or "from" not in turn or "role" in turn:
         return dict(turn) if isinstance(turn, Mapping) else turn
     role = SHAREGPT_ROLES.get(str(turn["from"]).lower())
@@ -162,10 +167,6 @@ def _from_sharegpt(where: str, turn: Any) -> Turn:
         return {"role": role, "content": turn.get("value"), **rest}
     call = _json_value(where, "value", turn.get("value"), dict)
     return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}], **rest}
-
-
-def _turns_or_text(value: Any) -> Any:
-    return [dict(turn) if isinstance(turn, Mapping) else turn for turn in value] if isinstance(value, list) else value
 
 
 def _json_value(where: str, key: str, value: Any, kind: type) -> Any:
@@ -181,7 +182,8 @@ def _json_value(where: str, key: str, value: Any, kind: type) -> Any:
     return value
 
 
-def _check(where: str, row: Row, ignore: frozenset[str]) -> None:
+def check_row(where: str, row: Row, ignore: frozenset[str]) -> None:
+    """Refuse a row that lacks what is to be learned."""
     if "messages" in row:
         _check_turns(where, row["messages"], ignore)
         roles = [turn["role"] for turn in row["messages"]]
@@ -216,7 +218,7 @@ def _check_turns(where: str, turns: Any, ignore: frozenset[str]) -> None:
             # Tables of one column per key fill up with None what a turn does not have.
             if key != "content":
                 del turn[key]
-        _check_content(here, turn, ignore)
+        check_content(here, turn, ignore)
         if "weight" in turn:
             weight = turn["weight"]
             good = isinstance(weight, int | float) and math.isfinite(weight) and 0 <= weight <= 100
@@ -227,7 +229,8 @@ def _check_turns(where: str, turns: Any, ignore: frozenset[str]) -> None:
                 raise DataError(f"{here}: {key!r} is {short(turn[key])}, expected true or false.")
 
 
-def _check_content(here: str, turn: Turn, ignore: frozenset[str]) -> None:
+def check_content(here: str, turn: Turn, ignore: frozenset[str]) -> None:
+    """Refuse content that is no text, and leave of its parts the texts."""
     media = sorted(key for key in MEDIA & set(turn) if turn[key])
     if media:
         raise DataError(

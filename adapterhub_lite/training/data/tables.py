@@ -38,14 +38,15 @@ class TableWriter:
 
     def write(self, columns: Mapping[str, Sequence[Any] | pyarrow.Array]) -> None:
         """Add rows, as equally long columns; JSON columns hold their text."""
-        arrays = [_array(columns[field.name], field.type) for field in self._schema]
+        arrays = [array_of(columns[field.name], field.type) for field in self._schema]
         batch = pyarrow.RecordBatch.from_arrays(arrays, schema=self._schema)
         self._bytes += batch.nbytes
         self._batches.append(batch)
         if self._bytes > MOST_BYTES_IN_MEMORY or self._stream is not None:
-            self._spill()
+            self.spill()
 
-    def _spill(self) -> None:
+    def spill(self) -> None:
+        """Move what is in memory to the file."""
         global _folder
         if self._stream is None:
             _folder = _folder or tempfile.TemporaryDirectory(prefix="adapterhub-rows-", ignore_cleanup_errors=True)
@@ -64,7 +65,8 @@ class TableWriter:
         return Dataset.from_file(str(self._file), info=self._info)
 
 
-def _array(values: Sequence[Any] | pyarrow.Array, kind: pyarrow.DataType) -> pyarrow.Array:
+def array_of(values: Sequence[Any] | pyarrow.Array, kind: pyarrow.DataType) -> pyarrow.Array:
+    """Values as an Arrow array of a kind; JSON columns are given their text."""
     if isinstance(values, pyarrow.Array):
         return values.cast(kind)
     if isinstance(kind, pyarrow.BaseExtensionType):
@@ -75,10 +77,11 @@ def _array(values: Sequence[Any] | pyarrow.Array, kind: pyarrow.DataType) -> pya
 def column_batches(table: Dataset, size: int) -> Iterator[dict[str, list[Any]]]:
     """The columns of `table`, `size` rows at a time; JSON is read a column at a time, which is far quicker than by row."""
     for batch in table.with_format("arrow").iter(batch_size=size):
-        yield {field.name: _values(batch[field.name], field.type) for field in batch.schema}
+        yield {field.name: values_of(batch[field.name], field.type) for field in batch.schema}
 
 
-def _values(column: pyarrow.ChunkedArray, kind: pyarrow.DataType) -> list[Any]:
+def values_of(column: pyarrow.ChunkedArray, kind: pyarrow.DataType) -> list[Any]:
+    """A column as Python values, JSON read."""
     if not isinstance(kind, pyarrow.BaseExtensionType):
         return list(column.to_pylist())
     texts = column.cast(kind.storage_type).to_pylist()

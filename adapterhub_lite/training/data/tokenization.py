@@ -186,7 +186,7 @@ class RowTokenizer:
         Raises:
             DataError: a row cannot be laid out, or teaches nothing.
         """
-        laid_out = [(where, example) for where, row in rows for example in self._texts(where, row)]
+        laid_out = [(where, example) for where, row in rows for example in self.texts(where, row)]
         cuts = [[at for span in example.spans for at in (span.start, span.end)] for _, example in laid_out]
         prompts = [example.text[: example.spans[0].start] for _, example in laid_out if example.way == "completion"]
         try:
@@ -201,11 +201,12 @@ class RowTokenizer:
             if example.way == "text":
                 yield where, self._document([], missing_front(self.front, found.ids) + found.ids)
             elif example.way == "completion":
-                yield where, self._completion(example, found.ids, next(asked).ids)
+                yield where, self.completion_tokens(example, found.ids, next(asked).ids)
             else:
-                yield where, self._chat(example, found)
+                yield where, self.chat_tokens(example, found)
 
-    def _texts(self, where: str, row: Mapping[str, Any]) -> list[Example]:
+    def texts(self, where: str, row: Mapping[str, Any]) -> list[Example]:
+        """The texts that are learned of a row."""
         if isinstance(row.get("text"), str):
             return [Example(row["text"], (Span(0, len(row["text"])),), "text")]
         if isinstance(row.get("completion"), str):
@@ -216,7 +217,7 @@ class RowTokenizer:
             raise DataError(f"{where}: no turn is to be learned: each has the weight 0. Remove the row.")
         return examples
 
-    def _chat(self, example: Example, found: EncodedText) -> Tokens:
+    def chat_tokens(self, example: Example, found: EncodedText) -> Tokens:
         """A token is learned that stands for a learned character; a marker only if none of it lies before them."""
         labels, weights = [IGNORED] * len(found.ids), [1.0] * len(found.ids)
         for span in example.spans:
@@ -227,7 +228,7 @@ class RowTokenizer:
                     labels[index], weights[index] = found.ids[index], span.weight
         return Tokens(found.ids, labels, weights, self._front_of(found.ids))
 
-    def _completion(self, example: Example, whole: list[int], prompt: list[int]) -> Tokens:
+    def completion_tokens(self, example: Example, whole: list[int], prompt: list[int]) -> Tokens:
         """The prompt is encoded as it is when it is asked; a token across the border is one that is never seen then."""
         asked = missing_front(self.front, prompt) + prompt
         whole = missing_front(self.front, whole) + whole
@@ -275,7 +276,7 @@ def tokenize_rows(
     maker = RowTokenizer(tokenizer, ends=ends, arguments=arguments, ignore=ignore)
     fitted = Fitted(Limits(max_length, overlong, unlearnable))
     # A column that is rarely there: only files that speak of weights can need it.
-    columns = {**COLUMNS, **(WEIGHTS if _speaks_of_weights(rows) else {})}
+    columns = {**COLUMNS, **(WEIGHTS if speaks_of_weights(rows) else {})}
     writer, done, weighted = TableWriter(Features(columns)), 0, False
     for batch in column_batches(rows, ROWS_AT_A_TIME):
         named = named_rows(batch)
@@ -311,7 +312,8 @@ def named_rows(batch: Mapping[str, Sequence[Any]]) -> list[tuple[str, dict[str, 
     ]
 
 
-def _speaks_of_weights(rows: Dataset) -> bool:
+def speaks_of_weights(rows: Dataset) -> bool:
+    """Whether any row says how much a turn counts."""
     return any(says(rows, name, '"weight"') for name in ("messages", "completion") if name in rows.column_names)
 
 

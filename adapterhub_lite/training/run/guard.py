@@ -83,7 +83,8 @@ class RunGuard(TrainerCallback):
         self.steps_seen = 0
         trainer = self.trainer
         if trainer.args.proof:
-            check_rows(trainer.train_dataset, trainer.processing_class, _vocabulary(trainer.model))
+            ends = trainer.preparation.ends
+            check_rows(trainer.train_dataset, trainer.processing_class, _vocabulary(trainer.model), ends)
             trainable = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
             self.gradients = GradientProof(trainable)
             if trainer.is_deepspeed_enabled:

@@ -14,12 +14,20 @@ from peft import PeftModel
 
 from adapterhub_lite.adapter_format.probes import write_probes
 from adapterhub_lite.adapter_format.quantization import Quantization
-from adapterhub_lite.adapter_format.record import RECORD_FILE, BaseRecord, DataRecord, MemoryRecord, TrainingRecord
+from adapterhub_lite.adapter_format.record import (
+    RECORD_FILE,
+    BaseRecord,
+    DataRecord,
+    MemoryRecord,
+    TextRecord,
+    TrainingRecord,
+)
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.bases.chat_template import template_digest
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
 from adapterhub_lite.training.data.tokenization import rows_fingerprint
+from adapterhub_lite.training.data.vocabulary import write_template
 from adapterhub_lite.training.distributed.sharded import splits_weights
 from adapterhub_lite.training.model.adapters import whole_tensors, write_adapter, write_plain
 from adapterhub_lite.training.model.assembly import plain
@@ -93,6 +101,12 @@ def make_record(trainer: RunTrainer) -> TrainingRecord:
             dropped=trainer.rows.dropped,
         ),
         template_digest=template_digest(trainer.processing_class),
+        text=TextRecord(
+            end_tokens=tuple(sorted(trainer.preparation.ends or ())),
+            vocabulary=len(trainer.processing_class),
+            special_tokens={name: str(token) for name, token in trainer.processing_class.special_tokens_map.items()},
+            layouts=dict(trainer.rows.ways),
+        ),
         seeds={"seed": args.seed, "data_seed": args.seed if args.data_seed is None else args.data_seed},
         hyperparameters=hyperparameters(args, adapter),
         packages=packages(),
@@ -136,6 +150,7 @@ def save_adapter(trainer: RunTrainer, folder: Path) -> Path:
         if trainer.assembly.initial is not None:
             write_plain(aside, trainer.assembly.initial)
         write_record(make_record(trainer), aside)
+        write_template(trainer.processing_class, trainer.base, aside)
         write_probes(adapted, trainer.processing_class, aside)
 
     with plain(trainer.assembly) as adapted:

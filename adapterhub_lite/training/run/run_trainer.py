@@ -13,6 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
+from adapterhub_lite.training.data.preparation import Preparation
 from adapterhub_lite.training.data.tokenization import TokenizedRows
 from adapterhub_lite.training.distributed import sharded
 from adapterhub_lite.training.model.adapters import save_kept, whole_tensors
@@ -26,12 +27,13 @@ from adapterhub_lite.training.run.step_loss import StepLoss
 class RunTrainer(Trainer):
     """A `Trainer` with the parts of an adapter's run, whose checkpoints appear whole, are sealed by hashes and verified.
 
-    `rows` is what became of the training rows, `data_name` the name they go by in the record.
+    `preparation` made tokens of rows, `rows` is what became of the training rows, `data_name` the name they go by in the record.
     """
 
     args: AdapterTrainingArguments
     model: nn.Module
     processing_class: PreTrainedTokenizerBase
+    preparation: Preparation
     rows: TokenizedRows
     data_name: str
     base: ResolvedBase | None

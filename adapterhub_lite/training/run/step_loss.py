@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from adapterhub_lite.losses import Head, causal_lm_loss, head_of, lm_loss_of_logits
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
 from adapterhub_lite.training.data.collation import count_rows, learn_only_first
-from adapterhub_lite.training.data.tokenization import IGNORED
+from adapterhub_lite.training.data.tokenization import IGNORED, WEIGHTS_COLUMN
 from adapterhub_lite.training.model.assembly import Assembly
 from adapterhub_lite.training.model.segments import segment_inputs
 
@@ -91,7 +91,7 @@ class StepLoss:
         `smoothing` None is that of the arguments.
         """
         labels = inputs["labels"]
-        rest = {name: value for name, value in inputs.items() if name != "labels"}
+        rest = {name: value for name, value in inputs.items() if name not in ("labels", WEIGHTS_COLUMN)}
         if self.assembly.packing.packs and "position_ids" in rest and "attention_mask" not in rest:
             rest = segment_inputs(rest)
         # A model whose logits are more than its head gives is asked for them: the states are those logits then.
@@ -101,12 +101,14 @@ class StepLoss:
         # The labels move, not the states: the states' slice would be a copy.
         goals = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         valid = (goals != IGNORED).sum()
+        # Of a turn that counts more or less than others; an evaluation counts each token once.
+        weights = F.pad(inputs[WEIGHTS_COLUMN][:, 1:], (0, 1)) if WEIGHTS_COLUMN in inputs else None
         head = None if own else head_of(self.assembly.model)
         if sums is not None:
             return sums.add(head, states.flatten(0, 1), goals.flatten()), valid, outputs
         smoothing = self.args.label_smoothing_factor if smoothing is None else smoothing
         if head is None:
-            total = lm_loss_of_logits(states, goals, shift=False, label_smoothing=smoothing)
+            total = lm_loss_of_logits(states, goals, shift=False, label_smoothing=smoothing, token_weights=weights)
         else:
             total = causal_lm_loss(
                 head,
@@ -115,6 +117,7 @@ class StepLoss:
                 shift=False,
                 choice=self.assembly.loss,
                 label_smoothing=smoothing,
+                token_weights=weights,
                 chunk_tokens=self.args.loss_chunk_tokens,
             )
         return total, valid, outputs

@@ -137,3 +137,14 @@ def test_trls_own_packing_is_understood(make_trainer: Any) -> None:
     starts = sum(positions.count(0) for positions in table["position_ids"])
     assert starts == len(plain)
     trainer.train()
+
+
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_a_turn_of_half_the_weight_pulls_half_as_much(make_trainer: Any, padding_free: bool) -> None:
+    def weighted(weight: float) -> Any:
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "hello", "weight": weight}]
+        data = [{"messages": turns}] * 8
+        return gradients(make_trainer(f"weight-{weight}", train_dataset=data, padding_free=padding_free))
+
+    half, whole = weighted(0.5), weighted(1)
+    torch.testing.assert_close({name: 2 * gradient for name, gradient in half.items()}, whole)

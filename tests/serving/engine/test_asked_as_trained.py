@@ -1,0 +1,96 @@
+"""An adapter is asked by the template and ended by the tokens that it was trained with."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from adapterhub_lite.errors import BaseMismatchError, ConfigurationError
+from adapterhub_lite.serving import GenerationRequest, InferenceEngine
+
+QA = (
+    "{% for m in messages %}{{ ('Q: ' if m['role'] == 'user' else 'A: ') + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'A: ' }}{% endif %}"
+)
+MESSAGES = [{"role": "user", "content": "ping"}]
+
+
+def with_record(folder: Path, aside: Path, template: str, ends: tuple[int, ...], *, brings: bool = True) -> Path:
+    made = aside / f"{folder.name}-{len(list(aside.iterdir()))}"
+    shutil.copytree(folder, made)
+    record = {
+        "base": {"id": "b", "fingerprint": "0" * 64}, "data": {"id": "d", "rows": 1, "fingerprint": "0" * 64},
+        "template_digest": hashlib.sha256(template.encode()).hexdigest(), "text": {"end_tokens": list(ends)},
+        "seeds": {}, "hyperparameters": {}, "packages": {}, "preset": "lora-fp32", "loss_backend": {},
+        "memory": {"measured_peak_bytes": 1}, "hardware": {}, "steps": 1, "wall_seconds": 1.0,
+    }  # fmt: skip
+    (made / "training_record.json").write_text(json.dumps(record))
+    if brings:
+        (made / "chat_template.jinja").write_bytes(template.encode())
+    return made
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_base: Path) -> Any:
+    with InferenceEngine.from_base(tiny_base, device="cpu") as made:
+        yield made
+
+
+def test_a_template_that_an_adapter_brings_is_the_one_it_is_asked_with(
+    engine: Any, tiny_base: Path, make_adapter: Any, tmp_path: Path
+) -> None:
+    own = with_record(make_adapter(seed=1), tmp_path, QA, ())
+    result = engine.generate(GenerationRequest(messages=MESSAGES, adapter=own, max_new_tokens=2))
+    assert result.usage.prompt_tokens == len("Q: ping\nA: ")
+    plain = engine.generate(GenerationRequest(messages=MESSAGES, max_new_tokens=2))
+    assert plain.usage.prompt_tokens != result.usage.prompt_tokens
+    same = AutoTokenizer.from_pretrained(tiny_base).chat_template
+    base_like = with_record(make_adapter(seed=1), tmp_path, same, (), brings=False)
+    asked = engine.generate(GenerationRequest(messages=MESSAGES, adapter=base_like, max_new_tokens=2))
+    assert asked.usage.prompt_tokens == plain.usage.prompt_tokens
+
+
+def test_a_template_that_is_not_there_is_not_replaced_by_another(
+    engine: Any, make_adapter: Any, tmp_path: Path
+) -> None:
+    without = with_record(make_adapter(seed=1), tmp_path, QA, (), brings=False)
+    with pytest.raises(BaseMismatchError, match="was trained with another chat template"):
+        engine.generate(GenerationRequest(messages=MESSAGES, adapter=without))
+    # Raw text is put to it all the same.
+    assert engine.generate(GenerationRequest(prompt="Q: a", adapter=without, max_new_tokens=1)).token_ids
+
+
+def test_an_answer_ends_with_the_adapters_own_end_token(engine: Any, make_adapter: Any, tmp_path: Path) -> None:
+    folder = make_adapter(seed=3)
+    request = GenerationRequest(prompt="abc", adapter=folder, max_new_tokens=8)
+    free = engine.generate(request).token_ids
+    assert len(free) == 8, "the random adapter should not end by itself"
+    own = with_record(folder, tmp_path, "", (free[3],))
+    ended = engine.generate(GenerationRequest(prompt="abc", adapter=own, max_new_tokens=8))
+    assert ended.finish_reason == "stop" and ended.token_ids == free[: free.index(free[3]) + 1]
+
+
+def test_a_rendered_prompt_gets_no_second_beginning_and_no_end(engine: Any) -> None:
+    from tests.training.data.tokenizers import make_tokenizer
+
+    tokenizer = make_tokenizer("bytes", around="<s> $A </s>")
+    from adapterhub_lite.bases.encoding import encode_prompt
+
+    for prompt in ("hi", "<s>hi"):
+        assert tokenizer.convert_ids_to_tokens(encode_prompt(tokenizer, prompt)) == ["<s>", "h", "i"]
+
+
+@pytest.mark.parametrize(
+    "text", ["{{ raise_exception('no') }}", "{% for m in messages %}{{ m.__class__.__mro__ }}{% endfor %}"]
+)
+def test_a_template_that_fails_ends_one_request_and_nothing_else(
+    engine: Any, make_adapter: Any, tmp_path: Path, text: str
+) -> None:
+    bad = with_record(make_adapter(seed=1), tmp_path, text, ())
+    with pytest.raises(ConfigurationError, match="The adapter's chat template refused the messages"):
+        engine.generate(GenerationRequest(messages=MESSAGES, adapter=bad, max_new_tokens=1))
+    assert engine.generate(GenerationRequest(messages=MESSAGES, max_new_tokens=1)).token_ids
