@@ -32,6 +32,7 @@ from adapterhub_lite.adapter_format.quantization import Quantization
 from adapterhub_lite.bases import load_base_model, load_tokenizer, resolve_base
 from adapterhub_lite.bases.chat_template import render_chat, template_digest
 from adapterhub_lite.bases.encoding import encode_prompt
+from adapterhub_lite.bases.encoding import end_tokens as base_end_tokens
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.home import adapterhub_home
 from adapterhub_lite.serving.adapters.hub_source import HubSource
