@@ -19,7 +19,7 @@ from adapterhub_lite.bases.chat_template import TEMPLATE_FILE
 from adapterhub_lite.errors import BaseMismatchError, IntegrityError, QueueFullError, RequestTimeoutError
 from adapterhub_lite.serving.adapters.slots import AdapterSlots, HostTier, ResidentAdapter, SlotRequest
 from adapterhub_lite.serving.adapters.sources import AdapterFiles, AdapterSource
-from adapterhub_lite.serving.adapters.split import Splits, parse_blend
+from adapterhub_lite.serving.adapters.split import Splits, WeightedReference, parse_blend
 from adapterhub_lite.serving.adapters.weights import AdapterWeights, Family, Part, Parts, read_adapter_weights
 
 Tier = Literal["resident", "host", "disk"]
@@ -44,7 +44,7 @@ class FoundAdapters:
     """What an adapter argument names at one moment: the adapters of a blend with their weights, or none."""
 
     files: tuple[AdapterFiles, ...] = ()
-    pieces: tuple[BlendPiece, ...] = ()
+    pieces: tuple[WeightedReference, ...] = ()
     seconds: float = 0.0
 
     def end_tokens(self) -> frozenset[int] | None:
