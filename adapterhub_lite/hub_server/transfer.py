@@ -107,8 +107,6 @@ class Transfer:
             raise HubRefusal(404, "Entry not found", "EntryNotFound")
         headers = {"X-Repo-Commit": commit.sha, "ETag": f'"{file.sha256 if file.lfs else file.oid}"',
                    "X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox"}  # fmt: skip
-        if file.lfs:
-            headers |= {"X-Linked-Size": str(file.size), "X-Linked-ETag": headers["ETag"]}
         if file.xet:
             route = f"{request.base_url}api/{repo.kind}s/{repo.id}/xet-read-token/{commit.sha}"
             headers |= {"X-Xet-Hash": file.xet, "Link": f'<{route}>; rel="xet-auth"'}
