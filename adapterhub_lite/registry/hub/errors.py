@@ -11,6 +11,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
+    HfUriError,
     HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
@@ -29,8 +30,8 @@ from adapterhub_lite.errors import (
 )
 
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
-# What the client raises when it reads an answer that is JSON, but not the one it expects.
-GARBLED = (LookupError, TypeError, AttributeError, RecursionError)
+# What the client raises when it reads an answer that is JSON, but not the one it expects; HfUriError: a commit's address.
+GARBLED = (LookupError, TypeError, AttributeError, RecursionError, HfUriError)
 CAUGHT = (httpx2.HTTPError, OSError, RuntimeError, ValueError, EntryNotFoundError, *GARBLED)
 
 
