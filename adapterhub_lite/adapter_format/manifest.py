@@ -29,6 +29,7 @@ TEMPLATE_FILE = "chat_template.jinja"
 MAX_TEMPLATE_BYTES = 256 << 10
 LOSS_FILE = "loss.svg"
 MAX_MANIFEST_BYTES = 1 << 20
+MAX_VERSION = 999_999_999
 
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 HexDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -110,12 +111,29 @@ class MergeRecipe(StrictModel):
     relative_error: Finite
 
 
+class OriginRecord(StrictModel):
+    """Where a version came from, as facts: what its publisher calls it decides nothing here.
+
+    `name`, `version` and `aliases` are those of the publisher's manifest and hub, None and empty for plain PEFT;
+    `commit` is the 40-hex commit of `repo_id` that was pulled. Both are None for a folder that was handed over.
+    """
+
+    repo_id: ShortText | None = None
+    commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
+    name: ShortText | None = None
+    version: int | None = None
+    aliases: tuple[ShortText, ...] = ()
+
+
 class AdapterManifest(StrictModel):
-    """What one adapter version is. `version` counts from 1 within `name`; `created` is UTC, ISO 8601."""
+    """What one adapter version is. `version` counts from 1 within `name`; `created` is UTC, ISO 8601.
+
+    `name` and `version` are local labels; `origin` has those of the publisher where it was made elsewhere.
+    """
 
     schema_version: Annotated[int, Field(ge=1, le=SCHEMA_VERSION)] = SCHEMA_VERSION
     name: str
-    version: int = Field(gt=0, lt=1_000_000_000)
+    version: int = Field(gt=0, le=MAX_VERSION)
     digest: Digest
     files: dict[str, FileRecord]
     base: BaseRecord
@@ -127,6 +145,7 @@ class AdapterManifest(StrictModel):
     tags: tuple[ShortText, ...] = ()
     parents: tuple[ParentRecord, ...] = ()
     recipe: MergeRecipe | None = None
+    origin: OriginRecord | None = None
     created: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
 
     @model_validator(mode="after")
@@ -147,9 +166,20 @@ class AdapterManifest(StrictModel):
             + "\n"
         ).encode()
 
+    def published(self) -> "AdapterManifest":
+        """The manifest as its maker published it: with the publisher's name and version."""
+        if self.origin is None or self.origin.name is None or self.origin.version is None:
+            return self.model_copy(update={"origin": None})
+        labels = {"name": self.origin.name, "version": self.origin.version, "origin": None}
+        return self.model_copy(update=labels)
+
     def signed_bytes(self) -> bytes:
-        """What a signature covers: everything but `name` and `version`, which are local labels."""
-        return canonical_json(self.model_dump(mode="json", exclude={"name", "version"}))
+        """What a signature covers: everything, name, version and base included, but where it was pulled from.
+
+        Fields at their default are left out, so that a field added later changes no signature made before.
+        """
+        covered = self.model_dump(mode="json", exclude={"origin"}, exclude_defaults=True)
+        return b"adapterhub-signature-2\n" + canonical_json(covered)
 
 
 def read_manifest(content: bytes) -> AdapterManifest:

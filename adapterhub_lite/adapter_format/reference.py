@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from adapterhub_lite.errors import ReferenceSyntaxError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# Folders are named after adapters: these are devices on Windows. `base` is what a server calls the bare base.
+RESERVED = {"base", "con", "prn", "aux", "nul"} | {f"{port}{n}" for port in ("com", "lpt") for n in range(10)}
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
@@ -53,6 +55,17 @@ class AdapterReference:
 def is_name(text: str) -> bool:
     """Whether `text` may name an adapter: 1 to 64 letters, digits, `.`, `_`, `-`, not starting with a mark."""
     return NAME.fullmatch(text) is not None
+
+
+def name_problem(text: str) -> str | None:
+    """Why a new adapter may not be called `text`, or None. Older registries may hold names that are refused now."""
+    if not is_name(text):
+        return f"Wanted a name of 1 to 64 letters, digits, '.', '_', '-'; got {text!r:.80}."
+    if text.partition(".")[0].lower() in RESERVED:
+        return f"{text!r} is a reserved word (the bare base, or a device on some systems); choose another name."
+    if text.endswith("."):
+        return f"{text!r} ends with a full stop, which some file systems leave out; choose another name."
+    return None
 
 
 def is_alias(text: str) -> bool:

@@ -63,8 +63,8 @@ def base_fingerprint(folder: str | Path) -> str:
 def read_fingerprint(folder: str | Path) -> Fingerprint:
     """Return the fingerprint of the base in `folder` and of its parts, which show how two bases differ.
 
-    The result is cached in `<folder>/.fingerprint.json`, keyed by the size and modification time of every file; a folder
-    that is not writable is simply read again.
+    The result is cached in `<folder>/.fingerprint.json`, keyed by the size, inode and times of change of every file; a
+    folder that is not writable is simply read again.
 
     Raises:
         UsageError: there is no `config.json` or no `.safetensors` file in `folder`.
@@ -78,7 +78,8 @@ def read_fingerprint(folder: str | Path) -> Fingerprint:
         )
     names = ["config.json", *TOKENIZER_FILES, *(path.name for path in weights)]
     files = [root / name for name in names if (root / name).is_file()]
-    stamp = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+    # The time of modification can be set by whoever modifies; the inode and the time of change cannot.
+    stamp = {path.name: [s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns] for path in files for s in [path.stat()]}
     remembered = _read_memo(root, stamp)
     if remembered is not None:
         return remembered

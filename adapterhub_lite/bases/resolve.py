@@ -1,13 +1,17 @@
 """From the name of a base to a folder on disk: an embedded base, a local folder, or a Hub id pinned to a commit."""
 
+import contextlib
+import errno
+import logging
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from adapterhub_lite.adapter_format.record import BaseRecord
 from adapterhub_lite.bases.embedded import EmbeddedBase, fetch_embedded_base
-from adapterhub_lite.bases.fingerprint import ResolvedBase, is_commit
-from adapterhub_lite.errors import HubPermissionError, HubUnreachableError, UnknownNameError
+from adapterhub_lite.bases.fingerprint import COMMIT, ResolvedBase, is_commit
+from adapterhub_lite.errors import HubPermissionError, HubUnreachableError, ResourceError, UnknownNameError
 from adapterhub_lite.home import adapterhub_home
 
 EMBEDDED_BASES = {
@@ -20,7 +24,9 @@ EMBEDDED_BASES = {
     )
 }
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+LOOK_UP_SECONDS = 10.0
 # Weights and tokenizer only: no pickles, no code.
+HIDDEN_FILES = ".*"  # among them what we remember of a folder, which is not for a repository to say
 BASE_FILES = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt", "*.jinja")
 
 
@@ -36,8 +42,12 @@ def resolve_base(
     `name` is an embedded base (`smollm2-135m`), a folder, or a Hub id (`org/model`, pinned to the commit that
     `revision` points to now). `progress` receives a short description of each slow step.
 
+    What was fetched before is used without asking when `revision` is a commit, and when the hub cannot be reached or
+    `HF_HUB_OFFLINE` is set, which is then logged once: a server can restart without a network.
+
     Raises:
         UnknownNameError: no such base.
+        HubPermissionError: the hub has no such repository or revision, or none that may be read.
         HubUnreachableError: the base has to be fetched and there is no network.
         ResourceError: there is no room for it on disk.
     """
@@ -55,27 +65,98 @@ def resolve_base(
 
 
 def fetch_from_hub(repo_id: str, revision: str | None, bases: Path, progress: Callable[[str], None]) -> ResolvedBase:
-    """Download the weights, configuration and tokenizer of one commit; raises as `resolve_base` does."""
+    """Download the weights, configuration and tokenizer of one commit, or find them as they were downloaded before.
+
+    Raises as `resolve_base` does.
+    """
     import httpx2  # what huggingface_hub 2 speaks HTTP with; its network errors pass through unwrapped
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
+    cache = bases / "hub"
+    if revision is not None and COMMIT.fullmatch(revision) and (found := _cached(repo_id, revision, cache)):
+        return found
     try:
         # model_info always asks the hub; snapshot_download by name would silently fall back to a stale cache.
-        commit = HfApi().model_info(repo_id, revision=revision).sha
+        api = HfApi()
+        commit = str(api.model_info(repo_id, revision=revision, timeout=LOOK_UP_SECONDS).sha)
+        if not COMMIT.fullmatch(commit):
+            raise HubUnreachableError(f"The hub names {commit!r:.60} as the commit of {repo_id}, which is none.")
         progress(f"fetching {repo_id} at {commit}")
-        folder = snapshot_download(repo_id, revision=commit, cache_dir=bases / "hub", allow_patterns=list(BASE_FILES))
+        folder = snapshot_download(
+            repo_id, revision=commit, cache_dir=cache, endpoint=api.endpoint, allow_patterns=list(BASE_FILES),
+            ignore_patterns=HIDDEN_FILES,
+        )  # fmt: skip
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise HubPermissionError(
             f"The base {repo_id!r} (revision {revision or 'main'}) was not found on the hub, or is private or gated. "
             "Check the spelling, or log in with `hf auth login`."
         ) from error
     except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise ResourceError(f"The base {repo_id!r} could not be stored in {cache}: {error.strerror}.") from error
+        away = status is None or status in (408, 425, 429) or status >= 500
+        known = _last_fetched(cache, repo_id, revision or "main") if away else None
+        if known and (found := _cached(repo_id, known, cache)):
+            _log_once(
+                f"The hub cannot be asked ({type(error).__name__}): using {repo_id} as fetched before, at {known}."
+            )
+            return found
         raise HubUnreachableError(
             f"The base {repo_id!r} could not be fetched: {type(error).__name__}. "
             "Check the network, or give a local folder."
         ) from error
+    ref = _ref_file(cache, repo_id, revision or "main")
+    if ref is not None:
+        with contextlib.suppress(OSError):  # a cache that cannot be written to is only less useful later
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            ref.write_text(commit)
     return ResolvedBase(name=repo_id, model_id=repo_id, folder=Path(folder), revision=commit)
+
+
+def _cached(repo_id: str, commit: str, cache: Path) -> ResolvedBase | None:
+    """The base at `commit` where all of it was fetched before; no network."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        # The listing that was kept with the snapshot says whether a download was broken off.
+        found = snapshot_download(
+            repo_id, revision=commit, cache_dir=cache, allow_patterns=list(BASE_FILES), ignore_patterns=HIDDEN_FILES,
+            local_files_only=True,
+        )  # fmt: skip
+    except OSError:
+        return None
+    folder = Path(found)
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        return None
+    return ResolvedBase(name=repo_id, model_id=repo_id, folder=folder, revision=commit)
+
+
+def _ref_file(cache: Path, repo_id: str, revision: str) -> Path | None:
+    """Where it is written down what commit a branch or tag named when it was last fetched; None for a commit.
+
+    The file is the one of the hub's own client, which writes it only when it is given a name.
+    """
+    plain = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", revision)
+    if not plain or COMMIT.fullmatch(revision):
+        return None
+    return cache / f"models--{repo_id.replace('/', '--')}" / "refs" / revision
+
+
+def _last_fetched(cache: Path, repo_id: str, revision: str) -> str | None:
+    """The commit that `revision` named when it was last fetched, as far as that is known."""
+    ref = _ref_file(cache, repo_id, revision)
+    if ref is None or ref.is_file():
+        return ref.read_text().strip() if ref else None
+    # A base that was fetched before refs were written down: where there is one commit, it is that one.
+    snapshots = [path.name for path in (cache / f"models--{repo_id.replace('/', '--')}" / "snapshots").glob("*")]
+    return snapshots[0] if revision == "main" and len(snapshots) == 1 else None
+
+
+@cache
+def _log_once(text: str) -> None:
+    logging.getLogger(__name__).warning(text)
 
 
 def find_base(record: BaseRecord, home: Path) -> ResolvedBase | None:

@@ -3,9 +3,7 @@
 The public face: each method is one operation on a `Store`, in which errors of the machine become one sentence.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,11 +34,16 @@ from adapterhub_lite.registry.operations.list import (
     summarize,
 )
 from adapterhub_lite.registry.operations.rebuild import RebuildReport, rebuild_database
-from adapterhub_lite.registry.operations.sign import Signature, TrustSettings, sign_version, verify_version
+from adapterhub_lite.registry.operations.sign import (
+    Signature,
+    TrustSettings,
+    check_trusted,
+    sign_version,
+    verify_version,
+)
 from adapterhub_lite.registry.store.database import find_manifest, insert_evaluation, parse_stored
 from adapterhub_lite.registry.store.journal import record_act
-from adapterhub_lite.registry.store.leases import Lease
-from adapterhub_lite.registry.store.store import Store
+from adapterhub_lite.registry.store.store import Lease, Store
 
 # Spelled here, for inside the class `list` is the method.
 Manifests = list[AdapterManifest]
@@ -107,10 +110,13 @@ class AdapterRegistry:
         Raises:
             UnknownNameError: there is none.
             ReferenceSyntaxError: not a reference.
+            AdapterRejectedError: the policy requires a trusted signature, and it has none.
         """
         parsed = AdapterReference.parse(reference)
         with self.store.guard(f"resolve {parsed}"):
-            return self.store.resolve(parsed)
+            manifest = self.store.resolve(parsed)
+            check_trusted(self.store, manifest)
+            return manifest
 
     def list(self, name: str | None = None, **filters: str | None) -> Manifests:
         """Every version (of `name`), by name and version; for `filters` see `listing.filter_versions`.
@@ -130,7 +136,7 @@ class AdapterRegistry:
     def show(self, reference: str | AdapterReference) -> AdapterDetails:
         """All that is known here of one version: manifest, aliases, pin, signature, size, whether a server holds it."""
         with self.store.guard(f"show {reference}"):
-            return describe(self.store, self.resolve(reference))
+            return describe(self.store, self.store.resolve(reference))
 
     def record_evaluation(
         self, reference: str | AdapterReference, measured: Sequence[EvaluationRecord]
@@ -199,28 +205,29 @@ class AdapterRegistry:
     ) -> AdapterDifference:
         """How two versions differ; with `layers` down to the subspaces of their changes, which loads torch."""
         with self.store.guard(f"compare {one} with {other}"):
-            return compare_versions(self.store, self.resolve(one), self.resolve(other), layers=layers)
+            return compare_versions(self.store, self.store.resolve(one), self.store.resolve(other), layers=layers)
 
     def hold(self, reference: str | AdapterReference | AdapterManifest) -> Lease:
         """Keep a version from being collected while it is in use; release the lease, or leave its `with` block.
 
         Raises:
             UnknownNameError: it is not there (any more).
+            AdapterRejectedError: the policy requires a trusted signature, and it has none.
         """
-        with self.store.guard(f"hold {reference}"), self._shared_lock():
-            if isinstance(reference, AdapterManifest):
-                reference = reference.reference
-            return Lease(self.home, self.resolve(reference).digest)
+        with self.store.guard(f"hold {reference}"):
+            manifest = reference if isinstance(reference, AdapterManifest) else self.store.resolve(reference)
+            check_trusted(self.store, manifest)
+            return self.store.hold(manifest)
 
     def pin(self, reference: str | AdapterReference) -> None:
         """Keep a version whatever a collection thinks."""
         with self.store.guard(f"pin {reference}"):
-            set_pin(self.store, self.resolve(reference), pinned=True)
+            set_pin(self.store, self.store.resolve(reference), pinned=True)
 
     def unpin(self, reference: str | AdapterReference) -> None:
         """Take a pin away; again is no error."""
         with self.store.guard(f"unpin {reference}"):
-            set_pin(self.store, self.resolve(reference), pinned=False)
+            set_pin(self.store, self.store.resolve(reference), pinned=False)
 
     def remove(self, reference: str) -> None:
         """Forget the version `name:3`; its bytes go with the next `gc`, its number is never given again.
@@ -252,7 +259,7 @@ class AdapterRegistry:
             UnknownNameError: no such version or key.
         """
         with self.store.guard(f"sign {reference}"):
-            return sign_version(self.store, self.resolve(reference), key)
+            return sign_version(self.store, self.store.resolve(reference), key)
 
     def verify(self, reference: str | AdapterReference) -> str | None:
         """Check a version's signature and every byte it covers; the trusted signer's name, or None for a stranger's.
@@ -261,7 +268,7 @@ class AdapterRegistry:
             IntegrityError: not signed, the signature is wrong, or a file is not what was signed.
         """
         with self.store.guard(f"verify {reference}"):
-            return verify_version(self.store, self.resolve(reference))
+            return verify_version(self.store, self.store.resolve(reference))
 
     def examine(self) -> DoctorReport:
         """Read everything and compare; see `doctor.examine_registry`."""
@@ -272,10 +279,6 @@ class AdapterRegistry:
         """Make the database again from the manifests and the journal; the old one is kept beside it."""
         with self.store.guard("rebuild the database"):
             return rebuild_database(self.store)
-
-    def _shared_lock(self) -> AbstractContextManager[None]:
-        # In a read-only home nobody collects, and no lock can be taken.
-        return self.store.lock(exclusive=False) if os.access(self.home, os.W_OK) else nullcontext()
 
     def export(self, reference: str | AdapterReference, folder: str | Path) -> Path:
         """Write a plain PEFT folder of one version; see `exporting.export_folder`."""
@@ -306,6 +309,7 @@ class AdapterRegistry:
         *,
         revision: str | None = None,
         name: str | None = None,
+        alias: str | None = None,
         endpoint: str | None = None,
         token: str | None = None,
         offline: bool = False,
@@ -315,13 +319,13 @@ class AdapterRegistry:
         verify: Literal["files", "probes"] = "files",
         progress: Progress | None = None,
     ) -> PullReceipt:
-        """Take in a version from a hub, verified; see `hub.pull.pull_adapter`."""
+        """Take in a version from a hub, verified, under a local name; see `hub.pull.pull_adapter`."""
         from adapterhub_lite.registry.hub.pull import pull_adapter
 
         with self.store.guard(f"pull {repo_id}"):
             return pull_adapter(
-                self.store, repo_id, revision=revision, name=name, endpoint=endpoint, token=token, offline=offline,
-                adopt=adopt, subfolder=subfolder, base=base, verify=verify, progress=progress,
+                self.store, repo_id, revision=revision, name=name, alias=alias, endpoint=endpoint, token=token,
+                offline=offline, adopt=adopt, subfolder=subfolder, base=base, verify=verify, progress=progress,
             )  # fmt: skip
 
     def close(self) -> None:

@@ -1,12 +1,26 @@
 """From a name to a folder, and each way in which that can fail: one sentence, nothing half-written."""
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import HfApi, constants
 
-from adapterhub_lite.bases import base_fingerprint, embedded, load_base_model, load_tokenizer, resolve_base
+from adapterhub_lite.bases import (
+    ResolvedBase,
+    base_fingerprint,
+    embedded,
+    load_base_model,
+    load_tokenizer,
+    resolve_base,
+)
 from adapterhub_lite.errors import HubUnreachableError, IntegrityError, ResourceError, UnknownNameError
+from adapterhub_lite.hub_server import HubServer
 
+REPO = "ann/tiny"
 EMBEDDED_FINGERPRINT = "fe53c020e80f042eccd5f486568084e8c9c7f6b2044ca91e40cdc95743a1fab4"
 
 
@@ -46,6 +60,64 @@ def test_a_home_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "bases").write_text("a file where a folder should be")
     with pytest.raises(ResourceError, match="could not be stored"):
         resolve_base("smollm2-135m", home=tmp_path)
+
+
+@pytest.fixture
+def fetched(tiny_base: Path, home: Path, tmp_path: Path) -> ResolvedBase:
+    """A base that another process fetched from a hub which is gone now."""
+    with HubServer(tmp_path / "hub") as hub:
+        api = HfApi(endpoint=hub.url, token=False)
+        api.create_repo(REPO)
+        commit = api.upload_folder(folder_path=tiny_base, repo_id=REPO).oid
+        code = f"from adapterhub_lite.bases import resolve_base; print(resolve_base({REPO!r}).folder)"
+        environment = {**os.environ, "HF_ENDPOINT": hub.url}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return ResolvedBase(REPO, REPO, Path(done.stdout.strip()), commit)
+
+
+def test_a_base_that_was_fetched_needs_no_hub(
+    fetched: ResolvedBase, home: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(2):
+        assert resolve_base(REPO, home=home) == fetched
+    assert len([line for line in caplog.messages if "as fetched before" in line]) == 1, "said once"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert resolve_base(REPO, home=home) == fetched
+    assert resolve_base(REPO, home=home, revision=fetched.revision) == fetched
+    with pytest.raises(HubUnreachableError):
+        resolve_base(REPO, home=home, revision="dev")
+    for ref in fetched.folder.parents[1].glob("refs/*"):
+        ref.unlink()
+    assert resolve_base(REPO, home=home) == fetched, "fetched before refs were written down"
+    assert resolve_base(REPO, home=home).fingerprint == fetched.fingerprint
+
+
+def test_a_commit_is_not_asked_for_where_it_is_here(
+    fetched: ResolvedBase, home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def ask(*_args: object, **_options: object) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(HfApi, "model_info", ask)
+    assert resolve_base(REPO, home=home, revision=fetched.revision) == fetched
+    assert caplog.messages == []
+
+
+def test_a_base_that_was_broken_off_is_not_served(fetched: ResolvedBase, home: Path) -> None:
+    (fetched.folder / "tokenizer.json").unlink()
+    for revision in (None, fetched.revision):
+        with pytest.raises(HubUnreachableError):
+            resolve_base(REPO, home=home, revision=revision)
+
+
+def test_modified_weights_are_noticed_whatever_their_times_say(tiny_base: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_base, tmp_path / "base")
+    before, path = base_fingerprint(folder), folder / "model.safetensors"
+    times, content = path.stat(), bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert path.stat().st_mtime_ns == times.st_mtime_ns and base_fingerprint(folder) != before
 
 
 @pytest.mark.slow

@@ -89,7 +89,8 @@ def test_another_machine_pulls_what_is_locked(
     assert first.returncode == 0, first.stderr
     assert json.loads(first.stdout)["pulled"] == ["sql:2"]
     assert json.loads(run(*locked).stdout)["pulled"] == []
-    assert AdapterRegistry(tmp_path / "elsewhere").list() == [stocked.resolve("sql:2")]
+    (pulled,) = AdapterRegistry(tmp_path / "elsewhere").list()
+    assert (pulled.reference, pulled.published()) == ("sql:2", stocked.resolve("sql:2"))
 
 
 def test_a_hub_of_ones_own_with_tokens(stocked: AdapterRegistry, tmp_path: Path) -> None:

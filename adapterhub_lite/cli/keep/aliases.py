@@ -35,7 +35,7 @@ def alias(
             raise ConfigurationError("--remove takes only the adapter's name and the alias.")
         if dry_run:
             return would(
-                f"remove {name}@{alias_name} from {registry.resolve(f'{name}@{alias_name}').reference}", as_json
+                f"remove {name}@{alias_name} from {registry.store.resolve(f'{name}@{alias_name}').reference}", as_json
             )
         registry.remove_alias(name, alias_name)
     elif alias_name is not None:
@@ -44,7 +44,7 @@ def alias(
                 f"Which version should {name}@{alias_name} point to? Give a number after the alias."
             )
         if dry_run:
-            label, target = f"{name}@{alias_name}", registry.resolve(f"{name}:{version}").reference
+            label, target = f"{name}@{alias_name}", registry.store.resolve(f"{name}:{version}").reference
             now = registry.aliases(name).get(alias_name)
             if expect is not None and (now or 0) != expect:
                 raise AliasConflictError(
@@ -53,7 +53,7 @@ def alias(
             act = f"point {label}, now at {now or 'nothing'}, at {target}"
             return would(act, as_json, previous=now, version=version)
         registry.set_alias(name, alias_name, version=version, expect=expect)
-    registry.resolve(name)  # an unknown name is a mistake, not an empty list
+    registry.store.resolve(name)  # an unknown name is a mistake, not an empty list
     aliases = registry.aliases(name)
     if as_json:
         return print_json({"name": name, "aliases": aliases})
@@ -102,7 +102,7 @@ def history(
     registry = AdapterRegistry(home)
     moves = registry.history(name, alias_name)
     if not moves:
-        registry.resolve(name)  # refuses an unknown name
+        registry.store.resolve(name)  # refuses an unknown name
     if as_json:
         return print_json([asdict(move) for move in moves])
     rows = [(move.at, move.alias, move.act, move.previous or "-", move.version or "-") for move in moves]

@@ -52,7 +52,7 @@ def sign(
     from adapterhub_lite.registry import AdapterRegistry
 
     registry = AdapterRegistry(home)
-    manifest = registry.resolve(reference)
+    manifest = registry.store.resolve(reference)
     if dry_run:
         return would(f"sign {manifest.reference} with {key!r}", as_json, reference=manifest.reference, key=key)
     signature = registry.sign(manifest.reference, key=key)
@@ -78,7 +78,7 @@ def verify(
     from adapterhub_lite.registry import AdapterRegistry
 
     registry = AdapterRegistry(home)
-    manifest = registry.resolve(reference)
+    manifest = registry.store.resolve(reference)
     if probes:
         from adapterhub_lite.bases import resolve_base
         from adapterhub_lite.registry.check.replay import check_stored
@@ -103,20 +103,33 @@ def trust(
     public_key: Annotated[str | None, typer.Argument(help="The 64 hex digits that keygen printed.")] = None,
     remove: Annotated[bool, typer.Option("--remove", help="Stop trusting the key of that name.")] = False,
     required: Annotated[
-        bool | None, typer.Option("--required/--optional", help="Refuse pulls without a trusted signature, or not.")
+        bool | None, typer.Option("--required/--optional", help="Refuse what has no trusted signature, or not.")
     ] = None,
+    audit: Annotated[bool, typer.Option("--audit", help="List the versions here that --required refuses.")] = False,
     dry_run: DryRunOption = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the trusted keys, add or remove one, or require a trusted signature on everything that is pulled.
+    """Show the trusted keys, add or remove one, or require a trusted signature on all that is pulled or served.
 
-    Example: `adapterhub-lite trust release 3f0c...e1 --required`
+    With `--audit`, exits with 1 when there are such versions.
+    Example: `adapterhub-lite trust release 3f0c...e1 --required`, or `adapterhub-lite trust --audit`
     """
     from adapterhub_lite.errors import UsageError
     from adapterhub_lite.registry import AdapterRegistry
 
     policy = AdapterRegistry(home).trust
+    if audit:
+        if name is not None or remove or required is not None:
+            raise UsageError("--audit only looks; give it nothing else.")
+        fallen = policy.audit()
+        if as_json:
+            print_json([{"reference": reference, "reason": reason} for reference, reason in fallen])
+        else:
+            print_table("Without a trusted signature", ("version", "because"), fallen)
+        if fallen:
+            raise typer.Exit(1)
+        return None if as_json else say("Every version here has a trusted signature.")
     if dry_run:
         act = f"{'stop trusting' if remove else 'trust'} {name}" if name else "change whether signatures are required"
         return would(act, as_json, name=name, required=required)
@@ -135,7 +148,7 @@ def trust(
         return print_json(found.model_dump(mode="json"))
     print_table("Trusted keys", ("name", "public key"), list(found.keys.items()))
     say(
-        "A trusted signature is required on everything that is added from elsewhere."
+        "A trusted signature is required on everything that is pulled, resolved or served."
         if found.required
         else "Signatures are optional."
     )

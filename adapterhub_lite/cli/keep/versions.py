@@ -117,7 +117,7 @@ def _set_pin(reference: str, home: str | None, as_json: bool, *, pinned: bool, d
     from adapterhub_lite.registry import AdapterRegistry
 
     registry = AdapterRegistry(home)
-    manifest = registry.resolve(reference)
+    manifest = registry.store.resolve(reference)
     if dry_run:
         return would(f"{'pin' if pinned else 'unpin'} {manifest.reference}", as_json, reference=manifest.reference)
     (registry.pin if pinned else registry.unpin)(manifest.reference)

@@ -48,9 +48,9 @@ def lock(
             raise typer.Exit(1)
         return say(f"Everything in {file} is in the registry, byte for byte.")
     named = [text.partition("=") for text in references or []]
-    sources = {registry.resolve(reference).name: source for reference, _, source in named if source}
+    sources = {registry.store.resolve(reference).name: source for reference, _, source in named if source}
     if dry_run:
-        locked = [registry.resolve(reference).reference for reference, _, _ in named]
+        locked = [registry.store.resolve(reference).reference for reference, _, _ in named]
         return would(f"write {file} with {', '.join(locked) or 'nothing'}", as_json, references=locked)
     written = write_lock(registry.store, [reference for reference, _, _ in named], file, sources=sources, bases=bases)
     if as_json:

@@ -70,7 +70,8 @@ def pull(
         str | None,
         typer.Option(help="A tag such as v3, an alias as @prod, a branch or a commit; the newest if not given."),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Its local name; the name in its manifest if not given.")] = None,
+    name: Annotated[str | None, typer.Option(help="Its local name; the repository's if not given.")] = None,
+    alias: Annotated[str | None, typer.Option(help="Then point this local alias at it.")] = None,
     endpoint: EndpointOption = None,
     offline: Annotated[bool, typer.Option("--offline", help="Use only what an earlier pull stored.")] = False,
     adopt: Annotated[
@@ -92,14 +93,15 @@ def pull(
 ) -> None:
     """Fetch an adapter, verify every byte and check it before it enters the registry.
 
-    Example: `adapterhub-lite pull my-org/sql-lora --revision v3 --name sql`, or `adapterhub-lite pull --locked`
+    It becomes the next version of its name here, whatever its publisher calls it, and moves no alias but `--alias`.
+    Example: `adapterhub-lite pull my-org/sql-lora --revision v3 --name sql --alias prod`, or `adapterhub-lite pull --locked`
     """
     from adapterhub_lite.bases import resolve_base
     from adapterhub_lite.errors import ConfigurationError
     from adapterhub_lite.registry import AdapterRegistry
 
     if locked:
-        if repo_id or revision or name or offline or adopt or subfolder or probes or base:
+        if repo_id or revision or name or alias or offline or adopt or subfolder or probes or base:
             raise ConfigurationError("--locked takes everything from the lock: only --file and --endpoint go with it.")
         return bring_locked(file, endpoint, home, as_json, dry_run)
     if repo_id is None:
@@ -108,12 +110,12 @@ def pull(
         )
     registry = AdapterRegistry(home)
     if dry_run:
-        there, label = endpoint or "https://huggingface.co", name or "the name in its manifest"
+        there, label = endpoint or "https://huggingface.co", name or repo_id.rpartition("/")[2]
         return would(
             f"fetch {repo_id} at {revision or 'its newest version'} from {there} and add it as {label}", as_json
         )
     receipt = registry.pull(
-        repo_id, revision=revision, name=name, endpoint=endpoint,  offline=offline, adopt=adopt, subfolder=subfolder,
+        repo_id, revision=revision, name=name, alias=alias, endpoint=endpoint,  offline=offline, adopt=adopt, subfolder=subfolder,
         verify="probes" if probes else "files", base=resolve_base(base, home=home) if base else None, progress=say,
     )  # fmt: skip
     manifest = receipt.manifest
@@ -121,4 +123,6 @@ def pull(
         return print_json(
             {"manifest": manifest.model_dump(mode="json"), "commit": receipt.commit, "source": receipt.source}
         )
+    if alias:
+        say(f"{manifest.name}@{alias} points to version {manifest.version}.")
     say(f"{manifest.reference} ({short(manifest.digest)}), commit {receipt.commit[:12]}: {SOURCES[receipt.source]}.")

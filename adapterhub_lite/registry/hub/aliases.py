@@ -2,8 +2,9 @@
 
 import json
 
-from adapterhub_lite.adapter_format.manifest import ALIASES_FILE
+from adapterhub_lite.adapter_format.manifest import ALIASES_FILE, MAX_VERSION
 from adapterhub_lite.adapter_format.reference import is_alias
+from adapterhub_lite.adapter_format.strict_json import strict_json
 from adapterhub_lite.errors import (
     AliasConflictError,
     IntegrityError,
@@ -27,11 +28,13 @@ def aliases_at(repo: HubRepo, sha: str) -> dict[str, int]:
     """The aliases as a commit has them; IntegrityError when the file is not such a table."""
     if ALIASES_FILE not in repo.files(sha):
         return {}
+    content = repo.read(sha, ALIASES_FILE, size=ALIASES_BYTES)
     try:
-        found = json.loads(repo.read(sha, ALIASES_FILE, size=ALIASES_BYTES))
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or not all(is_alias(key) and type(value) is int for key, value in found.items()):
+        found = strict_json(content, what="it", limit=ALIASES_BYTES)
+    except ValueError as error:
+        text = f"{ALIASES_FILE} of {repo.id} is not a table of aliases and versions: {error}. Mend it by hand."
+        raise IntegrityError(text) from error
+    if not all(is_alias(key) and type(value) is int and 0 < value <= MAX_VERSION for key, value in found.items()):
         raise IntegrityError(f"{ALIASES_FILE} of {repo.id} is not a table of aliases and versions. Mend it by hand.")
     return found
 

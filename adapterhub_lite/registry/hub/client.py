@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 
-from adapterhub_lite.errors import HubError, HubUnreachableError
+from adapterhub_lite.errors import HubError, HubUnreachableError, UsageError
 from adapterhub_lite.registry.hub.bounds import ANSWER_BYTES, SLACK_BYTES, HubBounds, bounded
 from adapterhub_lite.registry.hub.errors import CAUGHT, ConflictError, MissingRepoError, RestError, translate
 
@@ -76,12 +76,22 @@ class HubRepo:
 
         Raises:
             UnknownNameError: no such revision.
+            UsageError: it is a branch and a tag, at two commits.
             HubUnreachableError: the hub gave two answers in `TRIES` tries.
         """
         for attempt in range(TRIES):
             info = self._read(f"look up {revision}", self._api.model_info, self.id, revision=revision)
             sha = str(info.sha)
-            if sha == revision or self._listed().get(revision, sha) == sha:
+            if sha == revision:
+                return sha
+            refs = self._read("list branches", self._api.list_repo_refs, self.id)
+            listed = {ref.target_commit for ref in (*refs.branches, *refs.tags) if ref.name == revision}
+            if len(listed) > 1:
+                raise UsageError(
+                    f"{revision!r} of {self.id} is a branch and a tag, at two commits: {', '.join(sorted(listed))}. "
+                    "Ask for one of them."
+                )
+            if listed <= {sha}:
                 return sha
             rest(attempt)
         raise HubUnreachableError(f"{self.endpoint} gives two answers for {revision} of {self.id}; try again later.")
@@ -101,10 +111,6 @@ class HubRepo:
     def create(self, private: bool) -> None:
         """Create the repository; nothing happens when it is there already."""
         self._read("create the repository", self._api.create_repo, self.id, private=private, exist_ok=True)
-
-    def _listed(self) -> dict[str, str]:
-        refs = self._read("list branches", self._api.list_repo_refs, self.id)
-        return {ref.name: ref.target_commit for ref in (*refs.branches, *refs.tags)}
 
     def tags(self) -> dict[str, str]:
         """Tag -> commit."""

@@ -22,6 +22,7 @@ from adapterhub_lite.adapter_format.manifest import (
     SIGNATURE_FILE,
     WEIGHTS_FILE,
     AdapterManifest,
+    OriginRecord,
     read_manifest,
 )
 from adapterhub_lite.adapter_format.reference import is_alias
@@ -34,18 +35,21 @@ from adapterhub_lite.errors import (
     UsageError,
 )
 from adapterhub_lite.registry.hub.aliases import aliases_at
-from adapterhub_lite.registry.hub.client import HubRepo
+from adapterhub_lite.registry.hub.client import HubRepo, RemoteFile
 from adapterhub_lite.registry.hub.receipts import Progress, PullReceipt
 from adapterhub_lite.registry.operations.aliases import move_alias
 from adapterhub_lite.registry.operations.intake import About, Reading, add_adapter, import_adapter
 from adapterhub_lite.registry.operations.lock import Lock, LockedAdapter, adapter_problems
-from adapterhub_lite.registry.store.database import stored_version
+from adapterhub_lite.registry.operations.sign import check_trusted, distrusted
+from adapterhub_lite.registry.store.database import parse_stored, stored_digest
 from adapterhub_lite.registry.store.files import make_folder, write_durably
-from adapterhub_lite.registry.store.leases import PULL_LOCK, PULLS
-from adapterhub_lite.registry.store.store import Store
+from adapterhub_lite.registry.store.store import PULL_LOCK, PULLS, Store
 
 SUBFOLDER = re.compile(r"(?!\.)[\w.-]{1,100}(/(?!\.)[\w.-]{1,100}){0,8}")
-REVISION = re.compile(r"[0-9a-f]{40}|[A-Za-z0-9][\w.\-]{0,63}")
+# A commit, a tag, a branch (with slashes), or refs/pr/N; the same in each part as in a name.
+REVISION = re.compile(r"[A-Za-z0-9][\w.\-]{0,63}(?:/[A-Za-z0-9][\w.\-]{0,63}){0,7}")
+MOST_ALIASES = 20
+Listing = dict[str, RemoteFile]
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,9 @@ class _Pull:
     store: Store
     repo: HubRepo
     revision: str | None
-    name: str | None
+    name: str
+    named: bool
+    alias: str | None
     base: ResolvedBase | None
     verify: Literal["files", "probes"]
     adopt: bool
@@ -66,9 +72,8 @@ class _Pull:
     @property
     def memo(self) -> Path:
         """The file that remembers what this request came to, for pulling it again offline."""
-        asked = json.dumps(
-            [self.repo.endpoint, self.repo.id, self.revision, self.name, *filter(None, [self.subfolder])]
-        )
+        parts = [self.repo.endpoint, self.repo.id, self.revision, self.name if self.named else None]
+        asked = json.dumps([*parts, *filter(None, [self.subfolder])])
         return self.store.home / PULLS / f"{hashlib.sha256(asked.encode()).hexdigest()[:32]}.json"
 
 
@@ -78,6 +83,7 @@ def pull_adapter(
     *,
     revision: str | None = None,
     name: str | None = None,
+    alias: str | None = None,
     endpoint: str | None = None,
     token: str | None = None,
     offline: bool = False,
@@ -88,18 +94,23 @@ def pull_adapter(
     expected: LockedAdapter | None = None,
     subfolder: str | None = None,
 ) -> PullReceipt:
-    """Bring a published version into the registry under `name` (default: its own), verified.
+    """Bring a published version into the registry as the next version of `name`, verified.
 
-    `revision` is a tag (`v3`), a full commit, a branch, or `@alias`, which moves the local alias too; None takes the
-    highest version. `adopt` takes a repository that plain PEFT made, measured on `base` and numbered here,
-    in its `subfolder` where it is not at the top.
+    Names are local: `name` None is the repository's, where no adapter from elsewhere has it; what the publisher calls
+    the adapter, its version and its aliases are kept as facts (`manifest.origin`) and decide nothing. What `name` has
+    already is not taken in twice. `alias` is pointed at what came, here.
+
+    `revision` is a tag (`v3`), a full commit, a branch, `refs/pr/N`, or `@alias` of the hub; None takes the highest
+    version. `adopt` takes a repository that plain PEFT made, measured on `base`, in its
+    `subfolder` where it is not at the top.
     `offline` answers from what was pulled before, without asking the hub. `verify="probes"` also loads the base and
     replays the recorded behaviour (or, adopting, records it). `expected` is what a lock says of it. A failed pull can
     be repeated: files that are complete are not fetched again.
 
     Raises:
         IntegrityError: bytes are not those of the manifest, twice in a row, or not those that were `expected`.
-        AdapterRejectedError, BaseMismatchError, RegistryError: from taking it in.
+        AdapterRejectedError, BaseMismatchError, RegistryError: from taking it in, or the policy wants it signed.
+        UsageError: no such name, alias or revision can be; or `name` was not given and is taken.
         HubPermissionError, HubUnreachableError, UnknownNameError: from the hub.
         ResourceError: the disk is full, or the home cannot be written to.
     """
@@ -108,8 +119,15 @@ def pull_adapter(
         raise UsageError(f"Wanted a revision like v3, @prod, a branch or a 40-hex commit; got {revision!r:.80}.")
     if subfolder is not None and not (adopt and SUBFOLDER.fullmatch(subfolder)):
         raise UsageError(f"Wanted the folder of an adapter to adopt, such as 'checkpoint-100'; got {subfolder!r:.80}.")
-    repo = HubRepo(repo_id, endpoint=endpoint, token=token)
-    asked = _Pull(store, repo, revision, name, base, verify, adopt, expected, progress or (lambda _: None), subfolder)
+    if alias is not None and not is_alias(alias):
+        raise UsageError(f"Wanted an alias of letters, digits, '.', '_', '-', not all digits; got {alias!r:.80}.")
+    repo, local = HubRepo(repo_id, endpoint=endpoint, token=token), name or repo_id.rpartition("/")[2]
+    tell = progress or (lambda _: None)
+    asked = _Pull(store, repo, revision, local, name is not None, alias, base, verify, adopt, expected, tell, subfolder)
+    try:
+        store.check_new_name(store.read(), local)
+    except UsageError as error:
+        raise error if name else UsageError(f"{error} Give name= (command line: --name).") from error
     if offline:
         found = _memo(asked)
         if found is None:
@@ -117,13 +135,10 @@ def pull_adapter(
                 f"{repo.id} at {revision or 'its newest version'} was not pulled here, or what was pulled is gone or "
                 "damaged. Pull it once online."
             )
-        return _checked(asked, found)
+        return _aliased(asked, _checked(asked, found))
     with store.guard(f"pull {repo_id}"):
-        receipt = _pull(asked)
+        receipt = _aliased(asked, _pull(asked))
         manifest = receipt.manifest
-        if plain != revision and revision is not None:
-            with store.write() as connection:
-                move_alias(connection, store.home, manifest.name, plain, manifest.version, None)
         said = {"commit": receipt.commit, "reference": manifest.reference, "digest": manifest.digest}
         write_durably(asked.memo, json.dumps(said).encode())
     return receipt
@@ -155,11 +170,30 @@ def pull_locked(
             raise UsageError(f"{locked.reference} is not here, and the lock does not say where to pull it from.")
         base = next((base for base in bases if base.fingerprint == locked.base.fingerprint), None)
         receipt = pull_adapter(
-            store, locked.source, revision=f"v{locked.version}", name=locked.name, endpoint=endpoint, token=token,
+            store, locked.source, revision=locked.revision or f"v{locked.version}", name=locked.name, endpoint=endpoint, token=token,
             base=base, progress=progress, expected=locked,
         )  # fmt: skip
         came.append(receipt.manifest)
     return came
+
+
+def _check_taken(asked: _Pull) -> None:
+    """Raise where the name of a stranger's repository would add a newest version to an adapter of our own."""
+    rows = asked.store.read().execute("SELECT manifest FROM versions WHERE name = ?", [asked.name]).fetchall()
+    origins = {origin.repo_id if (origin := parse_stored(row[0]).origin) else None for row in rows}
+    if rows and not asked.named and asked.repo.id not in origins:
+        raise UsageError(
+            f"There is an adapter {asked.name!r} here, which did not come from {asked.repo.id}. Give name= (command "
+            f"line: --name): {asked.name!r} to make what is pulled its next version, or another name."
+        )
+
+
+def _aliased(asked: _Pull, receipt: PullReceipt) -> PullReceipt:
+    if asked.alias is not None:
+        manifest, home = receipt.manifest, asked.store.home
+        with asked.store.write() as connection:
+            move_alias(connection, home, manifest.name, asked.alias, manifest.version, None)
+    return receipt
 
 
 def _pull(asked: _Pull) -> PullReceipt:
@@ -170,10 +204,11 @@ def _pull(asked: _Pull) -> PullReceipt:
     label = hashlib.sha256(f"{repo.endpoint} {repo.id} {sha}".encode()).hexdigest()[:32]
     folder = asked.store.home / PULLS / label
     with FileLock(f"{folder}{PULL_LOCK}"):
-        if MANIFEST_FILE in repo.files(sha):
-            receipt = _pull_verified(asked, sha, tag, folder)
+        listed = repo.files(sha)
+        if MANIFEST_FILE in listed:
+            receipt = _pull_verified(asked, sha, tag, listed, folder)
         elif asked.adopt:
-            receipt = _adopt(asked, sha, folder)
+            receipt = _adopt(asked, sha, listed, folder)
         else:
             raise AdapterRejectedError(repo.id, [f"it has no {MANIFEST_FILE}; adopt=True measures and records it here"])
         shutil.rmtree(folder, ignore_errors=True)
@@ -194,22 +229,23 @@ def _pin(repo: HubRepo, revision: str | None) -> tuple[str | None, str]:
     return tag, repo.head(revision)
 
 
-def _pull_verified(asked: _Pull, sha: str, tag: str | None, folder: Path) -> PullReceipt:
+def _pull_verified(asked: _Pull, sha: str, tag: str | None, listed: Listing, folder: Path) -> PullReceipt:
     """Fetch and take in; once more from nothing when the bytes are not what the manifest says."""
     for attempt in range(2):
         try:
-            return _take_in(asked, sha, tag, folder)
+            return _take_in(asked, sha, tag, listed, folder)
         except IntegrityError:
             shutil.rmtree(folder, ignore_errors=True)
             if attempt:
                 raise
             asked.tell("the bytes do not match the manifest: fetching them once more")
+            listed = asked.repo.files(sha)
     raise AssertionError("unreachable")
 
 
-def _take_in(asked: _Pull, sha: str, tag: str | None, folder: Path) -> PullReceipt:
+def _take_in(asked: _Pull, sha: str, tag: str | None, listed: Listing, folder: Path) -> PullReceipt:
     repo, expected = asked.repo, asked.expected
-    manifest = read_manifest(repo.download(sha, MANIFEST_FILE, folder, size=ALLOWED_SIZES[MANIFEST_FILE]).read_bytes())
+    manifest = read_manifest(_fetch(asked, sha, MANIFEST_FILE, listed, folder).read_bytes())
     if tag not in (None, f"v{manifest.version}"):
         raise IntegrityError(f"{repo.id} says {tag}, its manifest says v{manifest.version}. Do not trust it.")
     if expected is not None and (manifest.digest, manifest.files) != (expected.digest, expected.files):
@@ -217,27 +253,60 @@ def _take_in(asked: _Pull, sha: str, tag: str | None, folder: Path) -> PullRecei
             f"{repo.id} has another adapter as v{manifest.version} than the lock: wanted {expected.digest}, "
             f"got {manifest.digest}. Nothing was taken in."
         )
-    here = _intact(asked.store, asked.name or manifest.name, manifest.version, manifest.digest)
-    if here is not None:
+    here = _intact(asked.store, asked.name, manifest.digest)
+    # What the policy refuses as it is here may have been signed meanwhile.
+    if here is not None and not (SIGNATURE_FILE in listed and distrusted(asked.store, here)):
         return _checked(asked, PullReceipt(here, sha, "store"))
-    listed = repo.files(sha)
+    if here is None:
+        _check_taken(asked)
     names = [*manifest.files, *({SIGNATURE_FILE} & set(listed))]
     _check_promise(manifest, {name: file.size for name, file in listed.items()})
     for name in names:
-        asked.tell(f"fetching {name}, {listed[name].size} bytes")
-        repo.download(sha, name, folder, size=listed[name].size)
+        _fetch(asked, sha, name, listed, folder)
     plain = folder / "adapter"
     shutil.rmtree(plain, ignore_errors=True)
     plain.mkdir()
     # The client keeps its own notes in `folder`; the registry is shown the adapter's files alone.
     for name in [MANIFEST_FILE, *names]:
         (plain / name).hardlink_to(folder / name)
-    taken = import_adapter(asked.store, plain, name=asked.name, expected=manifest, base=asked.base, verify=asked.verify)
+    origin = OriginRecord(repo_id=repo.id, commit=sha, aliases=_aliases_of(repo, manifest.version))
+    taken = import_adapter(
+        asked.store,
+        plain,
+        name=asked.name,
+        version=expected.version if expected else None,
+        origin=origin,
+        expected=manifest,
+        base=asked.base,
+        verify=asked.verify,
+    )
     return PullReceipt(taken, sha, "hub")
 
 
+def _fetch(asked: _Pull, sha: str, name: str, listed: Listing, folder: Path, inside: str = "") -> Path:
+    """One file of the adapter, of no more bytes than the hub lists, and no more than such a file may have."""
+    size, most = listed[name].size, ALLOWED_SIZES[name]
+    if size > most:
+        raise AdapterRejectedError(asked.repo.id, [f"{name} has {size} bytes, at most {most} are taken"])
+    asked.tell(f"fetching {name}, {size} bytes")
+    fetched = asked.repo.download(sha, inside + name, folder, size=size)
+    if not listed[name].holds(fetched):
+        raise IntegrityError(f"{name} of {asked.repo.id} did not arrive as the hub lists it. Pull again.")
+    return fetched
+
+
+def _aliases_of(repo: HubRepo, version: int) -> tuple[str, ...]:
+    """The aliases that the hub points at a version now; none where its table is damaged: they are facts, no more."""
+    try:
+        found = aliases_at(repo, repo.head())
+    except (IntegrityError, UnknownNameError):
+        return ()
+    return tuple(sorted(alias for alias, points in found.items() if points == version)[:MOST_ALIASES])
+
+
 def _checked(asked: _Pull, receipt: PullReceipt) -> PullReceipt:
-    """The receipt of a version that is here already, once it behaves as recorded, where that is asked for."""
+    """The receipt of a version that is here already, once the policy and, where asked for, its probes let it pass."""
+    check_trusted(asked.store, receipt.manifest)
     if asked.verify == "probes":
         from adapterhub_lite.registry.check.replay import check_stored
 
@@ -245,10 +314,10 @@ def _checked(asked: _Pull, receipt: PullReceipt) -> PullReceipt:
     return receipt
 
 
-def _intact(store: Store, name: str, version: int, digest: str) -> AdapterManifest | None:
-    """The version as it is here, with every byte of it compared; None where something is missing or damaged."""
-    here = stored_version(store.read(), name, version)
-    if here is None or here.digest != digest:
+def _intact(store: Store, name: str, digest: str) -> AdapterManifest | None:
+    """The version with this digest as it is here, every byte compared; None where something is missing or damaged."""
+    here = stored_digest(store.read(), name, digest)
+    if here is None:
         return None
     try:
         for file in here.files:
@@ -275,30 +344,39 @@ def _check_promise(manifest: AdapterManifest, sizes: dict[str, int]) -> None:
         raise AdapterRejectedError(manifest.reference, problems)
 
 
-def _adopt(asked: _Pull, sha: str, folder: Path) -> PullReceipt:
+def _adopt(asked: _Pull, sha: str, listed: Listing, folder: Path) -> PullReceipt:
     repo, known = asked.repo, _memo(asked)
+    if asked.store.trust.required:
+        raise AdapterRejectedError(
+            repo.id, ["it has no manifest, so nobody can have signed it, and the policy requires a trusted signature"]
+        )
     if known is not None and known.commit == sha:
         return _checked(asked, PullReceipt(known.manifest, sha, "store"))
+    _check_taken(asked)
     inside = f"{asked.subfolder}/" if asked.subfolder else ""
-    listed = {name.removeprefix(inside): file for name, file in repo.files(sha).items() if name.startswith(inside)}
+    listed = {name.removeprefix(inside): file for name, file in listed.items() if name.startswith(inside)}
     missing = [f"it has no {name}" for name in (CONFIG_FILE, WEIGHTS_FILE) if name not in listed]
     if missing:
         raise AdapterRejectedError(repo.id, missing)
     plain = folder / "adapter"
     shutil.rmtree(plain, ignore_errors=True)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if listed[name].size > ALLOWED_SIZES[name]:
-            raise AdapterRejectedError(repo.id, [f"{name} has {listed[name].size} bytes: too many"])
-        asked.tell(f"fetching {name}, {listed[name].size} bytes")
-        fetched = repo.download(sha, inside + name, folder, size=listed[name].size)
-        if not listed[name].holds(fetched):
+        try:
+            fetched = _fetch(asked, sha, name, listed, folder, inside)
+        except IntegrityError:
             shutil.rmtree(folder, ignore_errors=True)
-            raise IntegrityError(f"{name} of {repo.id} did not arrive as the hub lists it. Pull again.")
+            raise
         plain.mkdir(exist_ok=True)
         (plain / name).hardlink_to(fetched)
-    name = asked.name or repo.id.rpartition("/")[2]
     manifest = add_adapter(
-        asked.store, plain, name, base=asked.base, about=About(), verify=asked.verify, reading=Reading(tell=asked.tell)
+        asked.store,
+        plain,
+        asked.name,
+        base=asked.base,
+        about=About(),
+        verify=asked.verify,
+        origin=OriginRecord(repo_id=repo.id, commit=sha),
+        reading=Reading(tell=asked.tell),
     )
     return PullReceipt(manifest, sha, "hub")
 
@@ -308,6 +386,6 @@ def _memo(asked: _Pull) -> PullReceipt | None:
     if not asked.memo.exists():
         return None
     memo = json.loads(asked.memo.read_text())
-    name, _, version = memo["reference"].rpartition(":")
-    manifest = _intact(asked.store, name, int(version), memo["digest"])
+    name, _, _ = memo["reference"].rpartition(":")
+    manifest = _intact(asked.store, name, memo["digest"])
     return PullReceipt(manifest, memo["commit"], "offline") if manifest else None

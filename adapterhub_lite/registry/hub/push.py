@@ -65,23 +65,27 @@ def push_adapter(
         IntegrityError: a file of the version is missing or damaged here; nothing was sent.
     """
     manifest, tell = store.resolve(reference), progress or (lambda _: None)
+    with store.hold(manifest):  # a collection meanwhile must not take the files away
+        return _push(store, manifest, HubRepo(repo_id, endpoint=endpoint, token=token), private, tell)
+
+
+def _push(store: Store, manifest: AdapterManifest, repo: HubRepo, private: bool, tell: Progress) -> PushReceipt:
     # The card is for people: it also says what was measured after the manifest was written.
     known = manifest.model_copy(update={"evaluation": evaluations_of(store.read(), manifest)})
-    content: dict[str, Path | bytes] = {**adapter_files(store, manifest), **card_files(known, repo_id)}
-    repo = HubRepo(repo_id, endpoint=endpoint, token=token)
+    content: dict[str, Path | bytes] = {**adapter_files(store, manifest), **card_files(known, repo.id)}
     if not repo.exists():
-        tell(f"creating {repo_id}")
+        tell(f"creating {repo.id}")
         repo.create(private)
     elif private and not repo.is_private():
-        raise HubPermissionError(f"{repo_id} exists and is public, but private was asked for. Make it private first.")
+        raise HubPermissionError(f"{repo.id} exists and is public, but private was asked for. Make it private first.")
     publish = _Publish(manifest, content, uuid.uuid4().hex)
     commit, tag, sent = _commit_once(repo, publish, tell)
     tell(f"tagging {tag}")
     try:
         repo.tag(tag, commit)
     except ConflictError as error:
-        raise _taken(repo_id, manifest) from error
-    return PushReceipt(repo_id, commit, tag, manifest.digest, uploaded=sent > 0, commits_sent=sent)
+        raise _taken(repo.id, manifest) from error
+    return PushReceipt(repo.id, commit, tag, manifest.digest, uploaded=sent > 0, commits_sent=sent)
 
 
 def _commit_once(repo: HubRepo, publish: _Publish, tell: Progress) -> tuple[str, str, int]:

@@ -17,6 +17,7 @@ from adapterhub_lite.adapter_format.manifest import (
 )
 from adapterhub_lite.bases import ResolvedBase, find_base
 from adapterhub_lite.errors import ConfigurationError, UsageError
+from adapterhub_lite.registry.operations.sign import Signature
 from adapterhub_lite.registry.store.store import Store
 
 CONVERTER = "convert_lora_to_gguf.py"
@@ -25,7 +26,8 @@ CONVERTER = "convert_lora_to_gguf.py"
 def adapter_files(store: Store, manifest: AdapterManifest) -> dict[str, Path]:
     """What is published of a version: file name -> immutable local file, each compared with the manifest.
 
-    `adapterhub.json` is among them, `adapterhub.sig.json` when the version is signed; the card is not.
+    `adapterhub.json` is among them, and `adapterhub.sig.json` when the version is signed under the name and number it
+    has here; the card is not.
 
     Raises:
         IntegrityError: a file is missing or damaged here; published, it could never be taken back.
@@ -33,8 +35,10 @@ def adapter_files(store: Store, manifest: AdapterManifest) -> dict[str, Path]:
     published = {name: store.file(manifest, name, verify=True) for name in manifest.files}
     own = store.manifest_path(manifest.name, manifest.version)
     published[MANIFEST_FILE] = own
-    if own.with_suffix(".sig").exists():
-        published[SIGNATURE_FILE] = own.with_suffix(".sig")
+    signature = own.with_suffix(".sig")
+    # A publisher's signature over other labels would only be refused elsewhere.
+    if signature.exists() and Signature.model_validate_json(signature.read_bytes()).verifies(manifest):
+        published[SIGNATURE_FILE] = signature
     return published
 
 

@@ -11,8 +11,7 @@ from adapterhub_lite.adapter_format.reference import AdapterReference
 from adapterhub_lite.errors import RegistryError, UsageError
 from adapterhub_lite.registry.store.database import delete_version, parse_stored
 from adapterhub_lite.registry.store.journal import record_act
-from adapterhub_lite.registry.store.leases import PULL_LOCK, PULLS, leased_digests
-from adapterhub_lite.registry.store.store import Store
+from adapterhub_lite.registry.store.store import PULL_LOCK, PULLS, Store, leased_digests
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def _reasons(
         reasons[f"{name}:{version}"] = f"alias {alias}"
     for manifest in manifests:
         if manifest.digest in held:
-            reasons[manifest.reference] = "held by a running server"
+            reasons[manifest.reference] = "held by a running server or push"
     # A merge that stays can be built again, so its parents stay, and theirs.
     by_digest = {m.digest: m for m in manifests}
     pending = [m for m in manifests if m.reference in reasons]

@@ -26,20 +26,20 @@ from adapterhub_lite.adapter_format.manifest import (
     EvaluationRecord,
     LoraRecord,
     MergeRecipe,
+    OriginRecord,
     ParentRecord,
     adapter_digest,
     read_manifest,
 )
 from adapterhub_lite.adapter_format.record import BaseRecord, TrainingRecord, read_record
-from adapterhub_lite.adapter_format.reference import is_name
 from adapterhub_lite.bases import ResolvedBase, find_base
 from adapterhub_lite.bases.chat_template import TEMPLATE_FILE
 from adapterhub_lite.bases.fingerprint import is_commit
 from adapterhub_lite.errors import BaseMismatchError, DataError, IntegrityError, UsageError
 from adapterhub_lite.registry.check.folder import Inspection, check_base, inspect_adapter
 from adapterhub_lite.registry.check.redaction import scrub
-from adapterhub_lite.registry.operations.sign import incoming_signature
-from adapterhub_lite.registry.store.database import stored_version
+from adapterhub_lite.registry.operations.sign import incoming_signature, keep_signature, signature_problem
+from adapterhub_lite.registry.store.database import stored_digest
 from adapterhub_lite.registry.store.files import file_record, stage_file
 from adapterhub_lite.registry.store.store import Store
 
@@ -109,14 +109,15 @@ def add_adapter(
     base: ResolvedBase | None,
     about: About,
     verify: Literal["files", "probes"],
+    origin: OriginRecord | None = None,
     reading: Reading | None = None,
 ) -> AdapterManifest:
     """Validate the adapter in `folder` and keep it as the next version of `name`; see `AdapterRegistry.add`."""
     reading = reading or Reading()
-    _check_name(name)
+    # A registry of a newer schema, or a name that cannot be, is refused before anything is written.
+    store.check_new_name(store.read(), name)
     if not folder.exists():
         raise UsageError(f"There is no adapter folder {str(folder)!r}. Give the folder that training saved.")
-    store.read()  # a registry of a newer schema is refused before anything is written
     with store.staging() as scratch, store.staging() as staging:
         opened = open_adapter(folder, scratch, base=base.folder if base else None, convert=reading.convert)
         survey = _stage(opened.folder, staging)
@@ -144,15 +145,15 @@ def add_adapter(
             scrubbed = json.dumps(scrub(found.training.model_dump(mode="json")))
             training = TrainingRecord.model_validate_json(scrubbed)
         with store.write() as connection:
-            row = connection.execute("SELECT last_version FROM names WHERE name = ?", [name]).fetchone()
             manifest = AdapterManifest(
                 name=name,
-                version=(row[0] if row else 0) + 1,
+                version=store.next_version(connection, name),
                 digest=adapter_digest(config.deciding(), files[WEIGHTS_FILE].sha256, record.fingerprint),
                 files=files,
                 base=record,
                 lora=lora,
                 training=training,
+                origin=origin,
                 created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
                 **about.fields,
             )
@@ -164,29 +165,32 @@ def import_adapter(
     store: Store,
     folder: Path,
     *,
-    name: str | None = None,
+    name: str,
+    version: int | None = None,
+    origin: OriginRecord | None = None,
     expected: AdapterManifest | None = None,
     base: ResolvedBase | None = None,
     verify: Literal["files", "probes"] = "files",
 ) -> AdapterManifest:
-    """Take in a folder that came from elsewhere, keeping its manifest (version number, records, digest).
+    """Take in a folder that came from elsewhere as the next version of `name`, with its manifest's records and digest.
 
     Every byte is compared with the manifest and the whole adapter validated before it is visible; with the base on
-    this machine (given, or found by the manifest) every tensor is bound to it. Taking in the same version again
-    changes nothing. `expected` is what a lock promised; the folder's own manifest has to agree with it.
+    this machine (given, or found by the manifest) every tensor is bound to it. An adapter that `name` has already is
+    not taken in twice. `version` is the number that a lock gives it, None for the next. `origin` is where it comes
+    from; what its manifest calls itself is added to it. `expected` is what it has to be.
 
     Raises:
         IntegrityError: a file or the digest is not what the manifest says, or there is no manifest.
         AdapterRejectedError: the adapter fails validation.
         BaseMismatchError: `base` is not the one it was made for, or its behaviour there is not the recorded one.
         RegistryError: that version of that name is another adapter here.
+        UsageError: the name may not be used here.
         SchemaVersionError: a newer version of this project wrote the manifest.
     """
     with store.guard(f"take in {folder.name!r}"), store.staging() as staging:
-        store.read()  # a registry of a newer schema is refused before anything is kept
+        # A registry of a newer schema, or a name that cannot be, is refused before anything is kept.
+        store.check_new_name(store.read(), name)
         manifest = _read_promise(folder, expected)
-        if name is not None:
-            _check_name(name)
         base = base or find_base(manifest.base, store.home)
         if base is not None and base.fingerprint != manifest.base.fingerprint:
             raise BaseMismatchError(
@@ -202,18 +206,18 @@ def import_adapter(
             check_probes(staging, base, manifest.reference, manifest.base.quantization)
         for filename in sorted(manifest.files):
             store.objects.adopt(staging / filename)
-        local = manifest.model_copy(update={"name": name or manifest.name})
+        labels = {"name": manifest.name, "version": manifest.version}
+        origin = (origin or OriginRecord()).model_copy(update=labels)
         with store.write() as connection:
-            here = stored_version(connection, local.name, local.version)
-            if here is not None and here.digest == local.digest:
+            here = stored_digest(connection, name, manifest.digest)
+            if here is not None and version in (None, here.version):
+                if signature is not None and signature_problem(here, signature) is None:
+                    keep_signature(store, connection, here, signature)
                 return here
+            number = version or store.next_version(connection, name)
+            local = manifest.model_copy(update={"name": name, "version": number, "origin": origin})
             store.publish(connection, local, signature)
         return local
-
-
-def _check_name(name: str) -> None:
-    if not is_name(name):
-        raise UsageError(f"Wanted a name of 1 to 64 letters, digits, '.', '_', '-'; got {name!r:.80}.")
 
 
 def _stage(folder: Path, staging: Path) -> Survey:
@@ -264,7 +268,8 @@ def _read_promise(folder: Path, expected: AdapterManifest | None) -> AdapterMani
     if not path.is_file() or path.is_symlink():
         raise IntegrityError(f"{folder.name!r} has no {MANIFEST_FILE}: nothing says what its files should be.")
     with path.open("rb") as file:
-        manifest = read_manifest(file.read(ALLOWED_SIZES[MANIFEST_FILE] + 1))
+        # Where it says that it came from is not its own to say, least of all to the check of its signature.
+        manifest = read_manifest(file.read(ALLOWED_SIZES[MANIFEST_FILE] + 1)).model_copy(update={"origin": None})
     if expected is not None and (expected.digest, expected.files) != (manifest.digest, manifest.files):
         raise IntegrityError(
             f"{manifest.reference} is not the adapter expected: wanted {expected.digest}, its manifest says "

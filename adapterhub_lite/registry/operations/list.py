@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 from adapterhub_lite.adapter_format.manifest import AdapterManifest, EvaluationRecord
 from adapterhub_lite.errors import UsageError
 from adapterhub_lite.registry.store.database import evaluations_of
-from adapterhub_lite.registry.store.leases import leased_digests
-from adapterhub_lite.registry.store.store import Store
+from adapterhub_lite.registry.store.store import Store, leased_digests
 
 METRIC = re.compile(r"\s*([\w./ -]*[\w./-])\s*(?:(>=|<=|>|<|=)\s*(-?[0-9.]+(?:[eE][+-]?[0-9]+)?)\s*)?")
 

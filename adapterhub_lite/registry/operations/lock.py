@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
-from adapterhub_lite.adapter_format.manifest import AdapterManifest, Digest, FileRecord, HexDigest
+from adapterhub_lite.adapter_format.manifest import MAX_VERSION, AdapterManifest, Digest, FileRecord, HexDigest
 from adapterhub_lite.adapter_format.record import BaseRecord, StrictModel
 from adapterhub_lite.bases import ResolvedBase, find_base
 from adapterhub_lite.errors import DataError, IntegrityError, SchemaVersionError, UnknownNameError, UsageError
@@ -29,14 +29,18 @@ class LockedBase(StrictModel):
 
 
 class LockedAdapter(StrictModel):
-    """One locked adapter. `source` says where to pull it from (repo id), None for one made here."""
+    """One locked adapter. `source` says where to pull it from (repo id), None for one made here and nowhere else.
+
+    `revision` is what it is called there; None: its version as a tag, as in a lock that does not say.
+    """
 
     name: str
-    version: int
+    version: int = Field(gt=0, le=MAX_VERSION)
     digest: Digest
     files: dict[str, FileRecord]
     base: LockedBase
     source: str | None = None
+    revision: str | None = None
 
     @property
     def reference(self) -> str:
@@ -61,7 +65,8 @@ def write_lock(
 ) -> Lock:
     """Pin each of `references` (newest and aliases as they are now) in the file at `path`; returns what it says.
 
-    `sources` maps a name to the repository it is pulled from. The bases' tokenizers are read where the bases are in
+    `sources` maps a name to the repository it is pulled from; what was pulled is pulled again from where it came
+    when nothing else is said. The bases' tokenizers are read where the bases are in
     the registry's home or among `bases`.
 
     Raises:
@@ -71,17 +76,29 @@ def write_lock(
     if not references:
         raise UsageError("Wanted at least one adapter to lock, got none.")
     manifests = {m.reference: m for m in map(store.resolve, references)}
-    adapters = tuple(
-        LockedAdapter(
-            name=m.name, version=m.version, digest=m.digest, files=m.files, base=_locked_base(store, m, bases),
-            source=(sources or {}).get(m.name),
-        )
-        for _, m in sorted(manifests.items())
-    )  # fmt: skip
-    lock = Lock(adapters=adapters)
+    adapters = []
+    for _, m in sorted(manifests.items()):
+        source, revision = _source(m, (sources or {}).get(m.name))
+        base = _locked_base(store, m, bases)
+        adapters.append(
+            LockedAdapter(
+                name=m.name, version=m.version, digest=m.digest, files=m.files, base=base, source=source,
+                revision=revision,
+            )
+        )  # fmt: skip
+    lock = Lock(adapters=tuple(adapters))
     content = json.dumps(lock.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
     write_durably(Path(path).expanduser().absolute(), content.encode())
     return lock
+
+
+def _source(manifest: AdapterManifest, given: str | None) -> tuple[str | None, str | None]:
+    """(repository, revision) to pull a version from. What plain PEFT published has no manifest to compare with."""
+    origin = manifest.origin
+    if origin is not None and origin.version is not None and given in (None, origin.repo_id):
+        # The commit and not the tag: it names the same bytes for ever.
+        return origin.repo_id, origin.commit
+    return given, f"v{manifest.version}" if given else None
 
 
 def read_lock(path: str | Path = LOCK_FILE) -> Lock:

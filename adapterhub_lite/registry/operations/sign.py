@@ -1,10 +1,13 @@
 """Ed25519 signatures over manifests, and the policy that says whose are wanted. Keys lie in `keys/` of a home folder.
 
-A signature covers the manifest without its local labels (name and version), and through the files' sha256 every byte.
+A signature covers the manifest with name, version and base, and through the files' sha256 every byte: what was signed
+as one adapter cannot be passed off as another, nor an old version as a new one. Where the policy requires signatures,
+nothing passes without one: what is pulled, what is here already, what is resolved and served.
 """
 
 import json
 import os
+import sqlite3
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,19 +18,26 @@ from adapterhub_lite.adapter_format.manifest import SIGNATURE_FILE, AdapterManif
 from adapterhub_lite.adapter_format.record import StrictModel
 from adapterhub_lite.adapter_format.reference import is_name
 from adapterhub_lite.errors import AdapterRejectedError, IntegrityError, UnknownNameError, UsageError
+from adapterhub_lite.registry.store.database import parse_stored
 from adapterhub_lite.registry.store.files import file_record, write_durably
 from adapterhub_lite.registry.store.store import TRUST_FILE, Store, TrustPolicy
 
+OLD_SCHEME = f"{SIGNATURE_FILE} is of an older kind, which covers neither name nor version; have it signed again"
+
 
 class Signature(StrictModel):
-    """The content of `adapterhub.sig.json`; both keys and signature in hex."""
+    """The content of `adapterhub.sig.json`; both key and signature in hex.
+
+    Scheme 1, in files that do not name theirs, covered neither name nor version, and counts no longer.
+    """
 
     algorithm: Literal["ed25519"] = "ed25519"
+    scheme: Literal[1, 2] = 1
     public_key: HexDigest
     signature: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
 
     def verifies(self, manifest: AdapterManifest) -> bool:
-        """Whether it is a signature over this manifest by the key it names."""
+        """Whether it is a signature over this manifest, with this name and version, by the key it names."""
         from cryptography.exceptions import InvalidSignature
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
@@ -77,12 +87,16 @@ class TrustSettings:
             raise UnknownNameError.among("trusted key", name, sorted(policy.keys))
         self._write(policy.model_copy(update={"keys": {k: v for k, v in policy.keys.items() if k != name}}))
 
+    def audit(self) -> list[tuple[str, str]]:
+        """Every version here that a policy with required signatures refuses: its reference, and why."""
+        return audit(self._store)
+
     def _write(self, policy: TrustPolicy) -> None:
         write_durably(self._store.home / TRUST_FILE, (policy.model_dump_json(indent=1) + "\n").encode())
 
 
 def incoming_signature(manifest: AdapterManifest, folder: Path, policy: TrustPolicy) -> bytes | None:
-    """The signature file in `folder` (None: there is none), once it satisfies the policy.
+    """The signature file in `folder` for a manifest as published (None: there is none), once it satisfies the policy.
 
     Raises:
         IntegrityError: it is not a signature of this manifest.
@@ -90,29 +104,89 @@ def incoming_signature(manifest: AdapterManifest, folder: Path, policy: TrustPol
     """
     path = folder / SIGNATURE_FILE
     content = path.read_bytes() if path.is_file() else None
-    if content is not None and (problem := signature_problem(manifest, content)):
+    problem = None if content is None else signature_problem(manifest, content)
+    if problem is not None and problem != OLD_SCHEME:
         raise IntegrityError(f"{manifest.reference}: {problem}.")
-    if policy.required and signer_name(content, policy) is None:
-        reason = "it is not signed" if content is None else "it is signed by a key that is not trusted here"
-        raise AdapterRejectedError(f"The adapter {manifest.reference}", [f"{reason}, and the policy wants that"])
-    return content
+    if policy.required and (reason := _distrusted(manifest, content, policy)):
+        raise AdapterRejectedError(f"The adapter {manifest.reference}", [reason])
+    return None if problem else content
+
+
+def check_trusted(store: Store, manifest: AdapterManifest) -> None:
+    """Raise unless the policy lets this version of the store be used: the door of all that resolves, loads and serves.
+
+    Raises:
+        AdapterRejectedError: a trusted signature is required, and it has none.
+    """
+    if reason := distrusted(store, manifest):
+        raise AdapterRejectedError(
+            f"The adapter {manifest.reference}",
+            [f"{reason}. Look at it, then sign it with a key that is trusted here (`adapterhub-lite sign`)"],
+        )
+
+
+def distrusted(store: Store, manifest: AdapterManifest) -> str | None:
+    """Why the policy refuses this version of the store, or None."""
+    policy = store.trust
+    return _distrusted(manifest, stored_signature(store, manifest), policy) if policy.required else None
+
+
+def audit(store: Store) -> list[tuple[str, str]]:
+    """Every version without a signature that is trusted now, with the reason: what requiring one would refuse."""
+    policy, found = store.trust, []
+    rows = store.read().execute("SELECT manifest, signature FROM versions ORDER BY name, version")
+    for content, signature in rows.fetchall():
+        manifest = parse_stored(content)
+        if reason := _distrusted(manifest, signature, policy):
+            found.append((manifest.reference, reason))
+    return found
+
+
+def _distrusted(manifest: AdapterManifest, content: bytes | None, policy: TrustPolicy) -> str | None:
+    """Why a policy that requires signatures refuses this version, or None."""
+    if content is None:
+        return "it is not signed, and the policy requires a trusted signature"
+    if problem := signature_problem(manifest, content):
+        return f"{problem}, and the policy requires a trusted signature"
+    if signer_name(content, policy) is None:
+        return "it is signed by a key that is not trusted here, and the policy requires a trusted signature"
+    return None
+
+
+def stored_signature(store: Store, manifest: AdapterManifest) -> bytes | None:
+    """The signature file that a version has here."""
+    key = (manifest.name, manifest.version)
+    row = store.read().execute("SELECT signature FROM versions WHERE name = ? AND version = ?", key).fetchone()
+    return row[0] if row else None
+
+
+def keep_signature(store: Store, connection: sqlite3.Connection, manifest: AdapterManifest, content: bytes) -> None:
+    """Put a signature beside a version that is here, in the place of the one it had."""
+    write_durably(store.manifest_path(manifest.name, manifest.version).with_suffix(".sig"), content)
+    connection.execute(
+        "UPDATE versions SET signature = ? WHERE name = ? AND version = ?", (content, manifest.name, manifest.version)
+    )
 
 
 def signature_problem(manifest: AdapterManifest, content: bytes) -> str | None:
-    """What is wrong with the bytes of a signature file for `manifest`, or None."""
+    """What is wrong with the bytes of a signature file for `manifest`, or None.
+
+    A version that came from elsewhere may be signed as its publisher labelled it, or again here as it is called here.
+    """
     try:
         if len(content) > ALLOWED_SIZES[SIGNATURE_FILE]:
             return f"{SIGNATURE_FILE} is too long"
-        valid = Signature.model_validate_json(content).verifies(manifest)
+        signature = Signature.model_validate_json(content)
     except ValidationError:
         return f"{SIGNATURE_FILE} is not a signature file"
+    if signature.scheme == 1:
+        return OLD_SCHEME
+    valid = signature.verifies(manifest) or (manifest.origin is not None and signature.verifies(manifest.published()))
     return None if valid else f"{SIGNATURE_FILE} is not a signature over this manifest"
 
 
-def signer_name(content: bytes | None, policy: TrustPolicy) -> str | None:
-    """What the policy calls the key of a (valid) signature file; None where it knows it not, or there is no file."""
-    if content is None:
-        return None
+def signer_name(content: bytes, policy: TrustPolicy) -> str | None:
+    """What the policy calls the key of a (valid) signature file; None where it does not know it."""
     key = Signature.model_validate_json(content).public_key
     return next((name for name, trusted in policy.keys.items() if trusted == key), None)
 
@@ -157,14 +231,10 @@ def sign_version(store: Store, manifest: AdapterManifest, key_name: str = "defau
     if not isinstance(key, Ed25519PrivateKey):
         raise UsageError(f"{path} is not an Ed25519 key.")
     public_key = key.public_key().public_bytes_raw().hex()
-    made = Signature(public_key=public_key, signature=key.sign(manifest.signed_bytes()).hex())
+    made = Signature(scheme=2, public_key=public_key, signature=key.sign(manifest.signed_bytes()).hex())
     content = (json.dumps(made.model_dump(), indent=1, sort_keys=True) + "\n").encode()
     with store.write() as connection:
-        write_durably(store.manifest_path(manifest.name, manifest.version).with_suffix(".sig"), content)
-        connection.execute(
-            "UPDATE versions SET signature = ? WHERE name = ? AND version = ?",
-            (content, manifest.name, manifest.version),
-        )
+        keep_signature(store, connection, manifest, content)
     return made
 
 
@@ -174,12 +244,10 @@ def verify_version(store: Store, manifest: AdapterManifest) -> str | None:
     Raises:
         IntegrityError: not signed, the signature is wrong, or a file is not what was signed.
     """
-    row = store.read().execute(
-        "SELECT signature FROM versions WHERE name = ? AND version = ?", (manifest.name, manifest.version)
-    )
-    content = row.fetchone()[0]
-    problem = "it is not signed" if content is None else signature_problem(manifest, content)
-    if problem:
+    content = stored_signature(store, manifest)
+    if content is None:
+        raise IntegrityError(f"{manifest.reference}: it is not signed.")
+    if problem := signature_problem(manifest, content):
         raise IntegrityError(f"{manifest.reference}: {problem}.")
     for filename, promised in manifest.files.items():
         if file_record(store.file(manifest, filename)) != promised:

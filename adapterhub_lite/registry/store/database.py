@@ -246,6 +246,14 @@ def stored_version(connection: sqlite3.Connection, name: str, version: int) -> A
     return parse_stored(row[0]) if row else None
 
 
+def stored_digest(connection: sqlite3.Connection, name: str, digest: str) -> AdapterManifest | None:
+    """The newest version of `name` with this digest, or None where there is none."""
+    row = connection.execute(
+        "SELECT manifest FROM versions WHERE name = ? AND digest = ? ORDER BY version DESC LIMIT 1", (name, digest)
+    ).fetchone()
+    return parse_stored(row[0]) if row else None
+
+
 @lru_cache(maxsize=4096)
 def parse_stored(content: bytes) -> AdapterManifest:
     """Parse a manifest of our own database. Manifests are immutable, so each is parsed once.

@@ -15,25 +15,33 @@ is the last file written, and the COMMIT of the database is the moment.
 
 import errno
 import fcntl
+import json
+import os
 import shutil
 import sqlite3
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Literal
+from types import TracebackType
+from typing import IO, Literal
 
 from pydantic import Field, ValidationError
 
-from adapterhub_lite.adapter_format.manifest import AdapterManifest, HexDigest
+from adapterhub_lite.adapter_format.manifest import MAX_VERSION, AdapterManifest, HexDigest
 from adapterhub_lite.adapter_format.record import StrictModel
-from adapterhub_lite.adapter_format.reference import AdapterReference
+from adapterhub_lite.adapter_format.reference import AdapterReference, name_problem
 from adapterhub_lite.errors import IntegrityError, RegistryError, ResourceError, UnknownNameError, UsageError
-from adapterhub_lite.registry.store.database import Database, find_manifest, insert_version
+from adapterhub_lite.registry.store.database import Database, find_manifest, insert_version, stored_version
 from adapterhub_lite.registry.store.files import ObjectStore, file_record, make_folder, write_durably
 from adapterhub_lite.registry.store.journal import record_act
 
+# Where pulls put what they fetch, one folder each, until it is complete; and the file whose lock a pull into a folder
+# holds: that folder's name and this.
+PULLS = "hub"
+PULL_LOCK = ".lock"
 LOCK_SECONDS = 60.0
 TRUST_FILE = "trust.json"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -96,6 +104,20 @@ class Store:
                     time.sleep(0.005)
             yield
 
+    def hold(self, manifest: AdapterManifest) -> "Lease":
+        """Keep a version from being collected while it is in use; release the lease, or leave its `with` block.
+
+        Raises:
+            UnknownNameError: it is not there any more.
+        """
+        # In a read-only home nobody collects, and no lock can be taken.
+        writable = os.access(self.home, os.W_OK)
+        with self.lock(exclusive=False) if writable else nullcontext():
+            there = stored_version(self.read(), manifest.name, manifest.version)
+            if there is None:
+                raise UnknownNameError(f"{manifest.reference} is not here any more.")
+            return Lease(self.home, there.digest)
+
     def read(self) -> sqlite3.Connection:
         """A connection to read from."""
         return self.database.read()
@@ -152,6 +174,35 @@ class Store:
         """Where the manifest of a version lies as a file; its signature lies beside it as `.sig`."""
         return self.home / "manifests" / name / f"{version}.json"
 
+    def check_new_name(self, connection: sqlite3.Connection, name: str) -> None:
+        """Raise unless a version may be called `name` here: a new name that can be told from every other one.
+
+        Raises:
+            UsageError: it is no name, is reserved, or differs from another name only by case.
+        """
+        known = connection.execute("SELECT name FROM names WHERE name = ? COLLATE NOCASE", [name]).fetchall()
+        if (name,) in known:
+            return
+        if problem := name_problem(name):
+            raise UsageError(problem)
+        if known:
+            raise UsageError(
+                f"There is an adapter {known[0][0]!r} here, from which {name!r} differs only by case. "
+                "Use that name, or one that cannot be mistaken for it."
+            )
+
+    def next_version(self, connection: sqlite3.Connection, name: str) -> int:
+        """The number after the highest that `name` ever had.
+
+        Raises:
+            RegistryError: it has none left.
+        """
+        row = connection.execute("SELECT last_version FROM names WHERE name = ?", [name]).fetchone()
+        last = row[0] if row else 0
+        if last >= MAX_VERSION:
+            raise RegistryError(f"{name!r} has used up its version numbers (up to {MAX_VERSION}). Use another name.")
+        return int(last) + 1
+
     def publish(
         self, connection: sqlite3.Connection, manifest: AdapterManifest, signature: bytes | None = None
     ) -> None:
@@ -159,8 +210,10 @@ class Store:
 
         Raises:
             RegistryError: the number belongs, or once belonged, to another adapter.
+            UsageError: the name may not be used here.
         """
         key = (manifest.name, manifest.version)
+        self.check_new_name(connection, manifest.name)
         for table, state in (("versions", "is"), ("removed", "was")):
             row = connection.execute(f"SELECT digest FROM {table} WHERE name = ? AND version = ?", key).fetchone()  # noqa: S608
             if row and (state == "is" or row[0] != manifest.digest):
@@ -182,6 +235,77 @@ class Store:
         """A block in which errors of the machine become one sentence about `doing`; see `machine_errors`."""
         with machine_errors(doing, self.home):
             yield
+
+
+class Lease:
+    """The statement of a process that it uses an adapter: a server serves it, a push uploads it.
+
+    It ends with `release`, with its `with` block, with the last reference to it, or with the process. `effective` is
+    False in a read-only home, where no lease can be written, nor anything be collected.
+    """
+
+    def __init__(self, home: Path, digest: str) -> None:
+        self._file: IO[str] | None = None
+        self._owner = os.getpid()
+        folder = home / "leases"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._path = folder / f"{uuid.uuid4().hex}.json"
+            self._file = self._path.open("x")
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise
+            return
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        json.dump({"digest": digest, "process": os.getpid()}, self._file)
+        self._file.flush()
+
+    @property
+    def effective(self) -> bool:
+        """Whether the lease holds anything now."""
+        return self._file is not None
+
+    def release(self) -> None:
+        """End the lease; again is no error."""
+        if self._file is not None:
+            # A process forked from the owner has this object too, but may not end the lease.
+            if self._owner == os.getpid():
+                self._path.unlink(missing_ok=True)
+            self._file.close()
+            self._file = None
+
+    def __del__(self) -> None:
+        self.release()
+
+    def __enter__(self) -> "Lease":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def leased_digests(home: Path, *, clear: bool = False) -> set[str]:
+    """The digests that living processes hold.
+
+    With `clear`, for which the caller must hold the store exclusively, leases of dead processes are deleted.
+    """
+    held: set[str] = set()
+    for path in (home / "leases").glob("*.json"):
+        try:
+            with path.open("r+") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    held.add(json.load(file)["digest"])
+                    continue
+                if clear:
+                    path.unlink(missing_ok=True)
+        except (FileNotFoundError, ValueError):
+            # Just released, or just being written by one who holds the store.
+            continue
+    return held
 
 
 @contextmanager

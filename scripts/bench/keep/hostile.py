@@ -63,7 +63,7 @@ def refuse(case: Case, folder: Path, home: Path, base: ResolvedBase) -> dict[str
             if case.door == "add":
                 registry.add(folder, "sql", base=base)
             else:
-                import_adapter(registry.store, folder, base=base)
+                import_adapter(registry.store, folder, base=base, name="sql")
             reason = None
         except AdapterHubError as error:
             reason = str(error)

@@ -48,8 +48,8 @@ def test_a_pull_replays_it_on_the_base_here(
     folder = registry.export("sql", tmp_path / "parcel")
     there = AdapterRegistry(tmp_path / "there")
     with pytest.raises(UsageError, match="need their base"):
-        import_adapter(there.store, folder, verify="probes")
-    assert import_adapter(there.store, folder, base=base, verify="probes") == manifest
+        import_adapter(there.store, folder, verify="probes", name="sql")
+    assert import_adapter(there.store, folder, base=base, verify="probes", name="sql") == manifest
 
 
 def test_an_adapter_without_probes_says_so(
@@ -58,7 +58,7 @@ def test_an_adapter_without_probes_says_so(
     registry.add(adapter, "sql", base=base)
     folder = registry.export("sql", tmp_path / "parcel")
     with pytest.raises(UsageError, match="carries no probes"):
-        import_adapter(AdapterRegistry(tmp_path / "there").store, folder, base=base, verify="probes")
+        import_adapter(AdapterRegistry(tmp_path / "there").store, folder, base=base, verify="probes", name="sql")
 
 
 def test_an_unknown_quantisation_is_not_guessed(adapter: Path, base: ResolvedBase) -> None:

@@ -45,7 +45,7 @@ def refused(elsewhere: AdapterRegistry, hub: HubServer, error: type[AdapterHubEr
     with pytest.raises(error, match=text):
         elsewhere.pull(REPO, revision="v2", endpoint=hub.url)
     with pytest.raises(UnknownNameError):
-        elsewhere.resolve("sql")
+        elsewhere.resolve(REPO.rpartition("/")[2])
 
 
 def test_a_manifest_under_another_tag(
@@ -65,7 +65,7 @@ def test_weights_exchanged_under_the_manifest(
     with pytest.raises(IntegrityError):
         elsewhere.pull(REPO, revision=done.oid, endpoint=hub_server.url)
     with pytest.raises(UnknownNameError):
-        elsewhere.resolve("sql")
+        elsewhere.resolve(REPO.rpartition("/")[2])
 
 
 @pytest.mark.parametrize("name", ["../../escape", "tokenizer.json", "/etc/passwd", "weights.pkl"])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from huggingface_hub import HfApi, constants
 
+from adapterhub_lite.adapter_format.manifest import OriginRecord
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import (
     AdapterRejectedError,
@@ -52,7 +53,9 @@ def test_what_was_pushed_is_pulled_byte_for_byte(
     assert (pushed.tag, pushed.uploaded, pushed.commits_sent) == ("v1", True, 1)
     assert steps == [f"creating {REPO}", "publishing sql:1", "tagging v1"]
     pulled = elsewhere.pull(REPO, endpoint=hub_server.url)
-    assert (pulled.manifest, pulled.commit, pulled.source) == (here, pushed.commit, "hub")
+    assert (pulled.manifest.published(), pulled.commit, pulled.source) == (here, pushed.commit, "hub")
+    assert pulled.manifest.reference == "sql-lora:1"
+    assert pulled.manifest.origin == OriginRecord(repo_id=REPO, commit=pushed.commit, name="sql", version=1)
     for name in here.files:
         assert elsewhere.file(pulled.manifest, name).read_bytes() == registry.file(here, name).read_bytes()
     assert not list((elsewhere.home / "hub").glob("*/")), "what was fetched is not kept twice"
@@ -118,13 +121,14 @@ def test_versions_are_tags_and_the_newest_is_pulled_by_default(
     older = push_adapter(registry.store, "sql:1", REPO, endpoint=hub_server.url)
     assert pull_adapter(elsewhere.store, REPO, endpoint=hub_server.url).commit == newer.commit
     assert pull_adapter(elsewhere.store, REPO, revision="v1", endpoint=hub_server.url).commit == older.commit
-    assert pull_adapter(elsewhere.store, REPO, revision=older.commit, endpoint=hub_server.url).manifest.version == 1
-    assert {manifest.version for manifest in elsewhere.list("sql")} == {1, 2}
+    assert pull_adapter(elsewhere.store, REPO, revision=older.commit, endpoint=hub_server.url).source == "store"
+    found = {m.version: m.origin.version if m.origin else None for m in elsewhere.list("sql-lora")}
+    assert found == {1: 2, 2: 1}, "numbered as they came"
     with pytest.raises(UnknownNameError):
         pull_adapter(elsewhere.store, REPO, revision="v7", endpoint=hub_server.url)
 
 
-@pytest.mark.parametrize("revision", ["../v1", "v1/../../x", "", "@7", "a b"])
+@pytest.mark.parametrize("revision", ["../v1", "v1/../../x", "", "@7", "a b", "/v1", "a//b", "refs/heads/"])
 def test_a_revision_that_is_none_is_refused_before_any_request(
     elsewhere: AdapterRegistry, hub_server: HubServer, revision: str
 ) -> None:
@@ -144,8 +148,11 @@ def test_aliases_move_by_compare_and_swap_and_are_pulled(
         push_alias(REPO, "prod", None, expect=2, endpoint=hub_server.url)
     with pytest.raises(UnknownNameError, match="v9"):
         push_alias(REPO, "prod", 9, endpoint=hub_server.url)
-    assert elsewhere.pull(REPO, revision="@prod", endpoint=hub_server.url).manifest.version == 1
-    assert elsewhere.resolve("sql@prod").version == 1
+    pulled = elsewhere.pull(REPO, revision="@prod", endpoint=hub_server.url).manifest
+    assert pulled.origin is not None and (pulled.origin.version, pulled.origin.aliases) == (1, ("beta", "prod"))
+    assert elsewhere.aliases("sql-lora") == {}, "an alias of the hub moves none of ours"
+    elsewhere.pull(REPO, revision="@prod", alias="live", endpoint=hub_server.url)
+    assert elsewhere.resolve("sql-lora@live") == pulled
     assert push_alias(REPO, "prod", None, endpoint=hub_server.url) == {"beta": 1}
     assert remote_aliases(REPO, endpoint=hub_server.url) == {"beta": 1}
     with pytest.raises(UnknownNameError, match="alias"):
@@ -185,7 +192,7 @@ def test_a_pull_replays_the_probes_where_that_is_asked_for(
     assert elsewhere.list() == []
     for source in ("hub", "store"):
         pulled = elsewhere.pull(REPO, endpoint=hub_server.url, verify="probes", base=base)
-        assert (pulled.source, pulled.manifest) == (source, registry.resolve("sql"))
+        assert (pulled.source, pulled.manifest.published()) == (source, registry.resolve("sql"))
     with pytest.raises(UsageError, match="need their base"):
         elsewhere.pull(REPO, endpoint=hub_server.url, verify="probes")
 

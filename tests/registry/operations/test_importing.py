@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from huggingface_hub import HfApi
 
+from adapterhub_lite.adapter_format.manifest import OriginRecord
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import (
     AdapterRejectedError,
@@ -43,22 +44,23 @@ def parcel(
     return manifest, folder
 
 
-def test_a_version_arrives_with_its_number_and_manifest(
+def test_a_version_arrives_with_its_manifest_and_a_number_of_here(
     there: AdapterRegistry, parcel: tuple[AdapterManifest, Path], base: ResolvedBase
 ) -> None:
     manifest, folder = parcel
-    assert import_adapter(there.store, folder, base=base) == manifest
-    assert there.resolve("sql:2") == manifest
-    assert import_adapter(there.store, folder, base=base) == manifest, "again changes nothing"
-    assert there.list() == [manifest]
-    renamed = import_adapter(there.store, folder, name="mine")
-    assert (renamed.reference, renamed.digest) == ("mine:2", manifest.digest)
+    taken = import_adapter(there.store, folder, base=base, name="mine")
+    assert taken.reference == "mine:1" and taken.published() == manifest
+    assert taken.origin == OriginRecord(name="sql", version=2)
+    assert import_adapter(there.store, folder, base=base, name="mine") == taken, "again changes nothing"
+    assert there.list() == [taken]
+    kept = import_adapter(there.store, folder, name="sql", version=2)
+    assert (kept.reference, kept.published()) == ("sql:2", manifest), "a lock gives a number of its own"
 
 
 def test_the_next_local_version_comes_after(
     there: AdapterRegistry, parcel: tuple[AdapterManifest, Path], adapter: Path, base: ResolvedBase
 ) -> None:
-    import_adapter(there.store, parcel[1])
+    import_adapter(there.store, parcel[1], name="sql", version=2)
     assert there.add(adapter, "sql", base=base).version == 3
 
 
@@ -68,7 +70,8 @@ def test_a_taken_number_is_refused(
     for _ in range(2):
         there.add(other_adapter, "sql", base=base)
     with pytest.raises(RegistryError, match="sql:2 is another adapter here"):
-        import_adapter(there.store, parcel[1])
+        import_adapter(there.store, parcel[1], name="sql", version=2)
+    assert import_adapter(there.store, parcel[1], name="sql").version == 3
 
 
 def test_one_flipped_byte_is_found(there: AdapterRegistry, parcel: tuple[AdapterManifest, Path]) -> None:
@@ -78,7 +81,7 @@ def test_one_flipped_byte_is_found(there: AdapterRegistry, parcel: tuple[Adapter
         content[-3] ^= 1
         (folder / name).write_bytes(content)
         with pytest.raises(IntegrityError, match=name):
-            import_adapter(there.store, folder)
+            import_adapter(there.store, folder, name="sql")
         content[-3] ^= 1
         (folder / name).write_bytes(content)
     assert there.list() == []
@@ -129,14 +132,14 @@ def test_a_manifest_that_lies_is_refused(there: AdapterRegistry, parcel: tuple[A
     for lie in lies:
         _edit(folder, **lie)
         with pytest.raises(IntegrityError):
-            import_adapter(there.store, folder)
+            import_adapter(there.store, folder, name="sql")
         (folder / "adapterhub.json").write_bytes(original)
     _edit(folder, schema_version=2)
     with pytest.raises(SchemaVersionError, match="Upgrade"):
-        import_adapter(there.store, folder)
+        import_adapter(there.store, folder, name="sql")
     (folder / "adapterhub.json").unlink()
     with pytest.raises(IntegrityError, match=r"no adapterhub\.json"):
-        import_adapter(there.store, folder)
+        import_adapter(there.store, folder, name="sql")
     assert there.list() == []
 
 
@@ -144,18 +147,18 @@ def test_what_was_expected_has_to_come(there: AdapterRegistry, parcel: tuple[Ada
     manifest, folder = parcel
     wrong = manifest.model_copy(update={"digest": "sha256:" + "1" * 64})
     with pytest.raises(IntegrityError, match="not the adapter expected"):
-        import_adapter(there.store, folder, expected=wrong)
-    assert import_adapter(there.store, folder, expected=manifest) == manifest
+        import_adapter(there.store, folder, expected=wrong, name="sql")
+    assert import_adapter(there.store, folder, expected=manifest, name="sql").published() == manifest
 
 
 def test_missing_and_extra_files_are_named(there: AdapterRegistry, parcel: tuple[AdapterManifest, Path]) -> None:
     (parcel[1] / "payload.pkl").write_bytes(b"cos\nsystem\n")
     with pytest.raises(AdapterRejectedError, match=r"payload\.pkl"):
-        import_adapter(there.store, parcel[1])
+        import_adapter(there.store, parcel[1], name="sql")
     (parcel[1] / "payload.pkl").unlink()
     (parcel[1] / "adapter_model.safetensors").unlink()
     with pytest.raises(AdapterRejectedError, match="is missing"):
-        import_adapter(there.store, parcel[1])
+        import_adapter(there.store, parcel[1], name="sql")
 
 
 def test_another_base_is_named(
@@ -167,4 +170,4 @@ def test_another_base_is_named(
     (moved / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
     (moved / ".fingerprint.json").unlink(missing_ok=True)
     with pytest.raises(BaseMismatchError, match=r"moved-base here has .*; what differs: config"):
-        import_adapter(there.store, parcel[1], base=ResolvedBase("moved-base", "moved-base", moved))
+        import_adapter(there.store, parcel[1], base=ResolvedBase("moved-base", "moved-base", moved), name="sql")

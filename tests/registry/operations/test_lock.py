@@ -73,7 +73,10 @@ def test_another_machine_is_brought_to_the_lock(
     assert ["pull it" in problem for problem in verify_lock(there.store, lock, bases=[home_base])] == [True, True]
     for entry in lock.adapters:
         import_adapter(
-            there.store, registry.export(entry.digest, tmp_path / entry.name), expected=registry.resolve(entry.digest)
+            there.store,
+            registry.export(entry.digest, tmp_path / entry.name),
+            name=entry.name,
+            expected=registry.resolve(entry.digest),
         )
     assert verify_lock(there.store, lock, bases=[home_base]) == []
 
@@ -107,7 +110,8 @@ def test_what_is_missing_is_pulled_and_nothing_else_taken(
     there = AdapterRegistry(tmp_path / "there")
     with HubServer(tmp_path / "hub") as hub:
         registry.push("sql", "org/sql", endpoint=hub.url)
-        assert pull_locked(there.store, lock, endpoint=hub.url) == [manifest]
+        (pulled,) = pull_locked(there.store, lock, endpoint=hub.url)
+        assert (pulled.reference, pulled.published()) == ("sql:1", manifest)
         assert pull_locked(there.store, lock, endpoint="http://127.0.0.1:9") == [], "nothing is missing any more"
         moved = lock.adapters[0].model_copy(update={"digest": "sha256:" + "0" * 64})
         with pytest.raises(IntegrityError, match="another adapter as v1 than the lock"):

@@ -133,7 +133,7 @@ def warm_up(registry: AdapterRegistry, adapters: list[Path], parcel: Path, base:
         for adapter in adapters:
             version = registry.add(adapter, "sql", base=base).version
         registry.set_alias("sql", "prod", version=version)
-        import_adapter(registry.store, parcel, base=base)
+        import_adapter(registry.store, parcel, base=base, name="sql")
         registry.gc(keep_newest=3)
     return (time.monotonic() - start) / (len(adapters) + 3)
 

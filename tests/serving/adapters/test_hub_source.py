@@ -67,20 +67,20 @@ def test_first_use_pulls_and_later_uses_do_not_ask(
         assert engine.generate(request).token_ids == alone.tokens("pulled", adapters["small"], new=6)
         asked = len(hub.faults.log)
         hub.faults.add("503", times=1000)
-        assert engine.generate(request).adapter == "sql:1"
+        assert engine.generate(request).adapter == "sql-lora:1"
         assert len(hub.faults.log) == asked
         assert engine.status().can_pull is True
 
 
 def test_warm_cache_serves_while_the_hub_is_down(hub: Any, source: HubSource, clock: Clock) -> None:
-    assert ask_hub_for(source, f"{REPO}@prod") == "sql:1"
+    assert ask_hub_for(source, f"{REPO}@prod") == "sql-lora:1"
     hub.faults.add("503", times=10_000)
     clock.now = 61.0
-    assert ask_hub_for(source, f"{REPO}@prod") == "sql:1"
+    assert ask_hub_for(source, f"{REPO}@prod") == "sql-lora:1"
     assert source.trouble is not None
     hub.faults.clear()
     clock.now = 200.0
-    assert ask_hub_for(source, f"{REPO}@prod") == "sql:1"
+    assert ask_hub_for(source, f"{REPO}@prod") == "sql-lora:1"
     assert source.trouble is None
 
 
@@ -88,7 +88,7 @@ def test_another_process_pulled_it_before(hub: Any, source: HubSource, registry:
     ask_hub_for(source, f"{REPO}:1")
     hub.faults.add("503", times=10_000)
     fresh = HubSource(registry, ["org/*"], endpoint=hub.url)
-    assert ask_hub_for(fresh, f"{REPO}:1") == "sql:1"
+    assert ask_hub_for(fresh, f"{REPO}:1") == "sql-lora:1"
     assert fresh.trouble is not None
 
 
@@ -103,7 +103,7 @@ def test_cold_miss_fails_once_slowly_and_then_at_once(hub: Any, source: HubSourc
     assert len(hub.faults.log) == asked, "a failed miss is not asked for again while it is fresh"
     hub.faults.clear()
     clock.now = 31.0
-    assert ask_hub_for(source, f"{REPO}:1") == "sql:1"
+    assert ask_hub_for(source, f"{REPO}:1") == "sql-lora:1"
 
 
 def test_what_is_not_there_or_not_allowed(source: HubSource) -> None:

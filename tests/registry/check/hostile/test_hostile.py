@@ -52,7 +52,7 @@ def test_it_is_refused(
             if case.door == "add":
                 registry.add(folder, "sql", base=base)
             else:
-                import_adapter(registry.store, folder, base=base)
+                import_adapter(registry.store, folder, base=base, name="sql")
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -107,4 +107,4 @@ def test_all_problems_come_in_one_report(
 
 def test_the_sound_ones_pass(registry: AdapterRegistry, adapter: Path, parcel: Path, base: ResolvedBase) -> None:
     registry.add(adapter, "mine", base=base)
-    import_adapter(registry.store, parcel, base=base)
+    import_adapter(registry.store, parcel, base=base, name="sql")
