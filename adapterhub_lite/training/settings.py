@@ -2,8 +2,8 @@
 
 `RunSettings` holds what a run may be told beyond transformers' own arguments, and those of transformers' whose default is
 another here; `AdapterTrainingArguments` is `TrainingArguments` with these fields. `TrainingRecipe` and `PlanRequest` are
-selections of them: the options of `train` and `plan`, and `train`'s YAML keys. The defaults of learning rate, alpha,
-LoRA+ and save_steps were measured on the example tasks (scripts/bench/results/training_defaults.json).
+selections of them: the options of `train` and `plan`, and `train`'s YAML keys. `scripts/bench/train/defaults.py` compares
+candidates for the defaults of learning rate, alpha, LoRA+ and save_steps on the example tasks.
 """
 
 import json

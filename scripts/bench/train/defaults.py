@@ -1,4 +1,4 @@
-"""Which learning rate, alpha, LoRA+ ratio and checkpoint interval suit the example tasks: the source of the defaults.
+"""Which learning rate, alpha, LoRA+ ratio and checkpoint interval suit the example tasks: candidates for the defaults.
 
     python -m scripts.bench.train.defaults                 # about ten minutes on one quiet core
     python -m scripts.bench.train.defaults sql --steps 20  # one task, shorter runs
@@ -54,9 +54,10 @@ def train_one(variant: Variant, task: str, steps: int, folder: Path) -> dict[str
     seconds = (time.perf_counter() - began) / steps
     began = time.perf_counter()
     trainer._save_checkpoint(trainer.model, None)
+    saving = time.perf_counter() - began
     return {
         **asdict(variant), "task": task, "steps": steps, "held_out_loss": trainer.evaluate()["eval_loss"],
-        "step_seconds": seconds, "checkpoint_seconds": time.perf_counter() - began,
+        "step_seconds": seconds, "checkpoint_seconds": saving,
     }  # fmt: skip
 
 
