@@ -142,10 +142,10 @@ def test_metrics_beyond_the_checkpoint_and_half_lines_are_forgotten(tmp_path: Pa
     ("arguments", "words"),
     [
         ({"optim": "adam_of_tomorrow"}, "adam_of_tomorrow"),
-        ({"rank": 0}, "rank and alpha must be positive"),
-        ({"overlong": "hope"}, "refuse, truncate, drop"),
-        ({"max_length": 1}, "at least 2 tokens"),
-        ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\)"),
+        ({"rank": 0}, "rank is 0, expected 1 or more"),
+        ({"overlong": "hope"}, "refuse, truncate, truncate_start, drop"),
+        ({"max_length": 1}, "max_length is 1, expected 2 or more"),
+        ({"lora_dropout": 1.0}, "lora_dropout is 1.0, expected at least 0"),
     ],
 )
 def test_arguments_that_cannot_be_are_refused(arguments: dict[str, Any], words: str, tmp_path: Path) -> None:
