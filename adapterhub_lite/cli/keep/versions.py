@@ -25,6 +25,28 @@ MOST_ROWS = 50
 ReferenceArgument = Annotated[str, typer.Argument(help="name, name:version, name@alias or a digest.")]
 
 
+def would_add(folder: Path, name: str, convert: bool, as_json: bool) -> None:
+    """Say what `add` would do, after the checks that need no base.
+
+    Raises:
+        UsageError: not a name, or no such folder.
+        AdapterRejectedError: with every problem of the adapter.
+    """
+    from adapterhub_lite.adapter_format.foreign.opening import open_adapter
+    from adapterhub_lite.adapter_format.reference import is_name
+    from adapterhub_lite.errors import UsageError
+    from adapterhub_lite.registry.check.folder import inspect_adapter
+
+    if not is_name(name):
+        raise UsageError(f"Expected a name of 1 to 64 letters, digits, '.', '_', '-'; got {name!r:.80}.")
+    if not folder.exists():
+        raise UsageError(f"There is no adapter folder {str(folder)!r}. Give the folder that training saved.")
+    with tempfile.TemporaryDirectory() as scratch:
+        # Whatever needs the base to be converted is looked at when it is added.
+        _, lora = inspect_adapter(open_adapter(folder, Path(scratch), convert=convert).folder).accepted()
+    would(f"add {folder} (rank {lora.rank}) as the next version of {name}", as_json, rank=lora.rank)
+
+
 def add(
     folder: Annotated[
         Path, typer.Argument(help="An adapter: its folder, a checkpoint, a run, a zip or tar, or one of MLX or GGUF.")
@@ -53,22 +75,11 @@ def add(
 
     Example: `adapterhub-lite add ./my-lora sql --base smollm2-135m`
     """
-    from adapterhub_lite.adapter_format.foreign.opening import open_adapter
-    from adapterhub_lite.adapter_format.reference import is_name
     from adapterhub_lite.bases import resolve_base
-    from adapterhub_lite.errors import UsageError
     from adapterhub_lite.registry import AdapterRegistry
-    from adapterhub_lite.registry.check.folder import inspect_adapter
 
     if dry_run:
-        if not is_name(name):
-            raise UsageError(f"Expected a name of 1 to 64 letters, digits, '.', '_', '-'; got {name!r:.80}.")
-        if not folder.exists():
-            raise UsageError(f"There is no adapter folder {str(folder)!r}. Give the folder that training saved.")
-        with tempfile.TemporaryDirectory() as scratch:
-            # Whatever needs the base to be converted is looked at when it is added.
-            _, lora = inspect_adapter(open_adapter(folder, Path(scratch), convert=convert).folder).accepted()
-        return would(f"add {folder} (rank {lora.rank}) as the next version of {name}", as_json, rank=lora.rank)
+        return would_add(folder, name, convert, as_json)
     resolved = resolve_base(base, home=home, progress=say) if base else None
     said: list[str] = []
     with waiting(f"checking {folder}"):

@@ -7,6 +7,7 @@ import typer
 
 from adapterhub_lite.cli.output import DryRunOption, HomeOption, JsonOption, megabytes, print_json, say, short, would
 from adapterhub_lite.cli.share.lock import bring_locked
+from adapterhub_lite.registry.hub.receipts import PullReceipt
 
 EndpointOption = Annotated[
     str | None,
@@ -60,6 +61,18 @@ def push(
     )
     if alias:
         say(f"{repo_id}@{alias} points to {receipt.tag}.")
+
+
+def report_pull(receipt: PullReceipt, alias: str | None, as_json: bool) -> None:
+    """Say what was pulled, and which alias points to it now."""
+    manifest = receipt.manifest
+    if as_json:
+        return print_json(
+            {"manifest": manifest.model_dump(mode="json"), "commit": receipt.commit, "source": receipt.source}
+        )
+    if alias:
+        say(f"{manifest.name}@{alias} points to version {manifest.version}.")
+    say(f"{manifest.reference} ({short(manifest.digest)}), commit {receipt.commit[:12]}: {SOURCES[receipt.source]}.")
 
 
 def pull(
@@ -118,11 +131,4 @@ def pull(
         repo_id, revision=revision, name=name, alias=alias, endpoint=endpoint,  offline=offline, adopt=adopt, subfolder=subfolder,
         verify="probes" if probes else "files", base=resolve_base(base, home=home) if base else None, progress=say,
     )  # fmt: skip
-    manifest = receipt.manifest
-    if as_json:
-        return print_json(
-            {"manifest": manifest.model_dump(mode="json"), "commit": receipt.commit, "source": receipt.source}
-        )
-    if alias:
-        say(f"{manifest.name}@{alias} points to version {manifest.version}.")
-    say(f"{manifest.reference} ({short(manifest.digest)}), commit {receipt.commit[:12]}: {SOURCES[receipt.source]}.")
+    report_pull(receipt, alias, as_json)

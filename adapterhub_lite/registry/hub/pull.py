@@ -77,6 +77,17 @@ class _Pull:
         return self.store.home / PULLS / f"{hashlib.sha256(asked.encode()).hexdigest()[:32]}.json"
 
 
+def check_request(revision: str | None, subfolder: str | None, adopt: bool, alias: str | None) -> None:
+    """Raise UsageError for what can be no revision, folder or alias, before a hub is asked."""
+    plain = (revision or "").removeprefix("@")
+    if revision is not None and not (REVISION.fullmatch(plain) and (plain == revision or is_alias(plain))):
+        raise UsageError(f"Wanted a revision like v3, @prod, a branch or a 40-hex commit; got {revision!r:.80}.")
+    if subfolder is not None and not (adopt and SUBFOLDER.fullmatch(subfolder)):
+        raise UsageError(f"Wanted the folder of an adapter to adopt, such as 'checkpoint-100'; got {subfolder!r:.80}.")
+    if alias is not None and not is_alias(alias):
+        raise UsageError(f"Wanted an alias of letters, digits, '.', '_', '-', not all digits; got {alias!r:.80}.")
+
+
 def pull_adapter(
     store: Store,
     repo_id: str,
@@ -114,13 +125,7 @@ def pull_adapter(
         HubPermissionError, HubUnreachableError, UnknownNameError: from the hub.
         ResourceError: the disk is full, or the home cannot be written to.
     """
-    plain = (revision or "").removeprefix("@")
-    if revision is not None and not (REVISION.fullmatch(plain) and (plain == revision or is_alias(plain))):
-        raise UsageError(f"Wanted a revision like v3, @prod, a branch or a 40-hex commit; got {revision!r:.80}.")
-    if subfolder is not None and not (adopt and SUBFOLDER.fullmatch(subfolder)):
-        raise UsageError(f"Wanted the folder of an adapter to adopt, such as 'checkpoint-100'; got {subfolder!r:.80}.")
-    if alias is not None and not is_alias(alias):
-        raise UsageError(f"Wanted an alias of letters, digits, '.', '_', '-', not all digits; got {alias!r:.80}.")
+    check_request(revision, subfolder, adopt, alias)
     repo, local = HubRepo(repo_id, endpoint=endpoint, token=token), name or repo_id.rpartition("/")[2]
     tell = progress or (lambda _: None)
     asked = _Pull(store, repo, revision, local, name is not None, alias, base, verify, adopt, expected, tell, subfolder)
