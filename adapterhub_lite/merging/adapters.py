@@ -6,18 +6,16 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from adapterhub_lite.adapter_format.lora_config import MAX_RANK, LoraConfigFile, read_lora_config
 from adapterhub_lite.adapter_format.manifest import CONFIG_FILE, WEIGHTS_FILE, MergeRecipe, ParentRecord
 from adapterhub_lite.bases import ResolvedBase, find_base
 from adapterhub_lite.errors import BaseMismatchError, MergeError, UnknownNameError, UsageError
+from adapterhub_lite.merging.deltas import Factors
 from adapterhub_lite.merging.refusals import refuse_variants
 from adapterhub_lite.registry import AdapterManifest, AdapterReference, AdapterRegistry
 from adapterhub_lite.registry.store.files import file_record
-
-if TYPE_CHECKING:
-    from adapterhub_lite.merging.deltas import Factors
 
 Method = Literal["cat", "svd", "ties", "dare_ties", "linear"]
 

@@ -1,34 +1,39 @@
-"""An adapter as what it adds to each module: delta = B @ A, with the scaling inside B, in fp32. Knows torch only."""
+"""An adapter as what it adds to each module: delta = B @ A, with the scaling inside B, in fp32. Torch is imported on use."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from adapterhub_lite.adapter_format.manifest import LoraRecord
 from adapterhub_lite.adapter_format.tensors import LORA_A, LORA_B, read_pairs, tensor_name
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
 class Factors:
     """One module's change: `b` (out, rank) @ `a` (rank, in); with `magnitude` (out,), a DoRA's."""
 
-    a: torch.Tensor
-    b: torch.Tensor
-    magnitude: torch.Tensor | None = None
+    a: "torch.Tensor"
+    b: "torch.Tensor"
+    magnitude: "torch.Tensor | None" = None
 
     @property
     def rank(self) -> int:
         """How many rows `a` has."""
         return self.a.shape[0]
 
-    def delta(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The change itself, (out, in), multiplied out in `dtype`."""
+    def delta(self, dtype: "torch.dtype | None" = None) -> "torch.Tensor":
+        """The change itself, (out, in), multiplied out in `dtype` (None: float32)."""
+        import torch
+
+        dtype = dtype or torch.float32
         return self.b.to(dtype) @ self.a.to(dtype)
 
-    def change(self, weight: torch.Tensor) -> torch.Tensor:
+    def change(self, weight: "torch.Tensor") -> "torch.Tensor":
         """What this module's weight (out, in), in float32, is changed by.
 
         LoRA: the delta. DoRA (arXiv:2402.09353): W' = m (W + delta) / norm, each row of the sum by its own norm.
@@ -41,6 +46,8 @@ class Factors:
 
     def padded(self, rank: int) -> "Factors":
         """The same change with zero rows and columns up to `rank`."""
+        import torch
+
         more = rank - self.rank
         if more == 0:
             return self
@@ -56,7 +63,7 @@ def read_factors(path: Path, lora: LoraRecord) -> dict[str, Factors]:
     }
 
 
-def as_tensors(factors: dict[str, Factors], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def as_tensors(factors: dict[str, Factors], dtype: "torch.dtype") -> dict[str, "torch.Tensor"]:
     """The tensors of a PEFT file for these factors, whose configuration has to scale by one."""
     tensors = {}
     for module, pair in sorted(factors.items()):
@@ -68,6 +75,8 @@ def as_tensors(factors: dict[str, Factors], dtype: torch.dtype) -> dict[str, tor
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Compute on one thread: how a product is split among threads decides its last bits."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -17,14 +17,13 @@ from adapterhub_lite.adapter_format.lora_config import read_lora_config
 from adapterhub_lite.adapter_format.manifest import CONFIG_FILE, WEIGHTS_FILE
 from adapterhub_lite.bases import ResolvedBase, base_fingerprint, base_modules, find_base, stored_modules
 from adapterhub_lite.errors import UsageError
+from adapterhub_lite.merging.deltas import Factors
 from adapterhub_lite.merging.refusals import RECEIPT_FILE, refuse_base, refuse_biases, refuse_tied
 from adapterhub_lite.registry import AdapterManifest, AdapterReference, AdapterRegistry
 from adapterhub_lite.registry.store.store import machine_errors
 
 if TYPE_CHECKING:
     import torch
-
-    from adapterhub_lite.merging.deltas import Factors
 
 DTYPES = ("float32", "bfloat16", "float16")
 # Beside the weights; anything else in a base's folder (other formats, caches) is not the model.
