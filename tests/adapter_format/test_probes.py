@@ -45,7 +45,7 @@ def test_a_fresh_process_reproduces_the_probes(with_probes: Path, tiny_base: Pat
     done = subprocess.run(command, capture_output=True, text=True)
     difference, passed = done.stdout.split()
     assert passed == "True", done.stderr
-    torch.testing.assert_close(float(difference), 0.0)
+    torch.testing.assert_close(torch.tensor(float(difference)), torch.tensor(0.0))
 
 
 def test_the_model_is_left_in_its_mode(with_probes: Path, tiny_base: Path) -> None:

@@ -67,7 +67,7 @@ def test_the_memo_is_not_trusted_after_a_change(copy: Path) -> None:
 
 
 def test_a_folder_without_a_base_and_a_truncated_base_are_refused(copy: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"not a base model: wanted config\.json"):
+    with pytest.raises(UsageError, match=r"not a base model: expected config\.json"):
         base_fingerprint(tmp_path)
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

@@ -199,7 +199,7 @@ def test_a_title_is_one_line(run: Run, stocked: AdapterRegistry) -> None:
         ("rollback sql prod", "no earlier version"),
         ("merge sql:1 sql:2 --weights 1", "1 weights"),
         ("merge sql:1 sql:2 --method best", "no merge method"),
-        ("add {rows} mine", "no adapter folder"),
+        ("add {rows} mine", "no folder, no zip or tar archive"),
     ],
 )
 def test_a_dry_run_refuses_what_the_run_would(

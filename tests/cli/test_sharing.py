@@ -38,7 +38,7 @@ def test_push_and_pull_say_what_they_did(
     elsewhere = (*there, "--home", str(tmp_path / "elsewhere"))
     pulled = run("pull", REPO, "--revision", "@prod", *elsewhere)
     assert pulled.returncode == 0, pulled.stderr
-    assert "sql:1" in pulled.stderr and "fetched from the hub" in pulled.stderr
+    assert "sql-lora:1" in pulled.stderr and "fetched from the hub" in pulled.stderr
     assert "was here already" in run("pull", REPO, "--revision", "@prod", *elsewhere).stderr
     offline = run("pull", REPO, "--revision", "@prod", "--offline", *elsewhere)
     assert "the hub was not asked" in offline.stderr

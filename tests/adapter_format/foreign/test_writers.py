@@ -142,7 +142,7 @@ def test_a_kept_configuration_has_no_pattern_and_peft_reads_it(
 REFUSED: dict[str, tuple[Change, str]] = {
     "a key set to something": (
         set_config(peft_version="0.99.0", use_tomorrow=True),
-        r"unknown key 'use_tomorrow'.*PEFT 0\.99\.0",
+        r"unknown key 'use_tomorrow'.*PEFT '0\.99\.0'",
     ),
     "enable_lora set": (set_config(enable_lora=[True, False, True]), "unknown key 'enable_lora'"),
     "auto_mapping of others": (

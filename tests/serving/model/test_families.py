@@ -85,7 +85,7 @@ class Own:
 FOUND: dict[str, str] = {}  # family -> how it is served
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`:UserWarning")
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match any targeted module:RuntimeWarning")
 @pytest.mark.parametrize("family", FAMILIES)
@@ -116,7 +116,7 @@ def test_a_family_is_served_as_its_own_generate_answers(family: str, tmp_path: P
         assert list(answer.token_ids) == expected, (family, adapter, prompt)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_table_in_the_docs_is_what_was_found() -> None:
     """The page is written with ADAPTERHUB_WRITE_DOCS=1; what stands in it must be so."""
     if FOUND.keys() != FAMILIES.keys():

@@ -85,13 +85,27 @@ def launch(processes: int, base: Path, folder: Path, jobs: dict[str, Found]) -> 
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def untied_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base with a head of its own: a LoRA on a tied head is refused before it is trained."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("untied")
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(untied_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """One run in one process, and under each engine: in two, accumulated, resumed, broken, begun by one or by two."""
     folder = tmp_path_factory.mktemp("runs")
     one = {"one": alone("ddp"), "head": alone("ddp", **ON_THE_HEAD)}
     if ZERO:
         one["one-zero3"] = alone("zero3")
-    found = launch(1, tiny_base, folder, one)
+    found = launch(1, untied_base, folder, one)
     two = {"ddp-of-one": job(4, "ddp", resume=middle(folder, "one"))}
     for name in (*(name for name in ENGINES if name not in ZERO_NAMES), *ZERO):
         # In bf16, another shape of batch would be another rounding.
@@ -101,11 +115,11 @@ def runs(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     if ZERO:
         two["zero3-of-one"] = job(4, "zero3", resume=middle(folder, "one-zero3"))
         two["head-zero3"] = job(4, "zero3", **ON_THE_HEAD)
-    found |= launch(2, tiny_base, folder, two)
+    found |= launch(2, untied_base, folder, two)
     again = {f"{name}-by-one": alone(name, resume=middle(folder, name)) for name in ("ddp", *ZERO)}
     # No engine at all: what FSDP and ZeRO-3 have split is resumed whole.
     again |= {f"{name}-plain": alone("ddp", resume=middle(folder, name)) for name in ("fsdp", *ZERO[2:])}
-    found |= launch(1, tiny_base, folder, again)
+    found |= launch(1, untied_base, folder, again)
     return Runs(folder, found)
 
 
@@ -175,13 +189,14 @@ def stored(path: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", EXACT)
-def test_plain_peft_loads_what_was_saved(engine: str, runs: Runs, tiny_base: Path) -> None:
+def test_plain_peft_loads_what_was_saved(engine: str, runs: Runs, untied_base: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     from adapterhub_lite.adapter_format.probes import replay_probes
 
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), runs.folder / engine / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(untied_base)
+    model = PeftModel.from_pretrained(base, runs.folder / engine / "adapter")
     assert replay_probes(model, runs.folder / engine / "adapter").passed
 
 
