@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from adapterhub_lite.bases import resolve_base
+from adapterhub_lite.errors import AdapterRejectedError
 from adapterhub_lite.registry import AdapterRegistry
 from tests.docs.terminal import FENCE, PAGES, ROOT, Terminal, blocks, pages_with, shortened
 from tests.fixture_types import MakeAdapter
@@ -67,13 +68,16 @@ def test_the_page_on_a_hub_of_ones_own_runs(
         if "plain-lora --adopt" in code:
             terminal.type(f"{said}\nhf upload --quiet team/plain-lora ./plain")
         if "PUBLIC_KEY" in code:
+            assert registry.resolve("team-sql").digest == registry.resolve("sql").digest
             code, _, trust = code.partition("adapterhub-lite trust")
             shown = terminal.type(code)
             key = re.search(r"\b[0-9a-f]{64}\b", shown)[0]  # type: ignore[index]
             code = f"adapterhub-lite trust{trust.replace('PUBLIC_KEY', key)}"
         terminal.type(code if code.startswith("adapterhub-lite hub") else f"{said}\n{code}")
-    assert registry.resolve("team-sql").digest == registry.resolve("sql").digest
-    assert key and json.loads((tmp_path / "adapters.lock").read_text())
+    # What was pulled before its publisher signed it is not answered with any more.
+    with pytest.raises(AdapterRejectedError, match="not signed"):
+        registry.resolve("team-sql")
+    assert registry.resolve("sql") and key and json.loads((tmp_path / "adapters.lock").read_text())
 
 
 @pytest.mark.slow
