@@ -39,7 +39,7 @@ def test_push_and_pull_say_what_they_did(
     pulled = run("pull", REPO, "--revision", "@prod", *elsewhere)
     assert pulled.returncode == 0, pulled.stderr
     assert "sql-lora:1" in pulled.stderr and "fetched from the hub" in pulled.stderr
-    assert "was here already" in run("pull", REPO, "--revision", "@prod", *elsewhere).stderr
+    assert "already in the registry" in run("pull", REPO, "--revision", "@prod", *elsewhere).stderr
     offline = run("pull", REPO, "--revision", "@prod", "--offline", *elsewhere)
     assert "the hub was not asked" in offline.stderr
     assert json.loads(run("pull", REPO, *elsewhere, "--json").stdout)["source"] == "hub"
