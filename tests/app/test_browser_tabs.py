@@ -162,4 +162,4 @@ def test_plan_explains_its_choice_and_draws_every_preset(serve: Serve, page: "Pa
     page.locator("#plan-base input").fill("/etc")
     page.locator("#plan-base input").press("Enter")
     page.locator("#plan-run").click()
-    expect(page.locator("#plan-answer")).to_contain_text("Wanted a base from the list", timeout=PATIENCE)
+    expect(page.locator("#plan-answer")).to_contain_text("Expected a base from the list", timeout=PATIENCE)

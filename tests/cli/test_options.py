@@ -36,7 +36,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_default(tmp_p
     [
         ("stepz: 7\n", "unknown setting stepz"),
         ("steps: many\n", "steps is 'many', expected int"),
-        ("- 1\n", "holds no settings"),
+        ("- 1\n", "contains no settings"),
         ("steps: [\n", "could not be read as YAML"),
         ("steps: 0\nrank: -1\n", "steps is 0.*rank is -1"),
     ],

@@ -17,7 +17,7 @@ import torch
 from adapterhub_lite.errors import EngineClosedError, QueueFullError, ResourceError, ServingError
 from adapterhub_lite.serving.engine.request import GenerationChunk
 from adapterhub_lite.serving.engine.sequence import GenerationSequence, token_logprob
-from adapterhub_lite.serving.model.batch import RowSlice, pack
+from adapterhub_lite.serving.model.kv_cache import RowSlice, pack
 from adapterhub_lite.serving.model.runner import ModelRunner
 
 logger = logging.getLogger("adapterhub.engine")
@@ -122,10 +122,17 @@ class Scheduler:
     def add(self, sequence: GenerationSequence) -> None:
         """Put a sequence into the queue.
 
+        A tenant that has nothing here yet finds the spare rows and some places more, so nobody fills the queue alone.
+
         Raises:
             QueueFullError: the queue is full.
         """
-        if len(self.waiting) >= self._max_queue + self.rows.count(None):
+        free = self.rows.count(None)
+        places = self._max_queue + max(0, free - self._spare)
+        known = self.waiting.by_tenant().keys() | {one.request.tenant for one in self.running}
+        if sequence.request.tenant not in known:
+            places += min(free, self._spare) + self._max_queue // 8
+        if len(self.waiting) >= places:
             raise QueueFullError(f"{self._max_queue} requests are waiting already; try again later.")
         self.waiting.append(sequence)
 

@@ -13,8 +13,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.serving.adapters.weights import Family
-from adapterhub_lite.serving.model.batch import Step
-from adapterhub_lite.serving.model.kv_cache import KVCache
+from adapterhub_lite.serving.model.kv_cache import KVCache, Step
 from adapterhub_lite.serving.model.lora_torch import LoraBank
 
 ATTENTION = "adapterhub_rows"

@@ -13,8 +13,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from adapterhub_lite.serving.adapters.weights import Family
-from adapterhub_lite.serving.model.batch import Step
-from adapterhub_lite.serving.model.kv_cache import KVCache
+from adapterhub_lite.serving.model.kv_cache import KVCache, Step
 from adapterhub_lite.serving.model.lora_torch import LoraBank
 
 ATTENTION_INPUT = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

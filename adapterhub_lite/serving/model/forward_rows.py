@@ -14,8 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from adapterhub_lite.serving.adapters.weights import Family, Parts
-from adapterhub_lite.serving.model.batch import Step
-from adapterhub_lite.serving.model.kv_cache import token_bytes
+from adapterhub_lite.serving.model.kv_cache import Step, token_bytes
 
 
 class RowLora:

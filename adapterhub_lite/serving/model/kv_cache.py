@@ -1,4 +1,8 @@
-"""Keys and values by row, and attention over them: a row grows and leaves without touching the others.
+"""A step's tokens, packed row by row, and the keys and values that they write and read.
+
+A step is packed without padding, once, and shared by every layer: how its tokens map to rows of the cache and of the
+LoRA bank. Neighbouring rows with as many tokens and about as long a cache are a run, which shares each call. A row
+grows and leaves without touching the others. Nothing here knows of requests or models.
 
 Layout, for each layer and for keys and values alike: one tensor
 
@@ -19,15 +23,102 @@ import contextlib
 import ctypes
 import struct
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
 
-from adapterhub_lite.serving.model.batch import Run, Step
-
 FIRST_CAPACITY = 512
 CLEAN_BLOCK = 256
+# Rows whose caches differ less than this are read together; padding a short row to a long one costs more than a call.
+LENGTH_BUCKET = 256
+
+
+@dataclass(frozen=True)
+class RowSlice:
+    """Tokens that one row computes in a step; `start` of them are in its cache already."""
+
+    row: int
+    start: int
+    token_ids: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring rows that compute the same number of tokens: one batched call a layer. Ends are exclusive."""
+
+    tokens: slice
+    rows: slice
+    query_length: int
+    kv_length: int
+    starts: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """How many rows there are."""
+        return self.rows.stop - self.rows.start
+
+
+@dataclass(frozen=True)
+class Step:
+    """A packed step of T tokens. `last` holds the index of each row's last token, in the order of `rows`."""
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    token_rows: torch.Tensor
+    last: torch.Tensor
+    rows: tuple[int, ...]
+    runs: tuple[Run, ...]
+
+
+def pack(slices: Sequence[RowSlice], device: torch.device | str = "cpu") -> Step:
+    """Pack the slices, which must be in ascending order of row, into a step."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    token_rows: list[int] = []
+    last: list[int] = []
+    for part in slices:
+        token_ids.extend(part.token_ids)
+        positions.extend(range(part.start, part.start + len(part.token_ids)))
+        token_rows.extend([part.row] * len(part.token_ids))
+        last.append(len(token_ids) - 1)
+
+    def tensor(values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.long, device=device)
+
+    rows = tuple(part.row for part in slices)
+    return Step(tensor(token_ids), tensor(positions), tensor(token_rows), tensor(last), rows, group_runs(slices))
+
+
+def _bucket(length: int) -> int:
+    """The power of two, at least `LENGTH_BUCKET`, that holds `length`: rows of one bucket share a call."""
+    return max(LENGTH_BUCKET, 1 << (length - 1).bit_length())
+
+
+def group_runs(slices: Sequence[RowSlice]) -> tuple[Run, ...]:
+    """The neighbouring rows that can share a call: as many tokens each, caches of about one length."""
+    groups: list[list[RowSlice]] = []
+    for part in slices:
+        before = groups[-1][-1] if groups else None
+        if (
+            before is not None
+            and part.row == before.row + 1
+            and len(part.token_ids) == len(before.token_ids)
+            and _bucket(part.start + len(part.token_ids)) == _bucket(before.start + len(before.token_ids))
+        ):
+            groups[-1].append(part)
+        else:
+            groups.append([part])
+    runs, offset = [], 0
+    for group in groups:
+        query = len(group[0].token_ids)
+        longest = max(part.start for part in group) + query
+        tokens = slice(offset, offset + query * len(group))
+        rows = slice(group[0].row, group[-1].row + 1)
+        runs.append(Run(tokens, rows, query, longest, tuple(part.start for part in group)))
+        offset = tokens.stop
+    return tuple(runs)
 
 
 class KVCache:

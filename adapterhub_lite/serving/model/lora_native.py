@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from adapterhub_lite.serving.adapters.weights import Family, FamilyWeights, Parts
-from adapterhub_lite.serving.model.batch import Step
+from adapterhub_lite.serving.model.kv_cache import Step
 
 # As in row_products.c.
 ENTRY = struct.Struct("@PPPPiiiiif")

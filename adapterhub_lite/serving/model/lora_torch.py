@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from adapterhub_lite.serving.adapters.weights import Family, Parts
-from adapterhub_lite.serving.model.batch import Run, Step
+from adapterhub_lite.serving.model.kv_cache import Run, Step
 
 # A blend or a single large adapter widens every row; when nothing runs the rows go back to at most this.
 USUAL_RANK = 16

@@ -26,9 +26,9 @@ from transformers.utils import logging as transformers_logging
 
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.serving.adapters.weights import AdapterWeights, Family, FamilyWeights, Part, Parts, find_families
-from adapterhub_lite.serving.model.batch import RowSlice, pack
 from adapterhub_lite.serving.model.forward_llama import can_fuse
 from adapterhub_lite.serving.model.forward_rows import RowForward, greedy_settings
+from adapterhub_lite.serving.model.kv_cache import RowSlice, pack
 from adapterhub_lite.serving.model.runner import ForwardKind, ModelRunner
 
 logger = logging.getLogger(__name__)

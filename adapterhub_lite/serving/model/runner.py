@@ -8,11 +8,10 @@ from transformers import PreTrainedModel
 
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.serving.adapters.weights import Family, Parts, find_families
-from adapterhub_lite.serving.model.batch import RowSlice, Step, pack
 from adapterhub_lite.serving.model.forward_hf import HFForward
 from adapterhub_lite.serving.model.forward_llama import LlamaForward, can_fuse, fused_groups
 from adapterhub_lite.serving.model.forward_rows import RowForward
-from adapterhub_lite.serving.model.kv_cache import KVCache, NativeAttention, token_bytes
+from adapterhub_lite.serving.model.kv_cache import KVCache, NativeAttention, RowSlice, Step, pack, token_bytes
 from adapterhub_lite.serving.model.lora_native import NativeLora
 from adapterhub_lite.serving.model.lora_torch import LoraBank, RowAdapters, TorchLora
 from adapterhub_lite.serving.model.native import row_attention, row_products

@@ -19,7 +19,7 @@ import torch
 from adapterhub_lite.bases import ResolvedBase, load_base_model, load_tokenizer, resolve_base
 from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
-from adapterhub_lite.serving.model.batch import RowSlice, pack
+from adapterhub_lite.serving.model.kv_cache import RowSlice, pack
 from scripts.bench.report import write_result
 from scripts.bench.serve.serving_adapters import write_random_adapter
 from scripts.bench.serve.serving_memory import measure_cycles, measure_memory, measure_requests

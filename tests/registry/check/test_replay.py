@@ -49,7 +49,10 @@ def test_a_pull_replays_it_on_the_base_here(
     there = AdapterRegistry(tmp_path / "there")
     with pytest.raises(UsageError, match="need their base"):
         import_adapter(there.store, folder, verify="probes", name="sql")
-    assert import_adapter(there.store, folder, base=base, verify="probes", name="sql") == manifest
+    pulled = import_adapter(there.store, folder, base=base, verify="probes", name="sql")
+    assert pulled.digest == manifest.digest
+    assert pulled.origin is not None
+    assert (pulled.origin.name, pulled.origin.version) == ("sql", 1)
 
 
 def test_an_adapter_without_probes_says_so(

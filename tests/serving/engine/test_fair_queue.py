@@ -2,9 +2,11 @@
 
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adapterhub_lite.errors import QueueFullError
 from adapterhub_lite.serving import GenerationRequest
 from adapterhub_lite.serving.adapters.pool import Route
 from adapterhub_lite.serving.engine.core import PATIENCE, QUANTUM, FairQueue, Scheduler, share_prompt_tokens
@@ -127,3 +129,15 @@ def test_a_short_prompt_is_read_beside_another_tenants_long_ones() -> None:
     for row, one in enumerate(reading):
         one.row, one.admitted = row, float(row)
     assert share_prompt_tokens(reading, 128)[16] >= 48
+
+
+def test_a_crowd_leaves_places_in_the_queue_for_a_newcomer() -> None:
+    made = Scheduler(2, max_queue=16, spare=1)
+    with pytest.raises(QueueFullError):
+        for _ in range(100):
+            made.add(job("a"))
+    assert len(made.waiting) == 16 + 1  # the queue, and the row that is not spare
+    for newcomer in ("b", "c"):
+        made.add(job(newcomer))
+    with pytest.raises(QueueFullError):
+        made.add(job("b"))

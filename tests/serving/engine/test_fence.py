@@ -200,7 +200,7 @@ def test_keys_and_values_have_a_budget_that_is_granted_before_a_row(long_base: P
 
 def test_a_cache_whose_growth_fails_half_way_still_holds_what_it_held(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layer by layer: where the memory ends at the second layer, every row reads what it wrote."""
-    from adapterhub_lite.serving.model.batch import RowSlice, pack
+    from adapterhub_lite.serving.model.kv_cache import RowSlice, pack
 
     cache = KVCache(3, 2)
     generator = torch.Generator().manual_seed(0)

@@ -8,8 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapterhub_lite.serving.model.batch import RowSlice, pack
-from adapterhub_lite.serving.model.kv_cache import MOST_QUERIES, KVCache, NativeAttention
+from adapterhub_lite.serving.model.kv_cache import MOST_QUERIES, KVCache, NativeAttention, RowSlice, pack
 from adapterhub_lite.serving.model.native import find_compiler, row_attention
 
 # Not every one has only zeros beside the bits that make it one: these are those that a wrong exponential would add to.

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from adapterhub_lite.serving.adapters.weights import AdapterWeights, Family, FamilyWeights, Part, Parts
-from adapterhub_lite.serving.model.batch import RowSlice, Step, pack
+from adapterhub_lite.serving.model.kv_cache import RowSlice, Step, pack
 from adapterhub_lite.serving.model.lora_native import NativeLora
 from adapterhub_lite.serving.model.lora_torch import LoraBank, TorchLora
 from adapterhub_lite.serving.model.native import compiled, find_compiler, row_products

@@ -11,8 +11,7 @@ from adapterhub_lite.bases import load_base_model
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
 from adapterhub_lite.serving.adapters.sources import FolderSource
 from adapterhub_lite.serving.adapters.weights import AdapterWeights, Part, read_adapter_weights
-from adapterhub_lite.serving.model.batch import RowSlice, pack
-from adapterhub_lite.serving.model.kv_cache import FIRST_CAPACITY
+from adapterhub_lite.serving.model.kv_cache import FIRST_CAPACITY, RowSlice, pack
 from adapterhub_lite.serving.model.native import find_compiler
 from adapterhub_lite.serving.model.runner import ForwardKind, ModelRunner
 
