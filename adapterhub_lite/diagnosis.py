@@ -7,7 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from adapterhub_lite.adapter_format.record import StrictModel
+from adapterhub_lite.adapter_format.strict_reading import StrictModel
 from adapterhub_lite.home import adapterhub_home
 
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")

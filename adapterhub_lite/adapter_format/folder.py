@@ -11,7 +11,7 @@ import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from adapterhub_lite.adapter_format.binding import Modules, bind
+from adapterhub_lite.adapter_format.binding import Modules, bind, some
 from adapterhub_lite.adapter_format.lora_config import (
     MAX_CONFIG_BYTES,
     ConfigProblems,
@@ -24,15 +24,16 @@ from adapterhub_lite.adapter_format.manifest import (
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
     MAX_TEMPLATE_BYTES,
+    RECORD_FILE,
     SIGNATURE_FILE,
     TEMPLATE_FILE,
     WEIGHTS_FILE,
     LoraRecord,
+    TrainingRecord,
+    read_record,
 )
 from adapterhub_lite.adapter_format.probes import PROBES_FILE, probes_problems
-from adapterhub_lite.adapter_format.record import RECORD_FILE, TrainingRecord, read_record
-from adapterhub_lite.adapter_format.safetensors_header import nonfinite_tensors, read_tensor_entries
-from adapterhub_lite.adapter_format.tensors import some
+from adapterhub_lite.adapter_format.strict_reading import nonfinite_tensors, read_tensor_entries
 from adapterhub_lite.errors import AdapterRejectedError, DataError
 
 MAX_CARD_BYTES = 256 << 10

@@ -1,4 +1,8 @@
-"""The manifest: what one adapter version is, as the strict JSON of `adapterhub.json`. Knows no folder and no store.
+"""What one adapter version is and how it is named: references, the training record, and the manifest.
+
+The training record says what a run was; training writes it beside its adapter, the registry keeps it. The manifest is
+the strict JSON of `adapterhub.json`. References are `sql`, `sql:3`, `sql@prod` or `sha256:...`: grammar only. All of
+them lie below training and registry, so that neither imports the other, and none knows a folder or a store.
 
 Whoever holds a manifest and the files can prove that they belong together: each file has its sha256, and `digest`
 covers everything that decides the answers (weights, deciding configuration, base fingerprint), so that the same
@@ -7,16 +11,187 @@ adapter has the same digest on every machine and under every name.
 
 import hashlib
 import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from adapterhub_lite.adapter_format.patterns import values_for
+from adapterhub_lite.adapter_format.lora_config import values_for
 from adapterhub_lite.adapter_format.probes import PROBES_FILE as PROBES_FILE
-from adapterhub_lite.adapter_format.record import BaseRecord, StrictModel, TrainingRecord
-from adapterhub_lite.adapter_format.reference import is_name
-from adapterhub_lite.adapter_format.strict_json import strict_json
-from adapterhub_lite.errors import IntegrityError, SchemaVersionError
+from adapterhub_lite.adapter_format.strict_reading import StrictModel, strict_json
+from adapterhub_lite.errors import DataError, IntegrityError, ReferenceSyntaxError, SchemaVersionError
+
+RECORD_FILE = "training_record.json"
+
+
+class BaseRecord(StrictModel):
+    """The base a run started from. `revision` is a 40-hex commit, or None for a local or embedded base.
+
+    `parts` are the digests of what the fingerprint covers, so that a base which is another can be told by what differs.
+    `quantization` is a word of `Quantization`, or what a model's own configuration says. `named` is what the adapter's
+    configuration called its base, where that is not `id`.
+    """
+
+    id: str
+    revision: str | None = None
+    fingerprint: str
+    parts: dict[str, str] = Field(default_factory=dict)
+    quantization: str | None = None
+    named: str | None = Field(default=None, exclude_if=lambda name: name is None)
+
+    def difference(self, model_id: str, fingerprint: str, parts: Mapping[str, str]) -> str:
+        """Say how the base `model_id` is another than this one: both fingerprints, and which parts differ if known."""
+        apart = [name for name, digest in parts.items() if self.parts.get(name, digest) != digest]
+        what = f"; what differs: {', '.join(apart)}" if apart else ""
+        return (
+            f"made for {self.id} with the fingerprint {self.fingerprint:.16}..., "
+            f"{model_id} here has {fingerprint:.16}...{what}"
+        )
+
+
+class DataRecord(StrictModel):
+    """The data a run saw. `fingerprint` is a sha256 over the tokenised rows; `rows` are those kept.
+
+    `truncated` of them were cut to the limit of tokens, and `dropped` more were left out for it.
+    """
+
+    id: str
+    rows: int
+    fingerprint: str
+    truncated: int = 0
+    dropped: int = 0
+
+
+class TextRecord(StrictModel):
+    """How texts became tokens: what an adapter that is asked otherwise does not know.
+
+    `end_tokens` are the ids that end an answer; `vocabulary` counts the tokens; `special_tokens` are those by name;
+    `layouts` counts the examples by how they were laid out ("whole", "per turn", "marks", "text", "completion").
+    """
+
+    end_tokens: tuple[int, ...] = ()
+    vocabulary: int | None = None
+    special_tokens: dict[str, str] = Field(default_factory=dict)
+    layouts: dict[str, int] = Field(default_factory=dict)
+
+
+class MemoryRecord(StrictModel):
+    """Bytes the plan predicted (None when no plan was made) and the peak that the run measured."""
+
+    predicted_bytes: int | None = None
+    measured_peak_bytes: int
+
+
+class TrainingRecord(StrictModel):
+    """Everything needed to say what a run was, and to run it again. `loss_curve` holds (step, training loss) pairs."""
+
+    schema_version: int = 1
+    base: BaseRecord
+    data: DataRecord
+    template_digest: str
+    text: TextRecord | None = None
+    seeds: dict[str, int]
+    hyperparameters: dict[str, Any]
+    packages: dict[str, str]
+    preset: str
+    loss_backend: dict[str, str]
+    memory: MemoryRecord
+    hardware: dict[str, str | int | float]
+    steps: int
+    final_loss: float | None = None
+    loss_curve: tuple[tuple[int, float], ...] = ()
+    wall_seconds: float = Field(ge=0)
+
+
+def read_record(folder: Path) -> TrainingRecord | None:
+    """Read the record beside an adapter, or None where there is none.
+
+    Raises:
+        DataError: the file is there but is not a record of this schema.
+    """
+    path = folder / RECORD_FILE
+    if not path.exists():
+        return None
+    try:
+        return TrainingRecord.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise DataError(
+            f"{path} is not a training record: {where}: {first['msg']}. Train again, or remove it."
+        ) from error
+
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# Folders are named after adapters: these are devices on Windows. `base` is what a server calls the bare base.
+RESERVED = {"base", "con", "prn", "aux", "nul"} | {f"{port}{n}" for port in ("com", "lpt") for n in range(10)}
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class AdapterReference:
+    """One adapter, by name (newest version), name and version, name and alias, or digest alone."""
+
+    name: str | None = None
+    version: int | None = None
+    alias: str | None = None
+    digest: str | None = None
+
+    @classmethod
+    def parse(cls, text: "str | AdapterReference") -> "AdapterReference":
+        """Read `name`, `name:3`, `name@alias` or `sha256:<64 hex>`.
+
+        Raises:
+            ReferenceSyntaxError: anything else.
+        """
+        if isinstance(text, AdapterReference):
+            return text
+        if isinstance(text, str):
+            if DIGEST.fullmatch(text):
+                return cls(digest=text)
+            name, version_mark, version = text.partition(":")
+            if version_mark and is_name(name) and re.fullmatch(r"[1-9][0-9]{0,8}", version):
+                return cls(name=name, version=int(version))
+            name, alias_mark, alias = text.partition("@")
+            if alias_mark and is_name(name) and is_alias(alias):
+                return cls(name=name, alias=alias)
+            if is_name(text):
+                return cls(name=text)
+        raise ReferenceSyntaxError(
+            f"Wanted an adapter as 'name', 'name:3', 'name@alias' or 'sha256:<64 hex digits>', got {text!r:.100}."
+        )
+
+    def __str__(self) -> str:
+        if self.digest:
+            return self.digest
+        if self.version is not None:
+            return f"{self.name}:{self.version}"
+        return f"{self.name}@{self.alias}" if self.alias else str(self.name)
+
+
+def is_name(text: str) -> bool:
+    """Whether `text` may name an adapter: 1 to 64 letters, digits, `.`, `_`, `-`, not starting with a mark."""
+    return NAME.fullmatch(text) is not None
+
+
+def name_problem(text: str) -> str | None:
+    """Why a new adapter may not be called `text`, or None. Older registries may hold names that are refused now."""
+    if not is_name(text):
+        return f"Wanted a name of 1 to 64 letters, digits, '.', '_', '-'; got {text!r:.80}."
+    if text.partition(".")[0].lower() in RESERVED:
+        return f"{text!r} is a reserved word (the bare base, or a device on some systems); choose another name."
+    if text.endswith("."):
+        return f"{text!r} ends with a full stop, which some file systems leave out; choose another name."
+    return None
+
+
+def is_alias(text: str) -> bool:
+    """Whether `text` may be an alias: a name that is not all digits, so that it is never taken for a version."""
+    return is_name(text) and not text.isdigit()
+
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "adapterhub.json"

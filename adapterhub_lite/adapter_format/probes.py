@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterhub_lite.adapter_format.safetensors_header import nonfinite_tensors, read_tensor_entries
+from adapterhub_lite.adapter_format.strict_reading import nonfinite_tensors, read_tensor_entries
 from adapterhub_lite.errors import AdapterRejectedError, IntegrityError
 
 if TYPE_CHECKING:

@@ -1,8 +1,8 @@
-"""Base models: a name in, a folder with a fingerprint out. Knows nothing about adapters, training or serving."""
+"""Base models: a name in, a folder with a fingerprint out. Knows nothing of training or serving."""
 
 from adapterhub_lite.bases.fingerprint import ResolvedBase, base_fingerprint
+from adapterhub_lite.bases.fit import base_modules, stored_modules
 from adapterhub_lite.bases.load import load_base_model, load_tokenizer, saved_dtype
-from adapterhub_lite.bases.modules import base_modules, stored_modules
 from adapterhub_lite.bases.resolve import EMBEDDED_BASES, find_base, resolve_base
 
 __all__ = [

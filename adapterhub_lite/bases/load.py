@@ -51,6 +51,11 @@ def load_base_model(
             local_files_only=True,
         )
     model.eval()
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would repack 4-bit weights for some CPUs at the first evaluation, and round their scales to
+            # bf16: another base than the one that was trained on, and than the one on every other machine.
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment] # not a parameter
     if quantization_config is None:
         # nn.Module's own `to`: the wrapper that transformers puts around it has no usable type.
         torch.nn.Module.to(model, device)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from adapterhub_lite.adapter_format.record import BaseRecord
+from adapterhub_lite.adapter_format.manifest import BaseRecord
 from adapterhub_lite.bases.embedded import EmbeddedBase, fetch_embedded_base
 from adapterhub_lite.bases.fingerprint import COMMIT, ResolvedBase, is_commit
 from adapterhub_lite.errors import HubPermissionError, HubUnreachableError, ResourceError, UnknownNameError

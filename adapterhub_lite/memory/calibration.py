@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from adapterhub_lite.adapter_format.record import StrictModel
+from adapterhub_lite.adapter_format.strict_reading import StrictModel
 from adapterhub_lite.errors import ResourceError
 from adapterhub_lite.home import adapterhub_home
 from adapterhub_lite.memory.estimate import MemoryEstimate

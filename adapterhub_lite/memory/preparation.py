@@ -32,11 +32,6 @@ def prepare_for_training(model: Any, preset: MemoryPreset) -> Any:
             if parameter.device.type == "cpu" and parameter.is_floating_point():
                 parameter.data = parameter.data.clone()
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_news)
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # bitsandbytes would repack 4-bit weights for a CPU at the first evaluation, rounding their scales to bf16:
-            # the rest of the run would train on another base.
-            module.support_avx512bf16_for_cpu = False
     if preset.gradient_checkpointing:
         model.config.use_cache = False
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

@@ -15,7 +15,7 @@ from adapterhub_lite.errors import BaseMismatchError, MergeError, UnknownNameErr
 from adapterhub_lite.merging.deltas import Factors
 from adapterhub_lite.merging.refusals import refuse_variants
 from adapterhub_lite.registry import AdapterManifest, AdapterReference, AdapterRegistry
-from adapterhub_lite.registry.store.files import file_record
+from adapterhub_lite.registry.store.store import file_record
 
 Method = Literal["cat", "svd", "ties", "dare_ties", "linear"]
 

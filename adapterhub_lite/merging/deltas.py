@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adapterhub_lite.adapter_format.binding import LORA_A, LORA_B, read_pairs, tensor_name
 from adapterhub_lite.adapter_format.manifest import LoraRecord
-from adapterhub_lite.adapter_format.tensors import LORA_A, LORA_B, read_pairs, tensor_name
 
 if TYPE_CHECKING:
     import torch

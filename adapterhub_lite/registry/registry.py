@@ -7,8 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from adapterhub_lite.adapter_format.manifest import AdapterManifest, EvaluationRecord, MergeRecipe, ParentRecord
-from adapterhub_lite.adapter_format.reference import AdapterReference
+from adapterhub_lite.adapter_format.manifest import (
+    AdapterManifest,
+    AdapterReference,
+    EvaluationRecord,
+    MergeRecipe,
+    ParentRecord,
+)
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.home import adapterhub_home
 from adapterhub_lite.registry.hub.receipts import Progress, PullReceipt, PushReceipt

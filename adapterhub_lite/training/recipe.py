@@ -12,7 +12,7 @@ from typing import Any
 from datasets import Dataset
 from transformers.trainer_utils import get_last_checkpoint
 
-from adapterhub_lite.adapter_format.record import TrainingRecord, read_record
+from adapterhub_lite.adapter_format.manifest import TrainingRecord, read_record
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import ConfigurationError, RunStoppedError
 from adapterhub_lite.tasks import get_task

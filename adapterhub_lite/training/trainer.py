@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from adapterhub_lite.adapter_format.record import TrainingRecord
+from adapterhub_lite.adapter_format.manifest import TrainingRecord
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import NonFiniteLossError, OutOfMemoryError
 from adapterhub_lite.training.arguments import AdapterTrainingArguments

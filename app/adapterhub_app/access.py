@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, TypeAdapter, ValidationError
 
-from adapterhub_lite.adapter_format.record import StrictModel
+from adapterhub_lite.adapter_format.strict_reading import StrictModel
 from adapterhub_lite.errors import ConfigurationError, UsageError
 
 Role = Literal["viewer", "admin"]

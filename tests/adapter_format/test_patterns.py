@@ -11,9 +11,15 @@ from peft.utils.other import get_pattern_key
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapterhub_lite.adapter_format.binding import bind
-from adapterhub_lite.adapter_format.lora_config import LoraConfigFile, read_lora_config
-from adapterhub_lite.adapter_format.patterns import PatternError, checked, named, values_for
-from adapterhub_lite.adapter_format.safetensors_header import TensorEntry
+from adapterhub_lite.adapter_format.lora_config import (
+    LoraConfigFile,
+    PatternError,
+    checked,
+    named,
+    read_lora_config,
+    values_for,
+)
+from adapterhub_lite.adapter_format.strict_reading import TensorEntry
 
 MODULES = [
     *(f"model.layers.{i}.{p}" for i in (0, 1, 11, 12) for p in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")),

@@ -57,7 +57,7 @@ def deltas(registry: AdapterRegistry, base: ResolvedBase, tmp_path: Path) -> Cal
 @pytest.fixture
 def training_record() -> Callable[..., Any]:
     """A training record for a base: training_record(base, quantization=None)."""
-    from adapterhub_lite.adapter_format.record import BaseRecord, DataRecord, MemoryRecord, TrainingRecord
+    from adapterhub_lite.adapter_format.manifest import BaseRecord, DataRecord, MemoryRecord, TrainingRecord
 
     def make(base: ResolvedBase, quantization: str | None = None) -> TrainingRecord:
         return TrainingRecord(

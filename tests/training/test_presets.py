@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from adapterhub_lite.adapter_format.record import read_record
+from adapterhub_lite.adapter_format.manifest import read_record
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.memory import MEMORY_PRESETS, Machine, refusal
 

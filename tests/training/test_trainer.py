@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from adapterhub_lite.adapter_format.record import read_record
+from adapterhub_lite.adapter_format.manifest import read_record
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.training import AdapterTrainer, AdapterTrainingArguments
 from adapterhub_lite.training.data.collation import PaddedCollator

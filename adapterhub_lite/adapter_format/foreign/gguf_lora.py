@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from adapterhub_lite.adapter_format.safetensors_header import MAX_BASE_HEADER_BYTES, read_tensor_entries
-from adapterhub_lite.adapter_format.tensors import LORA_A, LORA_B, tensor_name
+from adapterhub_lite.adapter_format.binding import LORA_A, LORA_B, tensor_name
+from adapterhub_lite.adapter_format.strict_reading import MAX_BASE_HEADER_BYTES, read_tensor_entries
 
 MAX_TENSORS = 20_000
 # The architectures that are converted; of these, the converter reorders rows of q_proj and k_proj in PERMUTED.

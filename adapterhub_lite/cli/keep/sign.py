@@ -81,7 +81,7 @@ def verify(
     manifest = registry.store.resolve(reference)
     if probes:
         from adapterhub_lite.bases import resolve_base
-        from adapterhub_lite.registry.check.replay import check_stored
+        from adapterhub_lite.registry.operations.replay import check_stored
 
         resolved = resolve_base(base, home=home) if base else None
         with waiting(f"replaying the probes of {manifest.reference}"):

@@ -33,9 +33,9 @@ def would_add(folder: Path, name: str, convert: bool, as_json: bool) -> None:
         AdapterRejectedError: with every problem of the adapter.
     """
     from adapterhub_lite.adapter_format.foreign.opening import open_adapter
-    from adapterhub_lite.adapter_format.reference import is_name
+    from adapterhub_lite.adapter_format.manifest import is_name
+    from adapterhub_lite.bases.fit import inspect_adapter
     from adapterhub_lite.errors import UsageError
-    from adapterhub_lite.registry.check.folder import inspect_adapter
 
     if not is_name(name):
         raise UsageError(f"Expected a name of 1 to 64 letters, digits, '.', '_', '-'; got {name!r:.80}.")

@@ -41,7 +41,7 @@ def push(
     from dataclasses import asdict
 
     from adapterhub_lite.registry import AdapterRegistry
-    from adapterhub_lite.registry.hub.aliases import push_alias
+    from adapterhub_lite.registry.hub.client import push_alias
 
     registry = AdapterRegistry(home)
     if dry_run:

@@ -49,7 +49,7 @@ def train(
     wanted = Launch(devices, nodes, rendezvous, patience)
     if strategy not in STRATEGIES:
         raise UnknownNameError.among("strategy", strategy, list(STRATEGIES))
-    from adapterhub_lite.adapter_format.reference import is_name
+    from adapterhub_lite.adapter_format.manifest import is_name
     from adapterhub_lite.bases import resolve_base
     from adapterhub_lite.registry import AdapterRegistry
     from adapterhub_lite.training.recipe import rows_for, train_adapter

@@ -1,29 +1,172 @@
-"""The only door to a hub: `huggingface_hub`, with its many exceptions turned into ours. Knows no adapters."""
+"""The only door to a hub: `huggingface_hub`, bounded, with its many exceptions turned into ours. Knows no adapters.
+
+A hub may send us so many bytes, in so much time, in so many answers, and the token goes to its host alone.
+`huggingface_hub` sends everything through one client of the process. Two hooks on that client look whether an operation
+of ours runs in this context, and leave all other requests as they are. A promise is a size that was listed before the
+bytes came; where there is none, a named limit stands in.
+
+Aliases are a file on `main`, `aliases.json`, changed only on top of the commit it was read from.
+"""
 
 import hashlib
+import json
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+import httpx2
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_session
 
-from adapterhub_lite.errors import HubError, HubUnreachableError, UsageError
-from adapterhub_lite.registry.hub.bounds import ANSWER_BYTES, SLACK_BYTES, HubBounds, bounded
+from adapterhub_lite.adapter_format.manifest import ALIASES_FILE, MAX_VERSION, is_alias
+from adapterhub_lite.adapter_format.strict_reading import strict_json
+from adapterhub_lite.errors import (
+    AliasConflictError,
+    HubError,
+    HubUnreachableError,
+    IntegrityError,
+    PublishConflictError,
+    UnknownNameError,
+    UsageError,
+)
 from adapterhub_lite.registry.hub.errors import CAUGHT, ConflictError, MissingRepoError, RestError, translate
 
+ANSWER_BYTES = 32 << 20
+MOST_REQUESTS = 400
+# An answer may take this long, and longer by what it brings at the slowest rate that is waited for.
+GRACE_SECONDS = 60.0
+SLOWEST_BYTES_PER_SECOND = 10_000
+SILENCE_SECONDS = 60.0
+# What errors, redirects and a download's look-ups bring besides the file itself.
+SLACK_BYTES = 1 << 20
 T = TypeVar("T")
 TRIES = 5
 WRITE_TRIES = 20
 LONGEST_REST_SECONDS = 60.0
 # A commit asks for each large file's address, and for each part of it.
 COMMIT_REQUESTS = 100_000
+SECRETS = ("authorization", "cookie")
+ALIASES_BYTES = 1 << 20
 
 
+@dataclass
+class HubBounds:
+    """What is left to one operation at `endpoint`. Counts decoded bytes too, which may be far more than came."""
+
+    doing: str
+    endpoint: str
+    limit: int = ANSWER_BYTES
+    requests: int = MOST_REQUESTS
+    own_host_only: bool = True
+    clock: Callable[[], float] = time.monotonic
+    received: int = 0
+    decoded: int = 0
+    started: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.started = self.clock()
+
+    def receive(self, count: int) -> None:
+        """Count bytes of the wire. Raises HubError when they are too many, or come too slowly."""
+        self.received += count
+        self._require(self.received <= self.limit, f"it sends more than {self.limit} bytes")
+        patience = GRACE_SECONDS + self.received / SLOWEST_BYTES_PER_SECOND
+        self._require(self.clock() - self.started <= patience, "it sends too slowly")
+
+    def decode(self, count: int) -> None:
+        """Count decoded bytes. Raises HubError when they are too many."""
+        self.decoded += count
+        self._require(self.decoded <= self.limit, f"it sends more than {self.limit} bytes, compressed")
+
+    def before(self, request: httpx2.Request) -> None:
+        """Look at a request before it is sent: its host, its number, how long it may stay without an answer."""
+        self.requests -= 1
+        self._require(self.requests >= 0, "it has more and more pages")
+        if _origin(request.url) != _origin(httpx2.URL(self.endpoint)):
+            self._require(not self.own_host_only, f"it points to another host, {request.url.host!r:.80}")
+            for name in SECRETS:
+                request.headers.pop(name, None)
+        waits = request.extensions.get("timeout", {})
+        request.extensions["timeout"] = {
+            kind: SILENCE_SECONDS if waits.get(kind) is None else waits[kind]
+            for kind in ("connect", "read", "write", "pool")
+        }
+
+    def after(self, response: httpx2.Response) -> None:
+        """Count what an answer brings, while it is read."""
+        announced = response.headers.get("content-length", "")
+        if response.request.method != "HEAD" and announced.isdigit():
+            self._require(
+                int(announced) <= self.limit, f"it announces {announced} bytes, at most {self.limit} are read"
+            )
+        response.stream = _Counted(response.stream, self.receive)  # type: ignore[arg-type] # sync, as the client is
+        decoded = response.iter_bytes
+
+        def counted(chunk_size: int | None = None) -> Iterator[bytes]:
+            for chunk in decoded(chunk_size):
+                self.decode(len(chunk))
+                yield chunk
+
+        response.iter_bytes = counted  # type: ignore[method-assign]
+
+    def _require(self, holds: bool, problem: str) -> None:
+        if not holds:
+            raise HubError(f"Could not {self.doing} at {self.endpoint}: {problem}. Do not trust this hub.")
+
+
+class _Counted(httpx2.SyncByteStream):
+    def __init__(self, stream: httpx2.SyncByteStream, count: Callable[[int], None]) -> None:
+        self._stream, self._count = stream, count
+
+    def __iter__(self) -> Iterator[bytes]:
+        for chunk in self._stream:
+            self._count(len(chunk))
+            yield chunk
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+_current: ContextVar[HubBounds | None] = ContextVar("hub_bounds", default=None)
+
+
+@contextmanager
+def bounded(bounds: HubBounds) -> Iterator[None]:
+    """A block in which everything that `huggingface_hub` sends from this context keeps to `bounds`."""
+    client = get_session()
+    hooks = client.event_hooks
+    # The client may be another one than at the last call: it is closed at a fork, and users may bring their own.
+    if _before not in hooks["request"]:
+        client.event_hooks = {"request": [*hooks["request"], _before], "response": [*hooks["response"], _after]}
+    token = _current.set(bounds)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def _before(request: httpx2.Request) -> None:
+    bounds = _current.get()
+    if bounds is not None:
+        bounds.before(request)
+
+
+def _after(response: httpx2.Response) -> None:
+    bounds = _current.get()
+    if bounds is not None:
+        bounds.after(response)
+
+
+def _origin(url: httpx2.URL) -> tuple[str, str, int | None]:
+    return url.scheme, url.host, url.port
+
+
+# Some ten thousand aliases.
 @dataclass(frozen=True)
 class RemoteFile:
     """One file of a commit: size in bytes, and the hash the hub lists (sha256 for large files, else git's sha1)."""
@@ -245,3 +388,64 @@ def rest(attempt: int, error: Exception | None = None) -> None:
         time.sleep(min(error.seconds, LONGEST_REST_SECONDS) + random.uniform(0, 0.1))
     else:
         time.sleep(random.uniform(0, min(8.0, 0.1 * 2**attempt)))
+
+
+def remote_aliases(repo_id: str, *, endpoint: str | None = None, token: str | None = None) -> dict[str, int]:
+    """The aliases on the hub: alias -> version."""
+    repo = HubRepo(repo_id, endpoint=endpoint, token=token)
+    return aliases_at(repo, repo.head())
+
+
+def aliases_at(repo: HubRepo, sha: str) -> dict[str, int]:
+    """The aliases as a commit has them; IntegrityError when the file is not such a table."""
+    if ALIASES_FILE not in repo.files(sha):
+        return {}
+    content = repo.read(sha, ALIASES_FILE, size=ALIASES_BYTES)
+    try:
+        found = strict_json(content, what="it", limit=ALIASES_BYTES)
+    except ValueError as error:
+        text = f"{ALIASES_FILE} of {repo.id} is not a table of aliases and versions: {error}. Mend it by hand."
+        raise IntegrityError(text) from error
+    if not all(is_alias(key) and type(value) is int and 0 < value <= MAX_VERSION for key, value in found.items()):
+        raise IntegrityError(f"{ALIASES_FILE} of {repo.id} is not a table of aliases and versions. Mend it by hand.")
+    return found
+
+
+def push_alias(
+    repo_id: str,
+    alias: str,
+    version: int | None,
+    *,
+    expect: int | None = None,
+    endpoint: str | None = None,
+    token: str | None = None,
+) -> dict[str, int]:
+    """Point `alias` at a published version (None removes it) and return all aliases; by compare-and-swap.
+
+    With `expect` nothing changes unless it points there (0: unless there is none); without it the last writer wins.
+    No other alias is ever lost.
+
+    Raises:
+        AliasConflictError: it points elsewhere than `expect`.
+        UnknownNameError: the version is not published.
+        PublishConflictError, HubUnreachableError: others kept publishing, or no answer, after bounded tries.
+    """
+    if not is_alias(alias):
+        raise UsageError(f"Wanted an alias of letters, digits, '.', '_', '-', not all digits; got {alias!r:.80}.")
+    repo, patience = HubRepo(repo_id, endpoint=endpoint, token=token), Patience()
+    for attempt in range(WRITE_TRIES):
+        head = repo.head()
+        found = aliases_at(repo, head)
+        if found.get(alias) == version:
+            return found
+        if expect is not None and found.get(alias, 0) != expect:
+            raise AliasConflictError(f"{alias!r} of {repo_id} is at {found.get(alias)}, not at {expect}. Look again.")
+        if version is not None and f"v{version}" not in (tags := repo.tags()):
+            raise UnknownNameError.among("published version", f"v{version}", sorted(tags))
+        wanted = {key: value for key, value in {**found, alias: version}.items() if value is not None}
+        text = json.dumps(wanted, indent=1, sort_keys=True).encode()
+        with patience.sending(attempt):
+            repo.commit(head, f"alias {alias} -> {version}", "", {ALIASES_FILE: text}, [])
+    raise PublishConflictError(
+        f"Others kept publishing to {repo_id} while {alias!r} was moved; try again later."
+    ) from patience.last

@@ -23,9 +23,9 @@ from adapterhub_lite.adapter_format.manifest import (
     WEIGHTS_FILE,
     AdapterManifest,
     OriginRecord,
+    is_alias,
     read_manifest,
 )
-from adapterhub_lite.adapter_format.reference import is_alias
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import (
     AdapterRejectedError,
@@ -34,15 +34,13 @@ from adapterhub_lite.errors import (
     UnknownNameError,
     UsageError,
 )
-from adapterhub_lite.registry.hub.aliases import aliases_at
-from adapterhub_lite.registry.hub.client import HubRepo, RemoteFile
+from adapterhub_lite.registry.hub.client import HubRepo, RemoteFile, aliases_at
 from adapterhub_lite.registry.hub.receipts import Progress, PullReceipt
 from adapterhub_lite.registry.operations.aliases import move_alias
 from adapterhub_lite.registry.operations.intake import About, Reading, add_adapter, import_adapter
 from adapterhub_lite.registry.operations.lock import Lock, LockedAdapter, adapter_problems
 from adapterhub_lite.registry.operations.sign import check_trusted, distrusted
-from adapterhub_lite.registry.store.database import parse_stored, stored_digest
-from adapterhub_lite.registry.store.files import make_folder, write_durably
+from adapterhub_lite.registry.store.database import make_folder, parse_stored, stored_digest, write_durably
 from adapterhub_lite.registry.store.store import PULL_LOCK, PULLS, Store
 
 SUBFOLDER = re.compile(r"(?!\.)[\w.-]{1,100}(/(?!\.)[\w.-]{1,100}){0,8}")
@@ -313,7 +311,7 @@ def _checked(asked: _Pull, receipt: PullReceipt) -> PullReceipt:
     """The receipt of a version that is here already, once the policy and, where asked for, its probes let it pass."""
     check_trusted(asked.store, receipt.manifest)
     if asked.verify == "probes":
-        from adapterhub_lite.registry.check.replay import check_stored
+        from adapterhub_lite.registry.operations.replay import check_stored
 
         check_stored(asked.store, receipt.manifest, base=asked.base)
     return receipt

@@ -16,9 +16,9 @@ from adapterhub_lite.adapter_format.manifest import (
     MANIFEST_FILE,
     PROBES_FILE,
     AdapterManifest,
+    AdapterReference,
     read_manifest,
 )
-from adapterhub_lite.adapter_format.reference import AdapterReference
 from adapterhub_lite.errors import HubPermissionError, IntegrityError, PublishConflictError
 from adapterhub_lite.registry.hub.card import card_files
 from adapterhub_lite.registry.hub.client import WRITE_TRIES, HubRepo, Patience, RemoteCommit

@@ -4,7 +4,7 @@ import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapterhub_lite.adapter_format.reference import is_alias
+from adapterhub_lite.adapter_format.manifest import is_alias
 from adapterhub_lite.errors import AliasConflictError, UnknownNameError, UsageError
 from adapterhub_lite.registry.store.database import no_such_name
 from adapterhub_lite.registry.store.journal import record_act

@@ -8,8 +8,8 @@ subspace, 0 an orthogonal one; two random ones score about rank / dimension.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from adapterhub_lite.adapter_format.binding import read_pairs
 from adapterhub_lite.adapter_format.manifest import WEIGHTS_FILE, AdapterManifest
-from adapterhub_lite.adapter_format.tensors import read_pairs
 from adapterhub_lite.registry.store.store import Store
 
 if TYPE_CHECKING:

@@ -20,9 +20,8 @@ from adapterhub_lite.adapter_format.manifest import (
 from adapterhub_lite.errors import AdapterHubError, SchemaVersionError
 from adapterhub_lite.registry.operations.gc import plan_collection
 from adapterhub_lite.registry.operations.sign import signature_problem
-from adapterhub_lite.registry.store.files import file_record
 from adapterhub_lite.registry.store.journal import read_journal
-from adapterhub_lite.registry.store.store import Store
+from adapterhub_lite.registry.store.store import Store, file_record
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapterhub_lite.adapter_format.manifest import AdapterManifest
-from adapterhub_lite.adapter_format.reference import AdapterReference
+from adapterhub_lite.adapter_format.manifest import AdapterManifest, AdapterReference
 from adapterhub_lite.errors import RegistryError, UsageError
 from adapterhub_lite.registry.store.database import delete_version, parse_stored
 from adapterhub_lite.registry.store.journal import record_act

@@ -6,15 +6,17 @@ becomes a version in one step or not at all.
 
 import json
 import logging
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
-from adapterhub_lite.adapter_format.folder import ALLOWED_SIZES, Survey, survey_folder
+from adapterhub_lite.adapter_format.folder import ALLOWED_SIZES, Inspection, Survey, survey_folder
 from adapterhub_lite.adapter_format.foreign.opening import open_adapter
 from adapterhub_lite.adapter_format.lora_config import LoraConfigFile
 from adapterhub_lite.adapter_format.manifest import (
@@ -23,25 +25,46 @@ from adapterhub_lite.adapter_format.manifest import (
     PROBES_FILE,
     WEIGHTS_FILE,
     AdapterManifest,
+    BaseRecord,
     EvaluationRecord,
     LoraRecord,
     MergeRecipe,
     OriginRecord,
     ParentRecord,
+    TrainingRecord,
     adapter_digest,
     read_manifest,
+    read_record,
 )
-from adapterhub_lite.adapter_format.record import BaseRecord, TrainingRecord, read_record
 from adapterhub_lite.bases import ResolvedBase, find_base
 from adapterhub_lite.bases.chat_template import TEMPLATE_FILE
 from adapterhub_lite.bases.fingerprint import is_commit
+from adapterhub_lite.bases.fit import check_base, inspect_adapter
 from adapterhub_lite.errors import BaseMismatchError, DataError, IntegrityError, UsageError
-from adapterhub_lite.registry.check.folder import Inspection, check_base, inspect_adapter
-from adapterhub_lite.registry.check.redaction import scrub
 from adapterhub_lite.registry.operations.sign import incoming_signature, keep_signature, signature_problem
 from adapterhub_lite.registry.store.database import stored_digest
-from adapterhub_lite.registry.store.files import file_record, stage_file
-from adapterhub_lite.registry.store.store import Store
+from adapterhub_lite.registry.store.store import Store, file_record, stage_file
+
+Json = TypeVar("Json", bound=object)
+
+# An absolute path of at least two parts, POSIX, home-relative or Windows; not the path of a URL.
+LOCAL_PATH = re.compile(
+    r"(?<![\w:/.\\<])(?:file://)?(?:[A-Za-z]:[\\/]|~[\\/]|/)(?:[^\s/\\'\"<>|,;]{1,255}[\\/]){1,64}([^\s/\\'\"<>|,;]{0,255})"
+)
+
+
+def scrub(value: Json) -> Json:
+    """Copy a JSON value with every local path replaced by its last part (`/home/ann/rows.jsonl` -> `rows.jsonl`)."""
+    if isinstance(value, str):
+        return LOCAL_PATH.sub(lambda match: match[1] or "folder", value)  # type: ignore[return-value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # type: ignore[return-value] # no JSON has a word for it
+    if isinstance(value, dict):
+        return {scrub(key): scrub(item) for key, item in value.items()}  # type: ignore[return-value]
+    if isinstance(value, list | tuple):
+        return [scrub(item) for item in value]  # type: ignore[return-value]
+    return value
+
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +157,7 @@ def add_adapter(
         config, lora = found.accepted()
         reading.report(found)
         if verify == "probes":
-            from adapterhub_lite.registry.check.replay import ensure_probes
+            from adapterhub_lite.registry.operations.replay import ensure_probes
 
             ensure_probes(staging, base, record.quantization)
         (staging / CONFIG_FILE).unlink()
@@ -201,7 +224,7 @@ def import_adapter(
         _compare(staging, manifest, found, base)
         signature = incoming_signature(manifest, staging, store.trust)
         if verify == "probes":
-            from adapterhub_lite.registry.check.replay import check_probes
+            from adapterhub_lite.registry.operations.replay import check_probes
 
             check_probes(staging, base, manifest.reference, manifest.base.quantization)
         for filename in sorted(manifest.files):

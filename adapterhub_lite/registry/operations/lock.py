@@ -7,12 +7,19 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from adapterhub_lite.adapter_format.manifest import MAX_VERSION, AdapterManifest, Digest, FileRecord, HexDigest
-from adapterhub_lite.adapter_format.record import BaseRecord, StrictModel
+from adapterhub_lite.adapter_format.manifest import (
+    MAX_VERSION,
+    AdapterManifest,
+    BaseRecord,
+    Digest,
+    FileRecord,
+    HexDigest,
+)
+from adapterhub_lite.adapter_format.strict_reading import StrictModel
 from adapterhub_lite.bases import ResolvedBase, find_base
 from adapterhub_lite.errors import DataError, IntegrityError, SchemaVersionError, UnknownNameError, UsageError
-from adapterhub_lite.registry.store.files import file_record, write_durably
-from adapterhub_lite.registry.store.store import Store
+from adapterhub_lite.registry.store.database import write_durably
+from adapterhub_lite.registry.store.store import Store, file_record
 
 LOCK_FILE = "adapters.lock"
 LOCK_VERSION = 1

@@ -13,10 +13,10 @@ from adapterhub_lite.registry.store.database import (
     DATABASE_FILE,
     Database,
     delete_version,
+    fsync_folder,
     insert_evaluation,
     insert_version,
 )
-from adapterhub_lite.registry.store.files import fsync_folder
 from adapterhub_lite.registry.store.journal import JournalEntry, insert_entry, read_journal
 from adapterhub_lite.registry.store.store import Store
 

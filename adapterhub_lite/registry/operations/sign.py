@@ -14,13 +14,11 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError
 
 from adapterhub_lite.adapter_format.folder import ALLOWED_SIZES
-from adapterhub_lite.adapter_format.manifest import SIGNATURE_FILE, AdapterManifest, HexDigest
-from adapterhub_lite.adapter_format.record import StrictModel
-from adapterhub_lite.adapter_format.reference import is_name
+from adapterhub_lite.adapter_format.manifest import SIGNATURE_FILE, AdapterManifest, HexDigest, is_name
+from adapterhub_lite.adapter_format.strict_reading import StrictModel
 from adapterhub_lite.errors import AdapterRejectedError, IntegrityError, UnknownNameError, UsageError
-from adapterhub_lite.registry.store.database import parse_stored
-from adapterhub_lite.registry.store.files import file_record, write_durably
-from adapterhub_lite.registry.store.store import TRUST_FILE, Store, TrustPolicy
+from adapterhub_lite.registry.store.database import parse_stored, write_durably
+from adapterhub_lite.registry.store.store import TRUST_FILE, Store, TrustPolicy, file_record
 
 OLD_SCHEME = f"{SIGNATURE_FILE} is of an older kind, which covers neither name nor version; have it signed again"
 

@@ -1,10 +1,13 @@
 """The SQLite database of names, versions and aliases: schema, connections, and from a manifest to rows and back.
 
-Knows no adapter files. Write-ahead logging with synchronous=FULL: readers never wait, and what COMMIT has acknowledged is on disk.
+Knows no adapter files. Write-ahead logging with synchronous=FULL: readers never wait, and what COMMIT has acknowledged
+is on disk. The same for files, with the functions at the end: a name is on disk once its folder was fsynced, which holds
+for a folder's own name too, so a file is written aside, fsynced, renamed, and the folder fsynced.
 """
 
 import os
 import sqlite3
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +16,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from adapterhub_lite.adapter_format.manifest import AdapterManifest, EvaluationRecord
-from adapterhub_lite.adapter_format.reference import AdapterReference
+from adapterhub_lite.adapter_format.manifest import AdapterManifest, AdapterReference, EvaluationRecord
 from adapterhub_lite.errors import RegistryError, SchemaVersionError, UnknownNameError
-from adapterhub_lite.registry.store.files import fsync_folder, make_folder
 
 DATABASE_FILE = "registry.db"
 DATABASE_VERSION = 1
@@ -307,3 +308,36 @@ def _unknown(connection: sqlite3.Connection, reference: AdapterReference) -> Unk
     if gone:
         return UnknownNameError(f"Version {reference.version} of {name!r} was removed; its number is not used again.")
     return UnknownNameError.among(f"version of {name!r}", str(reference.version), versions[-20:])
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` and whatever is missing above it; again is no error."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        fsync_folder(folder.parent)
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Put `content` at `path` in one step: written aside, fsynced, renamed, the folder fsynced."""
+    make_folder(path.parent)
+    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(aside).replace(path)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

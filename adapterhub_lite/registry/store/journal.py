@@ -14,8 +14,8 @@ from typing import Literal
 from pydantic import ValidationError
 
 from adapterhub_lite.adapter_format.manifest import EvaluationRecord
-from adapterhub_lite.adapter_format.record import StrictModel
-from adapterhub_lite.registry.store.files import fsync_folder
+from adapterhub_lite.adapter_format.strict_reading import StrictModel
+from adapterhub_lite.registry.store.database import fsync_folder
 
 JOURNAL_FILE = "journal.jsonl"
 

@@ -11,10 +11,13 @@ home/staging/  hub/  leases/       adapters on their way in, pulls under way, wh
 
 An operation is a function of a `Store`. A version becomes visible in one step: its objects are in place, its manifest
 is the last file written, and the COMMIT of the database is the moment.
+
+The law of `objects/`: a file at its final name is complete and on disk.
 """
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -30,13 +33,78 @@ from typing import IO, Literal
 
 from pydantic import Field, ValidationError
 
-from adapterhub_lite.adapter_format.manifest import MAX_VERSION, AdapterManifest, HexDigest
-from adapterhub_lite.adapter_format.record import StrictModel
-from adapterhub_lite.adapter_format.reference import AdapterReference, name_problem
+from adapterhub_lite.adapter_format.manifest import (
+    MAX_VERSION,
+    AdapterManifest,
+    AdapterReference,
+    FileRecord,
+    HexDigest,
+    name_problem,
+)
+from adapterhub_lite.adapter_format.strict_reading import StrictModel
 from adapterhub_lite.errors import IntegrityError, RegistryError, ResourceError, UnknownNameError, UsageError
-from adapterhub_lite.registry.store.database import Database, find_manifest, insert_version, stored_version
-from adapterhub_lite.registry.store.files import ObjectStore, file_record, make_folder, write_durably
+from adapterhub_lite.registry.store.database import (
+    Database,
+    find_manifest,
+    fsync_folder,
+    insert_version,
+    make_folder,
+    stored_version,
+    write_durably,
+)
 from adapterhub_lite.registry.store.journal import record_act
+
+BLOCK_BYTES = 1 << 20
+
+
+class ObjectStore:
+    """`objects/` under a home folder: immutable contents, shared between versions."""
+
+    def __init__(self, home: Path) -> None:
+        self.root = home / "objects" / "sha256"
+
+    def path(self, sha256: str) -> Path:
+        """Where the content with this sha256 (64 hex digits) lies, whether it is there or not."""
+        return self.root / sha256[:2] / sha256[2:]
+
+    def adopt(self, path: Path) -> FileRecord:
+        """Move the staged file at `path` to its final name, over a damaged one if need be; returns its record."""
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        record = file_record(path)
+        target = self.path(record.sha256)
+        if target.exists() and file_record(target) == record:
+            path.unlink()
+            return record
+        make_folder(target.parent)
+        path.chmod(0o444)
+        path.rename(target)
+        fsync_folder(target.parent)
+        return record
+
+    def __iter__(self) -> Iterator[tuple[str, Path]]:
+        """Every object: sha256 by its name, and its path."""
+        for folder in sorted(self.root.glob("??")):
+            for path in sorted(folder.iterdir()):
+                yield folder.name + path.name, path
+
+
+def stage_file(source: Path, target: Path, *, limit: int) -> None:
+    """Copy `source`, a plain file of at most `limit` bytes; a link put there meanwhile is not followed."""
+    descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as reader, target.open("xb") as writer:
+        remaining = limit
+        while block := reader.read(min(BLOCK_BYTES, remaining)):
+            writer.write(block)
+            remaining -= len(block)
+
+
+def file_record(path: Path) -> FileRecord:
+    """The sha256 and size of the file at `path`."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileRecord(sha256=digest, size=path.stat().st_size)
+
 
 # Where pulls put what they fetch, one folder each, until it is complete; and the file whose lock a pull into a folder
 # holds: that folder's name and this.

@@ -15,14 +15,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from adapterhub_lite.adapter_format.foreign.opening import ARCHIVED_SIZES, open_adapter
-from adapterhub_lite.adapter_format.manifest import CONFIG_FILE, WEIGHTS_FILE, AdapterManifest, LoraRecord
+from adapterhub_lite.adapter_format.manifest import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    AdapterManifest,
+    LoraRecord,
+    TrainingRecord,
+)
 from adapterhub_lite.adapter_format.probes import PROBES_FILE
-from adapterhub_lite.adapter_format.record import TrainingRecord
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.bases.chat_template import TEMPLATE_FILE, digest_of
+from adapterhub_lite.bases.fit import check_base, inspect_adapter
 from adapterhub_lite.errors import AdapterRejectedError, UnknownNameError
-from adapterhub_lite.registry.check.folder import check_base, inspect_adapter
-from adapterhub_lite.registry.store.files import file_record
+from adapterhub_lite.registry.store.store import file_record
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from adapterhub_lite.adapter_format.safetensors_header import read_tensor_entries
-from adapterhub_lite.adapter_format.tensors import LORA_A, LORA_B, LoraPair, Pair, lora_pairs, read_pairs
+from adapterhub_lite.adapter_format.binding import LORA_A, LORA_B, LoraPair, Pair, lora_pairs, read_pairs
+from adapterhub_lite.adapter_format.strict_reading import read_tensor_entries
 from adapterhub_lite.errors import AdapterRejectedError, IntegrityError
 
 REPAIR = "Pull it again, or add it again from where it came; `adapterhub-lite doctor` lists all that is damaged."

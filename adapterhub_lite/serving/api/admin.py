@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Depends
 
-from adapterhub_lite.adapter_format.reference import AdapterReference
+from adapterhub_lite.adapter_format.manifest import AdapterReference
 from adapterhub_lite.serving.api.auth import Caller
 from adapterhub_lite.serving.api.dispatch import Dispatcher
 from adapterhub_lite.serving.api.schema import AdapterCommand, AliasCommand, SplitCommand

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from adapterhub_lite.adapter_format.record import StrictModel
+from adapterhub_lite.adapter_format.strict_reading import StrictModel
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.serving.api.errors import ApiRefusal, error_response
 

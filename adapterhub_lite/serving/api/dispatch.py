@@ -18,8 +18,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
-from adapterhub_lite.adapter_format.manifest import AdapterManifest
-from adapterhub_lite.adapter_format.reference import AdapterReference
+from adapterhub_lite.adapter_format.manifest import AdapterManifest, AdapterReference
 from adapterhub_lite.errors import RequestCancelledError, ServingError, UnknownNameError
 from adapterhub_lite.serving.adapters.slots import ResidentAdapter
 from adapterhub_lite.serving.adapters.sources import AdapterStore

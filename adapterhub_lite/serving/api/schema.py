@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_validator
 
-from adapterhub_lite.adapter_format.record import StrictModel
+from adapterhub_lite.adapter_format.strict_reading import StrictModel
 from adapterhub_lite.serving.api.dispatch import ResolvedModel
 from adapterhub_lite.serving.engine.request import GenerationResult, TokenLogprob
 

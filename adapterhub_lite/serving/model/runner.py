@@ -11,7 +11,7 @@ from adapterhub_lite.serving.adapters.weights import Family, Parts, find_familie
 from adapterhub_lite.serving.model.forward_hf import HFForward
 from adapterhub_lite.serving.model.forward_llama import LlamaForward, can_fuse, fused_groups
 from adapterhub_lite.serving.model.forward_rows import RowForward
-from adapterhub_lite.serving.model.kv_cache import KVCache, NativeAttention, RowSlice, Step, pack, token_bytes
+from adapterhub_lite.serving.model.kv_cache import KVCache, NativeAttention, Step, token_bytes
 from adapterhub_lite.serving.model.lora_native import NativeLora
 from adapterhub_lite.serving.model.lora_torch import LoraBank, RowAdapters, TorchLora
 from adapterhub_lite.serving.model.native import row_attention, row_products
@@ -59,9 +59,6 @@ class ModelRunner:
             self._pass = self._packed(model, native)
         for name in self._pass.tensors():
             self._tensors.pop(name, None)
-        if getattr(model, "is_quantized", False):
-            # bitsandbytes puts 4-bit weights into another layout at their first use: before anybody takes a digest.
-            self.forward(pack([RowSlice(0, 0, [0])], self.device))
 
     def _packed(self, model: PreTrainedModel, native: bool | None) -> LlamaForward | HFForward:
         lean = self.kind == ForwardKind.LEAN

@@ -12,9 +12,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 
-from adapterhub_lite.adapter_format.probes import write_probes
-from adapterhub_lite.adapter_format.quantization import Quantization
-from adapterhub_lite.adapter_format.record import (
+from adapterhub_lite.adapter_format.manifest import (
     RECORD_FILE,
     BaseRecord,
     DataRecord,
@@ -22,6 +20,8 @@ from adapterhub_lite.adapter_format.record import (
     TextRecord,
     TrainingRecord,
 )
+from adapterhub_lite.adapter_format.probes import write_probes
+from adapterhub_lite.adapter_format.quantization import Quantization
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.bases.chat_template import template_digest
 from adapterhub_lite.errors import ConfigurationError

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from adapterhub_app.backend import Backend, PendingAnswer
 from adapterhub_app.display.escape import sentence
 from adapterhub_app.display.task import Task, short_digest
-from adapterhub_lite.adapter_format.record import StrictModel
+from adapterhub_lite.adapter_format.strict_reading import StrictModel
 from adapterhub_lite.errors import RequestCancelledError
 from adapterhub_lite.serving import GenerationRequest, GenerationResult
 

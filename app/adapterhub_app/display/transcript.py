@@ -13,7 +13,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from adapterhub_app.display.answers import Receipt
 from adapterhub_app.display.escape import shown
-from adapterhub_lite.adapter_format.record import StrictModel
+from adapterhub_lite.adapter_format.strict_reading import StrictModel
 from adapterhub_lite.errors import DataError
 
 MAX_TURNS = 200

@@ -2,7 +2,7 @@
 
     python -m scripts.bench.keep.hostile
 
-Each case of tests/registry/check/hostile is refused in a forked process of its own, so that its peak resident memory over
+Each case of tests/registry/hostile is refused in a forked process of its own, so that its peak resident memory over
 what the process began with is its own. Wanted: under 1 s and 64 MiB each.
 """
 
@@ -20,8 +20,8 @@ from adapterhub_lite.errors import AdapterHubError
 from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.registry.operations.intake import import_adapter
 from scripts.bench.report import RESULTS, write_result
-from tests.registry.check.hostile.case import Case
-from tests.registry.check.hostile.corpus import CASES
+from tests.registry.hostile.case import Case
+from tests.registry.hostile.corpus import CASES
 
 
 def make_sound(scratch: Path) -> tuple[ResolvedBase, Path, Path]:

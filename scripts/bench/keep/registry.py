@@ -16,8 +16,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from adapterhub_lite.adapter_format.manifest import EvaluationRecord, FileRecord, LoraRecord
-from adapterhub_lite.adapter_format.record import BaseRecord, DataRecord, MemoryRecord, TrainingRecord
+from adapterhub_lite.adapter_format.manifest import (
+    BaseRecord,
+    DataRecord,
+    EvaluationRecord,
+    FileRecord,
+    LoraRecord,
+    MemoryRecord,
+    TrainingRecord,
+)
 from adapterhub_lite.registry import AdapterManifest, AdapterRegistry
 from adapterhub_lite.registry.store.database import insert_version, parse_stored
 from scripts.bench.report import RESULTS, write_result

@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from adapterhub_lite.adapter_format.binding import read_pairs
 from adapterhub_lite.adapter_format.foreign.opening import open_adapter
-from adapterhub_lite.adapter_format.tensors import read_pairs
 from adapterhub_lite.bases import ResolvedBase, resolve_base
+from adapterhub_lite.bases.fit import inspect_adapter
 from adapterhub_lite.errors import AdapterRejectedError, BaseMismatchError
 from adapterhub_lite.registry import AdapterRegistry
-from adapterhub_lite.registry.check.folder import inspect_adapter
 
 Change = Callable[[Path], None]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -16,8 +16,7 @@ from pathlib import Path
 
 from adapterhub_lite.adapter_format.manifest import read_manifest
 from adapterhub_lite.registry import AdapterRegistry
-from adapterhub_lite.registry.hub.aliases import push_alias, remote_aliases
-from adapterhub_lite.registry.hub.client import HubRepo
+from adapterhub_lite.registry.hub.client import HubRepo, push_alias, remote_aliases
 
 REPO = "org/sql-lora"
 ACTS_A_LIFE = 2

@@ -13,8 +13,7 @@ import pytest
 
 from adapterhub_lite.errors import AdapterHubError, HubError, IntegrityError
 from adapterhub_lite.registry import AdapterRegistry
-from adapterhub_lite.registry.hub import bounds
-from adapterhub_lite.registry.hub.bounds import HubBounds
+from adapterhub_lite.registry.hub.client import MOST_REQUESTS, HubBounds
 
 SHA = "a" * 40
 
@@ -140,7 +139,7 @@ def test_pages_without_end(hub: Hub, registry: AdapterRegistry) -> None:
     hub.link = f"{hub.url}/api/models/org/x/tree/{SHA}?recursive=true&cursor=more"
     hub.tree = hub.tree * 10
     assert "more and more pages" in str(pull(hub, registry))
-    assert len(hub.seen) <= bounds.MOST_REQUESTS + 20
+    assert len(hub.seen) <= MOST_REQUESTS + 20
 
 
 @pytest.mark.parametrize("path", ["/next?x", "/api/models/org/x/tree/main"])
@@ -155,7 +154,6 @@ def test_the_next_page_at_another_host_is_not_asked_for(
 
 
 def test_an_answer_of_the_api_is_bounded(hub: Hub, registry: AdapterRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounds, "ANSWER_BYTES", 1000)
     monkeypatch.setattr("adapterhub_lite.registry.hub.client.ANSWER_BYTES", 1000)
     hub.tree = hub.tree * 100
     assert "announces" in str(pull(hub, registry))

@@ -14,8 +14,7 @@ from adapterhub_lite.bases import ResolvedBase, resolve_base
 from adapterhub_lite.errors import HubUnreachableError, PublishConflictError
 from adapterhub_lite.hub_server import HubServer
 from adapterhub_lite.registry import AdapterRegistry
-from adapterhub_lite.registry.hub.aliases import push_alias, remote_aliases
-from adapterhub_lite.registry.hub.client import HubRepo
+from adapterhub_lite.registry.hub.client import HubRepo, push_alias, remote_aliases
 from adapterhub_lite.registry.hub.receipts import PushReceipt
 from tests.xet import need_xet
 

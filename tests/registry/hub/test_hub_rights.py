@@ -121,8 +121,7 @@ def test_one_file_speaks_to_a_hub() -> None:
                 name = f"{path.parent.name}/{path.stem}"
                 found[name] = found.get(name, set()) | used
     assert found == {
-        "hub/bounds": {"huggingface_hub", "httpx2"},
-        "hub/client": {"huggingface_hub"},
+        "hub/client": {"huggingface_hub", "httpx2"},
         "hub/errors": {"huggingface_hub.errors", "httpx2"},
     }
 

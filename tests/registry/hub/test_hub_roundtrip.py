@@ -20,7 +20,7 @@ from adapterhub_lite.errors import (
 )
 from adapterhub_lite.hub_server import HubServer
 from adapterhub_lite.registry import AdapterRegistry
-from adapterhub_lite.registry.hub.aliases import push_alias, remote_aliases
+from adapterhub_lite.registry.hub.client import push_alias, remote_aliases
 from adapterhub_lite.registry.hub.pull import pull_adapter
 from adapterhub_lite.registry.hub.push import push_adapter
 from tests.xet import need_xet

@@ -9,7 +9,7 @@ from adapterhub_lite.bases import resolve_base
 from adapterhub_lite.errors import HubError, HubUnreachableError, UsageError
 from adapterhub_lite.hub_server.testing import hub_server  # noqa: F401
 from adapterhub_lite.registry import AdapterRegistry
-from adapterhub_lite.registry.hub.aliases import push_alias
+from adapterhub_lite.registry.hub.client import push_alias
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
 from adapterhub_lite.serving.adapters.hub_source import HubSource
 from adapterhub_lite.serving.model.runner import ModelRunner

@@ -1,16 +1,16 @@
-"""What an adapter folder must pass before anything of it is loaded: examined, and held against its base. No torch."""
+"""Whether an adapter is for a base: its modules that hold a matrix, and what it is called. From headers; no torch."""
 
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+from adapterhub_lite.adapter_format.binding import Modules
 from adapterhub_lite.adapter_format.folder import Inspection, inspect_folder
-from adapterhub_lite.bases import ResolvedBase, base_modules
-from adapterhub_lite.bases.fingerprint import is_commit
+from adapterhub_lite.adapter_format.strict_reading import MAX_BASE_HEADER_BYTES, read_tensor_entries
+from adapterhub_lite.bases.fingerprint import ResolvedBase, is_commit
 from adapterhub_lite.bases.resolve import HUB_ID
 from adapterhub_lite.errors import BaseMismatchError
-
-__all__ = ["Inspection", "inspect_adapter"]
 
 
 def inspect_adapter(folder: Path, *, base: ResolvedBase | None = None, subject: str | None = None) -> Inspection:
@@ -77,3 +77,35 @@ def compare_names(named: str | None, base: ResolvedBase) -> Literal["same", "unk
 def _plain_name(model_id: str) -> str:
     name = re.split(r"[/\\]", model_id)[-1].lower()
     return re.sub(r"(-unsloth)?-(bnb-[48]bit|gptq(-int[48])?|awq|gguf|[48]bit)$", "", name)
+
+
+def base_modules(folder: Path) -> Modules:
+    """The modules of the base in `folder` that hold a matrix: dotted name -> shape of its weight.
+
+    A head that shares the embedding's weight is listed as `lm_head` though no file holds it.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    stats = [(path, path.stat()) for path in files]
+    return _base_modules(tuple((path, stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in stats))
+
+
+@lru_cache(maxsize=8)
+def _base_modules(stamp: tuple[tuple[Path, int, int, int], ...]) -> Modules:
+    found: dict[str, tuple[int, ...]] = {}
+    for path, *_ in stamp:
+        for entry in read_tensor_entries(path, header_limit=MAX_BASE_HEADER_BYTES):
+            if entry.name.endswith(".weight") and len(entry.shape) == 2:
+                found[entry.name.removesuffix(".weight")] = entry.shape
+    embedding = next((shape for name, shape in found.items() if re.search(r"(^|\.)(embed_tokens|wte)$", name)), None)
+    if embedding and not any(name.endswith("lm_head") for name in found):
+        found["lm_head"] = embedding
+    return found
+
+
+def stored_modules(folder: Path) -> frozenset[str]:
+    """The modules of the base in `folder` whose weight is in a file of its own: a tied head is not among them."""
+    return frozenset(
+        entry.name.removesuffix(".weight")
+        for path in folder.glob("*.safetensors")
+        for entry in read_tensor_entries(path, header_limit=MAX_BASE_HEADER_BYTES)
+    )

@@ -11,7 +11,7 @@ from adapterhub_lite.adapter_format.quantization import Quantization
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import BaseMismatchError
 from adapterhub_lite.registry import AdapterRegistry
-from adapterhub_lite.registry.check.replay import check_probes, check_stored
+from adapterhub_lite.registry.operations.replay import check_probes, check_stored
 
 ROWS = [{"messages": [{"role": "user", "content": c}, {"role": "assistant", "content": c * 2}]} for c in "abcd"]
 

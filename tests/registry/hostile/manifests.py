@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.registry.check.hostile.case import MANIFEST, WEIGHTS, Case, Spoil, beside, put
+from tests.registry.hostile.case import MANIFEST, WEIGHTS, Case, Spoil, beside, put
 
 
 def manifest(**changes: Any) -> Spoil:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.registry.check.hostile.case import CONFIG, Case, Spoil, put
+from tests.registry.hostile.case import CONFIG, Case, Spoil, put
 
 
 def config(**changes: Any) -> Spoil:

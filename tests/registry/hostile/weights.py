@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.registry.check.hostile.case import WEIGHTS, Case, Spoil, put
+from tests.registry.hostile.case import WEIGHTS, Case, Spoil, put
 
 
 def header(change: Callable[[dict[str, Any]], None]) -> Spoil:

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tests.registry.check.hostile.case import CONFIG, WEIGHTS, Case, Spoil, beside, put
+from tests.registry.hostile.case import CONFIG, WEIGHTS, Case, Spoil, beside, put
 
 
 def _symlink(folder: Path) -> None:

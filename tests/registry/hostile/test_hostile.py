@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from adapterhub_lite.bases import ResolvedBase
+from adapterhub_lite.bases.fit import inspect_adapter
 from adapterhub_lite.errors import AdapterHubError, AdapterRejectedError, BaseMismatchError, IntegrityError
 from adapterhub_lite.registry import AdapterRegistry
-from adapterhub_lite.registry.check.folder import inspect_adapter
 from adapterhub_lite.registry.operations.intake import import_adapter
-from tests.registry.check.hostile.case import Case, Spoil
-from tests.registry.check.hostile.corpus import CASES
-from tests.registry.check.hostile.files import LEFT_ALONE
+from tests.registry.hostile.case import Case, Spoil
+from tests.registry.hostile.corpus import CASES
+from tests.registry.hostile.files import LEFT_ALONE
 
 BUDGET_BYTES = 64 << 20
 

@@ -11,8 +11,8 @@ from adapterhub_lite.adapter_format.probes import replay_probes
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import BaseMismatchError, UsageError
 from adapterhub_lite.registry import AdapterRegistry
-from adapterhub_lite.registry.check.replay import adapted_model
 from adapterhub_lite.registry.operations.intake import import_adapter
+from adapterhub_lite.registry.operations.replay import adapted_model
 
 
 def test_probes_are_recorded_at_add_where_there_are_none(

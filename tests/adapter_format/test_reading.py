@@ -10,11 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapterhub_lite.adapter_format.lora_config import ACTING, SPENT, ConfigProblems, LoraConfigFile, read_lora_config
-from adapterhub_lite.adapter_format.safetensors_header import nonfinite_tensors, read_tensor_entries
-from adapterhub_lite.adapter_format.strict_json import strict_json
+from adapterhub_lite.adapter_format.strict_reading import nonfinite_tensors, read_tensor_entries, strict_json
 from adapterhub_lite.errors import ReferenceSyntaxError
 from adapterhub_lite.registry import AdapterReference
-from adapterhub_lite.registry.check.redaction import scrub
+from adapterhub_lite.registry.operations.intake import scrub
 
 
 def _read(**changes: Any) -> Any:

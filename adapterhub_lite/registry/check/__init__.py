@@ -1,1 +1,0 @@
-"""What an adapter must pass before anything of it is loaded or published."""
