@@ -117,3 +117,21 @@ def registered(home: Path, tiny_base: Path, adapters: dict[str, Path]) -> Adapte
     for name in ("small", "wide"):
         registry.add(adapters[name], name, base=base)
     return registry
+
+
+@pytest.fixture(scope="session")
+def registry(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, adapters: dict[str, Path]) -> AdapterRegistry:
+    """Two tasks: sql with two versions and the alias prod on the first, event with one."""
+    registry, base = AdapterRegistry(tmp_path_factory.mktemp("served")), resolve_base(tiny_base)
+    registry.add(adapters["small"], "sql", base=base)
+    registry.add(adapters["wide"], "sql", base=base)
+    registry.add(adapters["mlp"], "event", base=base)
+    registry.set_alias("sql", "prod", version=1)
+    return registry
+
+
+@pytest.fixture(scope="session")
+def shared_engine(registry: AdapterRegistry, tiny_base: Path) -> Iterator[InferenceEngine]:
+    """An engine that no test closes."""
+    with InferenceEngine.from_base(tiny_base, registry=registry, device="cpu", max_rows=8) as engine:
+        yield engine

@@ -11,6 +11,7 @@ the base is refused, with what differs. A verdict holds for one base, one settin
 import hashlib
 import json
 import logging
+import math
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -32,10 +33,11 @@ from adapterhub_lite.serving.model.kv_cache import RowSlice, pack
 from adapterhub_lite.serving.model.runner import ForwardKind, ModelRunner
 
 logger = logging.getLogger(__name__)
-# A difference is the root mean square of it over that of the logits. float32 rounds to about 1e-6 of them, sixteen bits
-# to about 1e-2; a forgotten state, mask or adapter gives 0.1 and more.
+# A difference is the root mean square of it, over the tokens of a row, relative to that of the logits. float32 rounds to
+# about 1e-6 of them. On SmolLM2-135M in bfloat16, rounding gave 0.03 to 0.11 over four draws of prompts (its logits are as
+# far from those in float32), a forgotten adapter 0.21 to 0.38, a wrong key or position 0.24 to 1.3.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
-TOLERANCE_16_BITS = 0.06
+TOLERANCE_16_BITS = 0.15
 PROMPTS = (21, 6, 11)  # tokens
 WRITTEN = 4
 # Windows are narrowed to this for the proof, so that a row of 25 tokens crosses the edge of one of 4,096.
@@ -197,10 +199,13 @@ def random_adapter(families: Sequence[Family], model: PreTrainedModel, generator
 
 
 def difference(runner: ModelRunner, answers: Sequence[Answer]) -> float:
-    """The largest relative difference between the runner's logits and the model's own, of rows that share steps."""
+    """The relative difference between the runner's logits and the model's own, of the row with the largest.
+
+    The rows share their steps.
+    """
     rows = dict(enumerate(answers))  # row -> its answer
     computed = dict.fromkeys(rows, 0)
-    worst = 0.0
+    found: dict[int, list[float]] = {id(answer): [] for answer in answers}
     for row, answer in rows.items():
         runner.admit(row, answer.parts, len(answer.prompt) + WRITTEN)
     for step in range(100):
@@ -218,7 +223,7 @@ def difference(runner: ModelRunner, answers: Sequence[Answer]) -> float:
             computed[part.row] += len(part.token_ids)
             index = computed[part.row] - len(answer.prompt)
             if index >= 0:
-                worst = max(worst, relative_difference(own, answer.logits[index]))
+                found[id(answer)].append(relative_difference(own, answer.logits[index]))
             if index == WRITTEN - 1:
                 runner.leave(part.row)
                 del rows[part.row]
@@ -228,7 +233,7 @@ def difference(runner: ModelRunner, answers: Sequence[Answer]) -> float:
                 runner.move(last, hole, rows[last].parts, computed[last])
                 rows[hole], computed[hole] = rows.pop(last), computed[last]
         if not rows:
-            return worst
+            return max(math.sqrt(sum(value**2 for value in values) / WRITTEN) for values in found.values())
     raise AssertionError("every row ends")
 
 

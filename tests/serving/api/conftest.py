@@ -1,37 +1,17 @@
 """What the server's tests share: a registry with two tasks, one server for those who only ask, others on order."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
-from adapterhub_lite.bases import resolve_base
 from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.serving import InferenceEngine
 from adapterhub_lite.serving.api.server import ApiServer
 from adapterhub_lite.serving.api.settings import ServerSettings
 
 Serve = Callable[..., tuple[ApiServer, openai.OpenAI]]
-
-
-@pytest.fixture(scope="session")
-def registry(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, adapters: dict[str, Path]) -> AdapterRegistry:
-    """Two tasks: sql with two versions and the alias prod on the first, event with one."""
-    registry, base = AdapterRegistry(tmp_path_factory.mktemp("served")), resolve_base(tiny_base)
-    registry.add(adapters["small"], "sql", base=base)
-    registry.add(adapters["wide"], "sql", base=base)
-    registry.add(adapters["mlp"], "event", base=base)
-    registry.set_alias("sql", "prod", version=1)
-    return registry
-
-
-@pytest.fixture(scope="session")
-def shared_engine(registry: AdapterRegistry, tiny_base: Path) -> Iterator[InferenceEngine]:
-    """An engine that no test closes."""
-    with InferenceEngine.from_base(tiny_base, registry=registry, device="cpu", max_rows=8) as engine:
-        yield engine
 
 
 def open_client(server: ApiServer, key: str = "none") -> openai.OpenAI:

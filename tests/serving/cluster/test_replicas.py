@@ -24,7 +24,7 @@ from adapterhub_lite.serving.cluster.settings import ClusterSettings
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 PROMPTS = ("one", "select the", "a longer prompt than the others, by some")
 MODELS = ("sql:1", "sql:2", "event", "base", "sql:1*0.5+event*2")
-KEYS = KeyRing(KeyFile(keys={"user": ("*",)}, admin="admin"))
+KEYS = KeyRing(KeyFile(keys={"user": ("*",)}, admin="admin", metrics="metrics"))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_answers_are_those_of_one_engine(
         whole = ask(client, model, "select the").choices[0].text
         pieces = "".join(piece.choices[0].text for piece in ask(client, model, "select the", stream=True))
         assert whole == pieces == alone(shared_engine, model, "select the")
-    metrics = httpx.get(f"{server.url}/metrics", headers={"Authorization": "Bearer user"}, timeout=60).text
+    metrics = httpx.get(f"{server.url}/metrics", headers={"Authorization": "Bearer metrics"}, timeout=60).text
     assert "adapterhub_requests_waiting 0.0" in metrics and "adapterhub_adapter_loads 0.0" not in metrics
     with pytest.raises(openai.NotFoundError):
         ask(client, "nothing", "x")

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 from adapterhub_lite.losses import causal_lm_loss, head_of
 from adapterhub_lite.training.run.step_loss import EvaluationSums
 from adapterhub_lite.training.model.assembly import HiddenStates
-from adapterhub_lite.training.distributed.sharded import part_at_exit, whole_tensors
+from adapterhub_lite.training.distributed.sharded import part_at_exit
+from adapterhub_lite.training.model.adapters import whole_tensors
 
 dist.init_process_group("gloo")
 part_at_exit()
