@@ -1,7 +1,7 @@
 """`preview`: the first rows as they will be learned, before any model is read."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -9,9 +9,6 @@ from adapterhub_lite.cli.options import build_settings, options_from
 from adapterhub_lite.cli.output import JsonOption, print_json
 from adapterhub_lite.errors import ConfigurationError, DataError
 from adapterhub_lite.training.settings import DataSettings
-
-if TYPE_CHECKING:
-    from adapterhub_lite.training.data.preview import RowsPreview
 
 
 @options_from(DataSettings)
@@ -46,25 +43,6 @@ def preview(
     if as_json:
         print_json(found.as_json())
     else:
-        _draw(found)
+        found.draw()
     if not found.lengths:
         raise DataError(found.refused[0] if found.refused else "No row can be trained.")
-
-
-def _draw(found: "RowsPreview") -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(highlight=False, markup=False)
-    for row in found.rows:
-        cut = ", cut to the limit" if row.cut else ""
-        console.print(f"{row.where}: {len(row.tokens)} tokens, {row.learned} learned{cut}", style="bold")
-        text = Text()
-        for piece, weight in row.pieces():
-            # Without colour the brackets say it; a weight other than 1 is written out.
-            before, after = ("⟦", "⟧" if weight == 1 else f"⟧×{weight:g}") if weight else ("", "")
-            text.append(before + piece + after, style="green" if weight else "dim")
-        console.print(text, "", sep="\n", soft_wrap=True)
-    for reason in found.refused:
-        console.print(f"refused: {reason}", soft_wrap=True)
-    console.print(f"{found.described()}.\n⟦…⟧ is learned, the rest is only seen.", soft_wrap=True)

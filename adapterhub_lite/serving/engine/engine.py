@@ -35,6 +35,7 @@ from adapterhub_lite.bases.encoding import encode_prompt
 from adapterhub_lite.bases.encoding import end_tokens as base_end_tokens
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.home import adapterhub_home
+from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.serving.adapters.hub_source import HubSource
 from adapterhub_lite.serving.adapters.pool import AdapterPool, FoundAdapters, Tier
 from adapterhub_lite.serving.adapters.slots import ResidentAdapter
@@ -116,7 +117,7 @@ class InferenceEngine:
         cls,
         base: str | Path,
         *,
-        registry: Any = None,
+        registry: AdapterRegistry | None = None,
         pull: Sequence[str] = (),
         home: str | Path | None = None,
         dtype: torch.dtype | str | None = None,

@@ -102,6 +102,25 @@ class RowsPreview:
                 parts.append(f"{count} {what}")
         return "; ".join(parts)
 
+    def draw(self) -> None:
+        """Print the rows to the terminal: learned tokens in green and in brackets."""
+        from rich.console import Console
+        from rich.text import Text
+
+        console = Console(highlight=False, markup=False)
+        for row in self.rows:
+            cut = ", cut to the limit" if row.cut else ""
+            console.print(f"{row.where}: {len(row.tokens)} tokens, {row.learned} learned{cut}", style="bold")
+            text = Text()
+            for piece, weight in row.pieces():
+                # Without colour the brackets say it; a weight other than 1 is written out.
+                before, after = ("⟦", "⟧" if weight == 1 else f"⟧×{weight:g}") if weight else ("", "")
+                text.append(before + piece + after, style="green" if weight else "dim")
+            console.print(text, "", sep="\n", soft_wrap=True)
+        for reason in self.refused:
+            console.print(f"refused: {reason}", soft_wrap=True)
+        console.print(f"{self.described()}.\n⟦…⟧ is learned, the rest is only seen.", soft_wrap=True)
+
     def as_json(self) -> dict[str, Any]:
         """The picture as values for JSON."""
         return {

@@ -152,7 +152,7 @@ class _TorchStates:
 class _ZeroStates:
     """Of an optimizer under DeepSpeed, which splits flat fp32 copies of the parameters."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any) -> None:  # DeepSpeed has no types
         self.optimizer = engine.optimizer
 
     @property
