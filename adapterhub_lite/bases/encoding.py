@@ -130,3 +130,9 @@ def ends_in(folder: Path) -> list[Any]:
     """What the two configurations in a folder say of end tokens."""
     files = [folder / name for name in ("generation_config.json", "config.json")]
     return [json.loads(path.read_bytes()).get("eos_token_id") for path in files if path.is_file()]
+
+
+def padding_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """A token id to fill batches with; which one is no matter, because padding is masked by length."""
+    found = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(int(one) for one in found if one is not None)

@@ -1,5 +1,7 @@
 """The arguments of a run: `TrainingArguments` with the settings of an adapter, and defaults that suit one machine."""
 
+import functools
+import logging
 import os
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
@@ -9,7 +11,20 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from adapterhub_lite.errors import ConfigurationError
-from adapterhub_lite.training.settings import TARGET_GROUPS, RunSettings, problems_of
+from adapterhub_lite.training.porting import packing_of, translated
+from adapterhub_lite.training.settings import TARGET_GROUPS, TYPICAL_LENGTH, RunSettings, problems_of
+
+logger = logging.getLogger(__name__)
+
+
+def differing(args: Any) -> frozenset[str]:
+    """The fields of a dataclass of arguments that differ from its defaults: what somebody set by hand."""
+    return frozenset(
+        one.name
+        for one in fields(args)
+        if one.init
+        and getattr(args, one.name) != (one.default if one.default_factory is MISSING else one.default_factory())
+    )
 
 
 def _with_default(name: str, value: object) -> Any:
@@ -17,9 +32,28 @@ def _with_default(name: str, value: object) -> Any:
     return field(default=value, metadata=TrainingArguments.__dataclass_fields__[name].metadata)
 
 
+def answering_other_trainers(arguments: type) -> type:
+    """Decorate a dataclass of arguments so that it takes, or answers in a sentence, what other trainers' have."""
+    made = arguments.__init__
+
+    @functools.wraps(made)
+    def init(self: Any, *positional: Any, **keywords: Any) -> None:
+        known = [one.name for one in fields(arguments) if one.init]  # type: ignore[arg-type]
+        meant = translated(keywords, known)
+        if "packing" in meant:
+            meant["packing"] = packing_of(meant["packing"], keywords.get("packing_strategy"))
+        made(self, *positional, **meant)
+
+    arguments.__init__ = init  # type: ignore[misc]
+    return arguments
+
+
+@answering_other_trainers
 @dataclass
 class AdapterTrainingArguments(RunSettings, TrainingArguments):
     """`TrainingArguments` with the settings of a LoRA (`RunSettings`) and other defaults for a few of its own.
+
+    Arguments of TRL's `SFTConfig` are taken, or answered as `porting.ANSWERS` says.
 
     Raises:
         ConfigurationError: a value that cannot be, or two that contradict each other.
@@ -37,16 +71,17 @@ class AdapterTrainingArguments(RunSettings, TrainingArguments):
     def __post_init__(self) -> None:
         if not hasattr(self, "set_by_hand"):
             # The fields that differ from their defaults, before `TrainingArguments` fills any in.
-            self.set_by_hand = frozenset(
-                one.name
-                for one in fields(self)
-                if one.init
-                and getattr(self, one.name)
-                != (one.default if one.default_factory is MISSING else one.default_factory())
-            )
+            self.set_by_hand = differing(self)
         if isinstance(self.target_modules, list) and self.target_modules[:1] in [[name] for name in TARGET_GROUPS]:
             # A command line gives a list; alone, the name of a group stands for the group.
             self.target_modules = self.target_modules[0]
+        self.packing = packing_of(self.packing)
+        if self.use_liger_kernel:
+            # Its kernels would be put into the model beside ours; of the loss there is one at a time.
+            logger.warning(
+                "use_liger_kernel is not needed here: the loss builds no logits. Its loss is loss_backend='liger'."
+            )
+            self.use_liger_kernel = False
         if self.alpha is None:
             self.alpha = 2 * self.rank
         problems = problems_of({one.name: getattr(self, one.name) for one in fields(RunSettings)})
@@ -67,6 +102,30 @@ class AdapterTrainingArguments(RunSettings, TrainingArguments):
             super().__post_init__()
         except ValueError as error:
             raise ConfigurationError(f"The training arguments cannot be used: {error}") from error
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row there may be; a usual number where there is no limit."""
+        return self.max_length or TYPICAL_LENGTH
+
+    @classmethod
+    def of(cls, args: TrainingArguments | None) -> "AdapterTrainingArguments":
+        """`args` itself, or what a plain `TrainingArguments`, a `SFTConfig` or nothing at all stands for.
+
+        Raises:
+            ConfigurationError: something in it cannot be honoured here.
+        """
+        if isinstance(args, cls):
+            return args
+        if args is None:
+            return cls(output_dir="tmp_trainer")
+        by_hand = differing(args)
+        given = {one.name: getattr(args, one.name) for one in fields(args) if one.init}
+        # What another class of arguments has beyond transformers' own counts where it was set; its defaults are its own.
+        foreign = set(given) - {one.name for one in fields(TrainingArguments)}
+        made = cls(**{name: value for name, value in given.items() if name not in foreign or name in by_hand})
+        made.set_by_hand = by_hand & {one.name for one in fields(cls)}
+        return made
 
     def changed(self, **values: object) -> "AdapterTrainingArguments":
         """A copy with other values, which still knows what was set by hand in the original."""

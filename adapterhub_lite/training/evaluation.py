@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from adapterhub_lite.bases.encoding import padding_id
 from adapterhub_lite.errors import DataError
 
 Turns = list[dict[str, str]]
@@ -112,7 +113,7 @@ def generate_answers(
     ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
     longest = max(len(row) for row in ids)
     device = next(model.parameters()).device
-    pad = tokenizer.pad_token_id
+    pad = padding_id(tokenizer)
     batch = torch.tensor([[pad] * (longest - len(row)) + row for row in ids], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=device)
     was_training = model.training

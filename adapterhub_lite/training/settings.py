@@ -25,6 +25,9 @@ REPORTERS = {
 }
 MAX_TEMPLATE_BYTES = 256 << 10
 TARGET_GROUPS = ("all-linear", "attention", "mlp")
+PACKINGS = ("none", "bfd", "wrapped")
+# What is assumed of rows that have no limit and cannot be counted.
+TYPICAL_LENGTH = 1024
 INITS = r"default|gaussian|orthogonal|pissa|pissa_niter_\d+"
 
 
@@ -54,9 +57,12 @@ class RunSettings:
         None, "Learning rate of B divided by that of A (LoRA+); one rate for both when not given."
     )
     init_lora: str = setting("default", "How A and B begin: default, gaussian, orthogonal, pissa or pissa_niter_N.")
-    max_length: int = setting(1024, "Longest row, in tokens.")
+    max_length: int | None = setting(1024, "Longest row, in tokens; no limit when None.")
     overlong: Literal["refuse", "truncate", "truncate_start", "drop"] = setting(
         "refuse", "What becomes of a longer row: refuse, truncate (its end), truncate_start or drop."
+    )
+    packing: str = setting(
+        "none", "Fill each row of a batch up to max_length: none, bfd (whole rows) or wrapped (cut)."
     )
     seed: int = setting(42, "Seed of the adapter and of the order of rows.")
     save_steps: float = setting(50, "Optimizer steps between checkpoints; below 1, a share of the run.")
@@ -74,6 +80,17 @@ class RunSettings:
     proof: bool = setting(True, "Prove data, loss and gradients in the first two steps.")
     preflight: bool = setting(True, "Try the longest batch before the first step.")
     show_progress: bool = setting(True, "Show the progress bar on the terminal.")
+    dataset_text_field: str | None = setting(None, "Column of plain text, where it is not called text.")
+    completion_only_loss: bool | None = setting(None, "Learn the completion alone; False learns the prompt too.")
+    assistant_only_loss: bool | None = setting(None, "Learn the assistant's turns alone; False learns the whole chat.")
+    chat_template_path: str | None = setting(None, "Chat template instead of the base's: a Jinja file or a folder.")
+    eos_token: str | None = setting(None, "Token that ends an answer, where it is not the tokenizer's own.")
+    pad_token: str | None = setting(None, "Token that fills padded batches, where it is not the tokenizer's own.")
+    pad_to_multiple_of: int | None = setting(None, "Pad each batch to a multiple of so many tokens.")
+    shuffle_dataset: bool = setting(False, "Shuffle the rows by the seed before anything else.")
+    router_aux_loss_coef: float | None = setting(
+        None, "Weight of the router loss of mixture-of-experts models; that of the model when not given."
+    )
     # In transformers' order, which its HfArgumentParser depends on.
     report_to: None | str | list[str] = setting(  # noqa: RUF036
         "none", "Also report to tensorboard, trackio, wandb or mlflow; several with commas."
@@ -88,6 +105,8 @@ AT_LEAST: dict[str, float] = {
     "alpha": 1,
     "max_length": 2,
     "loss_chunk_tokens": 1,
+    "pad_to_multiple_of": 1,
+    "router_aux_loss_coef": 0,
 }
 POSITIVE = ("learning_rate", "save_steps", "loraplus_lr_ratio", "num_train_epochs")
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -110,6 +129,10 @@ def problems_of(values: Mapping[str, Any], shown: Mapping[str, str] | None = Non
         for name, allowed in CHOICES.items()
         if name in given and given[name] not in allowed
     ]
+    if given.get("packing", "none") not in PACKINGS:
+        problems.append(clause("packing", f"one of {', '.join(PACKINGS)}"))
+    if given.get("packing", "none") != "none" and values.get("max_length", 1) is None:
+        problems.append("packing fills rows up to max_length, expected a number there")
     if not re.fullmatch(INITS, given.get("init_lora", "default")):
         problems.append(clause("init_lora", "default, gaussian, orthogonal, pissa or pissa_niter_N"))
     if not 0.0 <= given.get("lora_dropout", 0.0) < 1.0:
@@ -216,7 +239,8 @@ class TrainingRecipe(DataSettings):
     rank: int = same_as("rank")
     alpha: int | None = same_as("alpha")
     target_modules: str = same_as("target_modules")
-    max_length: int = same_as("max_length")
+    max_length: int | None = same_as("max_length")
+    packing: str = same_as("packing")
     overlong: Literal["refuse", "truncate", "truncate_start", "drop"] = same_as("overlong")
     seed: int = same_as("seed")
     save_steps: float = same_as("save_steps")

@@ -5,21 +5,21 @@ work.
 """
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, PrinterCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from adapterhub_lite.adapter_format.manifest import TrainingRecord
 from adapterhub_lite.bases import ResolvedBase
-from adapterhub_lite.errors import NonFiniteLossError, OutOfMemoryError
-from adapterhub_lite.training.arguments import AdapterTrainingArguments
-from adapterhub_lite.training.data.collation import PackedCollator, PaddedCollator, unpack
-from adapterhub_lite.training.data.preparation import Preparation
+from adapterhub_lite.bases.encoding import padding_id
+from adapterhub_lite.errors import ConfigurationError, NonFiniteLossError, OutOfMemoryError
+from adapterhub_lite.training.data.collation import PaddedCollator
 from adapterhub_lite.training.data.rows import Formatting
 from adapterhub_lite.training.data.tokenization import WEIGHTS_COLUMN, row_lengths
 from adapterhub_lite.training.data.vocabulary import check_vocabulary
@@ -27,25 +27,29 @@ from adapterhub_lite.training.distributed import sharded
 from adapterhub_lite.training.evaluation import GeneratedMetrics
 from adapterhub_lite.training.model.adapters import loraplus_optimizer, open_base
 from adapterhub_lite.training.model.assembly import assemble
+from adapterhub_lite.training.model.segments import PackingChoice
 from adapterhub_lite.training.run.guard import RunGuard, describe_failure
 from adapterhub_lite.training.run.measurement import MemoryReport, PeakMemory, RunMeter
 from adapterhub_lite.training.run.memory_choice import choose_memory, is_out_of_memory, with_less
 from adapterhub_lite.training.run.progress import PLOT_FILE, MetricsCallback, ProgressCallback, draw_losses
 from adapterhub_lite.training.run.record import make_record, save_adapter
-from adapterhub_lite.training.run.run_trainer import RunTrainer
-from adapterhub_lite.training.run.step_loss import EvaluationSums, StepLoss, without_repeats
+from adapterhub_lite.training.run.rows_trainer import preparation_for, sorted_out, with_words
+from adapterhub_lite.training.run.search_trainer import SearchTrainer
+from adapterhub_lite.training.run.step_loss import EvaluationSums, PerRow, StepLoss, without_repeats
 from adapterhub_lite.training.settings import DataSettings
 
 logger = logging.getLogger(__name__)
 
 
-class AdapterTrainer(RunTrainer):
+class AdapterTrainer(SearchTrainer):
     """Trains a LoRA on a frozen base and saves it as a plain PEFT folder with the record of its making.
 
-    `model` is a base's name, its folder, a model in memory, or a `PeftModel`; `train_dataset` and `eval_dataset` are
-    tokenised data sets, or anything that `load_rows` takes; `base` says where a model in memory came from, for the
-    record; `generated_metrics` are asked in each evaluation. `data_settings` and
-    `formatting_func` say how rows are read and laid out. Every other keyword is the `Trainer`'s own.
+    `model` is a base's name, its folder, a model in memory, or a `PeftModel`; without it, `model_init` makes one, anew for
+    each `train()`. `args` may be a plain `TrainingArguments`, or TRL's `SFTConfig`. `train_dataset` and `eval_dataset` are
+    tokenised data sets, or anything that `load_rows` takes, as are the sets given to `evaluate` and `predict`; `base` says
+    where a model in memory came from, for the record; `generated_metrics` are asked in each evaluation. `data_settings`
+    and `formatting_func` say how rows are read and laid out. Every other keyword is the `Trainer`'s own, or answered as
+    `porting.ANSWERS` says.
 
     Raises:
         DataError: a row is not what was wanted.
@@ -55,8 +59,8 @@ class AdapterTrainer(RunTrainer):
 
     def __init__(
         self,
-        model: Any,
-        args: AdapterTrainingArguments,
+        model: Any = None,
+        args: TrainingArguments | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
@@ -66,21 +70,23 @@ class AdapterTrainer(RunTrainer):
         generated_metrics: GeneratedMetrics | None = None,
         data_settings: DataSettings | None = None,
         formatting_func: Formatting | None = None,
+        model_init: Callable[..., Any] | None = None,
         **trainer_keywords: Any,
     ) -> None:
+        args, trainer_keywords, tokenizer = sorted_out(args, train_dataset, trainer_keywords)
+        processing_class = processing_class or tokenizer
+        if model is not None and model_init is not None:
+            raise ConfigurationError("Give either a model or a model_init, which makes one.")
+        self._user_init, self._peft_config = model_init, peft_config
+        model = super().call_model_init() if model is None and model_init is not None else model
         before = PeakMemory.before(args.device, model)
-        opened = open_base(model, base, processing_class)
+        self.opened = opened = open_base(model, base, processing_class)
+        with_words(opened.tokenizer, args)
         if processing_class is not None or opened.model is not None:
             check_vocabulary(opened.tokenizer, opened.base, opened.model)
-        self.preparation = Preparation.for_run(
-            opened.tokenizer,
-            data_settings or DataSettings(),
-            max_length=args.max_length,
-            overlong=args.overlong,
-            ends=opened.ends(),
-            formatting_func=formatting_func,
-        )
-        self.rows = self.preparation.rows(train_dataset)
+        self.preparation = preparation_for(opened, args, data_settings or DataSettings(), formatting_func)
+        own_batches = trainer_keywords.get("data_collator") is None
+        self.rows = self.preparation.training_rows(train_dataset, args, own_batches=own_batches)
         self.generated_metrics = generated_metrics
         with sharded.built_whole(args):
             choice = choose_memory(
@@ -91,15 +97,21 @@ class AdapterTrainer(RunTrainer):
                 overhead=before,
             )
         args = choice.applied(args)
+        loss = trainer_keywords.get("compute_loss_func")
+        if loss is not None and not isinstance(loss, PerRow):
+            self.rows_read_by = "compute_loss_func is given a row per sequence"
+        elif type(self).compute_loss is not AdapterTrainer.compute_loss:
+            self.rows_read_by = "compute_loss of a subclass is given a row per sequence"
         self.assembly = assembly = assemble(
-            opened, args, peft_config, choice.preset, choice.attention.partition(":")[0]
+            opened, args, peft_config, choice.preset, choice.attention.partition(":")[0], self.rows_read_by
         )
         self.meter = RunMeter(PeakMemory(args.device))
-        self.memory_choice, self.base, self.packing = choice, opened.base, assembly.packing
+        self.memory_choice, self.base = choice, opened.base
         self.step_loss = StepLoss(assembly, args)
         self.data_name = Path(train_dataset).name if isinstance(train_dataset, str | Path) else "rows in memory"
-        padded = PaddedCollator(opened.tokenizer.pad_token_id)
-        trainer_keywords.setdefault("data_collator", PackedCollator() if self.packing.packs else padded)
+        self.padded = PaddedCollator(padding_id(opened.tokenizer), args.pad_to_multiple_of or 1)
+        if own_batches:
+            trainer_keywords["data_collator"] = self.own_collator = self.packed_or_padded()
         self._evaluated: EvaluationSums | None = None
         super().__init__(
             assembly.model,
@@ -109,9 +121,16 @@ class AdapterTrainer(RunTrainer):
             processing_class=opened.tokenizer,
             **trainer_keywords,
         )
-        # Our loss is divided by the tokens of the whole accumulated batch already.
-        self.loss_is_scaled_for_ga = True
+        self.model_init = model_init  # type: ignore[assignment] - transformers' type leaves out names and folders
+        if type(self).compute_loss is AdapterTrainer.compute_loss and self.loss_is_scaled_for_ga is None:
+            # Our loss is divided by the tokens of the whole accumulated batch already.
+            self.loss_is_scaled_for_ga = True
         self._watch_the_run()
+
+    @property
+    def packing(self) -> PackingChoice:
+        """Whether batches are laid out without padding, and why (not)."""
+        return self.assembly.packing
 
     def _watch_the_run(self) -> None:
         self.pop_callback(PrinterCallback)
@@ -136,7 +155,11 @@ class AdapterTrainer(RunTrainer):
             with self.guard.listening():
                 while True:
                     try:
-                        return super().train(resume_from_checkpoint, *args, **kwargs)
+                        output = super().train(resume_from_checkpoint, *args, **kwargs)
+                        trial = kwargs.get("trial", args[0] if args else None)
+                        if trial is not None and self.hp_search_backend is not None:
+                            self.keep_trial(trial, output)
+                        return output
                     except (RuntimeError, MemoryError, OutOfMemoryError) as error:
                         if not is_out_of_memory(error):
                             raise
@@ -156,13 +179,6 @@ class AdapterTrainer(RunTrainer):
         self.memory_report.choice = self.memory_choice
         self.memory_report.say(self.memory_choice.reasons[-1])
 
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        names: list[str] = self._signature_columns or []
-        if WEIGHTS_COLUMN not in names:
-            # The collator reads them, though the model's forward does not. transformers types the list as None.
-            self._signature_columns = [*names, WEIGHTS_COLUMN]  # type: ignore[assignment]
-
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make the optimizer as the `Trainer` does, or with LoRA+ learning rates when they are asked for."""
         if self.args.loraplus_lr_ratio is None or self.optimizer is not None:
@@ -178,21 +194,44 @@ class AdapterTrainer(RunTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Sum the loss of the valid tokens and divide once, by those of the whole accumulated, gathered batch."""
-        if self.compute_loss_func is not None:
+        if self.compute_loss_func is not None and not isinstance(self.compute_loss_func, PerRow):
+            inputs = {name: value for name, value in inputs.items() if name != WEIGHTS_COLUMN}
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if model.training:
-            self.guard.check_batch(inputs)
-        total, valid, outputs = self.step_loss.sum(model, inputs)
-        count = valid if num_items_in_batch is None else num_items_in_batch
-        loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
+        if isinstance(self.compute_loss_func, PerRow):
+            rows, outputs = self.step_loss.by_row(model, inputs)
+            loss = self.compute_loss_func.function(rows, num_items_in_batch)
+        else:
+            total, valid, outputs = self.step_loss.sum(model, inputs, logits=return_outputs)
+            count = valid if num_items_in_batch is None else num_items_in_batch
+            loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
+        router = self.step_loss.router(outputs)
+        loss = loss if router is None else loss + router.to(loss.device)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # Data-parallel engines average gradients over processes; the division above is by all their tokens.
             loss = loss * self.accelerator.num_processes
-        if model.training:
-            self.meter.count(inputs)
-            if not torch.isfinite(loss):
-                raise NonFiniteLossError(describe_failure(self, loss, inputs))
+        if model.training and not torch.isfinite(loss):
+            raise NonFiniteLossError(describe_failure(self, loss, inputs))
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Make a step as the `Trainer` does; the batch is checked and counted before."""
+        self.guard.check_batch(inputs)
+        self.meter.count(inputs)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    # What is given is transformers' own, private business.
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """Count what is learned in an accumulated batch, also for a model that would not ask for it: our loss does."""
+        if type(self).compute_loss is not AdapterTrainer.compute_loss or self.compute_loss_func is not None:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        asks, shifts = self.model_accepts_loss_kwargs, self._loss_shifts_labels
+        self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
+        try:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        finally:
+            self.model_accepts_loss_kwargs, self._loss_shifts_labels = asks, shifts
 
     def prediction_step(
         self,
@@ -202,18 +241,18 @@ class AdapterTrainer(RunTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Any, Any]:
         """Evaluate one batch: sums alone, without logits, unless a metric asks for predictions."""
-        if "labels" not in inputs or self.compute_loss_func is not None:
+        own = type(self).compute_loss is AdapterTrainer.compute_loss and self.compute_loss_func is None
+        if inputs.get("labels") is None or not own:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             inputs = without_repeats(self.accelerator, inputs)
-            total, valid, _ = self.step_loss.sum(model, inputs, self._evaluated or EvaluationSums())
+            sums = self._evaluated or EvaluationSums()
+            total, valid, outputs = self.step_loss.sum(model, inputs, sums, logits=not prediction_loss_only)
             loss = (total / valid.clamp(min=1)).float()
             if prediction_loss_only:
                 return loss, None, None
-            padded = unpack(inputs, self.processing_class.pad_token_id)
-            labels = padded.pop("labels")
-            return loss, model(**padded).logits, labels
+            return loss, outputs.logits, inputs["labels"]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate as the `Trainer` does, with means over tokens instead of over batches."""

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 
 from adapterhub_lite.cli.output import say, would
-from adapterhub_lite.training.settings import TrainingRecipe
+from adapterhub_lite.training.settings import TYPICAL_LENGTH, TrainingRecipe
 
 
 def rehearse(
@@ -25,7 +25,7 @@ def rehearse(
     plan = plan_memory(
         base,
         batch_size=recipe.batch_size,
-        sequence_length=lengths.of_step(recipe.batch_size) if lengths else recipe.max_length,
+        sequence_length=lengths.of_step(recipe.batch_size) if lengths else recipe.max_length or TYPICAL_LENGTH,
         world_size=devices,
         rank=recipe.rank,
         target_modules=recipe.target_modules,

@@ -91,10 +91,10 @@ class ChatLayout:
         self.unread: dict[str, str] = {}
         self._read_kinds: dict[tuple[str, str], bool] = {}
 
-    def examples(self, row: Mapping[str, Any], where: str) -> list[Example]:
+    def examples(self, row: Mapping[str, Any], where: str, *, entire: bool = False) -> list[Example]:
         """The texts that are learned of a row with `messages`, or with turns under `prompt` and `completion`.
 
-        Empty where no turn of it is to be learned.
+        Empty where no turn of it is to be learned. With `entire`, every turn is, and whatever the template adds.
 
         Raises:
             DataError: there is no template, it refuses the chat, or something of the chat does not come out of it.
@@ -107,6 +107,11 @@ class ChatLayout:
             )
         try:
             chat = self.read(row, template, where)
+            if entire:
+                text = self._render(chat, len(chat.turns))
+                all_of_it = [Example(text, (Span(0, len(text)),), "whole")]
+                self.check_nothing_lost(chat, all_of_it, where)
+                return all_of_it
             if not chat.learned():
                 return []
             found = self.marked(chat) if GENERATION_MARK.search(template) else None

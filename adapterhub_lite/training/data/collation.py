@@ -1,7 +1,8 @@
 """From tokenised rows to one batch of tensors. Knows nothing of where the rows came from."""
 
+import collections.abc
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,18 +10,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from adapterhub_lite.errors import DataError
 from adapterhub_lite.training.data.tokenization import IGNORED, WEIGHTS_COLUMN
 
+Rows = collections.abc.Sequence[Mapping[str, Any]]  # rows of a tokenised table
 
-def sequences_of(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield (token ids, labels, weights) of each sequence in `rows`, all (length,); without labels the ids are learned.
+
+@dataclass(frozen=True)
+class Sequence:
+    """One sequence of a batch: token ids, labels (None where there are none) and weights, all (length,)."""
+
+    ids: Tensor
+    labels: Tensor | None
+    weights: Tensor
+
+
+def sequences_of(rows: Iterable[Mapping[str, Any]], *, learn_ids: bool = True) -> Iterator[Sequence]:
+    """Yield each sequence in `rows`; with `learn_ids`, the ids are learned where there are no labels.
 
     Tokens under an `attention_mask` of 0 are padding of somebody else's making, and left out. A row whose
     `position_ids` begin at 0 more than once was packed, and holds several sequences.
     """
     for row in rows:
         ids = torch.as_tensor(row["input_ids"], dtype=torch.long)
-        labels = torch.as_tensor(row.get("labels", ids), dtype=torch.long)
+        found = row.get("labels", ids if learn_ids else None)
+        labels = None if found is None else torch.as_tensor(found, dtype=torch.long)
         weights = torch.as_tensor(row.get(WEIGHTS_COLUMN, torch.ones(len(ids))), dtype=torch.float)
         again = (torch.as_tensor(row.get("position_ids", [])) == 0).nonzero()[:, 0].tolist()
         starts = sorted({0, *again})
@@ -28,35 +42,43 @@ def sequences_of(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Tensor, Te
         for start, end in itertools.pairwise([*starts, len(ids)]):
             real = mask[start:end]
             if real.any():
-                yield ids[start:end][real], labels[start:end][real], weights[start:end][real]
+                goals = None if labels is None else labels[start:end][real]
+                yield Sequence(ids[start:end][real], goals, weights[start:end][real])
 
 
 @dataclass(frozen=True)
 class PaddedCollator:
-    """Pads on the right to the longest sequence of the batch.
+    """Pads on the right to the longest sequence of the batch, or to the next multiple of `multiple` tokens.
 
     Returns `input_ids`, `attention_mask` and `labels`, each (batch, longest), and `token_weights` where a row has them;
     padding is masked by length, never by token id, because a tokenizer may pad with the end token that has to be learned.
+    Rows without labels learn their ids, unless `learn_ids` is False: then there are no labels.
     """
 
     pad_token_id: int
+    multiple: int = 1
+    learn_ids: bool = True
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        sequences = list(sequences_of(rows))
-        shape = (len(sequences), max(len(ids) for ids, _, _ in sequences))
+    def __call__(self, rows: Rows) -> dict[str, Tensor]:
+        sequences = list(sequences_of(rows, learn_ids=self.learn_ids))
+        longest = max(len(one.ids) for one in sequences)
+        shape = (len(sequences), -(-longest // self.multiple) * self.multiple)
         batch = {
             "input_ids": torch.full(shape, self.pad_token_id, dtype=torch.long),
             "attention_mask": torch.zeros(shape, dtype=torch.long),
-            "labels": torch.full(shape, IGNORED, dtype=torch.long),
         }
+        if _labelled(sequences):
+            batch["labels"] = torch.full(shape, IGNORED, dtype=torch.long)
         if _weighted(rows):
             batch[WEIGHTS_COLUMN] = torch.zeros(shape)
-        for index, (ids, labels, weights) in enumerate(sequences):
-            batch["input_ids"][index, : len(ids)] = ids
-            batch["attention_mask"][index, : len(ids)] = 1
-            batch["labels"][index, : len(ids)] = labels
+        for index, one in enumerate(sequences):
+            length = len(one.ids)
+            batch["input_ids"][index, :length] = one.ids
+            batch["attention_mask"][index, :length] = 1
+            if one.labels is not None:
+                batch["labels"][index, :length] = one.labels
             if WEIGHTS_COLUMN in batch:
-                batch[WEIGHTS_COLUMN][index, : len(ids)] = weights
+                batch[WEIGHTS_COLUMN][index, :length] = one.weights
         return batch
 
 
@@ -68,20 +90,31 @@ class PackedCollator:
     `token_weights` where a row has them. The first label of a sequence is -100: it would be predicted by the one before.
     """
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        ids, positions, labels, weights = [], [], [], []
-        for own, goals, counts in sequences_of(rows):
-            ids.append(own)
-            weights.append(counts)
-            positions.append(torch.arange(len(own)))
-            labels.append(F.pad(goals[1:], (1, 0), value=IGNORED))
-        parts = {"input_ids": ids, "position_ids": positions, "labels": labels}
+    def __call__(self, rows: Rows) -> dict[str, Tensor]:
+        sequences = list(sequences_of(rows))
+        parts = {
+            "input_ids": [one.ids for one in sequences],
+            "position_ids": [torch.arange(len(one.ids)) for one in sequences],
+            "labels": [F.pad(one.labels[1:], (1, 0), value=IGNORED) for one in sequences if one.labels is not None],
+        }
         if _weighted(rows):
-            parts[WEIGHTS_COLUMN] = weights
+            parts[WEIGHTS_COLUMN] = [one.weights for one in sequences]
         return {name: torch.cat(tensors)[None] for name, tensors in parts.items()}
 
 
-def _weighted(rows: Sequence[Mapping[str, Any]]) -> bool:
+def _labelled(sequences: list[Sequence]) -> bool:
+    """Whether the sequences have labels.
+
+    Raises:
+        DataError: some have, and others have not.
+    """
+    labelled = [one.labels is not None for one in sequences]
+    if any(labelled) != all(labelled):
+        raise DataError("Some rows of a batch have labels and others have none. Give all of them labels, or none.")
+    return all(labelled)
+
+
+def _weighted(rows: Rows) -> bool:
     return any(row.get(WEIGHTS_COLUMN) is not None for row in rows)
 
 
@@ -103,11 +136,13 @@ def count_rows(batch: Mapping[str, Tensor]) -> int:
 
 
 def unpack(batch: Mapping[str, Tensor], pad_token_id: int) -> dict[str, Tensor]:
-    """Return a packed batch padded, one row a sequence; a batch that is padded already goes through as it is."""
+    """Return a packed batch padded, one row a sequence, with labels or without; a padded one goes through as it is."""
     if "position_ids" not in batch or "attention_mask" in batch:
         return dict(batch)
     starts = [*(batch["position_ids"][0] == 0).nonzero()[:, 0].tolist(), batch["input_ids"].shape[1]]
     spans = [slice(start, end) for start, end in itertools.pairwise(starts)]
-    rows = [{"input_ids": batch["input_ids"][0, span], "labels": batch["labels"][0, span]} for span in spans]
+    names = [name for name in ("input_ids", "labels") if name in batch]
+    rows = [{name: batch[name][0, span] for name in names} for span in spans]
     device = batch["input_ids"].device
-    return {name: tensor.to(device) for name, tensor in PaddedCollator(pad_token_id)(rows).items()}
+    padded = PaddedCollator(pad_token_id, learn_ids=False)(rows)
+    return {name: tensor.to(device) for name, tensor in padded.items()}

@@ -34,7 +34,7 @@ class RowLengths:
         return f"{len(self.tokens)} rows: longest {max(self.tokens)} tokens, median {median(self.tokens):.0f}{cut}"
 
 
-def measure_rows(base: str, data: Any, *, max_length: int, settings: DataSettings | None = None) -> RowLengths:
+def measure_rows(base: str, data: Any, *, max_length: int | None, settings: DataSettings | None = None) -> RowLengths:
     """Tokenise `data` (as `load_rows` takes it) for `base` (a name, a folder or a Hub id) and count; longer rows are cut.
 
     Raises:

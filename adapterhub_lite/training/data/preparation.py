@@ -2,15 +2,17 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, IterableDataset
+from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from adapterhub_lite.errors import ConfigurationError, DataError
+from adapterhub_lite.training.arguments import AdapterTrainingArguments
 from adapterhub_lite.training.data.files import without_none
+from adapterhub_lite.training.data.packing import pack
 from adapterhub_lite.training.data.rows import Formatting, columns_of, is_checked, load_rows
 from adapterhub_lite.training.data.shapes import Columns, normalized
 from adapterhub_lite.training.data.tables import TableWriter
@@ -20,6 +22,7 @@ from adapterhub_lite.training.data.tokenization import (
     WEIGHTS,
     WEIGHTS_COLUMN,
     Fitted,
+    Learning,
     Limits,
     Overlong,
     RowTokenizer,
@@ -46,6 +49,7 @@ class Preparation:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     columns: Columns = field(default_factory=Columns)
     formatting_func: Formatting | None = None
+    learning: Learning = field(default_factory=Learning)
 
     @classmethod
     def for_run(
@@ -53,10 +57,11 @@ class Preparation:
         tokenizer: PreTrainedTokenizerBase,
         settings: DataSettings,
         *,
-        max_length: int,
+        max_length: int | None,
         overlong: Overlong = "refuse",
         ends: frozenset[int] | None = None,
         formatting_func: Formatting | None = None,
+        learning: Learning | None = None,
     ) -> "Preparation":
         """What the settings of a command say; a chat template that they name becomes the tokenizer's."""
         template = settings.chat_template_text()
@@ -64,11 +69,18 @@ class Preparation:
             tokenizer.chat_template = template
         limits = Limits(max_length, overlong, settings.unlearnable)
         arguments = settings.template_arguments()
-        return cls(tokenizer, limits, ends, arguments, columns_of(settings), formatting_func)
+        columns = columns_of(settings)
+        return cls(tokenizer, limits, ends, arguments, columns, formatting_func, learning or Learning())
 
     def maker(self) -> RowTokenizer:
         """What makes examples of rows here."""
-        return RowTokenizer(self.tokenizer, ends=self.ends, arguments=self.arguments, ignore=self.columns.ignore)
+        return RowTokenizer(
+            self.tokenizer,
+            ends=self.ends,
+            arguments=self.arguments,
+            ignore=self.columns.ignore,
+            learning=self.learning,
+        )
 
     def rows(self, rows: Any) -> TokenizedRows:
         """Tokenise what are still rows, and warn of how many were cut or left out; None stays None.
@@ -79,6 +91,8 @@ class Preparation:
         Raises:
             DataError: a row cannot be used.
         """
+        if isinstance(rows, DatasetDict | IterableDatasetDict):
+            rows = train_split(rows)
         if rows is None or not holds_rows(rows):
             return TokenizedRows(rows)
         if isinstance(rows, IterableDataset):
@@ -98,8 +112,27 @@ class Preparation:
             ends=self.ends,
             arguments=self.arguments,
             ignore=self.columns.ignore,
+            learning=self.learning,
         )
         return self._told(found, len(table))
+
+    def training_rows(self, rows: Any, args: AdapterTrainingArguments, *, own_batches: bool = True) -> TokenizedRows:
+        """The rows to train on: tokenised, then shuffled and packed as the arguments say.
+
+        Raises:
+            ConfigurationError: packing, and batches that are made by somebody else (`own_batches` False).
+            DataError: a row cannot be used.
+        """
+        found = self.rows(rows)
+        table = found.table
+        if args.shuffle_dataset and isinstance(table, Dataset | IterableDataset):
+            table = table.shuffle(seed=args.seed)
+        if args.packing != "none" and table is not None:
+            if not own_batches:
+                raise ConfigurationError("packing lays out the batches too: leave out data_collator, or packing.")
+            assert args.max_length is not None, "the arguments see to it"
+            table = pack(table, args.packing, args.max_length)
+        return replace(found, table=table)
 
     def sets(self, rows: Any) -> Any:
         """`rows` of one evaluation set, or of each in a dict by name: the tables alone.
@@ -108,7 +141,7 @@ class Preparation:
             ConfigurationError: a packed table, and several processes.
             DataError: a row cannot be used.
         """
-        if isinstance(rows, dict):
+        if isinstance(rows, dict):  # a DatasetDict too: one evaluation for each table
             return {name: self.sets(one) for name, one in rows.items()}
         table = self.rows(rows).table
         if launched() and "position_ids" in (getattr(table, "column_names", None) or ()):
@@ -132,7 +165,7 @@ class Preparation:
             logger.warning(f"Of the tokenised rows these columns are not used: {', '.join(unread)}.")
         names = set(table.column_names)
         packed = bool(names & {"seq_lengths", "position_ids"})
-        fits = max(longest_of(table), default=0) <= self.limits.max_length
+        fits = max(longest_of(table), default=0) <= self.limits.most
         if fits and not names & MASKS and (not packed or "position_ids" in names):
             return TokenizedRows(table)
         if packed:
@@ -157,7 +190,7 @@ class Preparation:
 
     def packed_table(self, table: Dataset) -> Dataset:
         """What TRL's `pack_dataset` wrote as `seq_lengths`, in the words that models know: positions that begin again."""
-        most = self.limits.max_length
+        most = self.limits.most
 
         def with_positions(row: dict[str, Any]) -> dict[str, Any]:
             lengths = row.get("seq_lengths")
@@ -241,6 +274,21 @@ def longest_of(table: Dataset) -> Iterator[int]:
     return (len(ids) for ids in table["input_ids"])
 
 
+def train_split(tables: Mapping[Any, Any]) -> Any:
+    """The table to train on of several.
+
+    Raises:
+        DataError: none is called train.
+    """
+    if "train" not in tables:
+        raise DataError(
+            f"These are several tables ({', '.join(map(str, tables))}), and none is called train. Give one of them."
+        )
+    return tables["train"]
+
+
 def holds_rows(data: Any) -> bool:
-    """Whether these are rows; a data set of the user's own class gives batches as it likes."""
+    """Whether these are rows; a data set of the user's own class, or one that makes tokens as it is read, is left alone."""
+    if isinstance(data, Dataset) and data.format["type"] == "custom" and len(data):
+        return "input_ids" not in data[0]
     return isinstance(data, str | Path | list | tuple | Dataset | IterableDataset) or hasattr(data, "to_dict")

@@ -6,6 +6,7 @@ learned where its token stands for a character that is learned.
 
 import hashlib
 import logging
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,15 +40,36 @@ WEIGHTS = {WEIGHTS_COLUMN: List(Value("float32"))}
 
 @dataclass(frozen=True)
 class Limits:
-    """How long a row may be in tokens, and what becomes of a longer one.
+    """How long a row may be in tokens (None: as long as it is), and what becomes of a longer one.
 
     `truncate` cuts its end, `truncate_start` its beginning (but for the tokens that every text begins with). A row of
     which nothing is left to learn is refused or dropped, as `unlearnable` says.
     """
 
-    max_length: int
+    max_length: int | None
     overlong: Overlong = "refuse"
     unlearnable: Unlearnable = "refuse"
+
+    @property
+    def most(self) -> int:
+        """The longest row in tokens, as a number in any case."""
+        return sys.maxsize if self.max_length is None else self.max_length
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What is learned of a row beyond the default, which is the assistant's turns, or the completion.
+
+    `whole_chats` and `prompts` add what stands around them; `answers_only` refuses plain text, which has no answer.
+    """
+
+    whole_chats: bool = False
+    prompts: bool = False
+    answers_only: bool = False
+
+    def is_whole(self, row: Mapping[str, Any]) -> bool:
+        """Whether every token of a row that has an answer is learned."""
+        return self.prompts if "completion" in row else self.whole_chats
 
 
 @dataclass(frozen=True)
@@ -115,7 +137,7 @@ class Fitted:
         Raises:
             DataError: one is too long, or nothing of it is left to learn, and that is to be refused.
         """
-        most = self.limits.max_length
+        most = self.limits.most
         for where, tokens in examples:
             kept, too_long = tokens, len(tokens.ids) > most
             if too_long and self.limits.overlong == "refuse":
@@ -141,10 +163,16 @@ class Fitted:
 
 
 def rows_fingerprint(table: Dataset) -> str:
-    """Return the sha256 over `input_ids` and `labels` of every row of `table`, in order."""
+    """Return the sha256 over `input_ids` and `labels` of every row of `table`, in order; without labels, the ids are learned.
+
+    A table whose tokens are made as it is read has none: "not countable".
+    """
+    if "input_ids" not in table.column_names:
+        return "not countable"
     digest = hashlib.sha256()
-    for row in table.select_columns(["input_ids", "labels"]):
-        digest.update(repr((list(row["input_ids"]), list(row["labels"]))).encode())
+    for row in table.select_columns([name for name in ("input_ids", "labels") if name in table.column_names]):
+        ids = [int(one) for one in row["input_ids"]]
+        digest.update(repr((ids, [int(one) for one in row.get("labels", ids)])).encode())
     return digest.hexdigest()
 
 
@@ -158,8 +186,9 @@ class RowTokenizer:
         ends: Iterable[int] | None = None,
         arguments: Mapping[str, Any] | None = None,
         ignore: frozenset[str] = frozenset(),
+        learning: Learning | None = None,
     ) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.learning = tokenizer, learning or Learning()
         self.ends = frozenset(end_tokens(tokenizer) if ends is None else ends)
         self.front = tokens_around(tokenizer)[0]
         self.markers = frozenset(tokenizer.all_special_ids)
@@ -208,11 +237,18 @@ class RowTokenizer:
     def texts(self, where: str, row: Mapping[str, Any]) -> list[Example]:
         """The texts that are learned of a row."""
         if isinstance(row.get("text"), str):
+            if self.learning.answers_only:
+                raise DataError(
+                    f"{where}: plain text has no answer to learn alone. Give prompt and completion, or messages, or leave "
+                    "out completion_only_loss and assistant_only_loss."
+                )
             return [Example(row["text"], (Span(0, len(row["text"])),), "text")]
         if isinstance(row.get("completion"), str):
             whole = row["prompt"] + row["completion"]
+            if self.learning.prompts:
+                return [Example(whole, (Span(0, len(whole)),), "text")]
             return [Example(whole, (Span(len(row["prompt"]), len(whole)),), "completion")]
-        examples = self.layout.examples(row, where)
+        examples = self.layout.examples(row, where, entire=self.learning.is_whole(row))
         if not examples:
             raise DataError(f"{where}: no turn is to be learned: each has the weight 0. Remove the row.")
         return examples
@@ -253,12 +289,13 @@ def tokenize_rows(
     rows: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    max_length: int,
+    max_length: int | None,
     overlong: Overlong = "refuse",
     unlearnable: Unlearnable = "refuse",
     ends: Iterable[int] | None = None,
     arguments: Mapping[str, Any] | None = None,
     ignore: frozenset[str] = frozenset(),
+    learning: Learning | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> TokenizedRows:
     """Tokenise every row of a table that `load_rows` made; labels are -100 except on the tokens to be learned.
@@ -266,14 +303,15 @@ def tokenize_rows(
     Learned are the assistant's turns of `messages` with the token that ends each, the `completion` with the end token,
     or all of `text`. A chat that its template lays out differently once more turns follow becomes several examples.
     `ends` are the ids that end an answer (the tokenizer's EOS without it), `arguments` go to the template with every
-    row, `ignore` names keys that may be lost; `progress` is told how many rows are done. The table has a column
+    row, `ignore` names keys that may be lost, `learning` says what else is learned;
+    `progress` is told how many rows are done. The table has a column
     `token_weights` where a turn counts neither 0 nor 1.
 
     Raises:
         DataError: a row is too long (and `overlong` is "refuse"), or nothing of it is left to learn; the tokenizer
             has no chat template, or one that the row does not come out of whole.
     """
-    maker = RowTokenizer(tokenizer, ends=ends, arguments=arguments, ignore=ignore)
+    maker = RowTokenizer(tokenizer, ends=ends, arguments=arguments, ignore=ignore, learning=learning)
     fitted = Fitted(Limits(max_length, overlong, unlearnable))
     # A column that is rarely there: only files that speak of weights can need it.
     columns = {**COLUMNS, **(WEIGHTS if speaks_of_weights(rows) else {})}

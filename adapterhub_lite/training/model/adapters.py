@@ -63,8 +63,7 @@ def open_base(model: Any, base: ResolvedBase | None, tokenizer: PreTrainedTokeni
     """
     if model is None:
         raise ConfigurationError(
-            "The trainer wants a base: its name, its folder, a model in memory or a PeftModel. model_init is not taken: "
-            "what is prepared once for the loss would not fit the models that it makes. Make a trainer for each trial."
+            "The trainer wants a base: its name, its folder, a model in memory, a PeftModel, or a model_init that makes one."
         )
     if isinstance(model, str | Path):
         base, model = base or resolve_base(model), None
@@ -73,6 +72,9 @@ def open_base(model: Any, base: ResolvedBase | None, tokenizer: PreTrainedTokeni
         origin = Path(inner.config._name_or_path or "/nowhere")
         if (origin / "config.json").is_file():
             base = resolve_base(origin)
+    if tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
+        # A processor of several kinds of input: text is what is learned here.
+        tokenizer = getattr(tokenizer, "tokenizer", None)
     tokenizer = tokenizer or (load_tokenizer(base.folder) if base else None)
     if tokenizer is None:
         raise ConfigurationError("The trainer wants a tokenizer. Give it as processing_class.")
@@ -108,6 +110,7 @@ def with_adapter(
     Raises:
         ConfigurationError: no layer is called like `target_modules`, or nothing of the adapter can be trained.
     """
+    refuse_prompts(model.active_peft_config if isinstance(model, PeftModel) else peft_config)
     if isinstance(model, PeftModel):
         _require_trainable(model)
         return model
@@ -126,6 +129,20 @@ def with_adapter(
         config.revision = base.revision
     _require_trainable(adapted)
     return adapted
+
+
+def refuse_prompts(config: PeftConfig | None) -> None:
+    """Refuse what learns virtual tokens: it changes where each label stands, and is not an adapter of weights.
+
+    Raises:
+        ConfigurationError: it is prompt tuning, prefix tuning or the like.
+    """
+    if config is not None and config.is_prompt_learning:
+        kind = str(getattr(config.peft_type, "value", config.peft_type)).lower().replace("_", " ")
+        raise ConfigurationError(
+            f"This is {kind}, which learns tokens in front of the text and not an adapter of weights: it can be neither "
+            "trained nor kept here. Give a LoraConfig, or train it with transformers' own Trainer."
+        )
 
 
 def lora_config_of(model: nn.Module, args: AdapterTrainingArguments) -> LoraConfig:

@@ -33,6 +33,11 @@ class HiddenStates:
 
     def __init__(self, model: Any) -> None:
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if getattr(inner.config, "is_encoder_decoder", False):
+            raise ConfigurationError(
+                f"{type(inner).__name__} reads by an encoder, and causal language models are what is trained here. Use "
+                "transformers' own Trainer."
+            )
         head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
         decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else None
         if head is None or decoder is None or decoder is inner:
@@ -43,7 +48,11 @@ class HiddenStates:
         # No position at all: with one, a batch's slice makes matmul copy the whole head once a row.
         self._short = {"logits_to_keep": torch.empty(0, dtype=torch.long)} if takes_positions else {}
         self._seen: Tensor | None = None
-        decoder.register_forward_hook(self._listen)
+        self._hook = decoder.register_forward_hook(self._listen)
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._hook.remove()
 
     def _listen(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._seen = output[0]
@@ -62,6 +71,7 @@ class HiddenStates:
 class Assembly:
     """A model with its adapter, ready to train, and what was decided about it.
 
+    `router_weight` is that of the router loss of a mixture of experts, 0 without one.
     `initial` is the adapter as it began, kept only where its beginning changed the base.
     """
 
@@ -73,6 +83,7 @@ class Assembly:
     loss: LossChoice
     fast_layers: int
     lean_modules: int
+    router_weight: float = 0.0
     initial: dict[str, Tensor] | None = None
 
     def record(self) -> dict[str, str]:
@@ -91,10 +102,12 @@ def assemble(
     peft_config: PeftConfig | None,
     preset: MemoryPreset,
     attention: str,
+    rows_read_by: str | None = None,
 ) -> Assembly:
     """Load the base as `preset` says, put the adapter on it, and decide how its steps are made.
 
-    `attention` is the name of the attention implementation that the base is loaded with.
+    `attention` is the name of the attention implementation that the base is loaded with; `rows_read_by` says what of the
+    user's own expects a batch of one row per sequence.
 
     Raises:
         ConfigurationError: model, tokenizer and arguments do not fit together.
@@ -102,7 +115,18 @@ def assemble(
     """
     join_processes(args)
     part_at_exit()
-    model = load_for(opened, preset, attention)
+    return adapted(load_for(opened, preset, attention), opened, args, peft_config, preset, rows_read_by)
+
+
+def adapted(
+    model: Any,
+    opened: OpenedBase,
+    args: AdapterTrainingArguments,
+    peft_config: PeftConfig | None,
+    preset: MemoryPreset,
+    rows_read_by: str | None = None,
+) -> Assembly:
+    """Put the adapter on a loaded base, and decide how its steps are made; see `assemble`."""
     hidden_states = HiddenStates(model)
     if preset.trains == "lora":
         model = with_adapter(model, args, peft_config, opened.base)
@@ -113,17 +137,71 @@ def assemble(
         initial = {name: tensor.detach().clone() for name, tensor in kept_tensors(model).items()}
     loss = choose_loss(
         model,
-        tokens=args.per_device_train_batch_size * args.max_length,
+        tokens=args.per_device_train_batch_size * args.longest_row,
         options=LossOptions(label_smoothing=args.label_smoothing_factor, chunk_tokens=args.loss_chunk_tokens),
         prefer=args.loss_backend,
         partitioned=engine_of(args) == "zero3",
     )
-    packing = choose_packing(model, args)
+    router = router_weight_of(model, args)
+    packing = choose_packing(model, args, rows_read_by or ("the router loss reads the mask" if router else None))
     # They read weights outside the modules' own forward, where an engine that splits weights leaves them empty.
     lean_ways = args.fast_lora and not splits_weights(args)
     fast = install_fast_lora(model) if lean_ways else 0
     lean = install_lean_modules(model) if lean_ways else 0
-    return Assembly(model, opened.base, opened.tokenizer, hidden_states, packing, loss, fast, lean, initial)
+    return Assembly(model, opened.base, opened.tokenizer, hidden_states, packing, loss, fast, lean, router, initial)
+
+
+def adapted_again(
+    assembly: Assembly,
+    opened: OpenedBase,
+    args: AdapterTrainingArguments,
+    peft_config: PeftConfig | None,
+    preset: MemoryPreset,
+    rows_read_by: str | None = None,
+) -> Assembly:
+    """A fresh adapter on the base that `assembly` has in memory, whose own adapter is taken off.
+
+    Raises:
+        ConfigurationError: what is trained is not an adapter, or its beginning changed the base.
+    """
+    model = assembly.model
+    if not isinstance(model, PeftModel) or assembly.initial is not None:
+        raise ConfigurationError(
+            "Only an adapter that leaves its base untouched can be made anew on it: leave out full, head-only, PiSSA and "
+            "OLoRA, or give a model_init that loads the base each time."
+        )
+    remove_fast_lora(model)
+    remove_lean_modules(model)
+    assembly.hidden_states.close()
+    bare: Any = model.unload()
+    if hasattr(bare, "peft_config"):
+        del bare.peft_config
+    return adapted(bare, opened, args, peft_config, preset, rows_read_by)
+
+
+def router_weight_of(model: Any, args: AdapterTrainingArguments) -> float:
+    """The weight of the router loss that `model` gives with its output; 0 where it gives none. Sets what `args` say.
+
+    Raises:
+        ConfigurationError: a weight was given to a model without such a loss, or the model does not say its own.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = inner.config.get_text_config()
+    name = next((one for one in ("router_aux_loss_coef", "aux_loss_coef") if hasattr(inner, one)), None)
+    if args.router_aux_loss_coef is not None:
+        if name is None:
+            raise ConfigurationError(
+                f"{type(inner).__name__} has no router loss: leave out router_aux_loss_coef, which is for mixtures of experts."
+            )
+        setattr(inner, name, args.router_aux_loss_coef)
+        config.output_router_logits = inner.config.output_router_logits = args.router_aux_loss_coef > 0
+    if not getattr(config, "output_router_logits", False):
+        return 0.0
+    if name is None:
+        raise ConfigurationError(
+            f"{type(inner).__name__} gives a router loss and does not say its weight. Set config.output_router_logits=False."
+        )
+    return float(getattr(inner, name))
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Law 15 on the trainer's side: a model with its adapter is asked, before its first step, whether it could be kept."""
 
+import logging
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from adapterhub_lite.bases import ResolvedBase, base_modules
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.training.model.adapters import changes_the_base, kept_tensors, plain_config
 
+logger = logging.getLogger(__name__)
+
 
 def check_before_training(model: PeftModel, base: ResolvedBase | None, *, whole: bool) -> None:
     """Refuse an adapter that could not be kept, served or merged once it is trained, by the check made then.
@@ -19,6 +22,13 @@ def check_before_training(model: PeftModel, base: ResolvedBase | None, *, whole:
     Raises:
         ConfigurationError: with every reason.
     """
+    kind = str(getattr(model.active_peft_config.peft_type, "value", model.active_peft_config.peft_type))
+    if kind != "LORA":
+        logger.warning(
+            f"This adapter is {kind}, not LoRA: it trains, and save_model keeps it for PEFT, but registry, server and merge "
+            "take LoRA alone."
+        )
+        return
     config = model.active_peft_config.to_dict()
     mutated = changes_the_base(model.active_peft_config)
     if mutated:

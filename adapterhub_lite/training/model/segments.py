@@ -189,14 +189,18 @@ class PackingChoice:
     reason: str
 
 
-def choose_packing(model: Any, args: AdapterTrainingArguments) -> PackingChoice:
+def choose_packing(model: Any, args: AdapterTrainingArguments, rows_read_by: str | None = None) -> PackingChoice:
     """Decide whether `model` can take rows end to end; where it can, its attention is set to respect their borders.
+
+    `rows_read_by` is what expects a batch of one row per sequence, where something does.
 
     A short row is run beside one neighbour, beside another, and alone: its states must be the same.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     reasons = {
         "padding_free=False": not args.padding_free,
+        "pad_to_multiple_of pads each batch": args.pad_to_multiple_of is not None,
+        str(rows_read_by): rows_read_by is not None,
         "torch_compile traces batches of one shape": args.torch_compile,
         "the engine splits the weights before it can be tried": splits_weights(args),
         "NEFTune scales its noise by the padded length": args.neftune_noise_alpha is not None,

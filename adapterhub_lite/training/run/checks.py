@@ -5,6 +5,8 @@ gets a gradient. The pre-flight: the longest batch first, so that running out of
 it did is undone. Knows the trainer's parts, not the trainer.
 """
 
+import copy
+import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +25,7 @@ from adapterhub_lite.errors import DataError, OutOfMemoryError, ProofFailedError
 from adapterhub_lite.training.data.tokenization import IGNORED
 from adapterhub_lite.training.run.memory_choice import is_out_of_memory
 
+logger = logging.getLogger(__name__)
 ROWS_AT_A_TIME = 1000
 # So many of them have their logits in fp32 at a time.
 REFERENCE_TOKENS = 8
@@ -31,11 +34,17 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
 def check_rows(
-    table: Any, tokenizer: PreTrainedTokenizerBase, vocabulary: int, ends: frozenset[int] | None = None
+    table: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int,
+    ends: frozenset[int] | None = None,
+    *,
+    tokenized_elsewhere: bool = False,
 ) -> None:
     """Check every row of a tokenised table: as many labels as tokens, in the vocabulary, some of them to be learned.
 
-    `ends` are the ids that end an answer; the tokenizer's EOS where they are not given.
+    `ends` are the ids that end an answer; the tokenizer's EOS where they are not given. Rows that were
+    `tokenized_elsewhere` may be pieces of a longer text, which end nowhere: that is said, not refused.
 
     Raises:
         DataError: tokens and labels differ in number, or one of them is outside the vocabulary.
@@ -66,7 +75,11 @@ def check_rows(
             )
         learned_end = learned_end or bool(np.isin(goals, list(ends)).any())
         before += len(labels.ends)
-    if not learned_end:
+    if not learned_end and tokenized_elsewhere:
+        logger.warning(
+            f"No row teaches the end token {tokenizer.eos_token!r}: the model will go on writing until it is cut."
+        )
+    elif not learned_end:
         raise ProofFailedError(
             f"No row teaches the end token {tokenizer.eos_token!r}, so the model would never stop. Let the chat "
             "template end each assistant turn with it, or set tokenizer.eos_token to the token that does."
@@ -227,9 +240,11 @@ def _some(names: Iterable[str]) -> str:
 Step = Callable[[list[dict[str, Any]]], None]
 
 
-def longest_rows(table: Any, count: int) -> list[dict[str, Any]]:
-    """Return the `count` longest rows of a tokenised table, longest first."""
-    lengths = table["length"] if "length" in table.column_names else [len(ids) for ids in table["input_ids"]]
+def longest_rows(table: Any, count: int, counted: Any = None) -> list[dict[str, Any]]:
+    """Return the `count` longest rows of a tokenised table, longest first; `counted` may have the same rows' lengths."""
+    known = counted if "length" in (getattr(counted, "column_names", None) or ()) else table
+    known = known if len(known) == len(table) else table
+    lengths = known["length"] if "length" in known.column_names else [len(ids) for ids in known["input_ids"]]
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])[:count]
     return [table[index] for index in order]
 
@@ -273,19 +288,35 @@ def fly(step: Step, rows: Sequence[dict[str, Any]], accumulation: int, describe_
 
 
 @contextmanager
-def nothing_happened(parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Put trainable tensors, gradients, optimizer state and random numbers back as they were, whatever happens."""
-    before = [parameter.detach().clone() for parameter in parameters]
+def nothing_happened(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Put trained tensors, buffers, gradients, the whole optimizer and random numbers back as they were, whatever happens.
+
+    An optimizer keeps what it knows in its state, in its groups (schedule-free, Prodigy) or in attributes of its own
+    (bitsandbytes): all of it is copied before, but for the parameters, which stay the same objects.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    before = [parameter.detach().clone() for parameter in trained]
+    buffers = [
+        (module, name, tensor, tensor.clone())
+        for module in model.modules()
+        for name, tensor in module._buffers.items()
+        if tensor is not None and tensor.is_floating_point()
+    ]
+    same: dict[int, Any] = {id(one): one for one in (optimizer, model, *model.modules(), *model.parameters())}
+    kept = copy.deepcopy(vars(optimizer), same)
     randomness = (random.getstate(), np.random.get_state(), torch.get_rng_state())
     on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     try:
         yield
     finally:
         with torch.no_grad():
-            for parameter, value in zip(parameters, before, strict=True):
+            for parameter, value in zip(trained, before, strict=True):
                 parameter.copy_(value)
                 parameter.grad = None
-        optimizer.state.clear()
+            for module, name, tensor, value in buffers:
+                module._buffers[name] = tensor.copy_(value)
+        vars(optimizer).clear()
+        vars(optimizer).update(kept)
         random.setstate(randomness[0])
         np.random.set_state(randomness[1])
         torch.set_rng_state(randomness[2])

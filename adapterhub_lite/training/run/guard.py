@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.memory.estimate import PROVEN_TOKENS
-from adapterhub_lite.training.data.collation import PaddedCollator
+from adapterhub_lite.training.data.collation import PackedCollator, PaddedCollator
 from adapterhub_lite.training.data.tokenization import IGNORED
 from adapterhub_lite.training.run import checkpoints
 from adapterhub_lite.training.run.checks import (
@@ -35,6 +35,8 @@ from adapterhub_lite.training.run.run_trainer import RunTrainer
 
 PROVEN_STEPS = 2
 MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Optimizers that step inside the backward pass: what they did could not be put back.
+AT_ONCE = frozenset({"LayerWiseDummyOptimizer", "Lomo", "AdaLomo"})
 LEFTOVERS = (METRICS_FILE, PLOT_FILE, checkpoints.STAGING)
 
 
@@ -84,33 +86,45 @@ class RunGuard(TrainerCallback):
         trainer = self.trainer
         if trainer.args.proof:
             ends = trainer.preparation.ends
-            check_rows(trainer.train_dataset, trainer.processing_class, _vocabulary(trainer.model), ends)
+            if trainer.collates_itself():
+                elsewhere = not trainer.rows.ways
+                vocabulary = _vocabulary(trainer.model)
+                check_rows(
+                    trainer.train_dataset, trainer.processing_class, vocabulary, ends, tokenized_elsewhere=elsewhere
+                )
             trainable = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
             self.gradients = GradientProof(trainable)
             if trainer.is_deepspeed_enabled:
                 self.gradients.listen(trainer.model)
             prove_loss(trainer)
         # DeepSpeed steps inside backward: what it did could not be put back.
-        fly = trainer.args.preflight and not trainer.is_deepspeed_enabled
-        if fly and state.global_step == 0 and _has_rows(trainer.train_dataset):
-            self._fly()
+        optimizer: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        fly = trainer.args.preflight and not trainer.is_deepspeed_enabled and type(optimizer).__name__ not in AT_ONCE
+        loader = kwargs.get("train_dataloader")
+        rows: Any = getattr(loader, "dataset", None)
+        if fly and state.global_step == 0 and _has_rows(rows) and len(rows):
+            self._fly(loader, optimizer)
 
     def check_batch(self, batch: dict[str, Any]) -> None:
         """Check a batch of a stream before it is learned; tables were checked before the run."""
         trainer = self.trainer
-        if trainer.args.proof and not isinstance(trainer.train_dataset, Dataset) and "labels" in batch:
+        checked = isinstance(trainer.train_dataset, Dataset) and trainer.collates_itself()
+        if trainer.args.proof and not checked and batch.get("labels") is not None:
             must_teach = self.steps_seen < PROVEN_STEPS
             check_batch(batch, _vocabulary(trainer.model), trainer.state.global_step + 1, must_teach)
 
-    def _fly(self) -> None:
+    # A loader is whatever the user's own `get_train_dataloader` makes.
+    def _fly(self, loader: Any, optimizer: torch.optim.Optimizer) -> None:
         trainer = self.trainer
-        rows = longest_rows(trainer.train_dataset, trainer._train_batch_size)
-        optimizer: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-        trainable = [p for p in trainer.model.parameters() if p.requires_grad]
+        rows = longest_rows(loader.dataset, trainer._train_batch_size, counted=trainer.train_dataset)
 
-        def step(batch: list[dict[str, Any]]) -> None:
-            with nothing_happened(trainable, optimizer):
-                trainer.training_step(trainer.model_wrapped, trainer.data_collator(batch))
+        def step(some: list[dict[str, Any]]) -> None:
+            with nothing_happened(trainer.model, optimizer):
+                # As the loop does it: its collator, its columns, its count of what is learned.
+                batch = loader.collate_fn(some)
+                items = trainer._get_num_items_in_batch([batch], trainer.args.device)
+                trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
+                trainer.training_step(trainer.model_wrapped, batch, items)
                 optimizer.step()
 
         tokens = trainer.meter.tokens
@@ -167,7 +181,9 @@ def prove_loss(trainer: RunTrainer) -> None:
     cut = {"input_ids": row["input_ids"][start:][:PROVEN_TOKENS], "labels": labels[start:][:PROVEN_TOKENS]}
     device = trainer.args.device
     batch = {name: value.to(device) for name, value in PaddedCollator(0)([cut]).items()}
-    packed = {name: value.to(device) for name, value in trainer.data_collator([cut]).items()}
+    # A collator of the user's own is for rows as they are, not for a piece of one.
+    own = PackedCollator() if trainer.assembly.packing.packs else PaddedCollator(0)
+    packed = {name: value.to(device) for name, value in own([cut]).items()}
     model = trainer.model_wrapped
     was_training = model.training
     model.eval()

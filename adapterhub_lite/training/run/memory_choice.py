@@ -179,7 +179,7 @@ def workload(args: AdapterTrainingArguments, lengths: Sequence[int], machine: Ma
     """The largest step of the run: the longest rows together, laid end to end or padded to the longest."""
     rows = args.per_device_train_batch_size
     longest = sorted(lengths, reverse=True)[:rows]
-    tokens = args.max_length
+    tokens = args.longest_row
     if longest:
         # Fewer rows than a step takes: spread over it, because it is the tokens that count.
         whole = sum(longest) if args.padding_free else longest[0] * len(longest)
@@ -335,7 +335,7 @@ def what_would_fit(args: AdapterTrainingArguments, choice: MemoryChoice) -> str:
     # The search for a batch size ends with a single row.
     rows = 1 if args.auto_find_batch_size else args.per_device_train_batch_size
     times = args.gradient_accumulation_steps
-    said = f"Memory ran out on {args.device} with {rows} rows of up to {args.max_length} tokens at a time."
+    said = f"Memory ran out on {args.device} with {rows} rows of up to {args.max_length or 'any number of'} tokens at a time."
     if rows > 1:
         fewer = max(part for part in range(1, rows // 2 + 1) if rows % part == 0)
         return (

@@ -144,6 +144,12 @@ def save_adapter(trainer: RunTrainer, folder: Path) -> Path:
             f"memory_preset={preset.name!r} trains the base itself, so there is no adapter to save. Keep the base with "
             "save_model(folder)."
         )
+    model: Any = trainer.bare_model()
+    kind = model.active_peft_config.peft_type
+    if str(getattr(kind, "value", kind)) != "LORA":
+        raise ConfigurationError(
+            "What was trained is no LoRA, which is all that is kept here. Keep it with save_model(folder)."
+        )
     tensors = whole_tensors(trainer.bare_model())
 
     def witness(aside: Path) -> None:

@@ -3,12 +3,16 @@
 Knows what a checkpoint holds under each engine; nothing of data, and not how a step is made.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from adapterhub_lite.bases import ResolvedBase
@@ -21,6 +25,7 @@ from adapterhub_lite.training.model.assembly import Assembly
 from adapterhub_lite.training.run import checkpoints, optimizer_state
 from adapterhub_lite.training.run.measurement import RunMeter
 from adapterhub_lite.training.run.memory_choice import MemoryChoice
+from adapterhub_lite.training.run.progress import MetricsCallback
 from adapterhub_lite.training.run.step_loss import StepLoss
 
 
@@ -41,6 +46,7 @@ class RunTrainer(Trainer):
     memory_choice: MemoryChoice
     meter: RunMeter
     step_loss: StepLoss
+    own_collator: object = None
     _staged: Path | None = None
     _push_later = False
 
@@ -48,6 +54,10 @@ class RunTrainer(Trainer):
         """The model without what an engine has wrapped around it."""
         model: nn.Module = self.accelerator.unwrap_model(self.model)
         return model
+
+    def collates_itself(self) -> bool:
+        """Whether batches are made by the collator that the run chose, and not by one of the user's."""
+        return self.data_collator is self.own_collator
 
     def checkpoint_to_go_on_from(self) -> str | None:
         """The last checkpoint of a run that memory ran out in; where there is none, what is whole is saved as one now."""
@@ -71,6 +81,11 @@ class RunTrainer(Trainer):
         if self.args.should_save:
             checkpoints.sweep(run)
         self.accelerator.wait_for_everyone()
+        # A checkpoint of another trainer says nothing of callbacks that it did not have.
+        known: Any = self.state.stateful_callbacks
+        for one in (*self.callback_handler.callbacks, self.control):
+            if isinstance(one, ExportableState):
+                known.setdefault(type(one).__name__, one.state())
         self._staged, self._push_later = run / checkpoints.STAGING, False
         try:
             super()._save_checkpoint(model, trial)
@@ -107,6 +122,14 @@ class RunTrainer(Trainer):
         if sealed is not None:
             checkpoints.check_loaded(sealed, whole_tensors(self.bare_model()), folder)
 
+    def _load_callback_state(self) -> None:
+        # transformers makes callbacks anew, which one that holds a part of the run cannot be; it reads its own state.
+        kept: Any = self.state.stateful_callbacks
+        own = kept.pop(MetricsCallback.__name__, None)
+        super()._load_callback_state()
+        if own is not None:
+            kept[MetricsCallback.__name__] = own
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not sharded.splits_states(self):
             return super()._save_optimizer_and_scheduler(output_dir)
@@ -141,3 +164,8 @@ class RunTrainer(Trainer):
             folder = Path(output_dir or str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
             save_kept(self.bare_model(), folder, state_dict)
+            # What others look for beside the weights.
+            self.processing_class.save_pretrained(str(folder))
+            args = copy.copy(self.args)
+            args.hub_token = None
+            torch.save(args, folder / TRAINING_ARGS_NAME)

@@ -1,9 +1,10 @@
-"""The loss of a batch as a sum over its valid tokens, and what an evaluation sums beside it: accuracy and entropy.
+"""The loss of a batch as a sum over its valid tokens, or by row; and what an evaluation sums beside it.
 
 Everything is taken from hidden states, a tile of logits at a time; what is gathered from several processes are four
 numbers, never logits. Knows an assembled model, not the trainer.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,11 +23,47 @@ from adapterhub_lite.training.model.segments import segment_inputs
 TILE_TOKENS = 128
 
 
+@dataclass(frozen=True)
+class RowLosses:
+    """Of each row of a batch: the `sums` of its tokens' losses, with gradient, and the `counts` of those; both (rows,)."""
+
+    sums: Tensor
+    counts: Tensor
+
+
+# (losses by row, learned tokens of the whole accumulated and gathered batch) -> the loss.
+RowLoss = Callable[[RowLosses, Tensor | int | None], Tensor]
+
+
+@dataclass(frozen=True)
+class PerRow:
+    """A `compute_loss_func` that needs the losses of rows and no logits; see `per_row`."""
+
+    function: RowLoss
+
+    # Asked by whoever takes it for the usual kind: the logits then are the model's own.
+    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """The same loss from the model's own logits."""
+        logits, goals = outputs.logits[:, :-1].float(), labels[:, 1:]
+        losses = F.cross_entropy(logits.transpose(1, 2), goals, ignore_index=IGNORED, reduction="none")
+        return self.function(RowLosses(losses.sum(1), (goals != IGNORED).sum(1)), num_items_in_batch)
+
+
+def per_row(function: RowLoss) -> PerRow:
+    """Make a `compute_loss_func` of a function of each row's loss; batches stay packed, and no logits are built.
+
+    `function` is called with the `RowLosses` of a batch and `num_items_in_batch`, the learned tokens of the whole
+    accumulated batch. As with every `compute_loss_func`, the sum over accumulated batches is what is learned: a mean over
+    the rows of one batch is to be divided by the number of batches too (`loss_is_scaled_for_ga = False` does it).
+    """
+    return PerRow(function)
+
+
 @dataclass
 class EvaluationSums:
-    """Sums over the valid tokens of every batch so far: tokens, loss, tokens guessed right, entropy (nats)."""
+    """Sums over the valid tokens of every batch so far: tokens, loss, tokens guessed right, entropy (nats), router loss."""
 
-    sums: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
+    sums: Tensor = field(default_factory=lambda: torch.zeros(5, dtype=torch.float64))
 
     def add(self, head: Head | None, hidden: Tensor, goals: Tensor) -> Tensor:
         """Take in hidden states (tokens, D) with their goals (tokens,), -100 ignored; returns the sum of the loss.
@@ -34,7 +71,7 @@ class EvaluationSums:
         Without a head, `hidden` are finished logits (tokens, V)."""
         valid = goals != IGNORED
         states, wanted = hidden[valid], goals[valid]
-        batch = torch.zeros(4, dtype=torch.float64)
+        batch = torch.zeros(5, dtype=torch.float64)
         with nullcontext(lambda logits: logits) if head is None else head.opened() as logits_of:
             for start in range(0, len(wanted), TILE_TOKENS):
                 part = slice(start, start + TILE_TOKENS)
@@ -43,11 +80,16 @@ class EvaluationSums:
         return batch[1]
 
     def metrics(self, prefix: str) -> dict[str, float]:
-        """The means over all valid tokens: `_loss`, `_token_accuracy`, `_entropy`, and how many there were."""
-        tokens, loss, correct, entropy = self.sums.tolist()
+        """The means over all valid tokens: `_loss`, `_token_accuracy`, `_entropy`, and how many there were.
+
+        The loss has the router loss in it, as in training; that is also given alone where there is one.
+        """
+        tokens, loss, correct, entropy, router = self.sums.tolist()
         count = max(tokens, 1.0)
+        alone = {f"{prefix}_router_loss": router / count} if router else {}
         return {
-            f"{prefix}_loss": loss / count,
+            **alone,
+            f"{prefix}_loss": (loss + router) / count,
             f"{prefix}_token_accuracy": correct / count,
             f"{prefix}_entropy": entropy / count,
             f"{prefix}_tokens": tokens,
@@ -68,7 +110,7 @@ def _tile(logits: Tensor, wanted: Tensor) -> Tensor:
     loss = -log_probabilities.gather(1, wanted[:, None]).sum()
     correct = (logits.argmax(-1) == wanted).sum()
     entropy = -(log_probabilities.exp() * log_probabilities).sum()
-    return torch.tensor([len(wanted), loss.item(), correct.item(), entropy.item()], dtype=torch.float64)
+    return torch.tensor([len(wanted), loss.item(), correct.item(), entropy.item(), 0.0], dtype=torch.float64)
 
 
 class StepLoss:
@@ -77,47 +119,98 @@ class StepLoss:
     def __init__(self, assembly: Assembly, args: AdapterTrainingArguments) -> None:
         self.assembly, self.args = assembly, args
 
+    def router(self, outputs: Any) -> Tensor | None:
+        """The router loss of a mixture of experts as it enters the loss, as in transformers; None without one."""
+        found = getattr(outputs, "aux_loss", None)
+        return self.assembly.router_weight * found if self.assembly.router_weight and torch.is_tensor(found) else None
+
+    def states(
+        self, model: nn.Module, inputs: dict[str, Any], *, logits: bool = False
+    ) -> tuple[Tensor, Head | None, Any]:
+        """Run `model` on `inputs`; return its hidden states, the head that reads them, and the model's output.
+
+        Without a head, the states are finished logits. With `logits`, the output has them too.
+        """
+        rest = {name: value for name, value in inputs.items() if name not in ("labels", WEIGHTS_COLUMN)}
+        if self.assembly.packing.packs and "position_ids" in rest and "attention_mask" not in rest:
+            rest = segment_inputs(rest)
+        # A model whose logits are more than its head gives is asked for them: the states are those logits then.
+        own = self.assembly.loss.name == "model"
+        hidden, outputs = self.assembly.hidden_states.of(model, rest, logits=own or logits)
+        return (outputs.logits, None, outputs) if own else (hidden, head_of(self.assembly.model), outputs)
+
+    def by_row(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[RowLosses, Any]:
+        """Return the losses of each row of a batch, padded or packed, and the model's output without its logits."""
+        states, head, outputs = self.states(model, inputs)
+        goals = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
+        weights = F.pad(inputs[WEIGHTS_COLUMN][:, 1:], (0, 1)) if WEIGHTS_COLUMN in inputs else None
+        losses = self._losses(head, states, goals, weights, self.args.label_smoothing_factor, "none")
+        rows = rows_of_tokens(inputs)
+        count = int(rows.max()) + 1
+        sums = losses.new_zeros(count).index_add(0, rows, losses)
+        counts = torch.zeros(count, dtype=torch.long, device=rows.device).index_add(
+            0, rows, (goals != IGNORED).flatten().long()
+        )
+        return RowLosses(sums, counts), outputs
+
+    def _losses(
+        self,
+        head: Head | None,
+        states: Tensor,
+        goals: Tensor,
+        weights: Tensor | None,
+        smoothing: float,
+        reduction: str = "sum",
+    ) -> Tensor:
+        if head is None:
+            return lm_loss_of_logits(
+                states, goals, shift=False, label_smoothing=smoothing, token_weights=weights, reduction=reduction
+            )
+        return causal_lm_loss(
+            head,
+            states,
+            goals,
+            shift=False,
+            choice=self.assembly.loss,
+            label_smoothing=smoothing,
+            token_weights=weights,
+            chunk_tokens=self.args.loss_chunk_tokens,
+            reduction=reduction,
+        )
+
     def sum(
         self,
         model: nn.Module,
         inputs: dict[str, Any],
         sums: EvaluationSums | None = None,
         smoothing: float | None = None,
+        logits: bool = False,
     ) -> tuple[Tensor, Tensor, Any]:
-        """Return (sum of the loss over valid tokens, how many there are, the model's output without its logits).
+        """Return (sum of the loss over valid tokens, how many there are, the model's output; with `logits`, with them).
 
         `model` is the assembled one as the engine wrapped it; `inputs` holds `labels` (batch, seq) with -100 where
         nothing is learned. With `sums`, accuracy and entropy are taken on the way, and there is no gradient.
         `smoothing` None is that of the arguments.
         """
         labels = inputs["labels"]
-        rest = {name: value for name, value in inputs.items() if name not in ("labels", WEIGHTS_COLUMN)}
-        if self.assembly.packing.packs and "position_ids" in rest and "attention_mask" not in rest:
-            rest = segment_inputs(rest)
-        # A model whose logits are more than its head gives is asked for them: the states are those logits then.
-        own = self.assembly.loss.name == "model"
-        hidden, outputs = self.assembly.hidden_states.of(model, rest, logits=own)
-        states = outputs.logits if own else hidden
+        states, head, outputs = self.states(model, inputs, logits=logits)
         # The labels move, not the states: the states' slice would be a copy.
         goals = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         valid = (goals != IGNORED).sum()
         # Of a turn that counts more or less than others; an evaluation counts each token once.
         weights = F.pad(inputs[WEIGHTS_COLUMN][:, 1:], (0, 1)) if WEIGHTS_COLUMN in inputs else None
-        head = None if own else head_of(self.assembly.model)
         if sums is not None:
+            router = self.router(outputs)
+            if router is not None:
+                sums.sums[4] += float(router) * int(valid)
             return sums.add(head, states.flatten(0, 1), goals.flatten()), valid, outputs
         smoothing = self.args.label_smoothing_factor if smoothing is None else smoothing
-        if head is None:
-            total = lm_loss_of_logits(states, goals, shift=False, label_smoothing=smoothing, token_weights=weights)
-        else:
-            total = causal_lm_loss(
-                head,
-                states,
-                goals,
-                shift=False,
-                choice=self.assembly.loss,
-                label_smoothing=smoothing,
-                token_weights=weights,
-                chunk_tokens=self.args.loss_chunk_tokens,
-            )
-        return total, valid, outputs
+        return self._losses(head, states, goals, weights, smoothing), valid, outputs
+
+
+def rows_of_tokens(batch: dict[str, Any]) -> Tensor:
+    """Which row each token of a batch belongs to, (batch * seq,), whether rows are padded or laid end to end."""
+    ids = batch["input_ids"]
+    if "position_ids" in batch and "attention_mask" not in batch:
+        return (batch["position_ids"] == 0).flatten().cumsum(0) - 1
+    return torch.arange(ids.shape[0], device=ids.device)[:, None].expand(ids.shape).flatten()
