@@ -4,7 +4,7 @@ import functools
 import logging
 import os
 from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import TrainingArguments
@@ -15,6 +15,7 @@ from adapterhub_lite.training.porting import packing_of, translated
 from adapterhub_lite.training.settings import TARGET_GROUPS, TYPICAL_LENGTH, RunSettings, problems_of
 
 logger = logging.getLogger(__name__)
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 
 def differing(args: Any) -> frozenset[str]:
@@ -32,19 +33,19 @@ def _with_default(name: str, value: object) -> Any:
     return field(default=value, metadata=TrainingArguments.__dataclass_fields__[name].metadata)
 
 
-def answering_other_trainers(arguments: type) -> type:
+def answering_other_trainers(arguments: type[Arguments]) -> type[Arguments]:
     """Decorate a dataclass of arguments so that it takes, or answers in a sentence, what other trainers' have."""
-    made = arguments.__init__
+    made: Any = arguments.__init__
 
     @functools.wraps(made)
     def init(self: Any, *positional: Any, **keywords: Any) -> None:
-        known = [one.name for one in fields(arguments) if one.init]  # type: ignore[arg-type]
+        known = [one.name for one in fields(arguments) if one.init]
         meant = translated(keywords, known)
         if "packing" in meant:
             meant["packing"] = packing_of(meant["packing"], keywords.get("packing_strategy"))
         made(self, *positional, **meant)
 
-    arguments.__init__ = init  # type: ignore[misc]
+    setattr(arguments, "__init__", init)  # noqa: B010
     return arguments
 
 

@@ -121,7 +121,8 @@ class AdapterTrainer(SearchTrainer):
             processing_class=opened.tokenizer,
             **trainer_keywords,
         )
-        self.model_init = model_init  # type: ignore[assignment] - transformers' type leaves out names and folders
+        # transformers' type leaves out names and folders.
+        self.model_init = model_init  # type: ignore[assignment]
         if type(self).compute_loss is AdapterTrainer.compute_loss and self.loss_is_scaled_for_ga is None:
             # Our loss is divided by the tokens of the whole accumulated batch already.
             self.loss_is_scaled_for_ga = True

@@ -68,7 +68,8 @@ class SearchTrainer(RowsTrainer):
     def call_model_init(self, trial: Any = None) -> Any:
         """The model of a trial, with a clean adapter; the settings of the trial are set before."""
         if not hasattr(self, "assembly"):
-            self.model_init = self._user_init  # type: ignore[assignment] - transformers' type leaves out names and folders
+            # transformers' type leaves out names and folders.
+            self.model_init = self._user_init  # type: ignore[assignment]
             return super().call_model_init(trial)
         if trial is not None:
             self._set(trial)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig
+from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -83,7 +83,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "single tokens": (lambda: LoraConfig(**R, **Q, trainable_token_indices=[3, 4]), "trainable_token_indices"),
     "biases": (lambda: LoraConfig(**R, **Q, bias="lora_only"), "sets bias"),
     "LoRA biases": (lambda: LoraConfig(**R, **Q, lora_bias=True), "lora_bias"),
-    "another method": (lambda: IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "peft_type"),
+    "prompt tuning": (lambda: PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"), "is prompt tuning"),
+    "prefix tuning": (lambda: PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"), "is prefix tuning"),
     "PiSSA with ranks": (
         lambda: LoraConfig(**R, **Q, init_lora_weights="pissa", rank_pattern={"q_proj": 2}),
         "ranks by module",
@@ -105,3 +106,14 @@ def test_what_would_be_refused_in_the_end_never_starts(name: str, untied: Resolv
 def test_a_tied_head_is_refused_with_the_way_out(tiny_base: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="untie the base first"):
         trainer(resolve_base(tiny_base), tmp_path, LoraConfig(**R, target_modules=["q_proj", "lm_head"]))
+
+
+def test_another_method_of_weights_trains_and_is_kept_for_peft_alone(untied: ResolvedBase, tmp_path: Path) -> None:
+    made = trainer(
+        untied, tmp_path, IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    )
+    made.train()
+    made.save_model(str(tmp_path / "kept"))
+    assert (tmp_path / "kept" / "adapter_model.safetensors").exists()
+    with pytest.raises(ConfigurationError, match=r"no LoRA.*save_model"):
+        made.save_adapter(tmp_path / "refused")

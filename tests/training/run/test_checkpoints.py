@@ -20,7 +20,7 @@ def losses(folder: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
-def test_a_checkpoint_holds_the_adapter_alone(make_trainer: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_holds_the_adapter_and_what_others_look_for(make_trainer: Any, tmp_path: Path) -> None:
     make_trainer(**SAVING).train()
     run = tmp_path / "run"
     assert sorted(path.name for path in run.iterdir()) == ["checkpoint-4", "checkpoint-6", "loss.png", "metrics.jsonl"]
@@ -28,11 +28,15 @@ def test_a_checkpoint_holds_the_adapter_alone(make_trainer: Any, tmp_path: Path)
     assert names == {
         "adapter_config.json",
         "adapter_model.safetensors",
+        "chat_template.jinja",
         "hashes.json",
         "optimizer.pt",
         "rng_state.pth",
         "scheduler.pt",
+        "tokenizer.json",
+        "tokenizer_config.json",
         "trainer_state.json",
+        "training_args.bin",
     }
     assert all("lora_" in name for name in load_file(run / "checkpoint-6" / "adapter_model.safetensors"))
 

@@ -110,17 +110,32 @@ def test_out_of_memory_says_what_would_fit() -> None:
         fly(lambda batch: (_ for _ in ()).throw(RuntimeError("something else")), rows, 2, "cpu")
 
 
-def test_nothing_happened_restores_weights_state_and_randomness() -> None:
-    weight = torch.nn.Parameter(torch.ones(3))
+def test_nothing_happened_restores_weights_state_groups_and_randomness() -> None:
+    model = torch.nn.Linear(3, 1, bias=False)
+    weight = model.weight
     optimizer = torch.optim.AdamW([weight], lr=0.1)
+    (weight * 2).sum().backward()
+    optimizer.step()
+    wanted = (
+        weight.detach().clone(),
+        optimizer.state[weight]["step"].clone(),
+        optimizer.state[weight]["exp_avg"].clone(),
+    )
     torch.manual_seed(3)
-    wanted = torch.rand(1)
+    drawn = torch.rand(1)
     torch.manual_seed(3)
-    with nothing_happened([weight], optimizer):
+    with nothing_happened(model, optimizer):
         (weight * torch.rand(3)).sum().backward()
         optimizer.step()
-    assert weight.tolist() == [1, 1, 1] and weight.grad is None and not optimizer.state
-    assert torch.equal(torch.rand(1), wanted)
+        optimizer.param_groups[0]["k"] = 1
+        optimizer.added = "by a step"
+    assert torch.equal(weight, wanted[0]) and weight.grad is None
+    assert optimizer.param_groups[0]["params"][0] is weight and "k" not in optimizer.param_groups[0]
+    assert not hasattr(optimizer, "added")
+    assert torch.equal(optimizer.state[weight]["step"], wanted[1]) and torch.equal(
+        optimizer.state[weight]["exp_avg"], wanted[2]
+    )
+    assert torch.equal(torch.rand(1), drawn)
 
 
 def test_longest_rows_come_longest_first(make_trainer: Any) -> None:
