@@ -15,6 +15,7 @@ _HOMES = {
     "evaluate_exact_match": "evaluation",
     "generate_answers": "evaluation",
     "load_rows": "data.rows",
+    "per_row": "run.step_loss",
     "train_adapter": "recipe",
 }
 __all__ = sorted(_HOMES)  # noqa: PLE0605 - a list of literals, only sorted
