@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from adapterhub_lite.bases import resolve_base
 from adapterhub_lite.errors import BaseMismatchError, ConfigurationError
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
 
@@ -19,11 +20,15 @@ QA = (
 MESSAGES = [{"role": "user", "content": "ping"}]
 
 
-def with_record(folder: Path, aside: Path, template: str, ends: tuple[int, ...], *, brings: bool = True) -> Path:
+def with_record(
+    folder: Path, aside: Path, base: Path, template: str, ends: tuple[int, ...], *, brings: bool = True
+) -> Path:
+    """A copy of an adapter with the record of a run on `base`, and with the run's template where it brings it."""
     made = aside / f"{folder.name}-{len(list(aside.iterdir()))}"
     shutil.copytree(folder, made)
+    found = resolve_base(str(base))
     record = {
-        "base": {"id": "b", "fingerprint": "0" * 64}, "data": {"id": "d", "rows": 1, "fingerprint": "0" * 64},
+        "base": {"id": found.model_id, "fingerprint": found.fingerprint}, "data": {"id": "d", "rows": 1, "fingerprint": "0" * 64},
         "template_digest": hashlib.sha256(template.encode()).hexdigest(), "text": {"end_tokens": list(ends)},
         "seeds": {}, "hyperparameters": {}, "packages": {}, "preset": "lora-fp32", "loss_backend": {},
         "memory": {"measured_peak_bytes": 1}, "hardware": {}, "steps": 1, "wall_seconds": 1.0,
@@ -43,33 +48,35 @@ def engine(tiny_base: Path) -> Any:
 def test_a_template_that_an_adapter_brings_is_the_one_it_is_asked_with(
     engine: Any, tiny_base: Path, make_adapter: Any, tmp_path: Path
 ) -> None:
-    own = with_record(make_adapter(seed=1), tmp_path, QA, ())
+    own = with_record(make_adapter(seed=1), tmp_path, tiny_base, QA, ())
     result = engine.generate(GenerationRequest(messages=MESSAGES, adapter=own, max_new_tokens=2))
     assert result.usage.prompt_tokens == len("Q: ping\nA: ")
     plain = engine.generate(GenerationRequest(messages=MESSAGES, max_new_tokens=2))
     assert plain.usage.prompt_tokens != result.usage.prompt_tokens
     same = AutoTokenizer.from_pretrained(tiny_base).chat_template
-    base_like = with_record(make_adapter(seed=1), tmp_path, same, (), brings=False)
+    base_like = with_record(make_adapter(seed=1), tmp_path, tiny_base, same, (), brings=False)
     asked = engine.generate(GenerationRequest(messages=MESSAGES, adapter=base_like, max_new_tokens=2))
     assert asked.usage.prompt_tokens == plain.usage.prompt_tokens
 
 
 def test_a_template_that_is_not_there_is_not_replaced_by_another(
-    engine: Any, make_adapter: Any, tmp_path: Path
+    engine: Any, tiny_base: Path, make_adapter: Any, tmp_path: Path
 ) -> None:
-    without = with_record(make_adapter(seed=1), tmp_path, QA, (), brings=False)
+    without = with_record(make_adapter(seed=1), tmp_path, tiny_base, QA, (), brings=False)
     with pytest.raises(BaseMismatchError, match="was trained with another chat template"):
         engine.generate(GenerationRequest(messages=MESSAGES, adapter=without))
     # Raw text is put to it all the same.
     assert engine.generate(GenerationRequest(prompt="Q: a", adapter=without, max_new_tokens=1)).token_ids
 
 
-def test_an_answer_ends_with_the_adapters_own_end_token(engine: Any, make_adapter: Any, tmp_path: Path) -> None:
+def test_an_answer_ends_with_the_adapters_own_end_token(
+    engine: Any, tiny_base: Path, make_adapter: Any, tmp_path: Path
+) -> None:
     folder = make_adapter(seed=3)
     request = GenerationRequest(prompt="abc", adapter=folder, max_new_tokens=8)
     free = engine.generate(request).token_ids
     assert len(free) == 8, "the random adapter should not end by itself"
-    own = with_record(folder, tmp_path, "", (free[3],))
+    own = with_record(folder, tmp_path, tiny_base, "", (free[3],))
     ended = engine.generate(GenerationRequest(prompt="abc", adapter=own, max_new_tokens=8))
     assert ended.finish_reason == "stop" and ended.token_ids == free[: free.index(free[3]) + 1]
 
@@ -88,9 +95,9 @@ def test_a_rendered_prompt_gets_no_second_beginning_and_no_end(engine: Any) -> N
     "text", ["{{ raise_exception('no') }}", "{% for m in messages %}{{ m.__class__.__mro__ }}{% endfor %}"]
 )
 def test_a_template_that_fails_ends_one_request_and_nothing_else(
-    engine: Any, make_adapter: Any, tmp_path: Path, text: str
+    engine: Any, tiny_base: Path, make_adapter: Any, tmp_path: Path, text: str
 ) -> None:
-    bad = with_record(make_adapter(seed=1), tmp_path, text, ())
+    bad = with_record(make_adapter(seed=1), tmp_path, tiny_base, text, ())
     with pytest.raises(ConfigurationError, match="The adapter's chat template refused the messages"):
         engine.generate(GenerationRequest(messages=MESSAGES, adapter=bad, max_new_tokens=1))
     assert engine.generate(GenerationRequest(messages=MESSAGES, max_new_tokens=1)).token_ids
