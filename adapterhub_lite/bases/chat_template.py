@@ -44,6 +44,8 @@ def render_chat(
 ) -> str:
     """The text of a chat; with `ask`, up to where the model begins its answer. `template` None is the tokenizer's own.
 
+    A template of a stranger may compute for ever here: that is `bounded_template`'s to lay out.
+
     Raises:
         ValueError: the template refuses the chat; the text is the template's own.
     """

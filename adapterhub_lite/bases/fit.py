@@ -7,7 +7,9 @@ from typing import Literal
 
 from adapterhub_lite.adapter_format.binding import Modules
 from adapterhub_lite.adapter_format.folder import Inspection, inspect_folder
+from adapterhub_lite.adapter_format.manifest import TEMPLATE_FILE
 from adapterhub_lite.adapter_format.strict_reading import MAX_BASE_HEADER_BYTES, read_tensor_entries
+from adapterhub_lite.bases.bounded_template import template_problem
 from adapterhub_lite.bases.fingerprint import ResolvedBase, is_commit
 from adapterhub_lite.bases.resolve import HUB_ID
 from adapterhub_lite.errors import BaseMismatchError
@@ -18,7 +20,11 @@ def inspect_adapter(folder: Path, *, base: ResolvedBase | None = None, subject: 
 
     Never raises for what the folder holds.
     """
-    return inspect_folder(folder, base_modules(base.folder) if base else None, subject)
+    found = inspect_folder(folder, base_modules(base.folder) if base else None, subject)
+    if TEMPLATE_FILE in found.usable:
+        problem = template_problem((folder / TEMPLATE_FILE).read_bytes().decode("utf-8", "replace"))
+        found.problems += [f"{TEMPLATE_FILE} lays out no chat: {problem}"] if problem else []
+    return found
 
 
 def check_base(found: Inspection, base: ResolvedBase, *, differs: bool = False) -> str | None:

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,6 +31,7 @@ from transformers import PreTrainedTokenizerBase
 
 from adapterhub_lite.adapter_format.quantization import Quantization
 from adapterhub_lite.bases import load_base_model, load_tokenizer, resolve_base
+from adapterhub_lite.bases.bounded_template import render_bounded
 from adapterhub_lite.bases.chat_template import render_chat, template_digest
 from adapterhub_lite.bases.encoding import encode_prompt
 from adapterhub_lite.bases.encoding import end_tokens as base_end_tokens
@@ -345,12 +347,12 @@ class InferenceEngine:
             whose = "base's" if template is None else "adapter's"
             try:
                 # Outside the lock: an adapter's template may take its time, and others need not wait for it.
-                text = render_chat(
+                render = render_chat if template is None else partial(render_bounded, template)
+                text = render(
                     self.tokenizer,
                     request.messages,
                     tools=request.tools,
                     arguments=request.chat_template_kwargs,
-                    template=template,
                     ask=True,
                 )
             except ValueError as error:

@@ -76,7 +76,7 @@ def test_an_answer_ends_with_the_adapters_own_end_token(
     request = GenerationRequest(prompt="abc", adapter=folder, max_new_tokens=8)
     free = engine.generate(request).token_ids
     assert len(free) == 8, "the random adapter should not end by itself"
-    own = with_record(folder, tmp_path, tiny_base, "", (free[3],))
+    own = with_record(folder, tmp_path, tiny_base, QA, (free[3],))
     ended = engine.generate(GenerationRequest(prompt="abc", adapter=own, max_new_tokens=8))
     assert ended.finish_reason == "stop" and ended.token_ids == free[: free.index(free[3]) + 1]
 
@@ -92,12 +92,21 @@ def test_a_rendered_prompt_gets_no_second_beginning_and_no_end(engine: Any) -> N
 
 
 @pytest.mark.parametrize(
-    "text", ["{{ raise_exception('no') }}", "{% for m in messages %}{{ m.__class__.__mro__ }}{% endfor %}"]
+    ("text", "words"),
+    [
+        ("{{ raise_exception('no') }}", "no"),
+        ("{{ messages.__class__.__mro__ }}", "unsafe"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "for more than a second"),
+    ],
 )
 def test_a_template_that_fails_ends_one_request_and_nothing_else(
-    engine: Any, tiny_base: Path, make_adapter: Any, tmp_path: Path, text: str
+    engine: Any, tiny_base: Path, make_adapter: Any, tmp_path: Path, text: str, words: str
 ) -> None:
+    # What it does when it is added is another thing than what it does when it is asked.
+    text = QA + "{% if messages[0].content == 'ping' %}" + text + "{% endif %}"
     bad = with_record(make_adapter(seed=1), tmp_path, tiny_base, text, ())
-    with pytest.raises(ConfigurationError, match="The adapter's chat template refused the messages"):
+    with pytest.raises(ConfigurationError, match=f"The adapter's chat template refused the messages: .*{words}"):
         engine.generate(GenerationRequest(messages=MESSAGES, adapter=bad, max_new_tokens=1))
     assert engine.generate(GenerationRequest(messages=MESSAGES, max_new_tokens=1)).token_ids
+    other = [{"role": "user", "content": "pong"}]
+    assert engine.generate(GenerationRequest(messages=other, adapter=bad, max_new_tokens=1)).token_ids
