@@ -52,6 +52,11 @@ class FoundAdapters:
         own = [files.asked.end_tokens for files in self.files]
         return frozenset().union(*(ends for ends in own if ends is not None)) if own and all(own) else None
 
+    def prefill(self) -> str:
+        """What the template writes when it asks and none of their answers began with; "" where they differ."""
+        own = {files.asked.prefill for files in self.files}
+        return own.pop() if len(own) == 1 else ""
+
     def template(self, of_base: str) -> str | None:
         """The chat template to ask with, None is the base's, which has the digest `of_base`.
 

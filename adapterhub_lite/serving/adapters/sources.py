@@ -20,6 +20,7 @@ from adapterhub_lite.adapter_format.manifest import (
     WEIGHTS_FILE,
     AdapterManifest,
     LoraRecord,
+    TextRecord,
     TrainingRecord,
 )
 from adapterhub_lite.adapter_format.probes import PROBES_FILE
@@ -32,11 +33,15 @@ from adapterhub_lite.registry.store.store import file_record
 
 @dataclass(frozen=True)
 class AskedAs:
-    """How an adapter learned to be asked and to end. None is as the base; `template` is the text it brings along."""
+    """How an adapter learned to be asked and to end. None is as the base; `template` is the text it brings along.
+
+    `prefill` is what the template writes when it asks and that the adapter's answers never began with.
+    """
 
     end_tokens: frozenset[int] | None = None
     template_digest: str | None = None
     template: str | None = None
+    prefill: str = ""
 
 
 def asked_as(subject: str, record: TrainingRecord | None, template: Path | None) -> AskedAs:
@@ -53,8 +58,8 @@ def asked_as(subject: str, record: TrainingRecord | None, template: Path | None)
         raise AdapterRejectedError(subject, [f"its {TEMPLATE_FILE} is not the one that its training record names"])
     if text is not None:
         digest = digest_of(text)
-    ends = record.text.end_tokens if record is not None and record.text is not None else ()
-    return AskedAs(frozenset(ends) or None, digest, text)
+    told = record.text if record is not None and record.text is not None else TextRecord()
+    return AskedAs(frozenset(told.end_tokens) or None, digest, text, told.prefill)
 
 
 @dataclass(frozen=True)

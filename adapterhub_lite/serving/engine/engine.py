@@ -357,6 +357,7 @@ class InferenceEngine:
                 )
             except ValueError as error:
                 raise ConfigurationError(f"The {whose} chat template refused the messages: {error}") from error
+            text = text.removesuffix(found.prefill()) if found is not None else text
             with self._tokenizing:
                 ids = self.tokenizer.encode(text, add_special_tokens=False)
         if not ids:

@@ -8,13 +8,14 @@ Three ways, the first that is exact for a row is taken:
 - *per turn*: where a template lays out a turn differently once more turns follow (it drops earlier reasoning), each
   learned turn becomes an example of its own: the chat up to it, exactly as the model will be asked then.
 
-Either way the tokens are those that the template itself renders, and what of a row does not come out of it is refused.
+Either way the tokens are those that the template itself renders (with the end token that some write only once the chat
+goes on), and what of a row does not come out of it is refused.
 """
 
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -30,6 +31,8 @@ BOOKKEEPING = frozenset({"id", "tool_call_id", "call_id", "name", "index", "refu
 REASONING = ("reasoning_content", "reasoning", "thinking")
 # A text that no template changes.
 PROBE = "Lorem"
+# By so many characters the end of a turn is found again once more turns follow.
+SEEN_CHARACTERS = 8
 THINK_TAGS = re.compile(r"</?think(?:ing)?>")
 # A template that asks which of the two the arguments of a tool call are writes both down as they are.
 READS_TEXT_ARGUMENTS = re.compile(r"arguments['\"\]]* is (?:not )?(?:string|mapping)|\+ *tool\S*arguments['\"\]]* *\+")
@@ -63,6 +66,7 @@ class Chat:
 
     turns: list[Turn]
     weights: tuple[float, ...]
+    template: str
     tools: list[dict[str, Any]] | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
@@ -115,6 +119,8 @@ class ChatLayout:
             if not chat.learned():
                 return []
             found = self.marked(chat) if GENERATION_MARK.search(template) else None
+            if found and next(self.lost(chat, found), None):
+                found = None  # a turn by itself may keep what the whole of the chat leaves out
             found = found or self.whole_chat(chat) or self.per_turn(chat)
         except ValueError as error:
             raise DataError(f"{where}: the chat template refuses this row: {error}") from error
@@ -138,7 +144,7 @@ class ChatLayout:
         tools = row.get("tools") if "tools" in words else None
         made = [self.read_turn(turn, words, f"{where}, turn {i}", where) for i, turn in enumerate(turns, start=1)]
         made = made if READS_TEXT_ARGUMENTS.search(template) else [with_parsed_arguments(turn) for turn in made]
-        return Chat([self.content_as_read(turn, template) for turn in made], weights, tools, arguments)
+        return Chat([self.content_as_read(turn, template) for turn in made], weights, template, tools, arguments)
 
     def read_turn(self, turn: Turn, words: frozenset[str], here: str, where: str) -> Turn:
         """The keys of a turn that the template reads."""
@@ -186,7 +192,22 @@ class ChatLayout:
                 return None  # nobody knows which mark is whose
             weights = weights[:1] * len(marks)
         spans = [Span(*mark, weight) for mark, weight in zip(marks, weights, strict=True) if weight > 0]
-        return [Example(text, tuple(spans), "marks")]
+        first = chat.learned()[0]
+        missing = self._beginning(chat, first, text)[1] if self._begins_answers(chat.template) else ""
+        return [Example(text, tuple(spans), "marks", missing)]
+
+    def _begins_answers(self, template: str) -> bool:
+        """Whether asking writes something that a plain answer does not begin with; tried once."""
+        if (template, "asked") not in self._read_kinds:
+            question = self.content_as_read({"role": "user", "content": PROBE}, template)
+            answer = self.content_as_read({"role": "assistant", "content": PROBE}, template)
+            try:
+                asked = render_chat(self.tokenizer, [question], ask=True, template=template)
+                whole = render_chat(self.tokenizer, [question, answer], template=template)
+            except ValueError:
+                asked = whole = ""
+            self._read_kinds[template, "asked"] = not whole.startswith(asked)
+        return self._read_kinds[template, "asked"]
 
     def whole_chat(self, chat: Chat) -> list[Example] | None:
         """Laid out once; None where a turn is laid out differently once more turns follow."""
@@ -203,6 +224,8 @@ class ChatLayout:
             end = self._end(through, start)
             # Some templates end a turn with what begins the next one.
             if end == len(through) and not through.endswith(self.ends or ("",)):
+                if index == count - 1:
+                    whole += self._end_once_it_goes_on(chat, index, through)
                 end += len(next((one for one in self.ends if whole.startswith(one, end)), ""))
             spans.append(Span(start, end, chat.weights[index]))
             prefill = prefill or missing
@@ -214,9 +237,23 @@ class ChatLayout:
         for index in chat.learned():
             through = self._render(chat, index + 1)
             start, missing = self._beginning(chat, index, through)
-            spans = (Span(start, self._end(through, start), chat.weights[index]),)
-            found.append(Example(through, spans, "per turn", missing))
+            end = self._end(through, start)
+            if end == len(through) and not through.endswith(self.ends or ("",)):
+                through += self._end_once_it_goes_on(chat, index, through)
+                end = len(through)
+            found.append(Example(through, (Span(start, end, chat.weights[index]),), "per turn", missing))
         return found
+
+    def _end_once_it_goes_on(self, chat: Chat, index: int, through: str) -> str:
+        """The end token that the template writes behind turn `index` only when another turn follows, as GLM's does."""
+        role = "tool" if chat.turns[index].get("tool_calls") else "user"
+        more = self.content_as_read({"role": role, "content": PROBE}, chat.template)
+        try:
+            longer = self._render(replace(chat, turns=[*chat.turns[: index + 1], more]), index + 2)
+        except ValueError:
+            return ""
+        before, last = longer[: longer.rfind(PROBE)], through[-SEEN_CHARACTERS:]
+        return next((one for one in self.ends if before[: max(before.rfind(one), 0)].endswith(last)), "")
 
     def _beginning(self, chat: Chat, index: int, through: str) -> tuple[int, str]:
         """Where in `through` turn `index` begins, which it ends with; and what asking adds that stands not there.
@@ -248,18 +285,22 @@ class ChatLayout:
 
     def check_nothing_lost(self, chat: Chat, examples: Sequence[Example], where: str) -> None:
         """Refuse a chat of which a text that decides its meaning does not come out of the template."""
+        for index, key, text in self.lost(chat, examples):
+            raise DataError(
+                f"{where}, turn {index + 1}: the chat template leaves out {key} ({short(text)}), so it would be "
+                f"lost. Take a template that writes it, or name {key.split('.')[0]} in ignore_columns."
+            )
+
+    def lost(self, chat: Chat, examples: Sequence[Example]) -> Iterator[tuple[int, str, str]]:
+        """(turn, key, text) of what does not come out of the template and may not be lost."""
         texts = [example.text for example in examples]
         for index, turn in enumerate(chat.turns):
             named = turn["role"] != "assistant" or chat.weights[index] > 0
             for key, text in texts_of(turn) if named else ():
                 stripped = text.strip()
                 quoted = json.dumps(stripped)[1:-1], json.dumps(stripped, ensure_ascii=False)[1:-1]
-                if any(form in one for one in texts for form in (stripped, *quoted)) or key in self.ignore:
-                    continue
-                raise DataError(
-                    f"{where}, turn {index + 1}: the chat template leaves out {key} ({short(stripped)}), so it would be "
-                    f"lost. Take a template that writes it, or name {key.split('.')[0]} in ignore_columns."
-                )
+                if key not in self.ignore and not any(form in one for one in texts for form in (stripped, *quoted)):
+                    yield index, key, stripped
 
 
 def shared_beginning(one: str, other: str) -> int:

@@ -77,12 +77,14 @@ class TokenizedRows:
     """A table with `input_ids`, `labels` and `length` a row, and what was done to rows beyond the limit.
 
     `ways` counts the examples by how they were laid out: "marks", "whole", "per turn"; plain text counts as "text".
+    `prefill` is what the template writes when it asks and that none of the answers begins with.
     """
 
     table: Any  # a Dataset; a stream goes through as it came
     truncated: int = 0
     dropped: int = 0
     ways: Mapping[str, int] = field(default_factory=dict)
+    prefill: str = ""
 
     @property
     def fingerprint(self) -> str:
@@ -196,16 +198,27 @@ class RowTokenizer:
         self.layout = ChatLayout(tokenizer, [name for name in names if name], arguments=arguments, ignore=ignore)
         self.ways: dict[str, int] = {}
         self.prefills: dict[str, str] = {}
+        self.chats = self.without_prefill = 0
+
+    def prefill(self) -> str:
+        """What asking begins an answer with and no answer of these rows does; "" where some do, or it differs."""
+        return next(iter(self.prefills)) if len(self.prefills) == 1 and self.chats == self.without_prefill else ""
 
     def tell(self) -> None:
         """Say once what of the rows a person should know: keys that are not read, and answers that begin otherwise."""
         if self.layout.unread:
             named = "; ".join(f"{key!r} (first in {where})" for key, where in sorted(self.layout.unread.items()))
             logger.warning(f"The chat template does not read these keys of turns: {named}.")
+        if self.prefill():
+            logger.warning(
+                f"Asked for an answer, the chat template begins it with {self.prefill()!r}, and no answer of these rows "
+                "begins so: the adapter will be asked without it. To train with it, give rows with reasoning_content."
+            )
+            return
         for prefill, where in self.prefills.items():
             logger.warning(
-                f"Asked for an answer, the chat template begins it with {prefill!r}, and the answers of these rows do not "
-                f"begin so (first in {where}). Ask with the template's arguments that leave it out, or give rows with "
+                f"Asked for an answer, the chat template begins it with {prefill!r}, and some answers of these rows do not "
+                f"begin so (first in {where}). Ask with the template's arguments that leave it out, or give all rows "
                 "reasoning_content."
             )
 
@@ -225,8 +238,11 @@ class RowTokenizer:
             raise DataError(f"{rows[0][0]}: {error}.") from error
         for (where, example), found in zip(laid_out, encoded, strict=True):
             self.ways[example.way] = self.ways.get(example.way, 0) + 1
+            if example.way not in ("text", "completion"):
+                self.chats += 1
             if example.prefill:
                 self.prefills.setdefault(example.prefill, where)
+                self.without_prefill += 1
             if example.way == "text":
                 yield where, self._document([], missing_front(self.front, found.ids) + found.ids)
             elif example.way == "completion":
@@ -337,7 +353,9 @@ def tokenize_rows(
         )
     maker.tell()
     unneeded = [name for name in WEIGHTS if name in columns and not weighted]
-    return TokenizedRows(table.remove_columns(unneeded), fitted.truncated, fitted.dropped, dict(maker.ways))
+    return TokenizedRows(
+        table.remove_columns(unneeded), fitted.truncated, fitted.dropped, dict(maker.ways), maker.prefill()
+    )
 
 
 def named_rows(batch: Mapping[str, Sequence[Any]]) -> list[tuple[str, dict[str, Any]]]:

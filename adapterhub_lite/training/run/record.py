@@ -106,6 +106,7 @@ def make_record(trainer: RunTrainer) -> TrainingRecord:
             vocabulary=len(trainer.processing_class),
             special_tokens={name: str(token) for name, token in trainer.processing_class.special_tokens_map.items()},
             layouts=dict(trainer.rows.ways),
+            prefill=trainer.rows.prefill,
         ),
         seeds={"seed": args.seed, "data_seed": args.seed if args.data_seed is None else args.data_seed},
         hyperparameters=hyperparameters(args, adapter),

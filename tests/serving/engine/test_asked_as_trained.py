@@ -91,6 +91,22 @@ def test_a_rendered_prompt_gets_no_second_beginning_and_no_end(engine: Any) -> N
         assert tokenizer.convert_ids_to_tokens(encode_prompt(tokenizer, prompt)) == ["<s>", "h", "i"]
 
 
+def test_what_no_answer_began_with_is_not_begun_for_it(
+    engine: Any, tiny_base: Path, make_adapter: Any, tmp_path: Path
+) -> None:
+    """A template that begins each answer with <think>, and rows that never did."""
+    thinking = QA.replace("{{ 'A: ' }}", "{{ 'A: <think>' }}")
+    asked = []
+    for prefill in ("", "<think>"):
+        own = with_record(make_adapter(seed=1), tmp_path, tiny_base, thinking, ())
+        record = json.loads((own / "training_record.json").read_text())
+        record["text"]["prefill"] = prefill
+        (own / "training_record.json").write_text(json.dumps(record))
+        result = engine.generate(GenerationRequest(messages=MESSAGES, adapter=own, max_new_tokens=1))
+        asked.append(result.usage.prompt_tokens)
+    assert asked == [len("Q: ping\nA: <think>"), len("Q: ping\nA: ")]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

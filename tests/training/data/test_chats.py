@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from adapterhub_lite.errors import DataError
 from adapterhub_lite.training.data.rows import load_rows
 from adapterhub_lite.training.data.tokenization import IGNORED, RowTokenizer, tokenize_rows
-from tests.training.data.tokenizers import CHATML, KINDS, QWEN_THINKING, TEMPLATES, make_tokenizer
+from tests.training.data.tokenizers import CHATML, GLM, KINDS, MARKED_THINKING, QWEN_THINKING, TEMPLATES, make_tokenizer
 
 ENDS = {"chatml": "<|im_end|>", "qwen-thinking": "<|im_end|>", "marked": "<|im_end|>", "phi": "<|end|>"}
 
@@ -183,8 +183,58 @@ def test_parts_of_text_are_the_text_and_a_template_of_parts_gets_parts() -> None
 
 def test_what_asking_begins_and_the_rows_do_not_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = make_tokenizer("bytes", TEMPLATES["deepseek"])
-    trained(tokenizer, {"messages": TWO_TURNS}, "deepseek")
-    assert caplog.text.count("begins it with '<think>\\n'") == 1
+    found = trained(tokenizer, {"messages": TWO_TURNS}, "deepseek")
+    assert caplog.text.count("begins it with '<think>\\n'") == 1 and found.prefill == "<think>\n"
+    marked = make_tokenizer(
+        "bytes",
+        TEMPLATES["marked"].replace(
+            "<|im_start|>assistant\n' }}{% endif", "<|im_start|>assistant\n<think>\n' }}{% endif"
+        ),
+    )
+    assert trained(marked, {"messages": TWO_TURNS}, "marked").prefill == "<think>\n"
+    assert trained(make_tokenizer("bytes"), {"messages": TWO_TURNS}).prefill == ""
+
+
+def test_where_some_answers_begin_as_asked_none_is_asked_otherwise() -> None:
+    tokenizer = make_tokenizer(
+        "bytes",
+        QWEN_THINKING.replace("(m.reasoning_content or '')", "m.reasoning_content").replace(
+            "loop.index0 > ns.last", "m.reasoning_content"
+        ),
+    )
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "'<|im_start|>assistant\n' }}{% if enable", "'<|im_start|>assistant\n<think>\n' }}{% if enable"
+    )
+    thought = {"messages": [user("a"), assistant("b", reasoning_content="why")]}
+    plain = {"messages": [user("a"), assistant("b")]}
+    for rows, prefill in (([thought], ""), ([plain], "<think>\n"), ([thought, plain], "")):
+        ends = ends_of(tokenizer, "qwen-thinking")
+        assert tokenize_rows(load_rows(rows), tokenizer, max_length=99, ends=ends).prefill == prefill
+
+
+def test_an_answer_that_ends_with_the_mark_of_the_next_speaker_ends_so_in_the_last_turn_too() -> None:
+    tokenizer = make_tokenizer("bytes", GLM)
+    ends = [tokenizer.convert_tokens_to_ids(end) for end in ("</s>", "<|end|>", "<|im_end|>")]
+    result = {"role": "tool", "content": "yes"}
+    call = assistant("", tool_calls=[CALL])
+    for turns, text in (
+        (TWO_TURNS, "yes<|end|>no<|end|>"),
+        ([user("rain?"), call], "<call>weather<|im_end|>"),
+        ([user("rain?"), call, result, assistant("it rains")], "<call>weather<|im_end|>it rains<|end|>"),
+    ):
+        row = tokenize_rows(load_rows([{"messages": turns}]), tokenizer, max_length=999, ends=ends).table[0]
+        assert learned(tokenizer, row["labels"]) == text
+        assert row["input_ids"][:-1] == tokenizer.apply_chat_template(turns)["input_ids"]
+
+
+def test_marks_that_lose_earlier_reasoning_are_learned_turn_by_turn() -> None:
+    tokenizer = make_tokenizer("bytes", MARKED_THINKING)
+    turns = [user("a"), assistant("b", thinking="why b"), user("c"), assistant("d", thinking="why d")]
+    found = trained(tokenizer, {"messages": turns}, "marked")
+    assert found.ways == {"per turn": 2}
+    texts = [learned(tokenizer, labels) for labels in found.table["labels"]]
+    assert texts == ["<think>why b</think>b<|im_end|>", "<think>why d</think>d<|im_end|>"]
+    assert trained(tokenizer, {"messages": turns[:2]}, "marked").ways == {"marks": 1}
 
 
 def test_a_chat_that_nobody_learns_from_is_refused() -> None:

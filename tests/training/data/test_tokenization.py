@@ -1,7 +1,6 @@
 """Tokenisation: the loss falls on the assistant's tokens and nowhere else."""
 
 from copy import deepcopy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,19 +91,6 @@ def test_a_template_that_cannot_show_the_assistants_tokens_is_refused(
     other.chat_template = template
     with pytest.raises(DataError, match=words):
         learned(other, TWO_TURNS)
-
-
-@pytest.mark.parametrize("family", ["qwen3", "qwen2_5", "llama3", "phi3", "gemma3", "deepseek_r1_distill"])
-def test_a_training_template_of_trl_shows_them(byte_tokenizer: Any, family: str) -> None:
-    trl = pytest.importorskip("trl", reason="trl is not installed: pip install adapterhub-lite[bench]")
-    other = deepcopy(byte_tokenizer)
-    other.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{family}.jinja").read_text()
-    if family == "qwen3":
-        with pytest.raises(DataError, match=r"lays out turn 2 differently .*trl.get_training_chat_template"):
-            learned(other, TWO_TURNS)
-    other.chat_template = trl.get_training_chat_template(other) or other.chat_template
-    found = learned(other, TWO_TURNS)
-    assert found.index("ho") < found.index("no") and "and?" not in found and "user" not in found
 
 
 def test_the_fingerprint_sees_ids_and_labels(byte_tokenizer: Any) -> None:

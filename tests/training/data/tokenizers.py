@@ -54,6 +54,12 @@ CHANNELS = (
     "{{ '<|im_start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
 )
+# The end of an answer is the mark of the next speaker, so the last one has none.
+GLM = (
+    "{% for m in messages %}{{ {'user': '<|end|>', 'tool': '<|im_end|>'}.get(m.role, '<|' + m.role + '|>') + '\n' }}"
+    "{{ m.content or '' }}{% for call in m.tool_calls or [] %}{{ '<call>' + call.function.name }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
 MARKED = CHATML.replace(
     "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}",
     "{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
@@ -69,6 +75,12 @@ TEMPLATES = {
     "channels": CHANNELS,
     "marked": MARKED,
 }
+# Marks what the assistant writes, and leaves reasoning out of all turns but the last.
+MARKED_THINKING = MARKED.replace(
+    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}",
+    "{{ ('<think>' + m.thinking + '</think>' if m.thinking and loop.last else '') + m['content'] + '<|im_end|>' }}"
+    "{% endgeneration %}",
+)
 
 
 def _bytes(merges: list[tuple[str, str]]) -> Tokenizer:
