@@ -70,12 +70,14 @@ class TextRecord(StrictModel):
 
     `end_tokens` are the ids that end an answer; `vocabulary` counts the tokens; `special_tokens` are those by name;
     `layouts` counts the examples by how they were laid out ("whole", "per turn", "marks", "text", "completion").
+    `prefill` is what the template writes when it asks (such as `<think>`) and that no answer began with.
     """
 
     end_tokens: tuple[int, ...] = ()
     vocabulary: int | None = None
     special_tokens: dict[str, str] = Field(default_factory=dict)
     layouts: dict[str, int] = Field(default_factory=dict)
+    prefill: str = ""
 
 
 class MemoryRecord(StrictModel):
