@@ -42,7 +42,7 @@ class LossChoice:
 
 @dataclass(frozen=True)
 class Situation:
-    """What a rung is judged by: a head, the largest number of tokens a step will have, and the options."""
+    """What a rung is judged by: a head, the largest number of tokens that a step will have, and the options."""
 
     head: Head
     tokens: int

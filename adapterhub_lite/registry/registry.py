@@ -134,7 +134,7 @@ class AdapterRegistry:
             return [parse_stored(row[0]) for row in self.store.read().execute(sql, wanted.values)]
 
     def summaries(self, name: str | None = None, **filters: str | None) -> Sequence[AdapterSummary]:
-        """What `list` shows, one light line a version: 10,000 of them take under 100 ms."""
+        """What `list` shows, one light line per version: 10,000 of them take under 100 ms."""
         with self.store.guard("list adapters"):
             return summarize(self.store.read(), filter_versions(name, **filters))
 

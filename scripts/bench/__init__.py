@@ -1,1 +1,1 @@
-"""One measured question a file; results are JSON in results/, with machine, versions, command and date."""
+"""Each file answers one question by measuring; results are JSON in results/, with machine, versions, command and date."""

@@ -28,7 +28,7 @@ def train(
     task: Annotated[str | None, typer.Option(help="An example task instead of data: sql or event.")] = None,
     base: Annotated[str, typer.Option(help="Base model: an embedded name, a folder or a Hub id.")] = "smollm2-135m",
     devices: Annotated[
-        int, typer.Option(help="Processes on this machine, one a GPU (or, without one, on the CPU).")
+        int, typer.Option(help="Processes on this machine, one per GPU (or, without one, on the CPU).")
     ] = 1,
     strategy: Annotated[str, typer.Option(help=f"How they share the work: {', '.join(STRATEGIES)}.")] = "auto",
     nodes: Annotated[int, typer.Option(help="Machines; the same command is run on each.")] = 1,

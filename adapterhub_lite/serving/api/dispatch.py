@@ -73,7 +73,7 @@ class ResolvedModel:
 
 
 class TokenBudget:
-    """Tokens a minute, as a bucket that fills evenly. What a request takes is known afterwards: it may go into debt."""
+    """Tokens per minute, as a bucket that fills evenly. What a request takes is known afterwards: it may go into debt."""
 
     def __init__(self, per_minute: int, now: float) -> None:
         self.per_minute = per_minute

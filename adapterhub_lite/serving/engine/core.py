@@ -89,7 +89,7 @@ class FairQueue:
 class Scheduler:
     """Sequences in rows and sequences in the queue.
 
-    Prompts are read in pieces: at most `busy_chunk` tokens a step, so that those who write do not wait for a long
+    Prompts are read in pieces: at most `busy_chunk` tokens per step, so that those who write do not wait for a long
     prompt, and `idle_chunk` while more requests wait for their first token than for their next. Short prompts that come
     to many who write are read in a step of their own, which is a fraction of the others': one step in `alone_every` at
     most, and only while nobody waits for a row, since what they win in time all together lose in throughput.

@@ -46,7 +46,7 @@ class RowSlice:
 
 @dataclass(frozen=True)
 class Run:
-    """Neighbouring rows that compute the same number of tokens: one batched call a layer. Ends are exclusive."""
+    """Neighbouring rows that compute the same number of tokens: one batched call per layer. Ends are exclusive."""
 
     tokens: slice
     rows: slice

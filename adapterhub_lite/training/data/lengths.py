@@ -24,7 +24,7 @@ class RowLengths:
     truncated: int
 
     def of_step(self, rows: int) -> int:
-        """Tokens a row of the largest step there can be: the `rows` longest together, laid end to end."""
+        """Tokens per row of the largest step there can be: the `rows` longest together, laid end to end."""
         longest = sorted(self.tokens, reverse=True)[:rows]
         return max(1, -(-sum(longest) // rows))
 

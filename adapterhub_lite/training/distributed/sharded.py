@@ -27,7 +27,7 @@ def join_processes(args: TrainingArguments) -> None:
     """
     if args.n_gpu > 1:
         raise ConfigurationError(
-            f"{args.n_gpu} GPUs are visible and one process was started. Start one process a GPU with "
+            f"{args.n_gpu} GPUs are visible and one process was started. Start one process per GPU with "
             "`accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one."
         )
     engine = engine_of(args)

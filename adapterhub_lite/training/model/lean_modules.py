@@ -14,7 +14,7 @@ PROBE_ROWS = 4
 
 
 class LeanNorm(torch.autograd.Function):
-    """weight * (x / rms(x)) for x (..., D), with the mean in fp32; keeps x and one number a row."""
+    """weight * (x / rms(x)) for x (..., D), with the mean in fp32; keeps x and one number per row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

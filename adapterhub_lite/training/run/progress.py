@@ -42,7 +42,7 @@ class MetricsCallback(TrainerCallback, ExportableState):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write one line: the logged values with step, tokens, tokens a second and peak bytes."""
+        """Write one line: the logged values with step, tokens, tokens per second and peak bytes."""
         if not state.is_world_process_zero or not args.output_dir:
             return
         line = {"step": state.global_step, **(logs or {}), "tokens": self.meter.tokens}
@@ -72,7 +72,7 @@ def draw_losses(history: list[dict[str, Any]], path: Path) -> None:
 
 
 class ProgressCallback(TrainerCallback):
-    """A rich bar on the terminal: steps, loss, tokens a second, peak memory, time left."""
+    """A rich bar on the terminal: steps, loss, tokens per second, peak memory, time left."""
 
     def __init__(self, meter: RunMeter, console: Console | None = None) -> None:
         self.meter = meter

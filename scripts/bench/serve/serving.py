@@ -113,7 +113,7 @@ def _requests(count: int, tokens: int, adapters: list[Path] | None) -> list[Gene
 
 
 def measure_throughput(base: ResolvedBase, scratch: Path) -> Figures:
-    """Tokens a second of 16 concurrent requests over 8 adapters of ranks 4, 8 and 16; 24 new tokens each."""
+    """Tokens per second of 16 concurrent requests over 8 adapters of ranks 4, 8 and 16; 24 new tokens each."""
     new = 24
     folders = make_adapters(base, [4, 8, 16, 8, 4, 16, 8, 16], scratch)
     tokenizer = load_tokenizer(base.folder)
@@ -149,7 +149,7 @@ def measure_throughput(base: ResolvedBase, scratch: Path) -> Figures:
 
 
 def measure_many(base: ResolvedBase, scratch: Path) -> Figures:
-    """Tokens a second of 32 requests in 16 rows over 1, 8 and 64 adapters of rank 8, all resident; 48 new tokens each."""
+    """Tokens per second of 32 requests in 16 rows over 1, 8 and 64 adapters of rank 8, all resident; 48 new tokens each."""
     requests, new = 32, 48
     folders = make_adapters(base, [8] * 64, scratch)
     engine = open_engine(base)

@@ -3,7 +3,7 @@
     python -m scripts.bench.train.defaults                 # about ten minutes on one quiet core
     python -m scripts.bench.train.defaults sql --steps 20  # one task, shorter runs
 
-SmolLM2-135M-Instruct, LoRA of rank 8 on all linear layers, 8 rows an update, AdamW, cosine schedule. Each variant is one
+SmolLM2-135M-Instruct, LoRA of rank 8 on all linear layers, 8 rows per update, AdamW, cosine schedule. Each variant is one
 run with one seed; the figure is the loss per token on rows of the task's held-out split, after the last step.
 """
 

@@ -5,7 +5,7 @@
 
 A LoRA of rank 8 on all linear layers of SmolLM2-135M in bf16, rows filled to one length, every variant of a technique on
 the same tokens. Each variant runs in a process of its own, so that its peak (of resident memory; on a GPU of the
-allocator) is its own. Seconds are the median of an update, the first left out.
+allocator) is its own. Seconds are the median over updates, the first left out.
 """
 
 import argparse
