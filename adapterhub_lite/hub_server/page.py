@@ -3,9 +3,11 @@
 A browser sends no token, so that a page shows what anybody may see.
 """
 
+import csv
 import html
 import json
 from collections.abc import Sequence
+from itertools import islice
 from urllib.parse import quote, unquote
 
 from fastapi import Request
@@ -34,6 +36,10 @@ POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src 'self'; form-action 'self'; base-uri 'none'; "
     "frame-ancestors 'none'"
 )
+# So much of a data file is read for its columns, and so many of its rows.
+ROWS_BYTES, MOST_ROWS = 65_536, 100
+ROWS_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
+KINDS = {bool: "yes or no", int: "number", float: "number", list: "list", dict: "object", type(None): "nothing"}
 # No HTML of a card's own, and links of http and https only; pictures are left to the real hub.
 MARKDOWN = MarkdownIt("commonmark", {"html": False, "linkify": False}).enable("table").disable("image")
 
@@ -107,6 +113,7 @@ class Pages:
             f"{', gated' if repo.gated else ''}</p>",
             f"<h2>Pull</h2><pre><code>{html.escape(commands(repo, endpoint, revision))}</code></pre>",
             f'<h2>Card</h2><div class="card">{MARKDOWN.render(card)}</div>' if card.strip() else "",
+            self._rows(commit) if repo.kind == "dataset" else "",
             "<h2>Versions</h2>", self._versions(repo, commit),
             "<h2>Files</h2>", files_table(repo, commit, revision),
         ]  # fmt: skip
@@ -130,6 +137,18 @@ class Pages:
         ]  # fmt: skip
         return table(("revision", "kind", "aliases", "commit"), rows)
 
+    def _rows(self, commit: Commit) -> str:
+        """The columns of a data set, from the beginning of its first file of text rows."""
+        for path, file in sorted(commit.files.items()):
+            if path.lower().endswith(ROWS_SUFFIXES):
+                with self.store.blob(file.sha256).open("rb") as stream:
+                    columns = columns_of(path, stream.read(ROWS_BYTES), whole=file.size <= ROWS_BYTES)
+                if columns:
+                    cells = [tuple(html.escape(text) for text in (name, *about)) for name, about in columns.items()]
+                    heading = f"<h2>Rows</h2><p>From the beginning of {html.escape(path)}:</p>"
+                    return heading + table(("column", "kind", "example"), cells)
+        return ""
+
     def _page(self, title: str, body: str) -> HTMLResponse:
         headers = {
             "Content-Security-Policy": POLICY,
@@ -137,6 +156,37 @@ class Pages:
             "Referrer-Policy": "no-referrer",
         }
         return HTMLResponse(draw(title, body), headers=headers)
+
+
+def columns_of(path: str, beginning: bytes, *, whole: bool) -> dict[str, tuple[str, str]]:
+    """Column -> (kinds of its values, an example) of the rows at the beginning of a JSON, JSON Lines, CSV or TSV file.
+
+    Empty for what cannot be read so. `whole` says that there is no more of the file.
+    """
+    text = beginning.decode("utf-8-sig", "replace")
+    try:
+        if path.lower().endswith((".csv", ".tsv")):
+            lines = text.splitlines(keepends=True)[: None if whole else -1]
+            mark = "\t" if path.lower().endswith(".tsv") else max(",;\t", key=lines[0].count)
+            rows = list(islice(csv.DictReader(lines, delimiter=mark), MOST_ROWS))
+        elif text.lstrip().startswith("["):
+            rows = json.loads(text)[:MOST_ROWS]
+        else:
+            lines = text.split("\n")[: None if whole else -1]
+            rows = [json.loads(line) for line in lines[:MOST_ROWS] if line.strip()]
+    except (ValueError, RecursionError, IndexError, csv.Error):
+        return {}
+    found: dict[str, tuple[set[str], str]] = {}
+    for row in rows:
+        for name, value in row.items() if isinstance(row, dict) else ():
+            kinds, _ = found.setdefault(str(name)[:80], (set(), _example(value)))
+            kinds.add(KINDS.get(type(value), "text"))
+    return {name: (" or ".join(sorted(kinds)), example) for name, (kinds, example) in islice(found.items(), 50)}
+
+
+def _example(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:79] + "…"
 
 
 def files_table(repo: Repo, commit: Commit, revision: str) -> str:

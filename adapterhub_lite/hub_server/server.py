@@ -9,12 +9,18 @@ from types import TracebackType
 from typing import IO
 
 import uvicorn
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Scope
 
 from adapterhub_lite.errors import ResourceError
 from adapterhub_lite.hub_server.app import create_app
 from adapterhub_lite.hub_server.faults import FaultLayer, Faults
 from adapterhub_lite.hub_server.hub import Account
-from adapterhub_lite.web.guard import BrowserGuard
+from adapterhub_lite.web.guard import BrowserGuard, ConnectionLimits, HeaderLimit
+from adapterhub_lite.web.rates import RateLimit
+
+# A part of 64 MB has an hour to arrive, and an answer may stay unread for a minute.
+LIMITS = ConnectionLimits(body_seconds=3600, unread_seconds=60, idle_seconds=60)
 
 
 class HubServer:
@@ -23,6 +29,7 @@ class HubServer:
     `port` 0 takes a free one. `tokens` maps tokens to accounts; None lets everybody read and write. Files above
     `part_bytes` are uploaded in parts; no repository may hold more than `quota_bytes` over all its commits.
     `hosts` are names under which a proxy serves it; requests to other names, and from pages of other sites, are refused.
+    `requests_per_minute` is for each account, and for each address without a token; None is no limit.
 
     Raises:
         ResourceError: the port or the folder is in use.
@@ -37,6 +44,7 @@ class HubServer:
         part_bytes: int = 64_000_000,
         quota_bytes: int | None = None,
         hosts: Sequence[str] = (),
+        requests_per_minute: int | None = None,
     ) -> None:
         self.faults, self._claim = Faults(), claim(data)
         # asyncio disables Nagle's algorithm only on sockets created as TCP; otherwise small answers wait 40 ms for an ACK.
@@ -52,9 +60,14 @@ class HubServer:
         layered = FaultLayer(
             create_app(data, tokens=tokens, part_bytes=part_bytes, quota_bytes=quota_bytes), self.faults
         )
+        limited: ASGIApp = layered
+        if requests_per_minute is not None:
+            limited = RateLimit(layered, requests_per_minute, lambda scope: caller_of(scope, tokens or {}))
         # A page of another site in a browser on this machine must not reach the hub.
-        guarded = BrowserGuard(layered, hosts=hosts)
-        config = uvicorn.Config(guarded, log_level="critical", lifespan="off", timeout_graceful_shutdown=2)
+        guarded = BrowserGuard(HeaderLimit(limited, LIMITS), hosts=hosts)
+        config = uvicorn.Config(
+            guarded, log_level="critical", lifespan="off", timeout_graceful_shutdown=2, **LIMITS.uvicorn_options()
+        )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, args=([self._socket],), daemon=True)
 
@@ -70,6 +83,14 @@ class HubServer:
         self._thread.join()
         self._socket.close()
         self._claim.close()
+
+
+def caller_of(scope: Scope, tokens: Mapping[str, Account]) -> str:
+    """Whom a request is counted for: the account of a known token, else the address that it came from."""
+    token = Headers(scope=scope).get("authorization", "").removeprefix("Bearer ")
+    if token in tokens:
+        return f"account {tokens[token].name}"
+    return f"address {scope['client'][0] if scope.get('client') else ''}"
 
 
 def claim(data: Path) -> IO[str]:

@@ -32,6 +32,9 @@ def hub(
         list[str] | None,
         typer.Option(help="A name under which a proxy serves it; may be repeated.", show_default=False),
     ] = None,
+    requests_per_minute: Annotated[
+        int, typer.Option(min=1, help="Requests per minute of one account, or of one address without a token.")
+    ] = 10_000,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -58,7 +61,10 @@ def hub(
     if dry_run:
         return would(f"serve {folder} on port {port}", as_json, data=str(folder), port=port)
     quota_bytes = None if quota is None else quota * 1_000_000
-    with HubServer(folder, port=port, tokens=tokens or None, quota_bytes=quota_bytes, hosts=host_name or ()) as server:
+    with HubServer(
+        folder, port=port, tokens=tokens or None, quota_bytes=quota_bytes, hosts=host_name or (),
+        requests_per_minute=requests_per_minute,
+    ) as server:  # fmt: skip
         # Tests inject faults on purpose and keep this quiet; here an error is a defect, so its traceback is logged.
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
         if as_json:

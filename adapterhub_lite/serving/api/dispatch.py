@@ -29,6 +29,7 @@ from adapterhub_lite.serving.api.errors import ApiRefusal
 from adapterhub_lite.serving.api.observe import BoundedLabels, Metrics
 from adapterhub_lite.serving.api.settings import ServerSettings
 from adapterhub_lite.serving.engine.request import GenerationChunk, GenerationRequest, GenerationResult
+from adapterhub_lite.web.rates import Budget
 
 T = TypeVar("T")
 MAX_PARTS = 8
@@ -72,24 +73,6 @@ class ResolvedModel:
         return result
 
 
-class TokenBudget:
-    """Tokens per minute, as a bucket that fills evenly. What a request takes is known afterwards: it may go into debt."""
-
-    def __init__(self, per_minute: int, now: float) -> None:
-        self.per_minute = per_minute
-        self._left, self._seen = float(per_minute), now
-
-    def seconds_to_wait(self, now: float) -> float:
-        """Seconds until there is something left; 0 when there is."""
-        self._left = min(float(self.per_minute), self._left + (now - self._seen) * self.per_minute / 60)
-        self._seen = now
-        return 0.0 if self._left > 0 else (1 - self._left) * 60 / self.per_minute
-
-    def spend(self, tokens: int) -> None:
-        """Take tokens out."""
-        self._left -= tokens
-
-
 class Shares:
     """Prompts in work by tenant. Used on the event loop alone, so without a lock. `clock` gives seconds.
 
@@ -103,7 +86,7 @@ class Shares:
         self.limit = limit
         self.in_work: Counter[str] = Counter()
         self._requests: Counter[str] = Counter()
-        self._budgets: dict[str, TokenBudget] = {}
+        self._budgets: dict[str, Budget] = {}
         self._clock = clock
 
     @contextmanager
@@ -149,10 +132,10 @@ class Shares:
         if in_all + prompts > self.limit and not within_share:
             raise _later(f"{in_all} prompts are in work, the limit is {self.limit}.")
 
-    def _budget(self, label: str, per_minute: int) -> TokenBudget:
+    def _budget(self, label: str, per_minute: int) -> Budget:
         budget = self._budgets.get(label)
         if budget is None or budget.per_minute != per_minute:
-            budget = self._budgets[label] = TokenBudget(per_minute, self._clock())
+            budget = self._budgets[label] = Budget(per_minute, self._clock())
         return budget
 
 

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapterhub_lite.serving.api.auth import Caller
-from adapterhub_lite.serving.api.dispatch import Shares, TokenBudget
+from adapterhub_lite.serving.api.dispatch import Shares
 from adapterhub_lite.serving.api.errors import ApiRefusal
+from adapterhub_lite.web.rates import Budget
 
 
 def tenant(name: str) -> Caller:
@@ -57,7 +58,7 @@ def test_a_key_has_limits_of_its_own() -> None:
 def test_a_budget_never_gives_more_than_its_rate(spending: list[tuple[float, int]]) -> None:
     """Whatever the order of waits and expenses: what is spent is at most a minute's worth, the rate, and one debt."""
     now, spent, largest = 0.0, 0, 0
-    budget = TokenBudget(60, now)
+    budget = Budget(60, now)
     for wait, tokens in spending:
         now += wait
         if budget.seconds_to_wait(now) == 0:
