@@ -323,6 +323,9 @@ def examine_lora_config(content: bytes) -> ConfigReading:
         found = strict_json(content, what="adapter_config.json", limit=MAX_CONFIG_BYTES)
     except ValueError as error:
         raise ConfigProblems([str(error)]) from None
+    kind = found.get("peft_type")
+    if isinstance(kind, str) and kind != "LORA":
+        raise ConfigProblems([f"it is an adapter of the kind {kind!r:.40}; only LoRA (peft_type 'LORA') is taken"])
     problems, notes = [], []
     for key in [key for key in found if key not in LoraConfigFile.model_fields]:
         value = found.pop(key)

@@ -170,7 +170,7 @@ def test_a_refused_adapter_leaves_nothing(
     (broken / "adapter_config.json").write_text('{"peft_type": "IA3"}')
     with pytest.raises(AdapterRejectedError) as caught:
         registry.add(broken, "sql", base=base)
-    assert any("peft_type" in problem for problem in caught.value.problems)
+    assert any("kind 'IA3'; only LoRA" in problem for problem in caught.value.problems)
     assert registry.list() == []
     assert list(registry.store.objects) == []
     assert not any((registry.home / "staging").iterdir())

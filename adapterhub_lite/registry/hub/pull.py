@@ -164,13 +164,15 @@ def pull_locked(
     Raises:
         UsageError: something is missing and the lock has no source for it.
         IntegrityError: the source now has another adapter under that version.
+        AdapterRejectedError: the policy wants it signed, and it is not, also where it is here already.
     """
     came = []
     for locked in lock.adapters:
-        if not adapter_problems(store, locked):
+        problems = adapter_problems(store, locked)
+        if not problems:
             continue
         if locked.source is None:
-            raise UsageError(f"{locked.reference} is not here, and the lock does not say where to pull it from.")
+            raise UsageError(f"{locked.reference}: {problems[0]}; the lock does not say where to pull it from.")
         base = next((base for base in bases if base.fingerprint == locked.base.fingerprint), None)
         receipt = pull_adapter(
             store, locked.source, revision=locked.revision or f"v{locked.version}", name=locked.name, endpoint=endpoint, token=token,

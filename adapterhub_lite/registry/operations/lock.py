@@ -18,6 +18,7 @@ from adapterhub_lite.adapter_format.manifest import (
 from adapterhub_lite.adapter_format.strict_reading import StrictModel
 from adapterhub_lite.bases import ResolvedBase, find_base
 from adapterhub_lite.errors import DataError, IntegrityError, SchemaVersionError, UnknownNameError, UsageError
+from adapterhub_lite.registry.operations.sign import distrusted
 from adapterhub_lite.registry.store.database import write_durably
 from adapterhub_lite.registry.store.store import Store, file_record
 
@@ -142,12 +143,13 @@ def verify_lock(store: Store, lock: Lock, *, bases: Sequence[ResolvedBase] = ())
 
 
 def adapter_problems(store: Store, locked: LockedAdapter) -> list[str]:
-    """What of a locked adapter is missing here or different, byte for byte."""
+    """What of a locked adapter is missing here or different, byte for byte, or refused by the policy of signatures."""
     try:
         manifest = store.resolve(locked.digest)
     except UnknownNameError:
         return [f"the adapter {locked.digest} is not here; pull it with --locked"]
-    problems = []
+    refused = distrusted(store, manifest)
+    problems = [refused] if refused else []
     for filename, promised in locked.files.items():
         try:
             found = file_record(store.file(manifest, filename))

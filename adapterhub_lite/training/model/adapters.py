@@ -172,7 +172,7 @@ def _require_trainable(model: PeftModel) -> None:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigurationError(
             "Nothing of this PeftModel can be trained: all its parameters are frozen. "
-            "Load the adapter with is_trainable=True."
+            "Load the adapter with is_trainable=True, or leave inference_mode out of its configuration."
         )
 
 

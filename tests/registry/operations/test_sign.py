@@ -12,7 +12,9 @@ from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import AdapterRejectedError, IntegrityError, UnknownNameError, UsageError
 from adapterhub_lite.hub_server import HubServer
 from adapterhub_lite.registry import AdapterRegistry
+from adapterhub_lite.registry.hub.pull import pull_locked
 from adapterhub_lite.registry.operations.intake import import_adapter
+from adapterhub_lite.registry.operations.lock import Lock, verify_lock, write_lock
 from adapterhub_lite.registry.operations.sign import generate_key
 
 
@@ -199,3 +201,33 @@ def test_the_policy_holds_for_what_is_pulled(
     api.upload_file(path_or_fileobj=signature, path_in_repo="adapterhub.sig.json", repo_id="org/poem")
     assert strict.pull("org/poem", revision="main", endpoint=hub_server.url).manifest.reference == "poem:1"
     assert strict.resolve("poem").reference == "poem:1" and strict.verify("poem") == "ann"
+
+
+def test_the_policy_holds_for_what_a_lock_names(
+    signed: tuple[str, Path], registry: AdapterRegistry, strict: AdapterRegistry, adapter: Path, base: ResolvedBase,
+    hub_server: HubServer, tmp_path: Path,
+) -> None:  # fmt: skip
+    """A lock says which bytes, not whose: unsigned they are refused, missing here or pulled before the policy."""
+    registry.add(adapter, "poem", base=base)
+    registry.push("poem", "org/poem", endpoint=hub_server.url)
+    lock = write_lock(registry.store, ["poem"], tmp_path / "lock", sources={"poem": "org/poem"}, bases=[base])
+    with pytest.raises(AdapterRejectedError, match="not signed"):
+        pull_locked(strict.store, lock, endpoint=hub_server.url, bases=[base])
+    assert strict.list() == [] and list(strict.store.objects) == []
+    strict.trust.require(False)
+    assert [one.reference for one in pull_locked(strict.store, lock, endpoint=hub_server.url)] == ["poem:1"]
+    strict.trust.require(True)
+    with pytest.raises(AdapterRejectedError, match="not signed"):
+        pull_locked(strict.store, lock, endpoint=hub_server.url)
+    (problem,) = verify_lock(strict.store, lock, bases=[base])
+    assert problem.startswith("poem:1: it is not signed")
+    alone = Lock(adapters=(lock.adapters[0].model_copy(update={"source": None}),))
+    with pytest.raises(UsageError, match=r"not signed.*does not say where"):
+        pull_locked(strict.store, alone)
+    registry.sign("poem")
+    signature = (registry.home / "manifests" / "poem" / "1.sig").read_bytes()
+    api = HfApi(endpoint=hub_server.url, token=False)
+    commit = api.upload_file(path_or_fileobj=signature, path_in_repo="adapterhub.sig.json", repo_id="org/poem")
+    newer = Lock(adapters=(lock.adapters[0].model_copy(update={"revision": commit.oid}),))
+    pull_locked(strict.store, newer, endpoint=hub_server.url)
+    assert verify_lock(strict.store, lock, bases=[base]) == [] and strict.verify("poem") == "ann"

@@ -89,6 +89,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda: LoraConfig(**R, **Q, init_lora_weights="pissa", rank_pattern={"q_proj": 2}),
         "ranks by module",
     ),
+    "inference_mode": (lambda: LoraConfig(**R, **Q, inference_mode=True), "leave inference_mode out"),
+    "PiSSA of rank 600": (lambda: LoraConfig(**{**R, "r": 600}, **Q, init_lora_weights="pissa"), "1024, got 1200"),
+    "single parameters": (lambda: LoraConfig(**R, **Q, target_parameters=["mlp.up_proj.weight"]), "target_parameters"),
+    "more layers": (lambda: LoraConfig(**R, **Q, layer_replication=[[0, 2], [1, 2]]), "makes the base grow"),
     "a scaling of 100": (lambda: LoraConfig(**R, **Q, lora_alpha=400), "scales by 100"),
     "activated LoRA": (lambda: LoraConfig(**R, **Q, alora_invocation_tokens=[1]), "alora_invocation_tokens"),
 }
