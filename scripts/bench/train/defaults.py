@@ -1,6 +1,6 @@
 """Which learning rate, alpha, LoRA+ ratio and checkpoint interval suit the example tasks: candidates for the defaults.
 
-    python -m scripts.bench.train.defaults                 # about ten minutes on one quiet core
+    python -m scripts.bench.train.defaults                 # about ten minutes on one quiet core, three times that with --steps 40
     python -m scripts.bench.train.defaults sql --steps 20  # one task, shorter runs
 
 SmolLM2-135M-Instruct, LoRA of rank 8 on all linear layers, 8 rows per update, AdamW, cosine schedule. Each variant is one
