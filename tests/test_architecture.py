@@ -39,12 +39,13 @@ LEVELS = {
     "registry": (("store",), ("operations",), ("hub",), ("registry",)),
     "serving": (("adapters",), ("model",), ("engine",), ("api",), ("cluster",)),
     "training": (
-        ("settings",),
+        ("settings", "porting"),
         ("arguments", "evaluation"),
         ("data", "model", "distributed"),
         ("run",),
         ("trainer",),
         ("recipe",),
+        ("sweep",),
     ),
     "cli": (("output", "options"), ("train", "keep", "share", "serve", "machine"), ("main",)),
 }

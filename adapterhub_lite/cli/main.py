@@ -24,6 +24,7 @@ from adapterhub_lite.cli.share.push_pull import pull, push
 from adapterhub_lite.cli.train.evaluate import evaluate
 from adapterhub_lite.cli.train.plan import plan
 from adapterhub_lite.cli.train.preview import preview
+from adapterhub_lite.cli.train.sweep import sweep
 from adapterhub_lite.cli.train.train import train
 from adapterhub_lite.errors import AdapterHubError, RunStoppedError
 from adapterhub_lite.quiet import quiet_libraries
@@ -32,6 +33,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "plan": plan,
     "preview": preview,
     "train": train,
+    "sweep": sweep,
     "eval": evaluate,
     "add": add,
     "list": list_adapters,
@@ -61,7 +63,7 @@ VERBS: dict[str, Callable[..., None]] = {
 }
 # How `--help` groups them.
 PANELS = {
-    "Train": ("preview", "plan", "train", "eval"),
+    "Train": ("preview", "plan", "train", "sweep", "eval"),
     "Keep": ("add", "list", "show", "diff", "alias", "rollback", "history", "pin", "unpin", "remove", "gc"),
     "Share": ("push", "pull", "lock", "hub"),
     "Sign": ("keygen", "sign", "verify", "trust"),

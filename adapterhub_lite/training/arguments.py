@@ -77,6 +77,8 @@ class AdapterTrainingArguments(RunSettings, TrainingArguments):
             # A command line gives a list; alone, the name of a group stands for the group.
             self.target_modules = self.target_modules[0]
         self.packing = packing_of(self.packing)
+        # TRL's older name of the loss that builds no logits.
+        self.loss_type = "nll" if self.loss_type == "chunked_nll" else self.loss_type
         if self.use_liger_kernel:
             # Its kernels would be put into the model beside ours; of the loss there is one at a time.
             logger.warning(

@@ -106,11 +106,16 @@ Judge = Callable[[str, str], float]
 
 @torch.no_grad()
 def generate_answers(
-    model: Any, tokenizer: PreTrainedTokenizerBase, chats: list[Turns], max_new_tokens: int = 64
+    model: Any, tokenizer: PreTrainedTokenizerBase, chats: Sequence[Turns | str], max_new_tokens: int = 64
 ) -> list[str]:
-    """Return the greedy answer to each chat, in order; all chats are one batch, padded on the left."""
-    prompts = [tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) for turns in chats]
-    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    """Return the greedy answer to each chat, or to each raw prompt, in order; one batch, padded on the left."""
+    ids = []
+    for asked in chats:
+        if isinstance(asked, str):
+            ids.append(tokenizer(asked)["input_ids"])
+        else:
+            text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+            ids.append(tokenizer(text, add_special_tokens=False)["input_ids"])
     longest = max(len(row) for row in ids)
     device = next(model.parameters()).device
     pad = padding_id(tokenizer)

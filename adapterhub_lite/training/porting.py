@@ -49,8 +49,8 @@ ANSWERS: dict[str, Answer] = {
     "dataset_batch_size": Answer("not needed", "rows are tokenised in batches"),
     "eval_packing": Answer("not needed", "an evaluation is a mean over tokens, which packing does not change"),
     "dataset_kwargs": Answer("not needed", "rows that have input_ids are left as they are", (None, {}, "{}")),
-    "loss_type": Answer("refused", "can only be 'nll' here; write another loss as compute_loss_func", ("nll", "chunked_nll")),
-    "activation_offloading": Answer("refused", "is activation_checkpointing_kwargs={'offload': True}", (None, False)),
+    "loss_type": Answer("taken", "'nll' or 'dft'; 'chunked_nll' is 'nll', whose logits are never built"),
+    "activation_offloading": Answer("refused", "is not taken: set activation_checkpointing_kwargs={'offload': True}", (None, False)),
     "trust_remote_code": Answer("refused", "is never done here: load the model and pass it as `model`", (None, False)),
     "model_init_kwargs": Answer("refused", "takes dtype alone (base_dtype here): load the model and pass it as `model`", (None, {}, "{}")),
     "num_of_sequences": Answer("not needed", "packing looks at all rows"),
@@ -82,7 +82,7 @@ ANSWERS: dict[str, Answer] = {
 # Arguments of the trainer, all others are those of its settings.
 TRAINER_ARGUMENTS = ("peft_config", "formatting_func", "quantization_config", "tokenizer", "infinite")
 TRUNCATION = {"keep_start": "truncate", "keep_end": "truncate_start"}
-STRATEGIES = {"bfd": "bfd", "wrapped": "wrapped"}
+STRATEGIES = ("bfd", "wrapped")
 
 
 def translated(keywords: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
@@ -119,10 +119,10 @@ def meaning_of(name: str, value: Any, given: Mapping[str, Any]) -> dict[str, Any
     answer = ANSWERS[name]
     if any(type(value) is type(one) and value == one for one in answer.harmless):
         return {}
-    if name == "truncation_mode" and value in TRUNCATION:
+    if name == "truncation_mode" and isinstance(value, str) and value in TRUNCATION:
         # Where there is packing by cutting, nothing is longer than it may be.
         return {"overlong": TRUNCATION[value]}
-    if name == "packing_strategy" and value in STRATEGIES:
+    if name == "packing_strategy" and isinstance(value, str) and value in STRATEGIES:
         # True, or "True" of a command line; it overrules what `packing` alone would mean.
         return {}
     if name == "max_seq_length":

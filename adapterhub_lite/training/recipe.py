@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from adapterhub_lite.adapter_format.manifest import TrainingRecord, read_record
@@ -19,6 +20,7 @@ from adapterhub_lite.tasks import get_task
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
 from adapterhub_lite.training.data.held_out import row_digests, split_rows, without_rows_of
 from adapterhub_lite.training.data.rows import columns_of, is_checked, load_rows
+from adapterhub_lite.training.run.samples import SampleCallback
 from adapterhub_lite.training.settings import REPORTERS, DataSettings, TrainingRecipe
 from adapterhub_lite.training.trainer import AdapterTrainer
 
@@ -97,18 +99,7 @@ def train_adapter(
     finished = read_record(run / "adapter")
     if finished is not None:
         return TrainingOutcome(run / "adapter", finished)
-    chosen = {**recipe.arguments(), "report_to": _reporters(recipe.report_to)}
-    if held_out is not None:
-        chosen |= {"eval_strategy": "steps", "eval_steps": recipe.save_steps}
-    # A run publishes nothing that was not asked for: the default makes a Space of the run's figures at its end.
-    arguments = AdapterTrainingArguments(
-        output_dir=str(run), trackio_static_space_id=False, show_progress=show_progress, **chosen
-    )
-    trainer = AdapterTrainer(
-        str(base.folder), arguments, train_dataset=rows, eval_dataset=held_out, base=base, data_settings=recipe
-    )
-    if data_id is not None:
-        trainer.data_name = data_id
+    trainer = trainer_for(base, rows, held_out, run, recipe, data_id=data_id, show_progress=show_progress)
     last = get_last_checkpoint(str(run)) if run.is_dir() else None
     trainer.train(resume_from_checkpoint=last)
     done, wanted = trainer.state.global_step, trainer.state.max_steps
@@ -124,6 +115,46 @@ def train_adapter(
     return TrainingOutcome(adapter, record)
 
 
+def trainer_for(
+    base: ResolvedBase,
+    rows: Dataset,
+    held_out: Dataset | None,
+    run: Path,
+    recipe: TrainingRecipe,
+    *,
+    data_id: str | None = None,
+    show_progress: bool = True,
+) -> AdapterTrainer:
+    """The trainer of one run in the folder `run`, as the recipe says."""
+    chosen = {**recipe.arguments(), "report_to": _reporters(recipe.report_to)}
+    callbacks: list[TrainerCallback] = []
+    if held_out is not None:
+        chosen |= {"eval_strategy": "steps", "eval_steps": recipe.save_steps}
+    if recipe.early_stopping:
+        best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+        chosen |= {**best, "restore_callback_states_from_checkpoint": True}
+        callbacks.append(EarlyStoppingCallback(recipe.early_stopping))
+    # A run publishes nothing that was not asked for: the default makes a Space of the run's figures at its end.
+    arguments = AdapterTrainingArguments(
+        output_dir=str(run), trackio_static_space_id=False, show_progress=show_progress, **chosen
+    )
+    trainer = AdapterTrainer(
+        str(base.folder),
+        arguments,
+        train_dataset=rows,
+        eval_dataset=held_out,
+        base=base,
+        data_settings=recipe,
+        callbacks=callbacks,
+    )
+    if recipe.samples and held_out is not None:
+        say = trainer.progress.say if trainer.progress else logger.info
+        trainer.add_callback(SampleCallback(trainer, held_out.select(range(min(recipe.samples, len(held_out)))), say))
+    if data_id is not None:
+        trainer.data_name = data_id
+    return trainer
+
+
 def _reporters(wanted: str) -> list[str]:
     names = [name for name in wanted.split(",") if name != "none"]
     for name in names:
@@ -137,8 +168,8 @@ def _reporters(wanted: str) -> list[str]:
 def run_key(base: ResolvedBase, rows: Dataset, recipe: TrainingRecipe, held_out: Dataset | None = None) -> str:
     """Twelve hex digits that name a run: the same base, rows and settings give the same run, anything else another."""
     settings = asdict(recipe)
-    # Who is told of a run does not change what it does.
-    del settings["report_to"]
+    # Who is told of a run, and what it is asked on the way, does not change what it does.
+    del settings["report_to"], settings["samples"]
     digest = hashlib.sha256(json.dumps([base.fingerprint, settings], sort_keys=True).encode())
     digest.update((recipe.chat_template_text() or "").encode())
     for table in (rows, held_out):

@@ -91,6 +91,9 @@ class RunSettings:
     pad_token: str | None = setting(None, "Token that fills padded batches, where it is not the tokenizer's own.")
     pad_to_multiple_of: int | None = setting(None, "Pad each batch to a multiple of so many tokens.")
     shuffle_dataset: bool = setting(False, "Shuffle the rows by the seed before anything else.")
+    loss_type: str = setting(
+        "nll", "What is learned of a token: nll, or dft (its likelihood weighs it, arXiv:2508.05629)."
+    )
     router_aux_loss_coef: float | None = setting(
         None, "Weight of the router loss of mixture-of-experts models; that of the model when not given."
     )
@@ -116,6 +119,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "overlong": ("refuse", "truncate", "truncate_start", "drop"),
     "on_out_of_memory": ("stop", "replan"),
 }
+LOSS_TYPES = ("nll", "dft")
 
 
 def problems_of(values: Mapping[str, Any], shown: Mapping[str, str] | None = None) -> list[str]:
@@ -132,6 +136,8 @@ def problems_of(values: Mapping[str, Any], shown: Mapping[str, str] | None = Non
         for name, allowed in CHOICES.items()
         if name in given and given[name] not in allowed
     ]
+    if given.get("loss_type", "nll") not in LOSS_TYPES:
+        problems.append(clause("loss_type", f"one of {', '.join(LOSS_TYPES)}"))
     if given.get("packing", "none") not in PACKINGS:
         problems.append(clause("packing", f"one of {', '.join(PACKINGS)}"))
     if given.get("packing", "none") != "none" and values.get("max_length", 1) is None:
@@ -254,6 +260,10 @@ class TrainingRecipe(DataSettings):
     loraplus_lr_ratio: float | None = same_as("loraplus_lr_ratio")
     report_to: str = same_as("report_to")
     init_lora: str = same_as("init_lora")
+    early_stopping: int = setting(
+        0, "Stop after so many evaluations in a row without a lower loss, and keep the best; 0 goes on to the end."
+    )
+    samples: int = setting(0, "Held-out rows to answer at each evaluation: shown, and kept in samples.jsonl.")
     eval_data: str = setting("", "Rows to evaluate on during the run: a file, a folder or a data set's id on the Hub.")
     validation_split: float = setting(0.0, "Share of the rows to hold out and evaluate on, such as 0.1.")
 
@@ -269,6 +279,11 @@ class TrainingRecipe(DataSettings):
             problems.append(f"validation_split is {self.validation_split}, expected at least 0 and less than 1")
         if self.eval_data and self.validation_split:
             problems.append("eval_data and validation_split both say what is evaluated on, expected one of them")
+        for name in ("early_stopping", "samples"):
+            if getattr(self, name) < 0:
+                problems.append(f"{name} is {getattr(self, name)}, expected 0 or more")
+            if getattr(self, name) and not (self.eval_data or self.validation_split):
+                problems.append(f"{name} looks at evaluations, expected eval_data or validation_split too")
         if self.steps < 1 and self.steps != -1:
             problems.insert(0, f"steps is {self.steps}, expected 1 or more, or -1 to go by epochs")
         if self.target_modules not in TARGET_GROUPS:

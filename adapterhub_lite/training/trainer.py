@@ -19,6 +19,7 @@ from adapterhub_lite.adapter_format.manifest import TrainingRecord
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.bases.encoding import padding_id
 from adapterhub_lite.errors import ConfigurationError, NonFiniteLossError, OutOfMemoryError
+from adapterhub_lite.training.arguments import AdapterTrainingArguments
 from adapterhub_lite.training.data.collation import PaddedCollator
 from adapterhub_lite.training.data.rows import Formatting
 from adapterhub_lite.training.data.tokenization import WEIGHTS_COLUMN, row_lengths
@@ -88,26 +89,10 @@ class AdapterTrainer(SearchTrainer):
         own_batches = trainer_keywords.get("data_collator") is None
         self.rows = self.preparation.training_rows(train_dataset, args, own_batches=own_batches)
         self.generated_metrics = generated_metrics
-        with sharded.built_whole(args):
-            choice = choose_memory(
-                opened.source,
-                args,
-                row_lengths(self.rows.table),
-                adapter_given=peft_config is not None,
-                overhead=before,
-            )
-        args = choice.applied(args)
-        loss = trainer_keywords.get("compute_loss_func")
-        if loss is not None and not isinstance(loss, PerRow):
-            self.rows_read_by = "compute_loss_func is given a row per sequence"
-        elif type(self).compute_loss is not AdapterTrainer.compute_loss:
-            self.rows_read_by = "compute_loss of a subclass is given a row per sequence"
-        self.assembly = assembly = assemble(
-            opened, args, peft_config, choice.preset, choice.attention.partition(":")[0], self.rows_read_by
-        )
-        self.meter = RunMeter(PeakMemory(args.device))
-        self.memory_choice, self.base = choice, opened.base
-        self.step_loss = StepLoss(assembly, args)
+        args = self._plan(args, trainer_keywords.get("compute_loss_func"), before)
+        preset, attention = self.memory_choice.preset, self.memory_choice.attention.partition(":")[0]
+        self.assembly = assembly = assemble(opened, args, peft_config, preset, attention, self.rows_read_by)
+        self.base, self.step_loss, self.meter = opened.base, StepLoss(assembly, args), RunMeter(PeakMemory(args.device))
         self.data_name = Path(train_dataset).name if isinstance(train_dataset, str | Path) else "rows in memory"
         self.padded = PaddedCollator(padding_id(opened.tokenizer), args.pad_to_multiple_of or 1)
         if own_batches:
@@ -127,6 +112,19 @@ class AdapterTrainer(SearchTrainer):
             # Our loss is divided by the tokens of the whole accumulated batch already.
             self.loss_is_scaled_for_ga = True
         self._watch_the_run()
+
+    def _plan(
+        self, args: AdapterTrainingArguments, loss: Callable[..., Any] | None, held: int
+    ) -> AdapterTrainingArguments:
+        """Choose the memory preset, where the process holds `held` bytes already; return the arguments of the run."""
+        if loss is not None and not isinstance(loss, PerRow):
+            self.rows_read_by = "compute_loss_func is given a row per sequence"
+        elif type(self).compute_loss is not AdapterTrainer.compute_loss:
+            self.rows_read_by = "compute_loss of a subclass is given a row per sequence"
+        lengths, given = row_lengths(self.rows.table), self._peft_config is not None
+        with sharded.built_whole(args):
+            self.memory_choice = choose_memory(self.opened.source, args, lengths, adapter_given=given, overhead=held)
+        return self.memory_choice.applied(args)
 
     @property
     def packing(self) -> PackingChoice:

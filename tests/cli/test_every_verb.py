@@ -41,6 +41,10 @@ CASES = {
     "train": Case(
         "own --data {rows} --base {base} --steps 1 --batch-size 2", "name version digest training", "own", "--data"
     ),
+    "sweep": Case(
+        "own --data {rows} --base {base} --steps 1 --batch-size 2 --validation-split 0.5 --ranges {ranges} --trials 2",
+        "best trials", "own --data {rows} --base {base} --ranges {ranges}", "compares evaluations", dry=False,
+    ),
     "eval": Case(
         "sql:1 --data {rows} --base {base} --max-new-tokens 2 --limit 2", "reference digest rows metrics recorded",
         "sql:1 --data {rows} --metric best", "There is no metric 'best'",
@@ -86,7 +90,8 @@ def stage(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"{n}?", "completion": str(n)}) + "\n" for n in range(4)))
-    places = {"base": tiny_base, "rows": rows, "adapter": make_adapter(seed=3), "hub": hub_server.url,
+    (tmp_path / "ranges.yaml").write_text("rank: [2, 4]\nlearning_rate: {low: 1e-4, high: 1e-2, log: true}\n")
+    places = {"ranges": tmp_path / "ranges.yaml", "base": tiny_base, "rows": rows, "adapter": make_adapter(seed=3), "hub": hub_server.url,
               "new": tmp_path / "new"}  # fmt: skip
     return lambda text: shlex.split(text.format(**places))
 

@@ -133,16 +133,3 @@ def count_rows(batch: Mapping[str, Tensor]) -> int:
     if "position_ids" in batch and "attention_mask" not in batch:
         return int((batch["position_ids"] == 0).sum())
     return len(batch["input_ids"])
-
-
-def unpack(batch: Mapping[str, Tensor], pad_token_id: int) -> dict[str, Tensor]:
-    """Return a packed batch padded, one row a sequence, with labels or without; a padded one goes through as it is."""
-    if "position_ids" not in batch or "attention_mask" in batch:
-        return dict(batch)
-    starts = [*(batch["position_ids"][0] == 0).nonzero()[:, 0].tolist(), batch["input_ids"].shape[1]]
-    spans = [slice(start, end) for start, end in itertools.pairwise(starts)]
-    names = [name for name in ("input_ids", "labels") if name in batch]
-    rows = [{name: batch[name][0, span] for name in names} for span in spans]
-    device = batch["input_ids"].device
-    padded = PaddedCollator(pad_token_id, learn_ids=False)(rows)
-    return {name: tensor.to(device) for name, tensor in padded.items()}

@@ -16,6 +16,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from adapterhub_lite.bases import ResolvedBase
+from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
 from adapterhub_lite.training.data.preparation import Preparation
 from adapterhub_lite.training.data.tokenization import TokenizedRows
@@ -118,7 +119,15 @@ class RunTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
         sealed = checkpoints.verify(folder)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
+                raise
+            raise ConfigurationError(
+                f"The checkpoint {folder} holds an adapter of another shape than this run's: give the rank and the "
+                "target_modules that it was trained with."
+            ) from error
         if sealed is not None:
             checkpoints.check_loaded(sealed, whole_tensors(self.bare_model()), folder)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel
 from torch import Tensor
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, default_compute_objective
 
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.training.model.adapters import OpenedBase, open_base
@@ -44,6 +44,18 @@ FIXED = frozenset(
     }
 )
 OF_THE_LORA = frozenset({"rank", "alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "init_lora"})
+
+
+def read_trials(folder: Path) -> list[dict[str, Any]]:
+    """Every trial of the search whose output folder this is: number, objective, settings, steps, seconds."""
+    path = folder / TRIALS_FILE
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def objective_of(metrics: dict[str, float]) -> float:
+    """What transformers compares by default, the loss or else the sum of the user's metrics, without what we add to them."""
+    own = ("_token_accuracy", "_entropy", "_tokens", "_router_loss")
+    return float(default_compute_objective({name: value for name, value in metrics.items() if not name.endswith(own)}))
 
 
 class SearchTrainer(RowsTrainer):
@@ -133,6 +145,8 @@ class SearchTrainer(RowsTrainer):
                 named = self.assembly.model.named_parameters()
                 self._initial = {name: one.detach().clone() for name, one in named if one.requires_grad}
             self.model_init = lambda: None
+        if len(args) < 2:
+            kwargs["compute_objective"] = kwargs.get("compute_objective") or objective_of
         self._direction = kwargs.get("direction", args[3] if len(args) > 3 else "minimize")
         self._best, self.best_adapter = None, None
         try:

@@ -204,6 +204,10 @@ class StepLoss:
             if router is not None:
                 sums.sums[4] += float(router) * int(valid)
             return sums.add(head, states.flatten(0, 1), goals.flatten()), valid, outputs
+        if self.args.loss_type == "dft" and smoothing is None:
+            each = self._losses(head, states, goals, weights, self.args.label_smoothing_factor, "none")
+            # The gradient is that of the token's likelihood (arXiv:2508.05629).
+            return (each * (-each.detach()).exp()).sum(), valid, outputs
         smoothing = self.args.label_smoothing_factor if smoothing is None else smoothing
         return self._losses(head, states, goals, weights, smoothing), valid, outputs
 

@@ -13,6 +13,7 @@ from transformers import (
     MixtralForCausalLM,
     Trainer,
     default_data_collator,
+    set_seed,
 )
 
 from adapterhub_lite.training import AdapterTrainer, per_row
@@ -241,3 +242,15 @@ def test_data_sets_of_every_kind(bench: Bench, kind: str) -> None:
         kind
     ]
     assert_same_run(bench.plain(rows), bench.ours(rows))
+
+
+def test_bf16_costs_nothing_where_all_is_in_its_dtype_already(bench: Bench) -> None:
+    given = {"model": bench.base, "base_dtype": None, "memory_preset": "lora-bf16"}
+    asked, plain = bench.ours(**given, bf16=True), bench.ours(**given)
+    assert asked.accelerator.mixed_precision == "no" and asked.memory_choice.preset.dtype == "bfloat16"
+    for trainer in (asked, plain):
+        set_seed(42)
+        trainer.train()
+    assert losses(asked) == losses(plain)
+    # In fp32 it is what was asked for.
+    assert bench.ours(bf16=True).accelerator.mixed_precision == "bf16"

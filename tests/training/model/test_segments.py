@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from adapterhub_lite.training.data.collation import PackedCollator, PaddedCollator, count_rows, learn_only_first, unpack
+from adapterhub_lite.training.data.collation import PackedCollator, PaddedCollator, count_rows, learn_only_first
 from adapterhub_lite.training.model import segments as module
 from adapterhub_lite.training.model.segments import SEGMENTED, Segments, segment_inputs, segmented_attention
 
@@ -100,19 +100,9 @@ def test_the_first_label_of_a_row_is_not_learned_from_the_row_before() -> None:
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2]]
 
 
-def test_unpacking_gives_the_padded_batch() -> None:
-    rows = [[5, 6], [7, 8, 9]]
-    padded = PaddedCollator(0)([{"input_ids": row, "labels": [-100, *row[1:]]} for row in rows])
-    found = unpack(batch_of(rows), 0)
-    assert {name: tensor.tolist() for name, tensor in found.items()} == {
-        name: tensor.tolist() for name, tensor in padded.items()
-    }
-    assert unpack(padded, 0) == padded
-
-
 def test_the_rows_beyond_a_number_can_be_left_unlearned() -> None:
     packed = batch_of([[5, 6], [7, 8, 9]])
-    padded = unpack(packed, 0)
+    padded = PaddedCollator(0)([{"input_ids": ids, "labels": [-100, *ids[1:]]} for ids in ([5, 6], [7, 8, 9])])
     assert count_rows(packed) == count_rows(padded) == 2
     assert learn_only_first(packed, 1)["labels"].tolist() == [[-100, 6, -100, -100, -100]]
     assert learn_only_first(padded, 1)["labels"].tolist() == [[-100, 6, -100], [-100] * 3]
