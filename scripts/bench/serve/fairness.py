@@ -8,6 +8,7 @@ nothing and 50 that send half a body are opened, and B asks again. Writes result
 """
 
 import argparse
+import itertools
 import json
 import re
 import socket
@@ -77,7 +78,7 @@ def saturate(url: str, connections: int, seconds: float) -> None:
                 at = ask(client, "key-a", 48)
                 with lock:
                     chunks += len(at)
-                    gaps.extend(after - before for before, after in zip(at, at[1:], strict=False))
+                    gaps.extend(after - before for before, after in itertools.pairwise(at))
 
     threads = [threading.Thread(target=one) for _ in range(connections)]
     began = time.monotonic()
