@@ -7,6 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +22,7 @@ from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
 from adapterhub_lite.serving.api.auth import Caller
 from adapterhub_lite.serving.api.server import ApiServer
+from tests.serving.api.served_process import served_process
 
 Serve = Callable[..., tuple[ApiServer, openai.OpenAI]]
 MODELS = ("base", "sql:1", "sql:2", "event", "sql:1*0.5+event*2")
@@ -113,6 +116,78 @@ def test_a_storm(
     serve: Serve, registry: AdapterRegistry, shared_engine: InferenceEngine, truth: Any, clients: int, requests: int
 ) -> None:
     storm(serve, registry, shared_engine, truth, clients, requests)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [20, pytest.param(600, marks=pytest.mark.soak)])
+def test_a_long_storm_on_a_process(
+    registry: AdapterRegistry, tiny_base: Path, truth: Any, tmp_path: Path, seconds: int
+) -> None:
+    """64 clients: answers, streams, aborts, long prompts, floods, unloads and reloads. Memory stays what it was."""
+    keys = tmp_path / "keys.json"
+    keys.write_text(json.dumps({"keys": {f"k{n}": ["*"] for n in range(8)}, "admin": "root"}))
+    keys.chmod(0o600)
+    options = ("--base-name", "base", "--keys", str(keys), "--max-concurrent", "64")
+    with served_process(tiny_base, registry.home, tmp_path / "log", *options) as server:
+        begun = time.monotonic()
+        answered: Counter[str] = Counter()
+        memory: list[int] = []
+
+        def one(client: httpx.Client, dice: random.Random) -> None:
+            body: dict[str, Any] = {"prompt": dice.choice(PROMPTS), "max_tokens": dice.choice(LENGTHS)}
+            body |= {"model": dice.choice(MODELS), "temperature": 0}
+            fate = dice.choice(("whole", "whole", "whole", "stream", "abort", "long", "flood", "reload"))
+            if fate == "abort":
+                with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as got:
+                    next(got.iter_lines())
+            elif fate == "flood":
+                host, port = server.url.removeprefix("http://").split(":")
+                crowd = [socket.create_connection((host, int(port)), timeout=60) for _ in range(5)]
+                crowd[0].sendall(b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 50\r\n\r\n")
+                for connection in crowd:
+                    connection.close()
+            elif fate == "reload":
+                root = {"Authorization": "Bearer root"}
+                act = dice.choice(("load", "unload"))
+                done = client.post(f"/admin/adapters/{act}", json={"reference": "event:1"}, headers=root)
+                assert done.status_code == 200, done.text
+            else:
+                if fate == "long":
+                    body |= {"prompt": "x" * 400, "model": "base"}
+                got = client.post("/v1/completions", json={**body, "stream": fate == "stream"})
+                if got.status_code == 429:
+                    answered["429"] += 1
+                    return
+                assert got.status_code == 200, got.text
+                text, receipt = read_answer(got)
+                expected = truth.get((body["model"], body["prompt"], body["max_tokens"]))
+                assert expected is None or (receipt["adapter_digest"], text) == expected, (body, receipt)
+            answered[fate] += 1
+
+        def tenant(number: int) -> None:
+            dice, key = random.Random(number), f"Bearer k{number % 8}"
+            with httpx.Client(base_url=server.url, timeout=120, headers={"Authorization": key}) as client:
+                while time.monotonic() < begun + seconds:
+                    one(client, dice)
+                    if number == 0:
+                        memory.append(server.bytes_of("VmRSS"))
+
+        with ThreadPoolExecutor(64) as pool:
+            list(pool.map(tenant, range(64)))
+        print(dict(answered), f"{min(memory):,} to {max(memory):,} bytes")
+        assert set(answered) >= {"whole", "stream", "abort", "long", "flood", "reload"}
+        ask_again = httpx.get(f"{server.url}/metrics", headers={"Authorization": "Bearer root"}, timeout=60)
+        assert ask_again.status_code == 200 and server.process.poll() is None
+        half = len(memory) // 2
+        assert max(memory[half:]) < (1.03 if seconds > 60 else 1.1) * max(memory[:half])
+
+
+def read_answer(got: httpx.Response) -> tuple[str, dict[str, Any]]:
+    """(text, receipt) of a whole answer or of a stream's events."""
+    if "event-stream" not in got.headers["content-type"]:
+        return got.json()["choices"][0]["text"], got.json()["receipt"]
+    events = [json.loads(line[6:]) for line in got.text.splitlines() if line.startswith("data: {")]
+    return "".join(event["choices"][0]["text"] for event in events), events[-1]["receipt"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
