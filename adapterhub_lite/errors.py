@@ -20,7 +20,7 @@ AdapterHubError                   what any caller may catch; its text is one sen
 │   ├── ProofFailedError          the first-step proof found a broken run
 │   ├── NonFiniteLossError        the loss became NaN or infinite
 │   ├── OutOfMemoryError          the device is too small; the text says what would fit
-│   └── RunStoppedError           stopped on request: the progress is in a checkpoint, and the same call continues from it
+│   └── RunStoppedError           stopped on request; the text says what is saved, and the same call continues from it
 ├── MergeError                    a merge that would be silently wrong is refused
 ├── ServingError                  a request or a load could not be served
 │   ├── QueueFullError            the bounded queue is full: try later (429)
@@ -32,6 +32,7 @@ AdapterHubError                   what any caller may catch; its text is one sen
 
 from collections.abc import Sequence
 from difflib import get_close_matches
+from signal import Signals
 
 
 class AdapterHubError(Exception):
@@ -127,7 +128,11 @@ class OutOfMemoryError(TrainingError):
 
 
 class RunStoppedError(TrainingError):
-    """A run was stopped on request. Its progress is in a checkpoint; the same call continues from it."""
+    """A run was stopped on request, by `signal`; the text says what of it is saved."""
+
+    def __init__(self, text: str, signal: Signals = Signals.SIGTERM) -> None:
+        super().__init__(text)
+        self.signal = signal
 
 
 class MergeError(AdapterHubError):

@@ -1,7 +1,6 @@
 """The entry point `adapterhub-lite`: registers the verbs and turns errors into one sentence and an exit code."""
 
 import os
-import signal
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -103,13 +102,17 @@ def main() -> None:
     quiet_libraries()
     try:
         build_app()()
+    except RunStoppedError as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            typer.echo(str(stopped), err=True)
+        sys.exit(128 + stopped.signal)
     except AdapterHubError as error:
         # Of several processes that find the same mistake, only one reports it.
         if os.environ.get("RANK", "0") == "0":
             typer.echo(f"Error: {error}", err=True)
-        sys.exit(128 + signal.SIGTERM if isinstance(error, RunStoppedError) else 2)
+        sys.exit(2)
     except SystemExit as ended:
         # Typer turns Ctrl-C into this code.
         if ended.code == 130:
-            typer.echo("Interrupted. Run the same command again to continue.", err=True)
+            typer.echo("Interrupted.", err=True)
         raise

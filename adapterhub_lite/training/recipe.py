@@ -90,11 +90,10 @@ def train_adapter(
     Raises:
         DataError: a row cannot be used.
         RunStoppedError: SIGTERM came before the last step.
+        KeyboardInterrupt: by Ctrl-C, saved after one; by a second, at once.
         TrainingError: the run stopped because going on would be wrong.
     """
-    if not (isinstance(rows, Dataset) and is_checked(rows)):
-        rows = load_rows(rows, columns=columns_of(recipe))
-    rows, held_out = held_out_rows(rows, recipe)
+    rows, held_out = _both_sets(rows, recipe)
     run = Path(folder) / run_key(base, rows, recipe, held_out)
     finished = read_record(run / "adapter")
     if finished is not None:
@@ -153,6 +152,18 @@ def trainer_for(
     if data_id is not None:
         trainer.data_name = data_id
     return trainer
+
+
+def run_folder(base: ResolvedBase, rows: Any, folder: str | Path, recipe: TrainingRecipe) -> Path:
+    """Where `train_adapter` puts the run with these arguments."""
+    rows, held_out = _both_sets(rows, recipe)
+    return Path(folder) / run_key(base, rows, recipe, held_out)
+
+
+def _both_sets(rows: Any, recipe: TrainingRecipe) -> tuple[Dataset, Dataset | None]:
+    if not (isinstance(rows, Dataset) and is_checked(rows)):
+        rows = load_rows(rows, columns=columns_of(recipe))
+    return held_out_rows(rows, recipe)
 
 
 def _reporters(wanted: str) -> list[str]:

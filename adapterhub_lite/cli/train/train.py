@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 from adapterhub_lite.cli.options import build_settings, options_from
 from adapterhub_lite.cli.output import DryRunOption, HomeOption, JsonOption, print_json, say, short
 from adapterhub_lite.cli.train.dry_run import rehearse
+from adapterhub_lite.cli.train.interrupted import Interruptible
 from adapterhub_lite.errors import ConfigurationError, ReferenceSyntaxError, UnknownNameError
 from adapterhub_lite.home import adapterhub_home
 from adapterhub_lite.quiet import quiet_rendezvous
@@ -52,7 +54,7 @@ def train(
     from adapterhub_lite.adapter_format.manifest import is_name
     from adapterhub_lite.bases import resolve_base
     from adapterhub_lite.registry import AdapterRegistry
-    from adapterhub_lite.training.recipe import rows_for, train_adapter
+    from adapterhub_lite.training.recipe import rows_for, run_folder, train_adapter
 
     recipe = build_settings(TrainingRecipe, given, config)
     if strategy != "auto":
@@ -63,17 +65,21 @@ def train(
         raise ReferenceSyntaxError(
             f"{name!r} cannot name an adapter: wanted letters, digits, '.', '_', '-', 64 at most."
         )
-    rows, data_id = rows_for(data, task, recipe)
-    if dry_run:
-        return rehearse(name, recipe, len(rows), data_id, rows if data else None, base, home, as_json, wanted.processes)
-    resolved = resolve_base(base, home=home, progress=say)
-    if wanted.processes > 1 and not launched():
-        return launch(wanted, ["-m", "adapterhub_lite", *sys.argv[1:]])
-    folder = adapterhub_home(home) / "runs" / name
-    outcome = train_adapter(resolved, rows, folder, recipe, data_id=data_id, show_progress=is_first())
-    if not is_first():
-        return None
-    manifest = AdapterRegistry(home).add(outcome.folder, name, base=resolved)
+    with Interruptible(name, base, home) as run:
+        rows, data_id = rows_for(data, task, recipe)
+        if dry_run:
+            dataset = rows if data else None
+            return rehearse(name, recipe, len(rows), data_id, dataset, base, home, as_json, wanted.processes)
+        resolved = resolve_base(base, home=home, progress=say)
+        folder = adapterhub_home(home) / "runs" / name
+        run.folder = partial(run_folder, resolved, rows, folder, recipe)
+        if wanted.processes > 1 and not launched():
+            return launch(wanted, ["-m", "adapterhub_lite", *sys.argv[1:]])
+        outcome = train_adapter(resolved, rows, folder, recipe, data_id=data_id, show_progress=is_first())
+        if not is_first():
+            return None
+        run.finished = outcome.folder
+        manifest = AdapterRegistry(home).add(outcome.folder, name, base=resolved)
     if as_json:
         return print_json(manifest.model_dump(mode="json"))
     record = outcome.record

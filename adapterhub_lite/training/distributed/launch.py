@@ -7,10 +7,15 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from types import FrameType
 
-from adapterhub_lite.errors import ConfigurationError, TrainingError
+from adapterhub_lite.errors import ConfigurationError, RunStoppedError, TrainingError
+
+GROUP = "adapterhub-lite"
+"""The name of the group of processes that is started here."""
 
 USER_MISTAKE = 2
 """Exit code of a process that has said already what was wrong."""
@@ -55,13 +60,26 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def tells_of_stops() -> bool:
+    """Whether this process says how a run was stopped: of several, the one that started them, else the first."""
+    return os.environ.get("TORCHELASTIC_RUN_ID") != GROUP and is_first()
+
+
+def announce(doing: str) -> None:
+    """Say on standard error, from within a signal handler, that `doing` is finished before the run stops."""
+    if tells_of_stops():
+        # Not print: the handler may have come in the middle of one.
+        os.write(2, f"\nStopping: {doing} is finished and saved first. Ctrl-C again ends at once.\n".encode())
+
+
 def launch(wanted: Launch, arguments: Sequence[str]) -> None:
     """Run `python ARGUMENTS` in as many processes as `wanted` and wait for all of them.
 
     Raises:
         ConfigurationError: this machine has fewer GPUs, or a process found a mistake and has said so.
         TrainingError: a process was killed or failed, or the nodes did not find each other; the others were stopped.
-        KeyboardInterrupt: as ever, when all processes have stopped.
+        RunStoppedError: SIGTERM, SIGHUP or SIGQUIT came.
+        KeyboardInterrupt: by Ctrl-C, when all processes have stopped: after they saved, or at once by a second.
     """
     import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -79,30 +97,65 @@ def launch(wanted: Launch, arguments: Sequence[str]) -> None:
         min_nodes=wanted.nodes,
         max_nodes=wanted.nodes,
         nproc_per_node=wanted.devices,
-        run_id="adapterhub-lite",
+        run_id=GROUP,
         rdzv_backend="c10d",
         rdzv_endpoint=wanted.rendezvous or "localhost:0",
         rdzv_configs=dict.fromkeys(("join_timeout", "timeout", "read_timeout"), wanted.patience_seconds),
         max_restarts=0,
         monitor_interval=0.1,
+        # Ctrl-C is handed on below: the agent would give the processes half a minute for their step and then kill them.
+        signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",
     )
     try:
-        elastic_launch(config, sys.executable)(*arguments)
+        with _handing_on_interrupts():
+            elastic_launch(config, sys.executable)(*arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise _failure(rank, failure.exitcode, wanted) from None
     except SignalException as error:
-        if error.sigval == signal.SIGINT:
-            raise KeyboardInterrupt from None
-        raise TrainingError(
-            f"The run was told to stop by {signal.Signals(error.sigval).name}, and its processes were given 30 s to save. "
-            "The same command goes on from the last checkpoint."
-        ) from None
+        name = signal.Signals(error.sigval)
+        raise RunStoppedError(f"The run was told to stop by {name.name}, and given 30 s to save.", name) from None
     except (RendezvousError, TimeoutError, ConnectionError) as error:
         raise TrainingError(
             f"{wanted.nodes} nodes did not meet at {wanted.rendezvous} within {wanted.patience_seconds} s ({error}). "
             "Start the same command on every node, and check that the port can be reached from all of them."
         ) from None
+
+
+@contextmanager
+def _handing_on_interrupts() -> Iterator[None]:
+    """Hand a first Ctrl-C on to the processes, each a session of its own; kill them by a second.
+
+    Raises:
+        KeyboardInterrupt: there was one, and all processes have ended.
+    """
+    import psutil  # comes with Accelerate
+
+    heard = 0
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        nonlocal heard
+        heard += 1
+        children = psutil.Process().children(recursive=heard > 1)
+        if not children:
+            raise KeyboardInterrupt
+        if heard == 1:
+            announce("what the processes are in")
+        for child in children:
+            with suppress(psutil.NoSuchProcess):
+                child.send_signal(signal.SIGINT if heard == 1 else signal.SIGKILL)
+
+    before = signal.signal(signal.SIGINT, hear)
+    try:
+        yield
+    except Exception:
+        # Processes that ended because they were interrupted have not failed.
+        if not heard:
+            raise
+    finally:
+        signal.signal(signal.SIGINT, before if before is not None else signal.SIG_DFL)
+    if heard:
+        raise KeyboardInterrupt
 
 
 def _failure(rank: int, code: int, wanted: Launch) -> ConfigurationError | TrainingError:

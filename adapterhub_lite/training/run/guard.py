@@ -4,15 +4,14 @@ A callback that asks the trainer for the pieces it needs; the checks themselves 
 """
 
 import json
-import signal
-import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -20,6 +19,7 @@ from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.memory.estimate import PROVEN_TOKENS
 from adapterhub_lite.training.data.collation import PackedCollator, PaddedCollator
 from adapterhub_lite.training.data.tokenization import IGNORED
+from adapterhub_lite.training.data.vocabulary import write_template
 from adapterhub_lite.training.run import checkpoints
 from adapterhub_lite.training.run.checks import (
     GradientProof,
@@ -30,7 +30,9 @@ from adapterhub_lite.training.run.checks import (
     longest_rows,
     nothing_happened,
 )
+from adapterhub_lite.training.run.interrupts import StopRequest
 from adapterhub_lite.training.run.progress import METRICS_FILE, PLOT_FILE
+from adapterhub_lite.training.run.record import make_record, write_record
 from adapterhub_lite.training.run.run_trainer import RunTrainer
 
 PROVEN_STEPS = 2
@@ -45,27 +47,31 @@ class RunGuard(TrainerCallback):
 
     def __init__(self, trainer: RunTrainer) -> None:
         self.trainer = trainer
-        self.stop_asked = False
+        self.stop = StopRequest()
         self.steps_seen = 0
         self.gradients: GradientProof | None = None
+        trainer.describe_checkpoint = self.describe
         folder = Path(str(trainer.args.output_dir))
         # Looked at before any integration writes there. What a run leaves that was killed before its first checkpoint
         # is no reason to refuse: nothing in it was promised to anybody.
         found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
         self.was_there = [name for name in found if name not in LEFTOVERS]
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """While inside, SIGTERM asks the run to save and stop after the step it is in."""
-        self.stop_asked = False
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop_asked", True))
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
+    @property
+    def stop_asked(self) -> bool:
+        """Whether the run was asked to stop before its end."""
+        return self.stop.asked
+
+    def listening(self) -> AbstractContextManager[None]:
+        """While inside, SIGTERM or Ctrl-C asks the run to save and stop after what it is in; see `StopRequest`."""
+        return self.stop.listening(Path(str(self.trainer.args.output_dir)))
+
+    def describe(self, folder: Path) -> None:
+        """Make a checkpoint say what it is, so that it can be added as an adapter: its record and its chat template."""
+        trainer = self.trainer
+        if trainer.base is not None and isinstance(trainer.bare_model(), PeftModel):
+            write_record(make_record(trainer), folder)
+            write_template(trainer.processing_class, trainer.base, folder)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -146,18 +152,41 @@ class RunGuard(TrainerCallback):
             self.steps_seen += 1
             self.gradients.check(named, last=self.steps_seen == PROVEN_STEPS)
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """From here on a step is finished before the run stops."""
+        self.stop.doing = "this step"
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Asked to stop: save first."""
+        self._stop_if_asked(control, save=True)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """From here on an evaluation is finished before the run stops."""
+        self.stop.doing = "this evaluation"
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Asked to stop while evaluating: save the step it came after."""
+        self._stop_if_asked(control, save=True)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Asked to stop while saving: that was it."""
+        self._stop_if_asked(control, save=False)
+
+    def _stop_if_asked(self, control: TrainerControl, *, save: bool) -> None:
         if self._any_process_was_asked():
-            self.stop_asked = True
-            control.should_save = control.should_training_stop = True
+            self.stop.asked = control.should_training_stop = True
+            control.should_save = control.should_save or save
 
     def _any_process_was_asked(self) -> bool:
         accelerator = self.trainer.accelerator
         if accelerator.num_processes == 1:
-            return self.stop_asked
+            return self.stop.asked
         # A signal reaches one process first; all have to stop after the same step.
-        asked = accelerator.reduce(torch.tensor(int(self.stop_asked), device=self.trainer.args.device))
+        asked = accelerator.reduce(torch.tensor(int(self.stop.asked), device=self.trainer.args.device))
         return bool(asked > 0)
 
 

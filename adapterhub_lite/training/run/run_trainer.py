@@ -4,6 +4,7 @@ Knows what a checkpoint holds under each engine; nothing of data, and not how a 
 """
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class RunTrainer(Trainer):
     meter: RunMeter
     step_loss: StepLoss
     own_collator: object = None
+    describe_checkpoint: Callable[[Path], object] = staticmethod(lambda _: None)
     _staged: Path | None = None
     _push_later = False
 
@@ -105,6 +107,7 @@ class RunTrainer(Trainer):
         kept = whole_tensors(self.bare_model())
         if args.should_save:
             state.save_to_json(str(staged / "trainer_state.json"))
+            self.describe_checkpoint(staged)
             checkpoints.seal(staged, kept)
             checkpoints.publish(staged, target)
             checkpoints.sweep(target.parent)

@@ -33,7 +33,7 @@ def test_a_stopped_run_is_not_taken_for_a_finished_one(tiny_base: Path, home: Pa
     run.send_signal(signal.SIGTERM)
     said, complaint = run.communicate()
     assert run.returncode == 128 + signal.SIGTERM, complaint
-    assert "The run was asked to stop: " in complaint and f"of {STEPS} steps are done and saved" in complaint
+    assert f"of {STEPS} is saved in" in complaint and "The same command goes on from there." in complaint
     assert said == "" and "Traceback" not in complaint
     assert list(home.glob("runs/sums/*/adapter")) == [] and len(list(home.glob("runs/sums/*/checkpoint-*"))) == 1
     again = started(home, tiny_base, rows)
