@@ -37,6 +37,7 @@ def test_a_checkpoint_holds_the_adapter_and_what_others_look_for(make_trainer: A
         "tokenizer_config.json",
         "trainer_state.json",
         "training_args.bin",
+        "training_record.json",
     }
     assert all("lora_" in name for name in load_file(run / "checkpoint-6" / "adapter_model.safetensors"))
 
