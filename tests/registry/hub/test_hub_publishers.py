@@ -196,3 +196,59 @@ def large_adapter(folder: Path, tokenizer: Any) -> tuple[Path, Path]:
     adapted = get_peft_model(model, LoraConfig(r=128, target_modules="all-linear", task_type="CAUSAL_LM"))
     adapted.save_pretrained(folder / "large-adapter")
     return folder / "large-adapter", folder / "large-base"
+
+
+PUSHER = """
+import sys
+from adapterhub_lite.registry import AdapterRegistry
+from adapterhub_lite.errors import AdapterHubError
+home, url, version = sys.argv[1:]
+try:
+    print("pushed", AdapterRegistry(home).push(f"sql:{version}", "org/sql-lora", endpoint=url).tag)
+except AdapterHubError as error:
+    print(type(error).__name__, error)
+"""
+COLLECTOR = """
+import select, sys
+from adapterhub_lite.registry import AdapterRegistry
+registry = AdapterRegistry(sys.argv[1])
+print("ready", flush=True)
+while registry.list():
+    registry.gc(keep_newest=0)
+    if sys.stdin in select.select([sys.stdin], [], [], 0)[0]:
+        break
+print("all gone" if not registry.list() else "told to end")
+"""
+
+
+@pytest.mark.slow
+def test_what_is_pushed_beside_a_collection_in_other_processes_is_whole_or_not_there(
+    eight: AdapterRegistry, hub_server: HubServer, tmp_path: Path
+) -> None:
+    """Nothing refers to the versions but the pushes; collectors take whatever no push holds."""
+    originals = {version: eight.resolve(f"sql:{version}") for version in range(1, PUBLISHERS + 1)}
+
+    def start(program: str, *words: str) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-c", program, str(eight.home), *words]
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    pushers = [start(PUSHER, hub_server.url, str(version)) for version in originals]
+    hub = HubRepo(REPO, endpoint=hub_server.url)
+    while not hub.exists() and any(one.poll() is None for one in pushers):
+        continue
+    collectors = [start(COLLECTOR), start(COLLECTOR)]
+    said = {version: one.communicate() for version, one in zip(originals, pushers, strict=True)}
+    ended = [one.communicate("end\n")[0] for one in collectors]
+    assert all("all gone" in text or "told to end" in text for text in ended), ended
+    elsewhere, tags = AdapterRegistry(tmp_path / "elsewhere"), set(hub.tags())
+    for version, (out, complaint) in said.items():
+        pushed = out.startswith(f"pushed v{version}")
+        assert pushed or out.startswith("UnknownNameError"), (out, complaint)
+        assert (f"v{version}" in tags) is pushed
+        if pushed:
+            pulled = elsewhere.pull(REPO, revision=f"v{version}", endpoint=hub_server.url).manifest
+            assert pulled.published() == originals[version]
+    assert tags, "at least the push that made the repository"
+    assert eight.examine().problems == ()
