@@ -20,6 +20,7 @@ from adapterhub_lite.bases import ResolvedBase, resolve_base
 from adapterhub_lite.errors import AdapterHubError, ResourceError, UsageError
 from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.serving import InferenceEngine
+from adapterhub_lite.web.guard import BrowserGuard, plain_refusal
 
 DEFAULT_PORT = 7860
 PORTS_TRIED = 100
@@ -38,8 +39,12 @@ HEADERS = {
 }
 
 
+# Nothing on the page takes a file: Gradio's own doors for them stay shut.
+UPLOADS = "/upload"
+
+
 class SecurityHeaders:
-    """ASGI middleware that adds `HEADERS` to every answer. Plain ASGI, so that streams are not buffered."""
+    """ASGI middleware: adds `HEADERS` to every answer, and refuses uploads. Plain ASGI, so that streams are not buffered."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -55,6 +60,8 @@ class SecurityHeaders:
                 ]
             await send(message)
 
+        if scope["type"] == "http" and UPLOADS in scope["path"]:
+            return await plain_refusal(403, "This page takes no files.")(scope, receive, send_with_headers)
         await self.app(scope, receive, send_with_headers)
 
 
@@ -80,11 +87,15 @@ def launch(
     base: ResolvedBase | None = None,
     access: Access | None = None,
     hub: str | None = None,
+    hosts: Sequence[str] = (),
+    frame_ancestors: Sequence[str] = (),
     block: bool = True,
 ) -> RunningApp:
     """Serve the app and print its address. With `block`, return only when interrupted.
 
-    `port` None means 7860 or the next free one; the other settings are those of `build_demo`.
+    `port` None means 7860 or the next free one. `hosts` are names under which it is reached besides addresses and
+    localhost; requests to other names, and from pages of other sites, are refused. `frame_ancestors` may show it in a
+    frame. The other settings are those of `build_demo`.
 
     Raises:
         ResourceError: the port asked for, or every port tried, is in use.
@@ -94,7 +105,8 @@ def launch(
 
     async def start() -> gr.Blocks:
         demo = build_demo(engine, registry, base_name=base_name, base=base, access=access, hub=hub)
-        start_server(demo, host, chosen, access)
+        guard = Middleware(BrowserGuard, hosts=(host, *hosts), frame_ancestors=frame_ancestors)
+        start_server(demo, host, chosen, access, guard)
         return demo
 
     # Gradio creates its locks in the running event loop; without one it opens a loop for each and never closes it.
@@ -109,7 +121,7 @@ def launch(
     return running
 
 
-def start_server(demo: gr.Blocks, host: str, port: int, access: Access) -> None:
+def start_server(demo: gr.Blocks, host: str, port: int, access: Access, guard: Middleware) -> None:
     """Start Gradio's server with every feature off that the page does not need: sharing, API, monitoring, MCP.
 
     Raises:
@@ -131,7 +143,7 @@ def start_server(demo: gr.Blocks, host: str, port: int, access: Access) -> None:
             ssr_mode=False,
             pwa=False,
             mcp_server=False,
-            app_kwargs={"middleware": [Middleware(SecurityHeaders)]},
+            app_kwargs={"middleware": [guard, Middleware(SecurityHeaders)]},
             theme=build_theme(),
             css_paths=STYLE_SHEET,
         )
@@ -171,10 +183,12 @@ def serve(
     port: int | None = None,
     users: str | Path | None = None,
     hub: str | None = None,
+    allowed_hosts: str = "",
 ) -> None:
     """Load `base` and serve the app over the registry at `home` until it is interrupted.
 
-    `users` is a file of logins (see `Access.read`), `hub` the endpoint to push to and pull from.
+    `users` is a file of logins (see `Access.read`), `hub` the endpoint to push to and pull from,
+    `allowed_hosts` names under which the page is reached, separated by commas.
 
     Raises:
         UsageError: `host` is reachable from other machines, and no login is required.
@@ -189,7 +203,10 @@ def serve(
     registry, resolved = AdapterRegistry(home), resolve_base(base, home=home)
     with InferenceEngine.from_base(base, registry=registry, home=home) as engine:
         named = Path(base).name
-        launch(engine, registry, host=host, port=port, base_name=named, base=resolved, access=access, hub=hub)
+        launch(
+            engine, registry, host=host, port=port, base_name=named, base=resolved, access=access, hub=hub,
+            hosts=allowed_hosts.split(","),
+        )  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -203,6 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=None, help="port; default 7860 or the next free one")
     parser.add_argument("--users", default=None, help="JSON file of logins with their roles; default no login")
     parser.add_argument("--hub", default=None, help="endpoint of the hub to push to and pull from")
+    parser.add_argument("--allowed-hosts", default="", help="names under which it is reached, separated by commas")
     chosen = parser.parse_args(arguments)
     try:
         serve(**vars(chosen))

@@ -42,7 +42,10 @@ def main() -> None:
     port = int(os.environ.get("GRADIO_SERVER_PORT", "7860"))
     with InferenceEngine.from_base(name, registry=registry) as engine:
         # A Space's proxy reaches the app from outside its container.
-        launch(engine, registry, host="0.0.0.0", port=port, base_name=base.name, base=base, access=access)  # noqa: S104
+        launch(
+            engine, registry, host="0.0.0.0", port=port, base_name=base.name, base=base, access=access,  # noqa: S104
+            hosts=[os.environ.get("SPACE_HOST", "")], frame_ancestors=["https://huggingface.co"],
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

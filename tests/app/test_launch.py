@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import httpx
 import pytest
 
 from adapterhub_app.launch import DEFAULT_PORT, free_port, main
@@ -36,6 +37,21 @@ def test_answers_forbid_other_origins_and_files_stay_closed(
             urllib.request.urlopen(f"{url}gradio_api/file={path}", timeout=30)
         assert refused.value.code in (403, 404)
         refused.value.close()
+
+
+def test_pages_of_others_and_files_find_no_door(serve: Serve) -> None:
+    url = serve().url
+    foreign = {"Origin": "https://evil.example"}
+    for headers, path, method, status in (
+        ({"Host": "rebound.example"}, "", "GET", 421), (foreign, "gradio_api/queue/join", "POST", 403),
+        (foreign, "", "GET", 403), ({}, "gradio_api/upload", "POST", 403), ({}, "upload", "POST", 403),
+        ({}, "gradio_api/upload_progress?upload_id=1", "GET", 403),
+    ):  # fmt: skip
+        answer = httpx.request(method, url + path, headers=headers, files={"files": b"x"} if method == "POST" else None)
+        assert answer.status_code == status, (path, headers)
+        assert "access-control-allow-origin" not in answer.headers
+    framed = httpx.get(url).headers
+    assert framed["x-frame-options"] == "DENY" and "frame-ancestors 'none'" in framed["content-security-policy"]
 
 
 def test_nobody_elses_machine_reaches_a_page_without_logins(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,12 @@ def demo(
     endpoint: Annotated[
         str | None, typer.Option(help="Hub to push to and pull from; $HF_ENDPOINT if not given.")
     ] = None,
+    allowed_hosts: Annotated[
+        str,
+        typer.Option(
+            help="Names under which the page is reached, separated by commas, besides IP addresses and localhost."
+        ),
+    ] = "",
     home: HomeOption = None,
 ) -> None:
     """Open the app: chat with the base and every adapter in the registry, switching in mid-conversation.
@@ -30,4 +36,4 @@ def demo(
     """
     from adapterhub_app.launch import serve
 
-    serve(base, home=home, host=host, port=port, users=users, hub=endpoint)
+    serve(base, home=home, host=host, port=port, users=users, hub=endpoint, allowed_hosts=allowed_hosts)
