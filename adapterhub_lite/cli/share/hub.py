@@ -54,23 +54,20 @@ def hub(
         return free_contents(folder, as_json, dry_run)
     if action != "run":
         raise UnknownNameError.among("action of hub", action, ["run", "gc"])
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     tokens = {secret: Account(*account) for secret, account in map(parse_token, token or ())}
     if dry_run:
         return would(f"serve {folder} on port {port}", as_json, data=str(folder), port=port)
-    quota_bytes = None if quota is None else quota * 1_000_000
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
     with HubServer(
-        folder, port=port, tokens=tokens or None, quota_bytes=quota_bytes, hosts=host_name or (),
+        folder, port=port, tokens=tokens or None, quota_bytes=quota and quota * 1_000_000, hosts=host_name or (),
         requests_per_minute=requests_per_minute,
     ) as server:  # fmt: skip
         # Tests inject faults on purpose and keep this quiet; here an error is a defect, so its traceback is logged.
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
-        if as_json:
-            print_json({"url": server.url})
-        else:
-            say(f"Hub on {server.url}; use it with HF_ENDPOINT={server.url} or --endpoint. Ctrl+C stops it.")
+        told = f"Hub on {server.url}; use it with HF_ENDPOINT={server.url} or --endpoint. Ctrl+C stops it."
+        print_json({"url": server.url}) if as_json else say(told)
         stop.wait()
 
 

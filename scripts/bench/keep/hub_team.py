@@ -111,10 +111,9 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     ]
     with started(hub, '"url"') as (pid, line), started(plain, "Serving HTTP") as (_, serving):
         url = line.split('"')[3]
-        HfApi(endpoint=url, token=False).create_repo(REPO)
-        HfApi(endpoint=url, token=False).upload_file(
-            path_or_fileobj=content, path_in_repo=FILE, repo_id=REPO, commit_message="large"
-        )
+        api = HfApi(endpoint=url, token=False)
+        api.create_repo(REPO)
+        api.upload_file(path_or_fileobj=content, path_in_repo=FILE, repo_id=REPO)
         urls = {
             "hub": f"{url}/{REPO}/resolve/main/{FILE}",
             "http.server": f"http://127.0.0.1:{serving.split(' port ')[1].split()[0]}/{FILE}",
