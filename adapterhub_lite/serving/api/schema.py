@@ -5,7 +5,7 @@ Unknown fields and what cannot be done are refused, never ignored.
 
 import json
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_validator
@@ -23,6 +23,12 @@ UNUSED = frozenset({
     "prediction", "prompt_cache_key", "reasoning_effort", "safety_identifier", "service_tier", "store", "tool_choice",
     "tools", "verbosity", "web_search_options",
 })  # fmt: skip
+# And values of them, and of ours, that ask for nothing: they count as not given.
+ASKING_NOTHING: Mapping[str, tuple[object, ...]] = {
+    "tools": ([],), "functions": ([],), "tool_choice": ("none",), "parallel_tool_calls": (True, False), "seed": (-1,),
+    "logit_bias": ({},), "metadata": ({},), "modalities": (["text"],), "store": (False,), "top_k": (-1,),
+    "service_tier": ("auto", "default"),
+}  # fmt: skip
 UNUSED_OF_MESSAGES = frozenset({"annotations", "audio", "function_call", "reasoning_content", "refusal", "tool_calls"})
 
 
@@ -49,7 +55,15 @@ def without_nulls(data: Any, unused: Collection[str], known: Collection[str]) ->
     """`data` without the fields that are null, where that means "not given"; an unknown field stays, to be refused."""
     if not isinstance(data, dict):
         return data
-    return {key: value for key, value in data.items() if value is not None or key not in {*unused, *known}}
+    return {
+        key: value
+        for key, value in data.items()
+        if not (value is None and key in {*unused, *known}) and not _asks_nothing(key, value)
+    }
+
+
+def _asks_nothing(key: str, value: object) -> bool:
+    return any(value == nothing and type(value) is type(nothing) for nothing in ASKING_NOTHING.get(key, ()))
 
 
 class TextPart(WireModel):
@@ -77,9 +91,10 @@ class ChatMessage(WireModel):
         return without_nulls(data, (), {"name"})
 
     def plain(self) -> dict[str, str]:
-        """Role and content as the chat template takes them."""
+        """Role, content and name as the chat template takes them."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+        named = {} if self.name is None else {"name": self.name}
+        return {"role": "system" if self.role == "developer" else self.role, "content": content} | named
 
 
 class StreamOptions(WireModel):
@@ -150,6 +165,12 @@ class ChatRequest(Sampling):
     def _alternatives_of_logprobs(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
+        return self
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens are the same limit, and differ; give one")
         return self
 
     @property

@@ -24,6 +24,7 @@ from adapterhub_lite.serving import GenerationRequest, InferenceEngine
 from adapterhub_lite.serving.api.auth import KeyFile, KeyRing
 from adapterhub_lite.serving.api.errors import error_body
 from adapterhub_lite.serving.api.observe import BoundedLabels, adapter_label
+from adapterhub_lite.serving.api.schema import ChatMessage
 from adapterhub_lite.serving.api.server import ApiServer
 
 Serve = Callable[..., tuple[ApiServer, openai.OpenAI]]
@@ -169,6 +170,31 @@ def test_other_sites_and_rebound_names_get_nothing(shared_server: ApiServer, ser
 def test_null_means_not_given(shared_server: ApiServer, name: str, kept: int) -> None:
     body = {"model": "sql", "max_tokens": 2, "messages": [{"role": "user", "content": "a"}], name: None}
     assert httpx.post(f"{shared_server.url}/v1/chat/completions", json=body).status_code == kept
+
+
+@pytest.mark.parametrize(
+    ("more", "status"),
+    [({"tools": []}, 200), ({"tools": [{}]}, 400), ({"tool_choice": "none"}, 200), ({"tool_choice": "auto"}, 400),
+     ({"logit_bias": {}}, 200), ({"logit_bias": {"5": 1}}, 400), ({"top_k": -1}, 200), ({"top_k": -2}, 400),
+     ({"seed": -1}, 200), ({"parallel_tool_calls": False}, 200), ({"parallel_tool_calls": 0}, 400),
+     ({"modalities": ["text"]}, 200), ({"modalities": ["audio"]}, 400), ({"store": True}, 400),
+     ({"max_completion_tokens": 1}, 200), ({"max_completion_tokens": 2}, 400)],
+)  # fmt: skip
+def test_what_asks_for_nothing_is_as_if_it_were_not_there(
+    shared_server: ApiServer, more: dict[str, Any], status: int
+) -> None:
+    body = {"model": "sql", "max_tokens": 1, "temperature": 0, "messages": [{"role": "user", "content": "a"}]}
+    plain, got = (httpx.post(f"{shared_server.url}/v1/chat/completions", json=body | one) for one in ({}, more))
+    assert got.status_code == status, got.text
+    if status == 200:
+        assert got.json()["choices"] == plain.json()["choices"]
+    else:
+        assert next(iter(more)) in got.json()["error"]["message"]
+
+
+def test_the_name_of_a_message_reaches_the_template() -> None:
+    message = ChatMessage.model_validate({"role": "user", "content": "a", "name": "bob"})
+    assert message.plain() == {"role": "user", "content": "a", "name": "bob"}
 
 
 def test_our_own_answer_can_be_sent_back(client: openai.OpenAI) -> None:

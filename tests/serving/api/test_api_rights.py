@@ -193,33 +193,3 @@ def test_others_are_let_in_with_keys_only(tmp_path: Path) -> None:
     assert ServerSettings(host="0.0.0.0", keys=tmp_path / "keys.json").host == "0.0.0.0"
     with pytest.raises(ConfigurationError, match="above 0"):
         ServerSettings(max_concurrent=0)
-
-
-def test_the_file_of_keys_is_read_again_when_it_changes_and_a_bad_one_changes_nothing(
-    serve: Serve, tmp_path: Path
-) -> None:
-    file = tmp_path / "keys.json"
-
-    def write(text: str, mode: int = 0o600) -> None:
-        aside = tmp_path / "aside"
-        aside.write_text(text)
-        aside.chmod(mode)
-        aside.replace(file)
-
-    def status(key: str) -> int:
-        headers = {"Authorization": f"Bearer {key}"}
-        return httpx.post(f"{server.url}/v1/completions", json={"model": "base", **ASK}, headers=headers).status_code
-
-    write('{"keys": {"old": ["*"]}}')
-    server, _ = serve(keys=KeyRing.read(file))
-    assert (status("old"), status("new")) == (200, 401)
-    write('{"keys": {"new": ["*"]}}')
-    assert (status("old"), status("new")) == (401, 200)
-    for spoiled, mode in (("{", 0o600), ('{"keys": {"other": ["*"]}}', 0o644)):
-        write(spoiled, mode)
-        assert (status("new"), status("other")) == (200, 401)
-    file.unlink()
-    assert status("new") == 200
-    with pytest.raises(ConfigurationError, match="chmod 600"):
-        write("{}", 0o644)
-        KeyRing.read(file)
