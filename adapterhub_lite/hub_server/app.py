@@ -1,5 +1,7 @@
 """The hub as an ASGI application: routes put together, refusals and renames turned into answers."""
 
+import re
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import unquote
@@ -8,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from pydantic import ValidationError
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapterhub_lite.hub_server.bodies import described
@@ -17,8 +20,9 @@ from adapterhub_lite.hub_server.routes import ROUTES, Api, repository_or_unsuppo
 from adapterhub_lite.hub_server.store import HubRefusal
 from adapterhub_lite.hub_server.transfer import TRANSFER_ROUTES, Transfer
 
-# Of everything but uploads: a commit carries its small files inside.
-MAX_BODY_BYTES = 256 << 20
+# A commit carries its small files inside; an upload is bounded by what was announced for it.
+MAX_COMMIT_BYTES, MAX_BODY_BYTES = 256 << 20, 16 << 20
+COMMIT_PATH = re.compile(rb"/api/[^/]+/[^/]+/[^/]+/commit/[^/]+")
 
 
 class RawPath:
@@ -34,17 +38,26 @@ class RawPath:
         """Hand the request on."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        received = 0
+        received, path = 0, scope["raw_path"]
+        room = MAX_COMMIT_BYTES if COMMIT_PATH.fullmatch(path) else MAX_BODY_BYTES
 
         async def bounded() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > MAX_BODY_BYTES and not scope["raw_path"].startswith(b"/lfs/"):
-                raise HubRefusal(413, f"A request may carry {MAX_BODY_BYTES:,} bytes; commit fewer files at a time.")
+            if received > room and not (scope["method"] == "PUT" and path.startswith(b"/lfs/")):
+                # The framework lets this one class through while it reads a body.
+                raise HTTPException(413, f"This request may carry {room:,} bytes; send fewer files at a time.")
             return message
 
-        await self.app(dict(scope, path=scope["raw_path"].decode("latin-1")), bounded, send)
+        async def numbered(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                # The client puts it into its errors.
+                name = (b"x-request-id", uuid.uuid4().hex.encode())
+                message = {**message, "headers": [*message.get("headers", ()), name]}
+            await send(message)
+
+        await self.app(dict(scope, path=path.decode("latin-1")), bounded, numbered)
 
 
 def create_app(
@@ -77,16 +90,24 @@ def create_app(
 
     @app.exception_handler(HubRefusal)
     async def refused(request: Request, refusal: HubRefusal) -> Response:
-        text = str(refusal).encode("ascii", "backslashreplace").decode().replace("\n", " ")
+        plain = re.sub(r"[\x00-\x1f\x7f]+", " ", str(refusal)).strip()  # what a header may hold
+        text = plain.encode("ascii", "backslashreplace").decode()
+        shown = str(refusal).encode(errors="backslashreplace").decode()  # half of a surrogate pair is no UTF-8
         headers = {"X-Error-Message": text} | ({"X-Error-Code": refusal.code} if refusal.code else {})
         if "text/html" in request.headers.get("accept", ""):
-            return HTMLResponse(error_page(str(refusal)), refusal.status, headers)
-        return JSONResponse({"error": str(refusal)}, refusal.status, headers)
+            return HTMLResponse(error_page(shown), refusal.status, headers)
+        return JSONResponse({"error": shown}, refusal.status, headers)
+
+    @app.exception_handler(HTTPException)
+    async def stopped(request: Request, error: HTTPException) -> Response:
+        return await refused(request, HubRefusal(error.status_code, error.detail))
 
     @app.exception_handler(MovedError)
-    async def moved(request: Request, move: MovedError) -> RedirectResponse:
+    async def moved(request: Request, move: MovedError) -> Response:
         # Relative, because the client follows no other redirect when it asks for a file's metadata.
-        path = request.scope["path"].replace(move.old, move.new, 1)
+        path = request.scope["path"].replace(f"/{move.old}", f"/{move.new}", 1)
+        if path == request.scope["path"]:  # written with escapes that no client of ours uses
+            return await refused(request, HubRefusal(404, "Repository not found", "RepoNotFound"))
         query = request.scope["query_string"].decode("latin-1")
         return RedirectResponse(f"{path}?{query}" if query else path, 307)
 

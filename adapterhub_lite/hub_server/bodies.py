@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from adapterhub_lite.hub_server.store import HubRefusal, check_path
 
@@ -17,12 +17,27 @@ Size = Annotated[int, Field(ge=0, strict=True)]
 Visibility = Literal["public", "private"]
 
 
-class NewRepo(BaseModel):
+class Placed(BaseModel):
+    """What the real hub lets a new repository say of where it is to lie; this hub has one place."""
+
+    resourceGroupId: str | None = None  # noqa: N815 - names of the wire
+    region: str | None = None
+
+    @field_validator("resourceGroupId", "region")
+    @classmethod
+    def refuse(cls, value: str | None) -> str | None:
+        """Refuse what would be ignored."""
+        if value is not None:
+            raise ValueError("this hub has no resource groups and no regions")
+        return value
+
+
+class NewRepo(Placed):
     """`POST /api/repos/create`."""
 
     name: Name
     organization: Name | None = None
-    type: str = "model"
+    type: Name = "model"
     visibility: Visibility | None = None
     private: bool = False
 
@@ -32,7 +47,7 @@ class NamedRepo(BaseModel):
 
     name: Name
     organization: Name | None = None
-    type: str = "model"
+    type: Name = "model"
 
 
 class Move(BaseModel):
@@ -40,10 +55,10 @@ class Move(BaseModel):
 
     fromRepo: Name  # noqa: N815 - names of the wire
     toRepo: Name  # noqa: N815
-    type: str = "model"
+    type: Name = "model"
 
 
-class Duplicate(BaseModel):
+class Duplicate(Placed):
     """`POST .../duplicate`."""
 
     repository: Name
@@ -52,7 +67,9 @@ class Duplicate(BaseModel):
 
 
 class Settings(BaseModel):
-    """`PUT .../settings`; what is not given stays as it is."""
+    """`PUT .../settings`; what is not given stays as it is, and what this hub does not have is refused."""
+
+    model_config = ConfigDict(extra="forbid")
 
     visibility: Visibility | None = None
     private: bool | None = None
@@ -83,6 +100,7 @@ class CardText(BaseModel):
     """`POST /api/validate-yaml`."""
 
     content: str = ""
+    repoType: Name = "model"  # noqa: N815
 
 
 class PlannedFile(BaseModel):
@@ -102,7 +120,7 @@ class Preupload(BaseModel):
 class LfsObject(BaseModel):
     """One content that a client has; `oid` is checked for its form where it is used."""
 
-    oid: str
+    oid: Name
     size: Size
 
 
@@ -115,7 +133,7 @@ class LfsBatch(BaseModel):
 class CopyTarget(BaseModel):
     """Where files are duplicated to."""
 
-    type: str = "model"
+    type: Name = "model"
     name: Name
 
 
@@ -220,12 +238,10 @@ class CommitRequest:
 
 def decode(file: _File) -> bytes:
     """The bytes of a file that came inside a commit; 400 when they are not what the encoding says."""
-    if file.encoding == "utf-8":
-        return file.content.encode()
     try:
-        return base64.b64decode(file.content, validate=True)
+        return file.content.encode() if file.encoding == "utf-8" else base64.b64decode(file.content, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise HubRefusal(400, f"The content of {file.path!r:.120} is not base64.") from error
+        raise HubRefusal(400, f"The content of {file.path!r:.120} is not {file.encoding}.") from error
 
 
 def described(error: ValidationError) -> str:

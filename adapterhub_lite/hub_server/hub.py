@@ -73,15 +73,15 @@ class Hub:
     def readable(self, request: Request, key: str = "") -> Repo:
         """The repository, by default that of the path; missing and hidden look the same, as on the real hub.
 
-        Raises MovedError when it has another address now, and may be seen there.
+        Raises MovedError when the path names it by an address that it had before; `key` is followed.
         """
-        account, key = self.account(request), key or key_of(request)
+        account, named, key = self.account(request), key, key or key_of(request)
         repo = self.store.find(key)
         if repo is None and (new := self.store.elsewhere(key)):
             repo = self.store.find(new)
         if repo is None or (repo.private and not self.owns(account, repo.id)):
             raise HubRefusal(404 if account else 401, "Repository not found", "RepoNotFound")
-        if repo.key != key:
+        if repo.key != key and not named:
             raise MovedError(key, repo.key)
         return repo
 

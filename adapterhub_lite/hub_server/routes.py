@@ -3,6 +3,7 @@
 What this hub does not have is refused with 501 before anything is written; see `unsupported`.
 """
 
+import html
 import re
 from dataclasses import replace
 from typing import Annotated
@@ -118,16 +119,17 @@ class Api:
         self.store.move(repo.key, repo_key(body.type, body.toRepo))
         return {}
 
-    def duplicate(self, request: Request, body: Duplicate) -> Json:
+    def duplicate(self, request: Request, body: Duplicate) -> JSONResponse:
         """Copy a repository's files, without its history, into a new one."""
         repo = self.hub.open_files(request)
         key = repo_key(repo.kind, body.repository)
         self.hub.require_write(request, body.repository)
         head = self.hub.at(request, repo, "main")
         private = body.private or body.visibility == "private" or (body.visibility is None and repo.private)
-        if not self.store.create(key, private, head.files, f"Duplicate from {repo.id}"):
-            raise HubRefusal(409, f"A repository called {key} exists already.")
-        return {"url": f"{request.base_url}{key}"}
+        told = {"url": f"{request.base_url}{key}"}
+        if self.store.create(key, private, head.files, f"Duplicate from {repo.id}"):
+            return JSONResponse(told)
+        return JSONResponse(told | {"error": f"A {repo.kind} repository called {body.repository} already exists."}, 409)
 
     def duplicate_files(self, request: Request, body: Copies) -> Json:
         """Contents lie in one pool, so that there is nothing to copy; only the right to read and write is checked."""
@@ -148,13 +150,23 @@ class Api:
 
     def validate(self, body: CardText) -> JSONResponse:
         """Check the metadata of a card, as far as this hub can."""
+        errors, warnings = [], []
         try:
-            bases = front_matter(body.content).get("base_model") or []
+            card = front_matter(body.content)
+            bases, index = card.get("base_model") or [], card.get("model-index") or []
             bases = bases if isinstance(bases, list) else [bases]
             errors = [f'"base_model" {base!r} is not a model id' for base in bases if not MODEL_ID.fullmatch(str(base))]
+            if not isinstance(index, list) or not all(isinstance(one, dict) and "name" in one for one in index):
+                errors.append('"model-index" is not a list of models, each with its name')
+            if not card:
+                warnings.append("empty or missing yaml metadata in repo card")
         except yaml.YAMLError as error:
-            errors = [str(error)]
-        return JSONResponse({"errors": [{"message": text} for text in errors], "warnings": []}, 400 if errors else 200)
+            errors.append(str(error))
+        told = {
+            kind: [{"message": text.encode("ascii", "backslashreplace").decode()} for text in lines]
+            for kind, lines in (("errors", errors), ("warnings", warnings))
+        }
+        return JSONResponse(told, 400 if errors else 200)
 
     def repositories(
         self, request: Request, kinds: str, limit: int = 1000, expand: Annotated[list[str] | None, Query()] = None
@@ -169,12 +181,16 @@ class Api:
         return paged(request, lines, limit)
 
     def info(
-        self, request: Request, rev: str = "main", blobs: bool = False,
+        self, request: Request, rev: str = "main", blobs: bool = False, securityStatus: bool = False,  # noqa: N803
         expand: Annotated[list[str] | None, Query()] = None,
     ) -> Json:  # fmt: skip
         """A repository at a revision."""
+        if securityStatus:
+            raise HubRefusal(501, "This hub scans no files, so that it has no security status.")
         repo = self.hub.readable(request)
-        return expanded(describe(self.store, repo, self.hub.at(request, repo, rev), blobs=blobs), expand or ())
+        found = describe(self.store, repo, self.hub.at(request, repo, rev), blobs=blobs)
+        # Over all commits, as the quota counts; a listing leaves it out, because it would read every commit there is.
+        return expanded(found | {"usedStorage": sum(self.store.named_contents(repo.key).values())}, expand or ())
 
     def auth_check(self, request: Request) -> Json:
         """Whether the caller may read the files."""
@@ -212,12 +228,16 @@ class Api:
         wants_commits = asked.get("expand", [""])[0].lower() in ("1", "true")
         return await run_in_threadpool(self._with_commits, repo.key, commit, found) if wants_commits else found
 
-    def commits(self, request: Request, rev: str) -> JSONResponse:
+    def commits(
+        self, request: Request, rev: str, expand: Annotated[list[str] | None, Query(alias="expand[]")] = None
+    ) -> JSONResponse:
         """The log, newest first."""
-        repo = self.hub.readable(request)
+        repo, formatted = self.hub.readable(request), "formatted" in (expand or ())
         lines = [
             {"id": one.sha, "title": one.title, "message": one.description, "date": one.date,
              "authors": [{"user": one.author}]}
+            | ({"formatted": {"title": html.escape(one.title), "message": html.escape(one.description)}}
+               if formatted else {})
             for one in self.store.log(repo.key, self.hub.at(request, repo, rev).sha)
         ]  # fmt: skip
         return paged(request, lines)
@@ -271,6 +291,8 @@ class Api:
         refuse_pull_requests(request)
         repo = self.hub.writable(request)
         have, told = self.hub.at(request, repo, rev).files, []
+        if unquote(rev) not in repo.branches:
+            raise HubRefusal(404, f"Invalid rev id: {unquote(rev)} is not a branch.", "RevisionNotFound")
         ignore = have.get(".gitignore")
         patterns = body.gitIgnore
         if patterns is None and ignore and ignore.size <= REGULAR_BYTES:
@@ -293,6 +315,7 @@ class Api:
     async def commit(self, request: Request, rev: str) -> Json:
         """Apply a commit; 412 when its parent is not the head."""
         refuse_pull_requests(request)
+        await run_in_threadpool(self.hub.writable, request)  # before a body of up to 256 MB is taken in
         asked = CommitRequest.parse(await request.body())
         return await run_in_threadpool(self._apply, request, unquote(rev), asked)
 

@@ -18,9 +18,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any  # JSON values, read back through the dataclasses below
 
 NAME = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}/[A-Za-z0-9][\w.\-]{0,95}", re.ASCII)
-REF = re.compile(r"[A-Za-z0-9][\w.\-/]{0,99}", re.ASCII)
+# As `git check-ref-format` has it, of a smaller alphabet. Names under refs/ are the hub's own.
+REF = re.compile(r"(?!refs/|HEAD$)(?=.{1,100}$)[A-Za-z0-9](?!.*(\.\.|//|/\.|\.lock(/|$)|[/.]$))[\w.\-/]*", re.ASCII)
+# Owners whose repositories would have the addresses of something else.
+RESERVED = ("api", "buckets", "datasets", "kernels", "lfs", "models", "spaces")
 SHA256 = re.compile(r"[0-9a-f]{64}")
-COMMIT = re.compile(r"[0-9a-f]{40}")
+COMMIT = re.compile(r"[0-9a-f]{7,40}")
 # Folder of each kind of repository under the root; a key is the address of a repository, `datasets/org/rows`.
 FOLDERS = {"model": "repos", "dataset": "datasets"}
 FIRST_FILE = b"".join(
@@ -46,6 +49,12 @@ class Entry:
     oid: str
     lfs: bool = False
     xet: str = ""
+
+    @property
+    def pointer(self) -> bytes:
+        """What git holds in place of an LFS file."""
+        text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {self.size}\n"
+        return text.encode()
 
 
 Files = dict[str, Entry]
@@ -93,19 +102,19 @@ def repo_key(kind: str, repo_id: str) -> str:
 def check_path(path: str) -> None:
     """Refuse with 400 what cannot be a file's path on every client's disk: Windows reads `..\\x` and `C:x` too."""
     segments = path.split("/")
-    bad = not path or len(path) > MAX_PATH or "\\" in path or any(ord(sign) < 32 or sign == "\x7f" for sign in path)
+    bad = not path or len(path) > MAX_PATH or bool(re.search(r"[\\\x00-\x1f\x7f\ud800-\udfff]", path))
     bad = bad or any(part in ("", ".", "..", ".git") or len(part.encode()) > MAX_SEGMENT for part in segments)
     if bad or re.match(r"[A-Za-z]:", path):
         raise HubRefusal(400, f"{path!r:.120} is not a valid path for a file in a repository.")
 
 
 def apply_changes(files: Files, added: Files, gone: list[str]) -> Files:
-    """The tree after a commit: `gone` (a folder ends with `/`) is removed, then `added` is written over it.
+    """The tree after a commit: `gone` (files and whole folders) is removed, then `added` is written over it.
 
     Raises HubRefusal 404 for a removal of nothing, 400 where a file would lie where a folder is, or the reverse.
     """
     for name in gone:
-        hit = {path for path in files if path == name or (name.endswith("/") and path.startswith(name))}
+        hit = {path for path in files if path == name or path.startswith(f"{name.rstrip('/')}/")}
         if not hit:
             raise HubRefusal(404, f"A file with this name doesn't exist: {name}", "EntryNotFound")
         files = {path: entry for path, entry in files.items() if path not in hit}
@@ -159,13 +168,15 @@ class HubStore:
     def large(self, sha256: str, xet: str) -> Entry:
         """The entry of a content that was uploaded before its commit."""
         size = self.blob(sha256).stat().st_size
-        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n"
-        return Entry(sha256, size, _git_oid(pointer.encode()), lfs=True, xet=xet)
+        entry = Entry(sha256, size, "", lfs=True, xet=xet)
+        return replace(entry, oid=_git_oid(entry.pointer))
 
     def _folder(self, key: str) -> Path:
         kind, repo_id = ("dataset", key.removeprefix("datasets/")) if key.count("/") == 2 else ("model", key)
-        if not NAME.fullmatch(repo_id) or repo_id.lower().endswith(".git"):
-            raise HubRefusal(400, f"{repo_id!r:.120} is not of the form owner/name.")
+        owner, _, name = repo_id.partition("/")
+        bad = not NAME.fullmatch(repo_id) or ".git/" in f"{repo_id}/".lower() or owner.lower() in RESERVED
+        if bad or "--" in repo_id or ".." in repo_id or owner[-1] in ".-" or name[-1] in ".-":
+            raise HubRefusal(400, f"{repo_id!r:.120} is not a valid name, owner/name, for a repository.")
         return self.root / FOLDERS[kind] / repo_id
 
     def _write(self, path: Path, value: dict[str, Any]) -> None:
@@ -247,7 +258,8 @@ class HubStore:
         with self.lock:
             other = self.elsewhere(new)
             if self.find(new) or (other and other.lower() == new.lower() and other != old):
-                raise HubRefusal(409, f"A repository called {new} exists already.")
+                kind = "dataset" if new.count("/") == 2 else "model"
+                raise HubRefusal(409, f"A {kind} repository called {new.removeprefix('datasets/')} already exists.")
             target = self._folder(new)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(target, ignore_errors=True)  # at most the mark of an earlier rename
@@ -255,11 +267,15 @@ class HubStore:
             self._write(self._folder(old) / "moved.json", {"to": new})
 
     def resolve(self, repo: Repo, revision: str) -> str:
-        """The 40-hex commit of a branch, a tag or a commit; 404 RevisionNotFound otherwise."""
+        """The 40-hex commit of a branch, a tag, or the 7 to 40 first digits of one; 404 RevisionNotFound otherwise."""
         sha = repo.branches.get(revision) or repo.tags.get(revision) or revision
-        if not COMMIT.fullmatch(sha) or not (self._folder(repo.key) / f"commits/{sha}.json").exists():
+        folder = self._folder(repo.key) / "commits"
+        if COMMIT.fullmatch(sha) and (folder / f"{sha}.json").exists():
+            return sha
+        found = list(folder.glob(f"{sha}*.json")) if COMMIT.fullmatch(sha) else []
+        if len(found) != 1:
             raise HubRefusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return sha
+        return found[0].stem
 
     def commit(self, key: str, sha: str) -> Commit:
         """Read one commit."""
@@ -295,7 +311,8 @@ class HubStore:
                 raise HubRefusal(404, f"Invalid rev id: {branch}", "RevisionNotFound")
             head = repo.branches[branch]
             if parent and not (parent == head or (len(parent) >= 7 and head.startswith(parent))):
-                raise HubRefusal(412, "A commit has happened since. Please refresh and try again.")
+                text = "The branch was updated since you opened this page. Please refresh and try again."
+                raise HubRefusal(412, f"A commit has happened since. {text}")
             self.check_quota(key, {entry.sha256: entry.size for entry in added.values()})
             sha = self._record(key, head, message, apply_changes(self.commit(key, head).files, added, gone))
             self.save(replace(repo, branches=repo.branches | {branch: sha}))
@@ -319,19 +336,20 @@ class HubStore:
             refs = dict(getattr(repo, kind))
             if revision is None:
                 if (kind, name) == ("branches", "main"):
-                    raise HubRefusal(403, "The branch main is the default branch and cannot be deleted.")
+                    raise HubRefusal(403, "Cannot delete refs/heads/main: the default branch cannot be deleted.")
                 if refs.pop(name, None) is None:
                     raise HubRefusal(404, f"Invalid rev id: {name}", "RevisionNotFound")
             elif name in refs and not replace_it:
-                raise HubRefusal(409, f"Reference already exists: {name}")
-            elif not REF.fullmatch(name) or COMMIT.fullmatch(name) or ".." in name or name.endswith(("/", ".lock")):
-                raise HubRefusal(400, f"{name!r:.120} is not a valid name for a reference.")
+                full = f"refs/{'heads' if kind == 'branches' else 'tags'}/{name}"
+                raise HubRefusal(409, f"Reference {full} already exists.")
             else:
                 refs[name] = self.resolve(repo, revision)
+                if not REF.fullmatch(name) or re.fullmatch(r"[0-9a-f]{40}", name):
+                    raise HubRefusal(400, f"{name!r:.120} is not a valid name for a reference.")
             self.save(replace(repo, branches=refs) if kind == "branches" else replace(repo, tags=refs))
 
     def _record(self, key: str, parent: str, message: Message, files: Files) -> str:
-        sha = hashlib.sha1(uuid.uuid4().bytes, usedforsecurity=False).hexdigest()
+        sha, files = hashlib.sha1(uuid.uuid4().bytes, usedforsecurity=False).hexdigest(), dict(sorted(files.items()))
         self._write(
             self._folder(key) / f"commits/{sha}.json", asdict(Commit(sha, parent, *message, date=_now(), files=files))
         )

@@ -14,6 +14,8 @@ from adapterhub_lite.hub_server.hub import Hub
 from adapterhub_lite.hub_server.info import Json
 from adapterhub_lite.hub_server.store import HubRefusal
 
+# Each has an address in the answer; of 64 MB, these are 1.28 TB.
+MAX_PARTS = 20_000
 # In the order they are matched: method, path, method of `Transfer`.
 TRANSFER_ROUTES = (
     ("GET", "/api/{kinds}/{ns}/{name}/xet-{mode}-token/{rev}", "xet_token"),
@@ -47,6 +49,8 @@ class Transfer:
         """Upload addresses for the objects that are not here yet; large ones in parts."""
         repo = self.hub.writable(request)
         self.store.check_quota(repo.key, {asked.oid: asked.size for asked in body.objects})
+        if sum(-(-asked.size // self.hub.part_bytes) for asked in body.objects) > MAX_PARTS:
+            raise HubRefusal(413, f"One request may announce {MAX_PARTS:,} parts of {self.hub.part_bytes:,} bytes.")
         return {"transfer": "basic", "objects": [self._object(str(request.base_url), asked) for asked in body.objects]}
 
     def _object(self, host: str, asked: LfsObject) -> Json:
