@@ -100,17 +100,19 @@ class MemoryChoice:
         if args.device.type == "cpu" and str(fields.get("optim", "")).startswith("paged_"):
             # There is no device to page out of.
             fields["optim"] = fields["optim"].removeprefix("paged_")
-        if args.bf16 and self.preset.dtype == "bfloat16" and engine_of(args) is None:
-            # Base and adapter are in their dtypes already: autocast would only cast and cache, for 8 % of the speed and a
-            # third more memory. Engines read it for what they keep, and get it.
-            fields["bf16"] = False
         if self.preset.gradient_checkpointing is False:
             fields.pop("activation_checkpointing_kwargs", None)
         if self.accumulation > 1:
             fields["per_device_train_batch_size"] = self.batch_size
             fields["gradient_accumulation_steps"] = args.gradient_accumulation_steps * self.accumulation
         different = {name: value for name, value in fields.items() if getattr(args, name) != value}
-        return args.changed(**different) if different else args
+        # Base and adapter are in their dtypes already: autocast would only cast and cache, for 8 % of the speed and a third
+        # more memory. Engines read it for what they keep, and get it.
+        needless = args.bf16 and self.preset.dtype == "bfloat16" and engine_of(args) is None
+        made = args.changed(**different) if different or needless else args
+        if needless:
+            made.mixed_precision = "no"
+        return made
 
     def record(self) -> dict[str, str]:
         """What was decided, for the training record."""
