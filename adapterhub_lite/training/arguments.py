@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from adapterhub_lite.errors import ConfigurationError
-from adapterhub_lite.training.porting import packing_of, translated
+from adapterhub_lite.training.porting import ANSWERS, packing_of, translated
 from adapterhub_lite.training.settings import TARGET_GROUPS, TYPICAL_LENGTH, RunSettings, problems_of
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,13 @@ class AdapterTrainingArguments(RunSettings, TrainingArguments):
         given = {one.name: getattr(args, one.name) for one in fields(args) if one.init}
         # What another class of arguments has beyond transformers' own counts where it was set; its defaults are its own.
         foreign = set(given) - {one.name for one in fields(TrainingArguments)}
-        made = cls(**{name: value for name, value in given.items() if name not in foreign or name in by_hand})
+        known = {one.name for one in fields(cls)} | set(ANSWERS)
+        own = {name for name in foreign if name not in known}
+        taken = {name for name in given if name not in foreign or (name in by_hand and name not in own)}
+        made = cls(**{name: given[name] for name in taken})
+        for name in own:
+            # A script's own: nobody here reads it, and the script may.
+            setattr(made, name, given[name])
         made.set_by_hand = by_hand & {one.name for one in fields(cls)}
         return made
 

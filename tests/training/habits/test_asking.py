@@ -17,6 +17,7 @@ def test_predictions_have_the_shape_of_rows(bench: Bench) -> None:
     seen: dict[str, Any] = {}
 
     def metrics(found: Any) -> dict[str, float]:
+        assert len(found.predictions) == len(bench.rows)
         assert found.inputs.shape == found.predictions.shape[:2] == found.label_ids.shape
         seen["losses"] = np.asarray(found.losses)
         guessed, goals = found.predictions[:, :-1].argmax(-1), found.label_ids[:, 1:]

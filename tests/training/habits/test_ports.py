@@ -1,7 +1,7 @@
 """Scripts of other trainers: every argument is taken or answered, and what is taken does what it did there."""
 
 import inspect
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,22 @@ def test_arguments_of_other_classes_and_none_are_taken(bench: Bench, monkeypatch
     )
     assert taken.args.packing == "bfd" and taken.args.learning_rate == 3e-4 and len(taken.train_dataset) < len(TEXTS)
     taken.train()
+
+
+@dataclass
+class ScriptArguments(TrainingArguments):
+    """Arguments of a script's own, as many fine-tuning scripts have them."""
+
+    model_max_length: int = 512
+    lazy_preprocess: bool = False
+
+
+def test_arguments_of_a_scripts_own_stay_its_own(bench: Bench) -> None:
+    given = {"output_dir": bench.run_folder(), "max_steps": 1, "use_cpu": True, "report_to": "none"}
+    args = ScriptArguments(**given, model_max_length=64)
+    trainer = AdapterTrainer(bench.model(), args, bench.rows, processing_class=bench.tokenizer)
+    assert (trainer.args.model_max_length, trainer.args.lazy_preprocess, trainer.args.max_steps) == (64, False, 1)
+    trainer.train()
 
 
 def test_the_trainer_answers_for_its_own_keywords(bench: Bench) -> None:
