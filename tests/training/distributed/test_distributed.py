@@ -232,7 +232,7 @@ def test_fsdp_on_a_cpu_is_refused_rather_than_left_out(
 
 
 def test_one_process_that_sees_several_gpus_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="Start one process a GPU"):
+    with pytest.raises(ConfigurationError, match="Start one process per GPU"):
         join_processes(SimpleNamespace(n_gpu=2))
 
 
