@@ -3,8 +3,10 @@
     python -m scripts.bench.train.rows                 # 50,000 rows from a JSONL file, ours and TRL's
     python -m scripts.bench.train.rows --rows 5000     # fewer
 
-Each side reads the same file in a process of its own and gives token ids and a mask of the answers. Memory is how much the
-process grew over what it had after its imports; seconds are those of the processor, so that other work does not count.
+Each side reads the same file in a process of its own and gives token ids and a mask of the answers: TRL by
+`assistant_only_loss=True`, for which it needs a template with generation marks; ours by the base's own template, and by the
+marked one too. Memory is how much the process grew over what it had after its imports; seconds are those of the processor, so
+that other work does not count.
 """
 
 import argparse
@@ -15,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,53 +26,76 @@ from scripts.bench.report import write_result
 from scripts.bench.train.train_step import BASE, chats
 
 NAME = "rows"
-SIDES = ("ours", "trl")
+SIDES = ("ours", "ours_marked", "trl")
 MOST_TOKENS = 1024
+# What the base's template writes, with marks around what the assistant says.
+MARKED = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
-def prepare(side: str, path: Path, folder: Path) -> int:
-    """Prepare the rows of `path` as `side` does, for the base in `folder`; returns how many tokens there are."""
-    from transformers import AutoTokenizer
+def prepare_ours(path: Path, tokenizer: Any) -> Any:
+    """The table of tokens and labels that training reads."""
+    from adapterhub_lite.training.data.rows import load_rows
+    from adapterhub_lite.training.data.tokenization import tokenize_rows
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if side == "ours":
-        from adapterhub_lite.training.data.rows import load_rows
-        from adapterhub_lite.training.data.tokenization import tokenize_rows
+    return tokenize_rows(load_rows(path), tokenizer, max_length=MOST_TOKENS).table
 
-        return int(sum(tokenize_rows(load_rows(path), tokenizer, max_length=MOST_TOKENS).table["length"]))
+
+def prepare_trl(path: Path, tokenizer: Any, model: Any) -> Any:
+    """The table that TRL's trainer makes of the same rows."""
     from datasets import load_dataset
-    from transformers import AutoModelForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     arguments = SFTConfig(
         output_dir=str(path.parent / "trl"),
         max_length=MOST_TOKENS,
-        assistant_only_loss=False,
+        assistant_only_loss=True,
         report_to="none",
         use_cpu=True,
     )
     rows = load_dataset("json", data_files=str(path), split="train", cache_dir=str(path.parent / "cache"))
-    trainer = SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
-    return sum(len(row["input_ids"]) for row in trainer.train_dataset)
+    return SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer).train_dataset
+
+
+def counted(table: Any) -> tuple[int, int]:
+    """Tokens of a table, and how many of them are learned."""
+    masked = "labels" not in table.column_names
+    tokens = learned = 0
+    for batch in table.iter(batch_size=1000):
+        tokens += sum(map(len, batch["input_ids"]))
+        masks = batch["assistant_masks" if masked else "labels"]
+        learned += sum(value > 0 if masked else value >= 0 for mask in masks for value in mask)
+    return tokens, learned
 
 
 def measure(side: str, path: Path, folder: Path) -> dict[str, Any]:
-    """Time one side in this process, imports apart."""
-    if side == "ours":
-        import adapterhub_lite.training.data.tokenization  # noqa: F401 - before the clock
-    else:
+    """Time one side in this process, imports and the loading of tokenizer and model apart."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = tokenizer.chat_template if side == "ours" else MARKED
+    if side == "trl":
         import trl
 
         trl.SFTTrainer.__doc__  # noqa: B018 - its modules are imported on first use
+        prepare: Callable[[], Any] = partial(prepare_trl, path, tokenizer, AutoModelForCausalLM.from_pretrained(folder))
+    else:
+        import adapterhub_lite.training.data.tokenization  # noqa: F401 - before the clock
+
+        prepare = partial(prepare_ours, path, tokenizer)
     before, started, processor = _peak(), time.perf_counter(), time.process_time()
-    tokens = prepare(side, path, folder)
-    return {
-        "tokens": tokens,
+    table = prepare()
+    found = {
         "processor_seconds": time.process_time() - processor,
         "seconds": time.perf_counter() - started,
         "grown_bytes": _peak() - before,
     }
+    tokens, learned = counted(table)
+    return {**found, "tokens": tokens, "learned": learned}
 
 
 def _peak() -> int:
