@@ -8,18 +8,24 @@ import importlib
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adapterhub_lite.adapter_format.manifest import EvaluationRecord
 from adapterhub_lite.bases import ResolvedBase, resolve_base
+from adapterhub_lite.bases.chat_template import template_digest
 from adapterhub_lite.errors import ConfigurationError, DataError
 from adapterhub_lite.registry import AdapterManifest, AdapterRegistry
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
+from adapterhub_lite.serving.adapters.pool import FoundAdapters
+from adapterhub_lite.serving.adapters.sources import RegistrySource
 from adapterhub_lite.tasks import Row, get_task
+
+if TYPE_CHECKING:
+    from adapterhub_lite.training.settings import RowSettings
 
 Rows = Sequence[Row | dict[str, Any]]
 Metric = Callable[[str, str], float]
@@ -37,19 +43,23 @@ class Comparison:
     adapter: float
 
 
-def evaluation_rows(data: str | None, task: str | None, limit: int) -> list[dict[str, Any]]:
-    """Return at most `limit` rows: from a data set, or the held-out rows of an example task.
+def evaluation_rows(
+    data: str | None, task: str | None, limit: int, settings: "RowSettings | None" = None
+) -> list[dict[str, Any]]:
+    """Return at most `limit` rows: from a data set, read as training reads it, or the held-out rows of an example task.
 
     Raises:
         ConfigurationError: both or neither were given.
+        DataError: the data cannot be used.
     """
-    from adapterhub_lite.training import load_rows
+    from adapterhub_lite.training.recipe import read_rows
+    from adapterhub_lite.training.settings import RowSettings
 
     if (data is None) == (task is None):
         raise ConfigurationError("Give either --data (a JSONL file or a Hub id) or --task (an example task).")
     if task is not None:
         return [dict(row) for row in get_task(task).rows(limit, split="held-out")]
-    rows = load_rows(data)
+    rows = read_rows(str(data), settings or RowSettings())
     return [dict(row) for row in rows.select(range(min(limit, len(rows))))]
 
 
@@ -92,8 +102,11 @@ def measure(
     *,
     max_new_tokens: int,
     home: str | None = None,
+    settings: "RowSettings | None" = None,
 ) -> list[Comparison]:
     """Compare base and adapter on `rows` by each of `metrics`, loading the base as often as they need it.
+
+    Of `settings` the arguments of the chat template are taken, and the keys that may be lost.
 
     Raises:
         ConfigurationError: no such metric, or a user's function did not return a finite number.
@@ -101,9 +114,10 @@ def measure(
     answered, measured = [name for name in metrics if name not in LOSSES], list[Comparison]()
     if answered:
         with InferenceEngine.from_base(base, registry=registry, home=home) as engine:
-            measured += compare_answers(engine, manifest.reference, rows, answered, max_new_tokens)
+            asked = settings.template_arguments() if settings is not None else None
+            measured += compare_answers(engine, manifest.reference, rows, answered, max_new_tokens, asked)
     if set(metrics) & set(LOSSES):
-        found = compare_losses(registry, manifest, resolve_base(base, home=home), rows)
+        found = compare_losses(registry, manifest, resolve_base(base, home=home), rows, settings)
         measured += [one for one in found if one.metric in metrics]
     return measured
 
@@ -126,31 +140,55 @@ def compare_with_base(engine: InferenceEngine, reference: str, rows: Rows, max_n
 
 
 def compare_answers(
-    engine: InferenceEngine, reference: str, rows: Rows, metrics: Sequence[str], max_new_tokens: int
+    engine: InferenceEngine,
+    reference: str,
+    rows: Rows,
+    metrics: Sequence[str],
+    max_new_tokens: int,
+    arguments: Mapping[str, Any] | None = None,
 ) -> list[Comparison]:
     """Score the greedy answers of both by each of `metrics`, averaged over `rows`.
+
+    `arguments` go to the chat template with every row.
 
     Raises:
         ConfigurationError: no such metric, or a user's function did not return a finite number.
     """
     functions = {name: found for name in metrics if (found := find_metric(name)) is not None}
-    base, adapter = (greedy_answers(engine, model, rows, max_new_tokens) for model in (None, reference))
+    base, adapter = (greedy_answers(engine, model, rows, max_new_tokens, arguments) for model in (None, reference))
     return [Comparison(name, _mean(name, of, base), _mean(name, of, adapter)) for name, of in functions.items()]
 
 
 def compare_losses(
-    registry: AdapterRegistry, manifest: AdapterManifest, base: ResolvedBase, rows: Rows
+    registry: AdapterRegistry,
+    manifest: AdapterManifest,
+    base: ResolvedBase,
+    rows: Rows,
+    settings: "RowSettings | None" = None,
 ) -> list[Comparison]:
     """`loss` (nats per token, over the tokens that training learns from) and `perplexity`, its exponential.
+
+    Chats are laid out by the adapter's own template and end with its own tokens, where it has some.
 
     Rows beyond 2,048 tokens are truncated. One row is computed at a time, so only the logits of one row are in memory.
     """
     from adapterhub_lite.bases.encoding import end_tokens
     from adapterhub_lite.training.data.preparation import Preparation
+    from adapterhub_lite.training.data.shapes import Columns
     from adapterhub_lite.training.data.tokenization import Limits
+    from adapterhub_lite.training.settings import RowSettings
 
+    chosen = settings or RowSettings()
+    files = RegistrySource(registry).locate(manifest.reference)
     with _both_models(registry, manifest, base) as (model, tokenizer):
-        preparation = Preparation(tokenizer, Limits(MOST_TOKENS, "truncate"), end_tokens(tokenizer, base.folder))
+        preparation = Preparation(
+            tokenizer,
+            Limits(MOST_TOKENS, "truncate"),
+            files.asked.end_tokens or end_tokens(tokenizer, base.folder),
+            chosen.template_arguments(),
+            Columns(ignore=chosen.ignored()),
+            bounded_template=FoundAdapters((files,)).template(template_digest(tokenizer)),
+        )
         table = preparation.rows([dict(row) for row in rows]).table
         with model.disable_adapter():
             plain = _mean_loss(model, table)
@@ -204,8 +242,16 @@ def compare_on_harness(
     return [Comparison(name, scores[0][name], value) for name, value in scores[1].items()]
 
 
-def greedy_answers(engine: InferenceEngine, adapter: str | None, rows: Rows, tokens: int) -> list[tuple[str, str]]:
+def greedy_answers(
+    engine: InferenceEngine,
+    adapter: str | None,
+    rows: Rows,
+    tokens: int,
+    arguments: Mapping[str, Any] | None = None,
+) -> list[tuple[str, str]]:
     """(expected, answer) for each row, asked as training learns it: a `prompt` verbatim, turns by the chat template.
+
+    What goes along with a chat does so here too: `tools`, `documents`, and the template's arguments, of the row and of all.
 
     Raises:
         DataError: there are no rows.
@@ -215,10 +261,14 @@ def greedy_answers(engine: InferenceEngine, adapter: str | None, rows: Rows, tok
     requests, wanted = [], []
     for row in rows:
         if isinstance(row.get("prompt"), str):
-            asked, answer = {"prompt": row["prompt"]}, str(row["completion"])
+            asked: dict[str, Any] = {"prompt": row["prompt"]}
+            answer = str(row["completion"])
         else:
             turns, answer = question_of(row)
-            asked = {"messages": turns}
+            kwargs: Any = row.get("chat_template_kwargs")
+            of_row = {**(arguments or {}), **(kwargs or {})}
+            of_row |= {"documents": row["documents"]} if row.get("documents") else {}
+            asked = {"messages": turns, "tools": row.get("tools") or (), "chat_template_kwargs": of_row}
         requests.append(GenerationRequest(**asked, adapter=adapter, max_new_tokens=tokens))
         wanted.append(answer)
     if not requests:

@@ -93,12 +93,23 @@ def question_of(row: Mapping[str, Any]) -> tuple[Turns, str]:
             raise DataError(
                 "Exact match wants rows that end with an assistant turn. Remove the turns after the answer."
             )
-        return turns[:-1], turns[-1]["content"]
+        return turns[:-1], _text_of(turns[-1])
     if "prompt" in row and isinstance(row["prompt"], str):
         return [{"role": "user", "content": row["prompt"]}], row["completion"]
     if "prompt" in row:
-        return list(row["prompt"]), row["completion"][-1]["content"]
+        return list(row["prompt"]), _text_of(row["completion"][-1])
     raise DataError(f"Exact match wants messages, or prompt and completion, found {', '.join(map(repr, row))}.")
+
+
+def _text_of(turn: Mapping[str, Any]) -> str:
+    """What an answer says, where it says something."""
+    content = turn.get("content")
+    text = "".join(part["text"] for part in content) if isinstance(content, list) else content
+    if not text:
+        raise DataError(
+            "Answers can be compared only where they are text, and one of these calls a tool. Compare such rows by loss."
+        )
+    return str(text)
 
 
 Judge = Callable[[str, str], float]

@@ -21,7 +21,7 @@ from adapterhub_lite.training.arguments import AdapterTrainingArguments
 from adapterhub_lite.training.data.held_out import row_digests, split_rows, without_rows_of
 from adapterhub_lite.training.data.rows import columns_of, is_checked, load_rows
 from adapterhub_lite.training.run.samples import SampleCallback
-from adapterhub_lite.training.settings import REPORTERS, DataSettings, TrainingRecipe
+from adapterhub_lite.training.settings import REPORTERS, RowSettings, TrainingRecipe
 from adapterhub_lite.training.trainer import AdapterTrainer
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def rows_for(data: str | None, task: str | None, recipe: TrainingRecipe) -> tupl
     return example.rows(min(count, MOST_TASK_ROWS), seed=recipe.seed), f"adapterhub-lite/tasks/{example.name}"
 
 
-def read_rows(data: str, settings: DataSettings) -> Dataset:
+def read_rows(data: str, settings: RowSettings) -> Dataset:
     """The rows of a file, a folder or a data set on the Hub, as the settings say."""
     config = settings.data_config or None
     return load_rows(data, split=settings.data_split, config=config, columns=columns_of(settings))

@@ -156,8 +156,8 @@ def same_as(name: str) -> Any:
 
 
 @dataclass(frozen=True)
-class DataSettings:
-    """What a person may say of their rows beyond where they are.
+class RowSettings:
+    """How rows are read: which columns, what of them, with which arguments of the chat template.
 
     Raises:
         ConfigurationError: two settings contradict each other, or one cannot be read.
@@ -171,14 +171,8 @@ class DataSettings:
         "", 'Text over columns, as "Q: {question}\\n": the prompt where there is a completion column, else all.'
     )
     ignore_columns: str = setting("", "Keys of rows, turns or parts that may be left out; several with commas.")
-    chat_template: str = setting(
-        "", "File with a chat template (Jinja) instead of the base's; it goes with the adapter."
-    )
     chat_template_kwargs: str = setting(
         "", 'Arguments of the chat template for every row, as JSON: {"thinking": false}.'
-    )
-    unlearnable: Literal["refuse", "drop"] = setting(
-        "refuse", "A row of which a cut leaves nothing to learn: refuse or drop."
     )
 
     def __post_init__(self) -> None:
@@ -188,8 +182,6 @@ class DataSettings:
             raise ConfigurationError("A prompt column needs a completion column.")
         if self.completion_column and not (self.prompt_column or self.template):
             raise ConfigurationError("A completion column needs a prompt column, or a template that makes the prompt.")
-        if self.unlearnable not in ("refuse", "drop"):
-            raise ConfigurationError(f"unlearnable is {self.unlearnable!r}, expected refuse or drop.")
         self.template_arguments()
 
     def ignored(self) -> frozenset[str]:
@@ -207,6 +199,27 @@ class DataSettings:
         if not isinstance(found, dict):
             raise ConfigurationError('chat_template_kwargs must be a JSON object, such as {"thinking": false}.')
         return found
+
+
+@dataclass(frozen=True)
+class DataSettings(RowSettings):
+    """What a person may say of the rows of a run beyond where they are.
+
+    Raises:
+        ConfigurationError: two settings contradict each other, or one cannot be read.
+    """
+
+    chat_template: str = setting(
+        "", "File with a chat template (Jinja) instead of the base's; it goes with the adapter."
+    )
+    unlearnable: Literal["refuse", "drop"] = setting(
+        "refuse", "A row of which a cut leaves nothing to learn: refuse or drop."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.unlearnable not in ("refuse", "drop"):
+            raise ConfigurationError(f"unlearnable is {self.unlearnable!r}, expected refuse or drop.")
 
     def chat_template_text(self) -> str | None:
         """The chat template to use instead of the base's; None without one.

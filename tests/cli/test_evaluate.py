@@ -51,6 +51,48 @@ def test_loss_and_perplexity_are_those_of_the_model_itself(
     assert found["loss"]["base"] != found["loss"]["adapter"]
 
 
+def test_rows_are_read_as_train_reads_them(
+    stocked: AdapterRegistry, run: Run, rows: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    table = tmp_path / "rows.csv"
+    lines = ["Frage;Antwort;Nr", *(f"{row['prompt']};{row['completion']};{n}" for n, row in enumerate(ROWS))]
+    table.write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    more = ("--base", str(tiny_base), "--metric", "loss", "--no-record", "--json")
+    plain = run("eval", "sql:1", "--data", str(rows), *more)
+    named = ("--prompt-column", "Frage", "--completion-column", "Antwort")
+    told = run("eval", "sql:1", "--data", str(table), *named, *more)
+    assert json.loads(told.stdout)["metrics"] == json.loads(plain.stdout)["metrics"], told.stderr
+    lost = run("eval", "sql:1", "--data", str(table), *more)
+    assert lost.returncode == 2 and "name the columns" in lost.stderr
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_losses_are_those_of_the_adapters_own_template(
+    own: bool, tiny_base: Path, make_adapter: Any, tmp_path: Path
+) -> None:
+    from adapterhub_lite.bases import resolve_base
+    from adapterhub_lite.evaluation import compare_losses
+    from tests.serving.engine.test_asked_as_trained import QA, with_record
+
+    base, registry = resolve_base(str(tiny_base)), AdapterRegistry(tmp_path / "home")
+    (tmp_path / "aside").mkdir()
+    folder = make_adapter(seed=1)
+    registry.add(with_record(folder, tmp_path / "aside", tiny_base, QA, ()) if own else folder, "sql", base=base)
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    found = compare_losses(registry, registry.resolve("sql"), base, rows)
+    assert own == (found[0].base != compare_losses_of_base(tiny_base, tmp_path, make_adapter, rows))
+
+
+def compare_losses_of_base(tiny_base: Path, aside: Path, make_adapter: Any, rows: Any) -> float:
+    """The loss of the base by its own template."""
+    from adapterhub_lite.bases import resolve_base
+    from adapterhub_lite.evaluation import compare_losses
+
+    base, registry = resolve_base(str(tiny_base)), AdapterRegistry(aside / "other")
+    registry.add(make_adapter(seed=1), "plain", base=base)
+    return compare_losses(registry, registry.resolve("plain"), base, rows)[0].base
+
+
 @pytest.mark.parametrize("kind", ["prompt", "messages"])
 def test_rows_are_asked_as_they_are_learned(kind: str, tiny_base: Path, stocked: AdapterRegistry) -> None:
     from adapterhub_lite.evaluation import compare_answers

@@ -1,10 +1,11 @@
 """`eval`: base and adapter compared by exact match, loss, the user's own functions, or whole benchmarks."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from adapterhub_lite.cli.options import build_settings, options_from
 from adapterhub_lite.cli.output import (
     DryRunOption,
     HomeOption,
@@ -15,11 +16,16 @@ from adapterhub_lite.cli.output import (
     waiting,
     would,
 )
+from adapterhub_lite.training.settings import RowSettings
 
 
+@options_from(RowSettings)
 def evaluate(
     reference: Annotated[str, typer.Argument(help="name, name:version, name@alias or a digest.")],
-    data: Annotated[str | None, typer.Option(help="A JSONL file or a data set's id on the Hub.")] = None,
+    given: dict[str, Any],
+    data: Annotated[
+        str | None, typer.Option(help="A JSONL, JSON, CSV or parquet file, a folder, or a data set's id on the Hub.")
+    ] = None,
     task: Annotated[str | None, typer.Option(help="The held-out rows of an example task instead of data.")] = None,
     metric: Annotated[
         list[str] | None,
@@ -55,13 +61,16 @@ def evaluate(
     metrics = metric or ([] if harness and not (data or task) else ["exact_match", "loss", "perplexity"])
     for name in metrics:
         evaluation.find_metric(name)
-    rows = evaluation.evaluation_rows(data, task, limit) if metrics else []
+    settings = build_settings(RowSettings, given, None)
+    rows = evaluation.evaluation_rows(data, task, limit, settings) if metrics else []
     if dry_run:
         act = f"measure {', '.join([*metrics, *(harness or [])])} of {manifest.reference} and {base}"
         return would(f"{act} on {len(rows)} rows", as_json, rows=len(rows))
     source = Path(data).name if data and Path(data).exists() else data or f"adapterhub-lite/tasks/{task}, held-out"
     with waiting("measuring base and adapter"):
-        found = evaluation.measure(registry, manifest, base, rows, metrics, max_new_tokens=max_new_tokens, home=home)
+        found = evaluation.measure(
+            registry, manifest, base, rows, metrics, max_new_tokens=max_new_tokens, home=home, settings=settings
+        )
     measured = [(one, source) for one in found]
     if harness:
         resolved = resolve_base(base, home=home)

@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerBase
 from adapterhub_lite.adapter_format.quantization import Quantization
 from adapterhub_lite.bases import load_base_model, load_tokenizer, resolve_base
 from adapterhub_lite.bases.bounded_template import render_bounded
-from adapterhub_lite.bases.chat_template import render_chat, template_digest
+from adapterhub_lite.bases.chat_template import render_chat, template_digest, template_of, words_of
 from adapterhub_lite.bases.encoding import encode_prompt
 from adapterhub_lite.bases.encoding import end_tokens as base_end_tokens
 from adapterhub_lite.errors import ConfigurationError
@@ -345,6 +345,11 @@ class InferenceEngine:
         else:
             template = found.template(self._template_digest) if found is not None else None
             whose = "base's" if template is None else "adapter's"
+            words = words_of(template or template_of(self.tokenizer, request.tools))
+            given = {"tools": request.tools, **request.chat_template_kwargs}
+            unread = sorted(key for key, value in given.items() if value and key not in words)
+            if unread:
+                raise ConfigurationError(f"The {whose} chat template does not read {unread[0]!r}. Ask without it.")
             try:
                 # Outside the lock: an adapter's template may take its time, and others need not wait for it.
                 render = render_chat if template is None else partial(render_bounded, template)

@@ -20,6 +20,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from adapterhub_lite.bases.bounded_template import render_bounded
 from adapterhub_lite.bases.chat_template import GENERATION_MARK, render_chat, render_marked, template_of, words_of
 from adapterhub_lite.errors import DataError
 from adapterhub_lite.training.data.shapes import Turn, short, weight_of
@@ -79,7 +80,8 @@ class ChatLayout:
     """Lays out chats by the template of one tokenizer.
 
     `ends` are the texts of the tokens that end an answer, `arguments` the template's arguments for every row, and
-    `ignore` the keys that may be lost. `unread` tells which bookkeeping keys the template did not read, and where first.
+    `ignore` the keys that may be lost. `bounded_template` is one of a stranger, such as an adapter's, which takes the place of
+    the tokenizer's and is laid out within limits. `unread` tells which bookkeeping keys the template did not read, and where first.
     """
 
     def __init__(
@@ -89,8 +91,10 @@ class ChatLayout:
         *,
         arguments: Mapping[str, Any] | None = None,
         ignore: frozenset[str] = frozenset(),
+        bounded_template: str | None = None,
     ) -> None:
         self.tokenizer, self.ends, self.ignore = tokenizer, tuple(ends), ignore
+        self.bounded_template = bounded_template
         self.arguments = dict(arguments or {})
         self.unread: dict[str, str] = {}
         self._read_kinds: dict[tuple[str, str], bool] = {}
@@ -103,7 +107,7 @@ class ChatLayout:
         Raises:
             DataError: there is no template, it refuses the chat, or something of the chat does not come out of it.
         """
-        template = template_of(self.tokenizer, row.get("tools"))
+        template = self.bounded_template or template_of(self.tokenizer, row.get("tools"))
         if not template:
             raise DataError(
                 f"{where}: the tokenizer has no chat template, so chats cannot be laid out. "
@@ -118,7 +122,8 @@ class ChatLayout:
                 return all_of_it
             if not chat.learned():
                 return []
-            found = self.marked(chat) if GENERATION_MARK.search(template) else None
+            marked = self.bounded_template is None and GENERATION_MARK.search(template)
+            found = self.marked(chat) if marked else None
             if found and next(self.lost(chat, found), None):
                 found = None  # a turn by itself may keep what the whole of the chat leaves out
             found = found or self.whole_chat(chat) or self.per_turn(chat)
@@ -174,14 +179,19 @@ class ChatLayout:
         if (template, kind) not in self._read_kinds:
             content = PROBE if kind == "text" else [{"type": "text", "text": PROBE}]
             try:
-                text = render_chat(self.tokenizer, [{"role": "user", "content": content}], template=template)
+                text = self._lay_out([{"role": "user", "content": content}], template)
             except ValueError:
                 text = ""
             self._read_kinds[template, kind] = PROBE in text and "'type'" not in text and '"type"' not in text
         return self._read_kinds[template, kind]
 
     def _render(self, chat: Chat, count: int, *, ask: bool = False) -> str:
-        return render_chat(self.tokenizer, chat.turns[:count], tools=chat.tools, arguments=chat.arguments, ask=ask)
+        return self._lay_out(chat.turns[:count], None, tools=chat.tools, arguments=chat.arguments, ask=ask)
+
+    def _lay_out(self, turns: Sequence[Turn], template: str | None, **given: Any) -> str:
+        if self.bounded_template is not None:
+            return render_bounded(self.bounded_template, self.tokenizer, turns, **given)
+        return render_chat(self.tokenizer, turns, template=template, **given)
 
     def marked(self, chat: Chat) -> list[Example] | None:
         """By the marks of the template; None where weights differ and nobody knows which mark is whose."""
@@ -202,8 +212,10 @@ class ChatLayout:
             question = self.content_as_read({"role": "user", "content": PROBE}, template)
             answer = self.content_as_read({"role": "assistant", "content": PROBE}, template)
             try:
-                asked = render_chat(self.tokenizer, [question], ask=True, template=template)
-                whole = render_chat(self.tokenizer, [question, answer], template=template)
+                asked, whole = (
+                    self._lay_out([question], template, ask=True),
+                    self._lay_out([question, answer], template),
+                )
             except ValueError:
                 asked = whole = ""
             self._read_kinds[template, "asked"] = not whole.startswith(asked)

@@ -41,7 +41,10 @@ READ_COLUMNS = frozenset({"input_ids", "position_ids", "seq_lengths", "length", 
 
 @dataclass(frozen=True)
 class Preparation:
-    """How rows become tokens in one run. `arguments` go to the chat template with every row."""
+    """How rows become tokens in one run. `arguments` go to the chat template with every row.
+
+    `bounded_template` is a chat template of a stranger, such as an adapter's, in place of the tokenizer's.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     limits: Limits
@@ -50,6 +53,7 @@ class Preparation:
     columns: Columns = field(default_factory=Columns)
     formatting_func: Formatting | None = None
     learning: Learning = field(default_factory=Learning)
+    bounded_template: str | None = None
 
     @classmethod
     def for_run(
@@ -80,6 +84,7 @@ class Preparation:
             arguments=self.arguments,
             ignore=self.columns.ignore,
             learning=self.learning,
+            bounded_template=self.bounded_template,
         )
 
     def rows(self, rows: Any) -> TokenizedRows:
@@ -113,6 +118,7 @@ class Preparation:
             arguments=self.arguments,
             ignore=self.columns.ignore,
             learning=self.learning,
+            bounded_template=self.bounded_template,
         )
         return self._told(found, len(table))
 

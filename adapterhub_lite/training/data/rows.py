@@ -13,7 +13,7 @@ from adapterhub_lite.errors import DataError
 from adapterhub_lite.training.data.files import Found, read_hub, read_path, read_table
 from adapterhub_lite.training.data.shapes import CHAT_KEYS, WANTED, Columns, normalized
 from adapterhub_lite.training.data.tables import TableWriter
-from adapterhub_lite.training.settings import DataSettings
+from adapterhub_lite.training.settings import RowSettings
 
 logger = logging.getLogger(__name__)
 # The column that remembers `file:line` through every shuffle and selection, for errors raised later.
@@ -50,7 +50,7 @@ def load_rows(
     return as_table(formatted(found, formatting_func), name, columns or Columns())
 
 
-def columns_of(settings: DataSettings) -> Columns:
+def columns_of(settings: RowSettings) -> Columns:
     """What the settings of a command say of a table's columns."""
     return Columns(
         settings.prompt_column or None,

@@ -16,7 +16,7 @@ from datasets import Dataset, DatasetInfo, Features
 from datasets.table import InMemoryTable
 
 # What stays in memory; a table beyond it goes to a file.
-MOST_BYTES_IN_MEMORY = 64 << 20
+MOST_BYTES_IN_MEMORY = 16 << 20
 _folder: tempfile.TemporaryDirectory[str] | None = None
 
 

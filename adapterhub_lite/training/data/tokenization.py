@@ -189,13 +189,20 @@ class RowTokenizer:
         arguments: Mapping[str, Any] | None = None,
         ignore: frozenset[str] = frozenset(),
         learning: Learning | None = None,
+        bounded_template: str | None = None,
     ) -> None:
         self.tokenizer, self.learning = tokenizer, learning or Learning()
         self.ends = frozenset(end_tokens(tokenizer) if ends is None else ends)
         self.front = tokens_around(tokenizer)[0]
         self.markers = frozenset(tokenizer.all_special_ids)
         names = [str(tokenizer.convert_ids_to_tokens(end) or "") for end in self.ends]
-        self.layout = ChatLayout(tokenizer, [name for name in names if name], arguments=arguments, ignore=ignore)
+        self.layout = ChatLayout(
+            tokenizer,
+            [name for name in names if name],
+            arguments=arguments,
+            ignore=ignore,
+            bounded_template=bounded_template,
+        )
         self.ways: dict[str, int] = {}
         self.prefills: dict[str, str] = {}
         self.chats = self.without_prefill = 0
@@ -312,6 +319,7 @@ def tokenize_rows(
     arguments: Mapping[str, Any] | None = None,
     ignore: frozenset[str] = frozenset(),
     learning: Learning | None = None,
+    bounded_template: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> TokenizedRows:
     """Tokenise every row of a table that `load_rows` made; labels are -100 except on the tokens to be learned.
@@ -319,15 +327,22 @@ def tokenize_rows(
     Learned are the assistant's turns of `messages` with the token that ends each, the `completion` with the end token,
     or all of `text`. A chat that its template lays out differently once more turns follow becomes several examples.
     `ends` are the ids that end an answer (the tokenizer's EOS without it), `arguments` go to the template with every
-    row, `ignore` names keys that may be lost, `learning` says what else is learned;
-    `progress` is told how many rows are done. The table has a column
-    `token_weights` where a turn counts neither 0 nor 1.
+    row, `ignore` names keys that may be lost, `learning` says what else is learned, `bounded_template` is a template of a
+    stranger in place of the tokenizer's; `progress` is told how many rows are done. The table has a column `token_weights`
+    where a turn counts neither 0 nor 1.
 
     Raises:
         DataError: a row is too long (and `overlong` is "refuse"), or nothing of it is left to learn; the tokenizer
             has no chat template, or one that the row does not come out of whole.
     """
-    maker = RowTokenizer(tokenizer, ends=ends, arguments=arguments, ignore=ignore, learning=learning)
+    maker = RowTokenizer(
+        tokenizer,
+        ends=ends,
+        arguments=arguments,
+        ignore=ignore,
+        learning=learning,
+        bounded_template=bounded_template,
+    )
     fitted = Fitted(Limits(max_length, overlong, unlearnable))
     # A column that is rarely there: only files that speak of weights can need it.
     columns = {**COLUMNS, **(WEIGHTS if speaks_of_weights(rows) else {})}

@@ -69,6 +69,12 @@ def test_a_template_that_is_not_there_is_not_replaced_by_another(
     assert engine.generate(GenerationRequest(prompt="Q: a", adapter=without, max_new_tokens=1)).token_ids
 
 
+@pytest.mark.parametrize("given", [{"tools": [{"type": "function"}]}, {"chat_template_kwargs": {"think": True}}])
+def test_what_a_template_does_not_read_is_refused_not_dropped(engine: Any, given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=r"The base's chat template does not read '(tools|think)'"):
+        engine.generate(GenerationRequest(messages=MESSAGES, **given))
+
+
 def test_an_answer_ends_with_the_adapters_own_end_token(
     engine: Any, tiny_base: Path, make_adapter: Any, tmp_path: Path
 ) -> None:

@@ -305,3 +305,13 @@ def test_a_tokenizer_without_offsets_gives_the_same_mask() -> None:
     ((_, slow),) = RowTokenizer(Slow(fast), ends=ends).examples(rows)  # type: ignore[arg-type]
     ((_, plain),) = RowTokenizer(fast, ends=ends).examples(rows)
     assert slow == plain
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_the_template_of_an_adapter_lays_out_the_same_within_its_limits(name: str) -> None:
+    rows = load_rows([{"messages": TWO_TURNS}])
+    own, other = make_tokenizer("bytes", TEMPLATES[name]), make_tokenizer("bytes", "{{ raise_exception('not mine') }}")
+    ends = ends_of(own, name)
+    plain = tokenize_rows(rows, own, max_length=999, ends=ends).table
+    bounded = tokenize_rows(rows, other, max_length=999, ends=ends, bounded_template=TEMPLATES[name]).table
+    assert plain["input_ids"] == bounded["input_ids"] and plain["labels"] == bounded["labels"]
