@@ -7,7 +7,7 @@ once: in front of a document, never in its middle, and the end token only where 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,12 +51,8 @@ def encode_texts(
 
 def without_gaps(offsets: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
     """Starts and ends without gaps: the white space that a byte-level tokenizer trims off belongs to its token."""
-    starts, ends, reached = [], [], 0
-    for start, end in offsets:
-        starts.append(min(start, reached))
-        reached = max(reached, end)
-        ends.append(reached)
-    return starts, ends
+    ends = list(accumulate((end for _, end in offsets), max))
+    return [min(start, reached) for (start, _), reached in zip(offsets, [0, *ends], strict=False)], ends
 
 
 def encode_in_parts(tokenizer: Any, text: str, cuts: Sequence[int]) -> EncodedText:

@@ -15,6 +15,7 @@ from adapterhub_lite.registry import AdapterRegistry
 from tests.docs.terminal import FENCE, PAGES, ROOT, Terminal, blocks, pages_with, shortened
 from tests.fixture_types import MakeAdapter
 
+DATA = ROOT / "docs" / "how-to" / "data.md"
 TUTORIAL, README = ROOT / "docs" / "tutorial.md", ROOT / "README.md"
 HUB = ROOT / "docs" / "how-to" / "private-hub.md"
 PRODUCTION = ROOT / "docs" / "how-to" / "production.md"
@@ -87,6 +88,15 @@ def test_the_page_on_production_runs(stocked_home: Path, terminal: Terminal, tmp
     shown = [terminal.type(code) for code in blocks(PRODUCTION, "bash")]
     assert '"share":0.1' in shown[1].replace(" ", "") and '"error"' not in shown[1]
     assert AdapterRegistry(stocked_home).aliases("sql")["prod"] == 3
+
+
+@pytest.mark.slow
+def test_the_page_on_data_runs_and_its_previews_are_those_shown(terminal: Terminal) -> None:
+    shown = "\n".join(terminal.type(code) for code in blocks(DATA, "bash"))
+    (preview,) = blocks(DATA, "text")
+    # The base of the tests begins no chat by itself; the two files give the same.
+    assert shown.count(preview[preview.index("<|im_start|>user") :].strip()) == 2
+    assert "\n2+2=⟦4<|im_end|>⟧" in shown and "⟦Two and two are four.<|im_end|>⟧" in shown
 
 
 @pytest.mark.slow

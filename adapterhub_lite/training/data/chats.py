@@ -310,8 +310,10 @@ class ChatLayout:
             named = turn["role"] != "assistant" or chat.weights[index] > 0
             for key, text in texts_of(turn) if named else ():
                 stripped = text.strip()
+                if key in self.ignore or any(stripped in one for one in texts):
+                    continue
                 quoted = json.dumps(stripped)[1:-1], json.dumps(stripped, ensure_ascii=False)[1:-1]
-                if key not in self.ignore and not any(form in one for one in texts for form in (stripped, *quoted)):
+                if not any(form in one for one in texts for form in quoted):
                     yield index, key, stripped
 
 

@@ -4,6 +4,7 @@ Each row comes with where it stands, so that whatever is wrong in it can be name
 CSV cell is text ("007", "NA"), and two rows of a JSONL file may hold different keys.
 """
 
+import codecs
 import csv
 import json
 from collections.abc import Iterator
@@ -44,8 +45,11 @@ def read_path(path: Path, split: str) -> Found:
 
 
 def _open_text(path: Path) -> TextIO:
-    # What Windows saves begins with a byte order mark; utf-8-sig takes it away, and reads files without one too.
-    return path.open(encoding="utf-8-sig", newline="")
+    # What Windows saves begins with a byte order mark, also Excel's "Unicode text"; utf-8-sig takes it away, and reads
+    # files without one too.
+    with path.open("rb") as file:
+        wide = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    return path.open(encoding="utf-16" if wide else "utf-8-sig", newline="")
 
 
 def read_json(path: Path) -> Found:
@@ -108,7 +112,7 @@ def lines_of(file: TextIO) -> Iterator[str]:
 
 
 def read_csv(path: Path) -> Found:
-    """Yield (where, row) of a CSV or TSV file; each cell is the text that is written in it."""
+    """Yield (where, row) of a CSV or TSV file; each cell is the text that is written in it. Empty rows are left out."""
     csv.field_size_limit(MOST_CELL_CHARACTERS)
     try:
         with _open_text(path) as file:
@@ -122,8 +126,8 @@ def read_csv(path: Path) -> Found:
             line = reader.line_num + 1
             for cells in reader:
                 where, line = f"{path}, line {line}", reader.line_num + 1
-                if not cells:
-                    continue
+                if not any(cells):
+                    continue  # spreadsheets export empty rows below their table
                 if len(cells) != len(names):
                     raise DataError(
                         f"{where}: expected {len(names)} cells as in the first line, found {len(cells)}. "

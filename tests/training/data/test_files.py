@@ -27,6 +27,8 @@ def rows_of(table: Dataset) -> list[dict[str, Any]]:
         ("array.json", json.dumps([PAIR, PAIR], indent=2).encode()),
         ("comma.csv", "prompt,completion\né,ü\né,ü\n".encode()),
         ("excel.csv", "\ufeffprompt;completion\r\né;ü\r\n\r\né;ü\r\n".encode()),
+        ("padded.csv", "prompt,completion\r\né,ü\r\n,\r\né,ü\r\n,\r\n,\r\n".encode()),
+        ("unicode.csv", "prompt\tcompletion\r\né\tü\r\né\tü\r\n".encode("utf-16")),
         ("tabs.tsv", "prompt\tcompletion\né\tü\né\tü".encode()),
     ],
 )
