@@ -111,7 +111,7 @@ TEMPLATES = [
     ("Jinja power of powers", "{{ 9 ** (9 ** 9) }}", BEYOND),
     ("Jinja power of what is asked", "{% set n = messages | length + 8 %}{{ n ** (n ** n) }}", BEYOND),
     ("Jinja repetition", "{{ 'x' * 9999999999 }}", BEYOND),
-    ("Jinja repetition that would fit", "{{ 'x' * 600000000 }}", BEYOND),
+    ("Jinja repetition that would fit", "{{ messages[0].role[:1] * 300000000 }}", BEYOND),
     ("Jinja width", "{{ '%9999999999d' % 1 }}", BEYOND),
     ("Jinja format", "{{ '{:>9999999999}'.format(1) }}", BEYOND),
     ("Jinja center", "{{ 'x'.center(9999999999) }}", BEYOND),
