@@ -65,6 +65,10 @@ class DataRecord(StrictModel):
     dropped: int = 0
 
 
+# Layouts of examples without a chat template around them.
+RAW_LAYOUTS = frozenset({"text", "completion"})
+
+
 class TextRecord(StrictModel):
     """How texts became tokens: what an adapter that is asked otherwise does not know.
 
@@ -78,6 +82,11 @@ class TextRecord(StrictModel):
     special_tokens: dict[str, str] = Field(default_factory=dict)
     layouts: dict[str, int] = Field(default_factory=dict)
     prefill: str = ""
+
+    @property
+    def of_chats(self) -> bool | None:
+        """Whether it learned answers to chat messages, not to raw text; None where nothing says it."""
+        return any(way not in RAW_LAYOUTS for way in self.layouts) if self.layouts else None
 
 
 class MemoryRecord(StrictModel):

@@ -56,6 +56,9 @@ def check_base(found: Inspection, base: ResolvedBase, *, differs: bool = False) 
     if relation == "unknown":
         what = f"calls it {named!r:.120}" if named else "does not name it"
         found.notes.append(f"whether {base.model_id!r:.120} is its base cannot be told: its configuration {what}")
+    revision = found.config.revision if found.config else None
+    if relation != "another" and is_commit(revision) and revision and base.revision not in (None, revision):
+        found.notes.append(f"its configuration names the base at commit {revision}, given is {base.revision}")
     return None if relation == "same" else named
 
 

@@ -216,3 +216,17 @@ def test_registry_verbs_load_no_torch(stocked: AdapterRegistry) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ),
                           cwd=stocked.home)  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_show_speaks_in_sentences_and_json_has_everything(stocked: AdapterRegistry, run: Run) -> None:
+    stocked.set_alias("sql", "prod", version=2)
+    manifest = stocked.resolve("sql@prod")
+    text = " ".join(run("show", "sql@prod").stdout.split())
+    assert f"sql:2 is a LoRA adapter for {manifest.base.id}." in text
+    assert f"changes {manifest.lora.modules_bound} of {manifest.lora.modules_total} modules with rank" in text
+    assert "sql@prod keeps it from gc" in text and "is not signed" in text and manifest.digest in text
+    assert "No alias, pin or server keeps it from gc" in " ".join(run("show", "sql:1").stdout.split())
+    assert "{" not in text and "None" not in text and "use_dora" not in text, "no dump of a record"
+    whole = json.loads(run("show", "sql@prod", "--json").stdout)
+    here = whole.pop("here")
+    assert whole == manifest.model_dump(mode="json") and here["aliases"] == ["prod"]

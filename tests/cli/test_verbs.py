@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -124,3 +125,25 @@ def test_the_installed_command_starts_and_ends_as_a_process(tmp_path: Path) -> N
     refused = subprocess.run([command, "show", "nothing"], capture_output=True, text=True, env=environment)
     assert refused.returncode == 2
     assert refused.stderr.startswith("Error: ")
+
+
+def test_a_dry_run_of_train_touches_no_file(tiny_base: Path, tmp_path: Path, run: Run, home: Path) -> None:
+    """Neither in the home, which is not even made, nor beside the base, nor where it was started."""
+    base, rows = tmp_path / "base", tmp_path / "rows.jsonl"
+    shutil.copytree(tiny_base, base, ignore=shutil.ignore_patterns(".*"))
+    rows.write_text('{"prompt": "2 + 2 = ", "completion": "4"}\n' * 4)
+    there = tmp_path / "not-there-yet"
+
+    def everything() -> dict[str, tuple[int, int]]:
+        return {
+            str(path): (path.stat().st_mtime_ns, path.stat().st_size) for root in (tmp_path, home, Path.cwd() / "runs")
+            for path in root.rglob("*")
+        }  # fmt: skip
+
+    before = everything()
+    for more in ((), ("--validation-split", "0.25"), ("--json",)):
+        words = ("train", "sums", "--data", str(rows), "--base", str(base), "--steps", "2", "--home", str(there), *more)
+        done = run(*words, "--dry-run")
+        assert done.returncode == 0, done.stderr
+        assert "Nothing was changed" in done.stderr or more == ("--json",)
+        assert everything() == before and not there.exists()

@@ -7,6 +7,8 @@ from typing import Any
 import yaml
 
 from adapterhub_lite.adapter_format.manifest import CARD_FILE, LOSS_FILE, AdapterManifest, EvaluationRecord
+from adapterhub_lite.bases.fingerprint import is_commit
+from adapterhub_lite.bases.resolve import EMBEDDED_BASES
 
 # What the hub takes for `base_model` and `datasets`: an id, never a path.
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]{0,95}(/[A-Za-z0-9][\w.\-]{0,95})?", re.ASCII)
@@ -85,18 +87,37 @@ def _summary(manifest: AdapterManifest) -> str:
 
 
 def _usage(manifest: AdapterManifest, repo_id: str) -> str:
-    base, tag = hub_id(manifest.base.id), f"v{manifest.version}"
+    """Two programs that run as they are, and ask as the adapter was trained: by chat messages, or by raw text."""
+    record, base, tag = manifest.training, hub_id(manifest.base.id), f"v{manifest.version}"
+    revision = f', revision="{manifest.base.revision}"' if is_commit(manifest.base.revision) else ""
+    chats = record.text.of_chats if record and record.text else None
+    embedded = (name for name, one in EMBEDDED_BASES.items() if one.base_model == manifest.base.id)
+    served = base if revision else next(embedded, base)
+    how = {True: "It was trained on chats: ask it with messages.\n\n",
+           False: "It was trained on raw text: ask it with a prompt, without the chat template.\n\n",
+           None: "What it was trained on is not recorded: ask it as it was trained, with messages or with a prompt.\n\n"}  # fmt: skip
+    if chats is False:
+        encoded, asked = 'tokenizer("...", return_tensors="pt")', 'prompt="..."'
+    else:
+        asked = 'messages=[{"role": "user", "content": "..."}]'
+        encoded = (
+            'tokenizer.apply_chat_template(\n    [{"role": "user", "content": "..."}], add_generation_prompt=True, '
+            'return_dict=True, return_tensors="pt"\n)'
+        )
     return f"""## How to use
 
-With plain PEFT:
+{how[chats]}With plain PEFT:
 
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained("{base}")
-tokenizer = AutoTokenizer.from_pretrained("{base}")
+base = AutoModelForCausalLM.from_pretrained("{base}"{revision})
+tokenizer = AutoTokenizer.from_pretrained("{base}"{revision})
 model = PeftModel.from_pretrained(base, "{repo_id}", revision="{tag}")
+asked = {encoded}
+answer = model.generate(**asked, max_new_tokens=64)[0, asked["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))
 ```
 
 With adapterhub-lite, which checks every byte and the base before it loads anything:
@@ -105,9 +126,10 @@ With adapterhub-lite, which checks every byte and the base before it loads anyth
 from adapterhub_lite import AdapterRegistry, GenerationRequest, InferenceEngine
 
 registry = AdapterRegistry()
-registry.pull("{repo_id}", revision="{tag}")
-with InferenceEngine.from_base("{base}", registry=registry) as engine:
-    print(engine.generate(GenerationRequest(prompt="...", adapter="{manifest.reference}")).text)
+adapter = registry.pull("{repo_id}", revision="{tag}").manifest.reference
+with InferenceEngine.from_base("{served}", registry=registry) as engine:
+    request = GenerationRequest({asked}, adapter=adapter, max_new_tokens=64)
+    print(engine.generate(request).text)
 ```
 """
 

@@ -19,6 +19,7 @@ from adapterhub_lite.bases import ResolvedBase, resolve_base
 from adapterhub_lite.bases.fit import inspect_adapter
 from adapterhub_lite.errors import AdapterRejectedError, BaseMismatchError
 from adapterhub_lite.registry import AdapterRegistry
+from tests.checkout import ROOT
 
 Change = Callable[[Path], None]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -79,21 +80,60 @@ UNSLOTH = (
     r"(?:q_proj|k_proj|v_proj|o_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:q_proj|k_proj)))"
 )
 LLAMA_CLASS = {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers.models.llama.modeling_llama"}
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 # As PEFT 0.2 wrote it.
 PEFT_0_2 = {
     "base_model_name_or_path": "tiny", "bias": "none", "enable_lora": None, "fan_in_fan_out": False, "inference_mode": True,
     "init_lora_weights": True, "lora_alpha": 8, "lora_dropout": 0.05, "merge_weights": False, "modules_to_save": None,
     "peft_type": "LORA", "r": 4, "target_modules": list(ATTENTION), "task_type": "CAUSAL_LM",
 }  # fmt: skip
+# The keys that releases of PEFT added to what they write, at their defaults.
+ADDED: dict[str, dict[str, Any]] = {
+    "0.4": {"layers_pattern": None, "layers_to_transform": None, "revision": None},
+    "0.5": {"auto_mapping": None},
+    "0.6": {"alpha_pattern": {}, "rank_pattern": {}},
+    "0.7": {"loftq_config": {}, "megatron_config": None, "megatron_core": "megatron.core"},
+    "0.8": {"use_rslora": False},
+    "0.9": {"use_dora": False},
+    "0.10": {"layer_replication": None},
+    "0.14": {"eva_config": None, "exclude_modules": None, "lora_bias": False},
+    "0.15": {"corda_config": None, "trainable_token_indices": None},
+    "0.16": {"qalora_group_size": 16, "use_qalora": False},
+    "0.17": {"target_parameters": None},
+    "0.18": {
+        "alora_invocation_tokens": None,
+        "arrow_config": None,
+        "ensure_weight_tying": False,
+        "peft_version": "0.18.0",
+    },
+}
+
+
+def peft_of(version: str) -> Change:
+    """The configuration as PEFT `version` wrote it: 0.3 to 0.20, by the keys that there were."""
+    kept = {key: value for key, value in PEFT_0_2.items() if key not in ("enable_lora", "merge_weights")}
+    for release, keys in ADDED.items():
+        if int(release[2:]) <= int(version[2:]):
+            kept |= keys
+    return only_config({**kept, **({"peft_version": f"{version}.0"} if "peft_version" in kept else {})})
+
+
 TORCHTUNE = {"r": 4, "lora_alpha": 8, "target_modules": list(ATTENTION), "peft_type": "LORA"}
 WRITERS: dict[str, Change] = {
     "PEFT 0.2": only_config(PEFT_0_2),
+    **{f"PEFT 0.{n}": peft_of(f"0.{n}") for n in range(3, 21)},
+    "PEFT 0.21": lambda folder: None,
     "PEFT without a task type": set_config(task_type=None, auto_mapping=LLAMA_CLASS),
     "PEFT of tomorrow": set_config(peft_version="0.99.0", use_tomorrow=False, tomorrow_config=None, tomorrow_list=[]),
     "PEFT with EVA": set_config(init_lora_weights="eva", eva_config={"rho": 2.0, "tau": 0.99}),
     "another task type": set_config(task_type="SEQ_2_SEQ_LM"),
     "features": set_config(task_type="FEATURE_EXTRACTION"),
-    "TRL": beside(tokenizer__json=b"{}", training_args__bin=b"x", chat_template__jinja=b"x", README__md=b"# card\n"),
+    "TRL": beside(
+        tokenizer__json=b"{}", training_args__bin=b"x", chat_template__jinja=CHATML.encode(), README__md=b"# card\n"
+    ),
     "Axolotl": beside(README__md=b"---\nlibrary_name: peft\n---\n<details><summary>config</summary></details>\n"),
     "LLaMA-Factory": beside(all_results__json=b"{}", training_loss__png=b"x", trainer_log__jsonl=b"{}"),
     "Unsloth": set_config(target_modules=UNSLOTH, auto_mapping={**LLAMA_CLASS, "unsloth_fixed": True}),
@@ -150,6 +190,12 @@ REFUSED: dict[str, tuple[Change, str]] = {
         "names a library to import",
     ),
     "Kohya": (renamed(lambda n: "lora_unet_" + n.replace(".", "_") + ".lora_down.weight"), "Kohya"),
+    "diffusers of a transformer": (
+        renamed(lambda n: n.replace("base_model.model.model.layers.", "transformer.transformer_blocks.")),
+        "diffusers",
+    ),
+    "diffusers of old": (renamed(lambda n: n.replace("lora_A.weight", "lora.down.weight")), "diffusers"),
+    "another method": (set_config(peft_type="IA3"), "of the kind 'IA3'; only LoRA"),
     "diffusers": (renamed(lambda n: n.replace("base_model.model.", "unet.")), "diffusers"),
     "LyCORIS": (renamed(lambda n: n.replace("lora_A.weight", "lora_down.weight")), "LyCORIS"),
     "two adapters": (
@@ -359,3 +405,37 @@ def test_the_base_is_told_apart_by_its_name(
     manifest = registry.add(folder, "x", base=base, tell=heard.append)
     assert any("cannot be told" in line for line in heard) is (said == "unknown")
     assert (manifest.base.named is None) is (said == "same" or named is None)
+
+
+# Rows of the table in docs/how-to/from-trl-or-peft.md, and the tests that hold them.
+ROWS: dict[str, tuple[str, ...]] = {
+    "PEFT 0.2 to 0.21": (*(f"PEFT 0.{n}" for n in range(2, 22)), "PEFT without a task type", "PEFT with EVA", "patterns", "exclusion"),
+    "a later PEFT": ("PEFT of tomorrow", "a key set to something"),
+    "TRL, Axolotl, LLaMA-Factory": (
+        "TRL", "Axolotl", "LLaMA-Factory", "test_a_run_folder_gives_its_best_or_newest_checkpoint",
+    ),
+    "LLaMA-Factory with `modules_to_save`, resized or saved embeddings": (
+        "test_a_frozen_copy_of_the_head_is_dropped_and_a_trained_one_refused",
+    ),
+    "Unsloth": ("Unsloth", "test_the_base_is_told_apart_by_its_name"),
+    "torchtune": ("torchtune",),
+    "`torch.compile`, FSDP, DDP, checkpointing around the model": (
+        "torch.compile", "FSDP", "DDP", "checkpointing", "the adapter's own name",
+    ),
+    "MLX (`adapters.safetensors`)": ("test_an_adapter_of_mlx_is_converted",),
+    "llama.cpp (GGUF LoRA)": ("test_an_adapter_of_llama_cpp_is_converted",),
+    "`adapter_model.bin`": ("pickled", "test_a_pickle_is_converted_where_that_is_asked_for"),
+    "zip, tar, tar.gz": ("test_an_archive_is_taken",),
+    "a repository on a hub": (),  # tests/registry/hub
+    "Kohya, LyCORIS, diffusers; prefix tuning, IA3, OFT": (
+        "Kohya", "LyCORIS", "diffusers", "diffusers of a transformer", "diffusers of old", "another method",
+    ),
+}  # fmt: skip
+
+
+def test_every_row_of_the_documented_table_is_tested() -> None:
+    page = (ROOT / "docs" / "how-to" / "from-trl-or-peft.md").read_text()
+    table = page.split("| written by |")[1].split("\n\n")[0].splitlines()[2:]
+    assert [row.split(" | ")[0].removeprefix("| ") for row in table] == list(ROWS)
+    known = {*WRITERS, *REFUSED, *(name for name in globals() if name.startswith("test_"))}
+    assert {name for names in ROWS.values() for name in names} <= known

@@ -1,8 +1,12 @@
 """The card is made from the manifest, and valid whatever stands in it."""
 
+import hashlib
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -13,11 +17,19 @@ from huggingface_hub import HfApi, ModelCard, snapshot_download
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapterhub_lite.adapter_format.manifest import LOSS_FILE
+from adapterhub_lite.adapter_format.manifest import (
+    LOSS_FILE,
+    BaseRecord,
+    DataRecord,
+    MemoryRecord,
+    TextRecord,
+    TrainingRecord,
+)
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.hub_server import HubServer
 from adapterhub_lite.registry import AdapterManifest, AdapterRegistry
 from adapterhub_lite.registry.hub.card import HUB_ID, card_files, card_metadata, draw_loss, hub_id, render_card
+from tests.checkout import ROOT
 
 
 @pytest.fixture
@@ -159,3 +171,40 @@ def test_the_picture_is_published_and_goes_with_the_version_that_has_none(
     )
     again = registry.add(found, "again", base=base)
     assert again.digest == registry.resolve("sql:1").digest, "a copy of the repository is an adapter folder"
+
+
+RAW, CHATS = {"completion": 3, "text": 1}, {"whole": 2, "completion": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layouts", "asked"), [(RAW, "prompt="), (CHATS, "messages="), ({}, "messages=")])
+def test_its_programs_run_and_ask_as_it_was_trained(
+    layouts: dict[str, int], asked: str, registry: AdapterRegistry, adapter: Path, base: ResolvedBase,
+    hub_server: HubServer, tmp_path: Path,
+) -> None:  # fmt: skip
+    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
+    template = hashlib.sha256((base.folder / "chat_template.jinja").read_bytes()).hexdigest()
+    record = TrainingRecord(
+        base=BaseRecord(id=base.model_id, fingerprint=base.fingerprint, parts=base.parts),
+        data=DataRecord(id="rows", rows=3, fingerprint="0" * 64), text=TextRecord(layouts=layouts), seeds={},
+        template_digest=template, hyperparameters={}, packages={}, preset="lora-fp32", loss_backend={},
+        memory=MemoryRecord(measured_peak_bytes=1), hardware={}, steps=1, wall_seconds=1.0,
+    )  # fmt: skip
+    (folder / "training_record.json").write_text(record.model_dump_json())
+    registry.add(folder, "other-name", base=base)
+    registry.push("other-name", "org/sql-lora", endpoint=hub_server.url)
+    card = render_card(registry.resolve("other-name"), "org/sql-lora")
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert asked in blocks[1] and ("apply_chat_template" in blocks[0]) is (asked == "messages=")
+    said = {
+        "prompt=": "It was trained on raw text",
+        "messages=": "It was trained on chats" if layouts else "not recorded",
+    }
+    assert said[asked] in card
+    environment = {**os.environ, "HF_ENDPOINT": hub_server.url, "ADAPTERHUB_HOME": str(tmp_path / "there"),
+                   "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf")}  # fmt: skip
+    # The base's name in the card is the folder's.
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", "\n".join(blocks)], cwd=base.folder.parent,
+                          env=environment, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert AdapterRegistry(tmp_path / "there").resolve("sql-lora:1").published() == registry.resolve("other-name")
