@@ -170,7 +170,9 @@ def test_a_checkpoint_is_written_once_and_holds_nothing_of_the_base(engine: str,
     state = {"optimizer.pt"} if engine == "ddp" else {"whole_state.safetensors"}
     assert names == state | {
         "adapter_config.json", "adapter_model.safetensors", "hashes.json", "scheduler.pt", "trainer_state.json",
-        "rng_state_0.pth", "rng_state_1.pth",
+        "rng_state_0.pth", "rng_state_1.pth", "training_record.json",
+        # What others look for beside the weights.
+        "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "training_args.bin",
     }  # fmt: skip
     adapter = sum(tensor.numel() for tensor in runs.adapter(engine).values())
     assert sum(tensor.numel() for tensor in load_file(checkpoint / "adapter_model.safetensors").values()) == adapter
