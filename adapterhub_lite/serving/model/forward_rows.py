@@ -95,8 +95,11 @@ class RowForward:
         return {}
 
     def move(self, source: int, target: int, _length: int) -> None:
-        """Hand the state of row `source` to row `target`."""
-        self._states[target] = self._states.pop(source)
+        """Hand the state of row `source` to row `target`; there is none before a row's first step."""
+        state = self._states.pop(source, None)
+        self.spoil(target)
+        if state is not None:
+            self._states[target] = state
 
     def spoil(self, row: int) -> None:
         """Forget a row's state."""
