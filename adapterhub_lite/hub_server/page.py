@@ -102,6 +102,8 @@ class Pages:
         return self._repository(request, view, unquote(rev))
 
     def _repository(self, request: Request, view: str, revision: str) -> HTMLResponse:
+        if request.path_params["name"] == "resolve":  # a file of `squad`, an id without an owner
+            raise HubRefusal(404, "Repository not found", "RepoNotFound")
         if view not in ("tree", "commit"):
             raise HubRefusal(404, "There is no such page.")
         repo = self.hub.readable(request)

@@ -99,6 +99,14 @@ def repo_key(kind: str, repo_id: str) -> str:
     return repo_id if kind == "model" else f"{kind}s/{repo_id}"
 
 
+def is_name(repo_id: str) -> bool:
+    """Whether a repository may be called so."""
+    owner, _, name = repo_id.partition("/")
+    if not NAME.fullmatch(repo_id) or ".git/" in f"{repo_id}/".lower() or owner.lower() in RESERVED:
+        return False
+    return not ("--" in repo_id or ".." in repo_id or owner[-1] in ".-" or name[-1] in ".-")
+
+
 def check_path(path: str) -> None:
     """Refuse with 400 what cannot be a file's path on every client's disk: Windows reads `..\\x` and `C:x` too."""
     segments = path.split("/")
@@ -173,9 +181,7 @@ class HubStore:
 
     def _folder(self, key: str) -> Path:
         kind, repo_id = ("dataset", key.removeprefix("datasets/")) if key.count("/") == 2 else ("model", key)
-        owner, _, name = repo_id.partition("/")
-        bad = not NAME.fullmatch(repo_id) or ".git/" in f"{repo_id}/".lower() or owner.lower() in RESERVED
-        if bad or "--" in repo_id or ".." in repo_id or owner[-1] in ".-" or name[-1] in ".-":
+        if not is_name(repo_id):
             raise HubRefusal(400, f"{repo_id!r:.120} is not a valid name, owner/name, for a repository.")
         return self.root / FOLDERS[kind] / repo_id
 
@@ -196,7 +202,9 @@ class HubStore:
         return [repo for key in keys if (repo := self.find(key)) is not None]
 
     def find(self, key: str) -> Repo | None:
-        """The repository under exactly this key, or None."""
+        """The repository under exactly this key, or None, also for what no repository is called."""
+        if not is_name(key.removeprefix("datasets/") if key.count("/") == 2 else key):
+            return None
         try:
             raw = json.loads((self._folder(key) / "repo.json").read_text())
         except (FileNotFoundError, NotADirectoryError):
@@ -207,6 +215,8 @@ class HubStore:
 
     def elsewhere(self, key: str) -> str | None:
         """The key that a repository has now that was renamed, or is written with other capitals; None for neither."""
+        if not is_name(key.removeprefix("datasets/") if key.count("/") == 2 else key):
+            return None
         for _ in range(10):
             try:
                 key = str(json.loads((self._folder(key) / "moved.json").read_text())["to"])
@@ -223,6 +233,7 @@ class HubStore:
 
     def create(self, key: str, private: bool, files: Files | None = None, title: str = "initial commit") -> bool:
         """Create the repository with a first commit on `main`; False when it, or one with other capitals, exists."""
+        self._folder(key)  # refuses what is no name, before anything is written
         with self.lock:
             other = self.elsewhere(key)
             if self.find(key) or (other and other.lower() == key.lower()):

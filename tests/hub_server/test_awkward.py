@@ -105,6 +105,16 @@ def test_no_owner_has_the_address_of_something_else(api: HfApi, owner: str) -> N
         api.create_repo(f"{owner}/repo")
 
 
+@pytest.mark.parametrize("name", ["squad", "org/a--b", "datasets/squad", "api/models"])
+@KINDS
+def test_what_no_repository_is_called_is_not_there(hub_server: HubServer, kind: str, name: str, tmp_path: Path) -> None:
+    """`datasets` asks for `squad` at `/datasets/squad/resolve/...`, which is not the repository of an owner `datasets`."""
+    prefix = "" if kind == "model" else "datasets/"
+    for address in (f"/{prefix}{name}/resolve/main/a.txt", f"/api/{kind}s/{name}", f"/api/{kind}s/{name}/tree/main"):
+        answer = httpx.get(hub_server.url + address)
+        assert answer.status_code in (401, 404) and answer.headers["x-error-code"] == "RepoNotFound", address
+
+
 @KINDS
 def test_what_would_be_ignored_is_refused(api: HfApi, kind: str) -> None:
     api.create_repo("org/repo", repo_type=kind)
