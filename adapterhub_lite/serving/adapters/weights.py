@@ -53,9 +53,7 @@ def find_families(model: PreTrainedModel) -> tuple[Family, ...]:
     for path, module in model.named_modules():
         if module is head:
             continue
-        if isinstance(module, nn.Linear) and (
-            type(module).forward is nn.Linear.forward or type(module).__module__.startswith("bitsandbytes.")
-        ):
+        if isinstance(module, nn.Linear) and _is_product(module):
             shape = module.in_features, module.out_features
         elif isinstance(module, Conv1D):
             shape = module.nx, module.nf
@@ -66,6 +64,21 @@ def find_families(model: PreTrainedModel) -> tuple[Family, ...]:
     return tuple(
         Family(place if places[place] == 1 else f"{place} {outs}x{ins}", ins, outs, tuple(paths))
         for (place, ins, outs), paths in found.items()
+    )
+
+
+def _is_product(module: nn.Linear) -> bool:
+    """Whether the module computes x W^T + b: some derive from `nn.Linear` and return a choice of experts with it."""
+    if type(module).forward is nn.Linear.forward or type(module).__module__.startswith("bitsandbytes."):
+        return True
+    probe = torch.ones(1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
+    try:
+        with torch.no_grad():
+            out = module(probe)
+    except Exception:  # whatever a family's own forward wants besides
+        return False
+    return isinstance(out, torch.Tensor) and torch.allclose(
+        out, nn.functional.linear(probe, module.weight, module.bias)
     )
 
 

@@ -439,10 +439,17 @@ class NativeAttention:
 
 def token_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
     """Bytes that the keys and values of one token take in all layers, as far as a configuration says."""
+    layers = getattr(config, "per_layer_config", None)
+    if layers is not None:  # heads differ from layer to layer
+        return sum(_layer_bytes(layer, dtype) for layer in layers)
+    return _layer_bytes(config, dtype) * int(config.num_hidden_layers)
+
+
+def _layer_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
     heads = getattr(config, "num_attention_heads", None) or 1
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return 2 * int(kv_heads) * int(head_dim) * int(config.num_hidden_layers) * dtype.itemsize
+    return 2 * int(kv_heads) * int(head_dim) * dtype.itemsize
 
 
 def free_memory(device: torch.device) -> int:

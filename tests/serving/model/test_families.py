@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from adapterhub_lite.errors import AdapterRejectedError
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
 from adapterhub_lite.serving.adapters.weights import find_families
 from adapterhub_lite.serving.model.runner import ForwardKind
@@ -85,9 +86,10 @@ class Own:
 FOUND: dict[str, str] = {}  # family -> how it is served
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`:UserWarning")
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match any targeted module:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys did not match any targeted module:RuntimeWarning")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_is_served_as_its_own_generate_answers(family: str, tmp_path: Path, byte_tokenizer: Any) -> None:
     try:
@@ -100,6 +102,15 @@ def test_a_family_is_served_as_its_own_generate_answers(family: str, tmp_path: P
     adapters = [plain_adapter(base, tmp_path / f"r{rank}", rank, rank) for rank in (8, 4)]
     own.take(adapters)
     with InferenceEngine.from_base(base, dtype="float32", end_tokens=frozenset(), device="cpu") as engine:
+        FOUND[family] = engine.status().forward
+        try:
+            for adapter in adapters:
+                engine.load(adapter)
+        except AdapterRejectedError as error:
+            # PEFT puts LoRA on the experts' parameters, or names modules otherwise than the base's files do.
+            assert "target_parameters" in str(error) or "(0 of 0 modules)" in str(error)
+            FOUND[family] += "; the base alone"
+            adapters = []
         asked = [
             (
                 adapter,
@@ -110,21 +121,20 @@ def test_a_family_is_served_as_its_own_generate_answers(family: str, tmp_path: P
             for (prompt, written), adapter in itertools.product(zip(PROMPTS, WRITTEN, strict=True), [None, *adapters])
         ]
         answers = [handle.result() for *_, handle in asked]
-        FOUND[family] = engine.status().forward
     for (adapter, prompt, written, _), answer in zip(asked, answers, strict=True):
         expected = own.answer(adapter, byte_tokenizer.encode(prompt), written)
         assert list(answer.token_ids) == expected, (family, adapter, prompt)
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 def test_the_table_in_the_docs_is_what_was_found() -> None:
     """The page is written with ADAPTERHUB_WRITE_DOCS=1; what stands in it must be so."""
     if FOUND.keys() != FAMILIES.keys():
         pytest.skip("only some families were tried")
-    assert sum(how in set(ForwardKind) for how in FOUND.values()) >= 60
+    assert sum(how in set(ForwardKind) for how in FOUND.values()) >= 60, "served with adapters"
     page = ROOT / "docs" / "bases.md"
     head, mark, table = page.read_text().partition("| family | served |\n|---|---|\n")
-    rows = [f"| {family} | {how} |\n" for family, how in sorted(FOUND.items())]
+    rows = [f"| {family} | {how} |\n" for family, how in sorted(FOUND.items()) if not how.startswith("transformers")]
     if os.environ.get("ADAPTERHUB_WRITE_DOCS"):
         page.write_text(head + mark + "".join(rows))
     else:
