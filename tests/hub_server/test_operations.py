@@ -380,6 +380,19 @@ api.create_repo("org/lines", repo_type="dataset")
 content = b"".join(b'{"text": "row %d"}\\n' % n for n in range(5))
 api.upload_file(path_or_fileobj=content, path_in_repo="train.jsonl", repo_id="org/lines", repo_type="dataset")
 assert len(datasets.load_dataset("org/lines", split="train")) == 5
+other = datasets.Dataset.from_list([{"n": 1}, {"n": 2}])
+other.push_to_hub("org/rows", config_name="other", split="validation", token=False)
+assert datasets.get_dataset_config_names("org/rows", token=False) == ["default", "other"]
+assert datasets.get_dataset_split_names("org/rows", "other", token=False) == ["validation"]
+assert datasets.load_dataset_builder("org/rows", "other", token=False).info.splits["validation"].num_examples == 2
+api.create_branch("org/rows", branch="dev", repo_type="dataset")
+other.select([0]).push_to_hub("org/rows", config_name="other", split="validation", revision="dev", token=False)
+for revision, count in (("dev", 1), ("main", 2)):
+    assert len(datasets.load_dataset("org/rows", "other", split="validation", revision=revision)) == count
+api.upload_file(path_or_fileobj=b"a,b\\n1,2\\n", path_in_repo="x/t.csv", repo_id="org/lines", repo_type="dataset")
+assert datasets.load_dataset("org/lines", data_files="x/*.csv", split="train")[:] == {"a": [1], "b": [2]}
+streamed = datasets.load_dataset("csv", data_files="hf://datasets/org/lines/x/t.csv", split="train", streaming=True)
+assert list(streamed) == [{"a": 1, "b": 2}]
 assert len(load_rows("org/lines")) == 5 and len(load_rows("org/rows")) == 20
 print("all right")
 """
