@@ -147,3 +147,6 @@ def test_a_dry_run_of_train_touches_no_file(tiny_base: Path, tmp_path: Path, run
         assert done.returncode == 0, done.stderr
         assert "Nothing was changed" in done.stderr or more == ("--json",)
         assert everything() == before and not there.exists()
+    done = run("train", "sums", "--data", str(rows), "--steps", "2", "--home", str(there), "--dry-run")
+    assert "Would fetch smollm2-135m, which is not here yet, then train sums" in done.stderr
+    assert everything() == before and not there.exists(), "a base is fetched by a run, not by a rehearsal of one"

@@ -2,7 +2,9 @@
 
 from dataclasses import asdict
 
+from adapterhub_lite.bases.resolve import EMBEDDED_BASES
 from adapterhub_lite.cli.output import say, would
+from adapterhub_lite.home import adapterhub_home
 from adapterhub_lite.training.settings import TYPICAL_LENGTH, TrainingRecipe
 
 
@@ -21,9 +23,20 @@ def rehearse(
     from adapterhub_lite.memory import plan_memory
     from adapterhub_lite.training.data.lengths import measure_rows
 
-    lengths = measure_rows(base, data, max_length=recipe.max_length, settings=recipe) if data is not None else None
+    length = f"{recipe.steps} steps" if recipe.steps > 0 else f"{recipe.epochs:g} epochs"
+    act = f"train {name} for {length} of {recipe.batch_size} x {recipe.accumulation} from {rows} rows of {data_id} on {base}"
+    source = base
+    if base in EMBEDDED_BASES:
+        made = adapterhub_home(home) / "bases" / base
+        if not (made / "config.json").is_file():
+            # Lengths and plan need its tokenizer and its configuration.
+            return would(
+                f"fetch {base}, which is not here yet, then {act}", as_json, rows=rows, settings=asdict(recipe)
+            )
+        source = str(made)
+    lengths = measure_rows(source, data, max_length=recipe.max_length, settings=recipe) if data is not None else None
     plan = plan_memory(
-        base,
+        source,
         batch_size=recipe.batch_size,
         sequence_length=lengths.of_step(recipe.batch_size) if lengths else recipe.max_length or TYPICAL_LENGTH,
         world_size=devices,
@@ -36,10 +49,8 @@ def rehearse(
         if lengths:
             say(lengths.described())
         say(plan.described())
-    length = f"{recipe.steps} steps" if recipe.steps > 0 else f"{recipe.epochs:g} epochs"
     would(
-        f"train {name} for {length} of {recipe.batch_size} x {recipe.accumulation} from {rows} rows of "
-        f"{data_id} on {base}, with the preset {plan.preset.name}, on {devices} device{'s' if devices > 1 else ''}",
+        f"{act}, with the preset {plan.preset.name}, on {devices} device{'s' if devices > 1 else ''}",
         as_json,
         rows=rows,
         preset=plan.preset.name,
