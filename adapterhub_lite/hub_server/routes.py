@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Annotated
 from urllib.parse import parse_qs, unquote
 
-import pathspec
 import yaml
 from fastapi import Query, Request
 from fastapi.responses import JSONResponse
@@ -30,6 +29,7 @@ from adapterhub_lite.hub_server.bodies import (
     Squash,
 )
 from adapterhub_lite.hub_server.hub import Hub, key_of
+from adapterhub_lite.hub_server.ignore import ignored_files
 from adapterhub_lite.hub_server.info import (
     Json,
     describe,
@@ -297,11 +297,12 @@ class Api:
         patterns = body.gitIgnore
         if patterns is None and ignore and ignore.size <= REGULAR_BYTES:
             patterns = self.store.blob(ignore.sha256).read_text(errors="replace")
-        ignored = pathspec.GitIgnoreSpec.from_lines((patterns or "").splitlines())
         for file in body.files:
             check_path(file.path)
+        ignored = set(ignored_files(patterns or "", [file.path for file in body.files]))
+        for file in body.files:
             large = file.path.endswith(LARGE_SUFFIXES) or file.size > REGULAR_BYTES
-            leave_out = ignored.match_file(file.path)
+            leave_out = file.path in ignored
             mode: Json = {"path": file.path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": leave_out}
             old = have.get(file.path)
             told.append(mode | ({"oid": old.sha256 if old.lfs else old.oid} if old else {}))
