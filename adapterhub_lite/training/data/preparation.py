@@ -28,6 +28,7 @@ from adapterhub_lite.training.data.tokenization import (
     RowTokenizer,
     TokenizedRows,
     Tokens,
+    token_columns,
     tokenize_rows,
 )
 from adapterhub_lite.training.distributed.launch import launched
@@ -184,12 +185,7 @@ class Preparation:
             found = list(
                 fitted.fit((f"row {before + i}", tokens_of(row, f"row {before + i}")) for i, row in enumerate(rows))
             )
-            values = {
-                "input_ids": [tokens.ids for tokens in found],
-                "labels": [tokens.labels for tokens in found],
-                "length": [len(tokens.ids) for tokens in found],
-                WEIGHTS_COLUMN: [tokens.weights for tokens in found],
-            }
+            values = token_columns(found)
             writer.write({name: values[name] for name in writer.names})
             before += len(rows)
         return TokenizedRows(writer.finish(), fitted.truncated, fitted.dropped)

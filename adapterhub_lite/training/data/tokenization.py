@@ -351,12 +351,7 @@ def tokenize_rows(
         named = named_rows(batch)
         found = list(fitted.fit(maker.examples(named)))
         weighted = weighted or any(weight != 1.0 for tokens in found for weight in tokens.weights)
-        values = {
-            "input_ids": [tokens.ids for tokens in found],
-            "labels": [tokens.labels for tokens in found],
-            "length": [len(tokens.ids) for tokens in found],
-            WEIGHTS_COLUMN: [tokens.weights for tokens in found],
-        }
+        values = token_columns(found)
         writer.write({name: values[name] for name in columns})
         done += len(named)
         if progress is not None:
@@ -371,6 +366,16 @@ def tokenize_rows(
     return TokenizedRows(
         table.remove_columns(unneeded), fitted.truncated, fitted.dropped, dict(maker.ways), maker.prefill()
     )
+
+
+def token_columns(found: Sequence[Tokens]) -> dict[str, list[Any]]:
+    """The columns of a tokenised table, of examples."""
+    return {
+        "input_ids": [tokens.ids for tokens in found],
+        "labels": [tokens.labels for tokens in found],
+        "length": [len(tokens.ids) for tokens in found],
+        WEIGHTS_COLUMN: [tokens.weights for tokens in found],
+    }
 
 
 def named_rows(batch: Mapping[str, Sequence[Any]]) -> list[tuple[str, dict[str, Any]]]:
