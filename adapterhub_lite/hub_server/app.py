@@ -88,6 +88,14 @@ def create_app(
             raise HubRefusal(404, "Repository not found", "RepoNotFound")
         raise HubRefusal(404, "There is no such page.") if request.method in ("GET", "HEAD") else unsupported(request)
 
+    add_refusals(app)
+    app.add_middleware(RawPath)
+    return app
+
+
+def add_refusals(app: FastAPI) -> None:
+    """Turn refusals, malformed requests and moved repositories into answers."""
+
     @app.exception_handler(HubRefusal)
     async def refused(request: Request, refusal: HubRefusal) -> Response:
         plain = re.sub(r"[\x00-\x1f\x7f]+", " ", str(refusal)).strip()  # what a header may hold
@@ -119,6 +127,3 @@ def create_app(
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         return await refused(request, HubRefusal(400, f"The request is malformed: {where}: {first['msg']}."))
-
-    app.add_middleware(RawPath)
-    return app

@@ -27,9 +27,9 @@ from adapterhub_lite.hub_server.bodies import (
     Preupload,
     Settings,
     Squash,
+    ignored_files,
 )
 from adapterhub_lite.hub_server.hub import Hub, key_of
-from adapterhub_lite.hub_server.ignore import ignored_files
 from adapterhub_lite.hub_server.info import (
     Json,
     describe,

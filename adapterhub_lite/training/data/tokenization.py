@@ -336,12 +336,7 @@ def tokenize_rows(
             has no chat template, or one that the row does not come out of whole.
     """
     maker = RowTokenizer(
-        tokenizer,
-        ends=ends,
-        arguments=arguments,
-        ignore=ignore,
-        learning=learning,
-        bounded_template=bounded_template,
+        tokenizer, ends=ends, arguments=arguments, ignore=ignore, learning=learning, bounded_template=bounded_template
     )
     fitted = Fitted(Limits(max_length, overlong, unlearnable))
     # A column that is rarely there: only files that speak of weights can need it.

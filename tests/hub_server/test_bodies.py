@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapterhub_lite.hub_server.ignore import ignored_files
+from adapterhub_lite.hub_server.bodies import ignored_files
 from adapterhub_lite.hub_server.store import HubRefusal
 
 PIECES = st.sampled_from(["*", "**", "/", "a", "b", "?", "[ab]", "!", "#", ".", "ab"])
@@ -28,6 +28,6 @@ def test_a_pattern_that_others_never_come_back_from_is_matched() -> None:
 
 
 def test_what_takes_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adapterhub_lite.hub_server.ignore.MOST_SECONDS", -1.0)
+    monkeypatch.setattr("adapterhub_lite.hub_server.bodies.MOST_SECONDS", -1.0)
     with pytest.raises(HubRefusal, match="too long"):
         ignored_files("*.pyc", ["a.py"] * 10)
