@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapterhub_lite.adapter_format.manifest import EvaluationRecord
 from adapterhub_lite.bases import ResolvedBase, resolve_base
@@ -23,9 +23,7 @@ from adapterhub_lite.serving import GenerationRequest, InferenceEngine
 from adapterhub_lite.serving.adapters.pool import FoundAdapters
 from adapterhub_lite.serving.adapters.sources import RegistrySource
 from adapterhub_lite.tasks import Row, get_task
-
-if TYPE_CHECKING:
-    from adapterhub_lite.training.settings import RowSettings
+from adapterhub_lite.training.settings import RowSettings
 
 Rows = Sequence[Row | dict[str, Any]]
 Metric = Callable[[str, str], float]
@@ -44,7 +42,7 @@ class Comparison:
 
 
 def evaluation_rows(
-    data: str | None, task: str | None, limit: int, settings: "RowSettings | None" = None
+    data: str | None, task: str | None, limit: int, settings: RowSettings | None = None
 ) -> list[dict[str, Any]]:
     """Return at most `limit` rows: from a data set, read as training reads it, or the held-out rows of an example task.
 
@@ -53,7 +51,6 @@ def evaluation_rows(
         DataError: the data cannot be used.
     """
     from adapterhub_lite.training.recipe import read_rows
-    from adapterhub_lite.training.settings import RowSettings
 
     if (data is None) == (task is None):
         raise ConfigurationError("Give either --data (a JSONL file or a Hub id) or --task (an example task).")
@@ -102,7 +99,7 @@ def measure(
     *,
     max_new_tokens: int,
     home: str | None = None,
-    settings: "RowSettings | None" = None,
+    settings: RowSettings | None = None,
 ) -> list[Comparison]:
     """Compare base and adapter on `rows` by each of `metrics`, loading the base as often as they need it.
 
@@ -164,7 +161,7 @@ def compare_losses(
     manifest: AdapterManifest,
     base: ResolvedBase,
     rows: Rows,
-    settings: "RowSettings | None" = None,
+    settings: RowSettings | None = None,
 ) -> list[Comparison]:
     """`loss` (nats per token, over the tokens that training learns from) and `perplexity`, its exponential.
 
@@ -176,7 +173,6 @@ def compare_losses(
     from adapterhub_lite.training.data.preparation import Preparation
     from adapterhub_lite.training.data.shapes import Columns
     from adapterhub_lite.training.data.tokenization import Limits
-    from adapterhub_lite.training.settings import RowSettings
 
     chosen = settings or RowSettings()
     files = RegistrySource(registry).locate(manifest.reference)

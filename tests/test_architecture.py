@@ -43,6 +43,7 @@ LEVELS = {
         ("arguments", "evaluation"),
         ("data", "model", "distributed"),
         ("run",),
+        ("samples",),
         ("trainer",),
         ("recipe",),
         ("sweep",),

@@ -71,3 +71,8 @@ def short(digest: str) -> str:
 def megabytes(size: int) -> str:
     """A number of bytes, in MB."""
     return f"{size / 1e6:.1f} MB"
+
+
+def shown_number(value: float | None) -> str:
+    """A measured value with four significant digits."""
+    return "not measured" if value is None else f"{value:.4g}"

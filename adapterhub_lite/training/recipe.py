@@ -20,7 +20,7 @@ from adapterhub_lite.tasks import get_task
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
 from adapterhub_lite.training.data.held_out import row_digests, split_rows, without_rows_of
 from adapterhub_lite.training.data.rows import columns_of, is_checked, load_rows
-from adapterhub_lite.training.run.samples import SampleCallback
+from adapterhub_lite.training.samples import SampleCallback
 from adapterhub_lite.training.settings import REPORTERS, RowSettings, TrainingRecipe
 from adapterhub_lite.training.trainer import AdapterTrainer
 

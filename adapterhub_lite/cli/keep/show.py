@@ -1,14 +1,20 @@
 """`list`, `show` and `diff`: what the registry contains, and how two versions differ."""
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from adapterhub_lite.cli.output import HomeOption, JsonOption, megabytes, print_json, print_table, say, short
-
-if TYPE_CHECKING:
-    from adapterhub_lite.registry.operations.list import AdapterDetails
+from adapterhub_lite.cli.output import (
+    HomeOption,
+    JsonOption,
+    megabytes,
+    print_json,
+    print_table,
+    say,
+    short,
+    shown_number,
+)
 
 
 def list_adapters(
@@ -59,6 +65,7 @@ def show(
 
     Example: `adapterhub-lite show sql@prod --json`
     """
+    from adapterhub_lite.cli.keep.sentences import sentences
     from adapterhub_lite.registry import AdapterRegistry
 
     details = AdapterRegistry(home).show(reference)
@@ -78,49 +85,6 @@ def show(
     print_table(
         "Files", ("name", "size", "sha256"), [(n, megabytes(f.size), f.sha256) for n, f in manifest.files.items()]
     )
-
-
-def sentences(details: "AdapterDetails") -> list[str]:
-    """What a version is, in plain sentences: base, LoRA, training, where it came from, and what holds it here."""
-    manifest = details.manifest
-    lora, base, record, origin = manifest.lora, manifest.base, manifest.training, manifest.origin
-    said = [
-        f"{manifest.reference} is a LoRA adapter for {base.id}" + (f", for {manifest.task}." if manifest.task else ".")
-    ]
-    kinds = [word for on, word in ((lora.use_dora, "DoRA"), (lora.use_rslora, "rsLoRA")) if on]
-    said.append(
-        f"It changes {lora.modules_bound} of {lora.modules_total} modules with rank {lora.rank} and alpha {lora.alpha:g}, "
-        f"scaled by {lora.scaling:g}" + (f" ({', '.join(kinds)})." if kinds else ".")
-    )
-    at = f"commit {base.revision}, " if base.revision else ""
-    loaded = f", loaded as {base.quantization}" if base.quantization else ""
-    said.append(f"The base is known by {at}fingerprint {short(base.fingerprint)}{loaded}.")
-    if base.named:
-        said.append(f"Its own configuration calls the base {base.named!r}.")
-    if record is not None:
-        chats = record.text.of_chats if record.text else None
-        asked = {True: "; ask it with chat messages", False: "; ask it with a raw prompt", None: ""}[chats]
-        loss = "" if record.final_loss is None else f" to a loss of {shown_number(record.final_loss)}"
-        said.append(
-            f"It was trained for {record.steps} steps{loss} on {record.data.rows} rows of "
-            f"{record.data.id}, in {record.wall_seconds:.0f} s{asked}."
-        )
-    if manifest.parents:
-        parents = ", ".join(f"{one.reference} (weight {one.weight:g})" for one in manifest.parents)
-        said.append(f"It was merged from {parents}.")
-    if origin is not None and origin.repo_id:
-        called = f", where it is called {origin.name}:{origin.version}" if origin.name else ""
-        said.append(f"It came from {origin.repo_id}{called}.")
-    held = [f"{manifest.name}@{alias}" for alias in details.aliases]
-    held += [text for on, text in ((details.pinned, "a pin"), (details.held, "a running server")) if on]
-    kept = (
-        f"{', '.join(held)} {'keep' if len(held) > 1 else 'keeps'} it from gc"
-        if held
-        else "No alias, pin or server keeps it from gc"
-    )
-    said.append(f"{kept}. It was added {manifest.created}, takes {megabytes(details.size)} and is "
-                f"{'' if details.signed else 'not '}signed. Digest {manifest.digest}.")  # fmt: skip
-    return said
 
 
 def diff(
@@ -165,8 +129,3 @@ def diff(
             f"norm of {found.other}",
         )
         print_table("Weight changes by module", heads, rows)
-
-
-def shown_number(value: float | None) -> str:
-    """A measured value with four significant digits."""
-    return "not measured" if value is None else f"{value:.4g}"

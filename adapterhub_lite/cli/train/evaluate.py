@@ -18,28 +18,23 @@ from adapterhub_lite.cli.output import (
 )
 from adapterhub_lite.training.settings import RowSettings
 
+METRIC = (
+    "exact_match, loss, perplexity, or your own function as module:function, called with (expected, answer) for each row; "
+    "may be repeated. The first three if not given."
+)
+HARNESS = "A task of lm-evaluation-harness, if that is installed; may be repeated."
+DATA = "A JSONL, JSON, CSV or parquet file, a folder, or a data set's id on the Hub."
+
 
 @options_from(RowSettings)
 def evaluate(
     reference: Annotated[str, typer.Argument(help="name, name:version, name@alias or a digest.")],
     given: dict[str, Any],
-    data: Annotated[
-        str | None, typer.Option(help="A JSONL, JSON, CSV or parquet file, a folder, or a data set's id on the Hub.")
-    ] = None,
+    data: Annotated[str | None, typer.Option(help=DATA)] = None,
     task: Annotated[str | None, typer.Option(help="The held-out rows of an example task instead of data.")] = None,
-    metric: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="exact_match, loss, perplexity, or your own function as module:function, called with (expected, "
-            "answer) for each row; may be repeated. The first three if not given."
-        ),
-    ] = None,
-    harness: Annotated[
-        list[str] | None, typer.Option(help="A task of lm-evaluation-harness, if that is installed; may be repeated.")
-    ] = None,
-    harness_folder: Annotated[
-        Path | None, typer.Option(help="Folder with your own task files for the harness.")
-    ] = None,
+    metric: Annotated[list[str] | None, typer.Option(help=METRIC)] = None,
+    harness: Annotated[list[str] | None, typer.Option(help=HARNESS)] = None,
+    harness_folder: Annotated[Path | None, typer.Option(help="Folder with task files of your own for it.")] = None,
     base: Annotated[str, typer.Option(help="Base model: an embedded name, a folder or a Hub id.")] = "smollm2-135m",
     limit: Annotated[int, typer.Option(min=1, help="Maximum number of rows.")] = 50,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum answer length, in tokens.")] = 128,
@@ -78,11 +73,13 @@ def evaluate(
         measured += [(one, f"lm-evaluation-harness, {limit} documents") for one in found]
     if record:
         evaluation.record_comparisons(registry, manifest, measured)
-    scores = {one.metric: {"base": one.base, "adapter": one.adapter} for one, _ in measured}
     if as_json:
-        head = {"reference": manifest.reference, "digest": manifest.digest, "rows": len(rows)}
-        return print_json({**head, "metrics": scores, "recorded": record})
-    title, heads = f"{len(rows)} rows of {source}" if rows else "Benchmarks", ("metric", "base", manifest.reference)
-    print_table(title, heads, [(one.metric, f"{one.base:.3f}", f"{one.adapter:.3f}") for one, _ in measured])
+        scores = {one.metric: {"base": one.base, "adapter": one.adapter} for one, _ in measured}
+        facts = {"digest": manifest.digest, "rows": len(rows), "metrics": scores, "recorded": record}
+        return print_json({"reference": manifest.reference, **facts})
+    lines = [(one.metric, f"{one.base:.3f}", f"{one.adapter:.3f}") for one, _ in measured]
+    print_table(
+        f"{len(rows)} rows of {source}" if rows else "Benchmarks", ("metric", "base", manifest.reference), lines
+    )
     if record:
         say(f"Recorded: see `adapterhub-lite show {manifest.reference}`.")

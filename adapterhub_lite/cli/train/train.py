@@ -45,31 +45,27 @@ def train(
 
     Example: `adapterhub-lite train sql --data questions.csv --validation-split 0.1 --steps 60`
     """
-    with quiet_rendezvous(nodes):
-        from adapterhub_lite.training.distributed.launch import Launch, is_first, launch, launched
-
-    wanted = Launch(devices, nodes, rendezvous, patience)
     if strategy not in STRATEGIES:
         raise UnknownNameError.among("strategy", strategy, list(STRATEGIES))
-    from adapterhub_lite.adapter_format.manifest import is_name
+    with quiet_rendezvous(nodes):
+        from adapterhub_lite.training.distributed.launch import Launch, is_first, launch, launched
+    from adapterhub_lite.adapter_format.manifest import name_problem
     from adapterhub_lite.bases import resolve_base
     from adapterhub_lite.registry import AdapterRegistry
     from adapterhub_lite.training.recipe import rows_for, run_folder, train_adapter
 
-    recipe = build_settings(TrainingRecipe, given, config)
+    wanted, recipe = Launch(devices, nodes, rendezvous, patience), build_settings(TrainingRecipe, given, config)
     if strategy != "auto":
         if recipe.memory_preset not in ("auto", strategy):
             raise ConfigurationError(f"--strategy {strategy} contradicts memory_preset {recipe.memory_preset}.")
         recipe = replace(recipe, memory_preset=strategy)
-    if not is_name(name):
-        raise ReferenceSyntaxError(
-            f"{name!r} cannot name an adapter: wanted letters, digits, '.', '_', '-', 64 at most."
-        )
+    if problem := name_problem(name):
+        raise ReferenceSyntaxError(problem)
     with Interruptible(name, base, home) as run:
         rows, data_id = rows_for(data, task, recipe)
         if dry_run:
-            dataset = rows if data else None
-            return rehearse(name, recipe, len(rows), data_id, dataset, base, home, as_json, wanted.processes)
+            shown = rows if data else None
+            return rehearse(name, recipe, len(rows), data_id, shown, base, home, as_json, wanted.processes)
         resolved = resolve_base(base, home=home, progress=say)
         folder = adapterhub_home(home) / "runs" / name
         run.folder = partial(run_folder, resolved, rows, folder, recipe)
