@@ -1,12 +1,22 @@
 """What the trainer is given, made ready for it: rows are tokenised, tables of tokens cut to the limits, streams as they come."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    IterableDatasetDict,
+    are_progress_bars_disabled,
+)
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
 from adapterhub_lite.errors import ConfigurationError, DataError
@@ -31,13 +41,29 @@ from adapterhub_lite.training.data.tokenization import (
     token_columns,
     tokenize_rows,
 )
-from adapterhub_lite.training.distributed.launch import launched
+from adapterhub_lite.training.distributed.launch import is_first, launched
 from adapterhub_lite.training.settings import DataSettings
 
 logger = logging.getLogger(__name__)
 MASKS = frozenset({"assistant_masks", "completion_mask"})
 PER_TOKEN = ("labels", "attention_mask", WEIGHTS_COLUMN, *MASKS)
 READ_COLUMNS = frozenset({"input_ids", "position_ids", "seq_lengths", "length", *PER_TOKEN})
+
+
+# Fewer rows are tokenised before a bar could be read.
+MANY_ROWS = 5_000
+
+
+@contextmanager
+def progress_of(rows: int) -> Iterator[Callable[[int], None] | None]:
+    """Show on standard error how many of many rows are tokenised, unless `datasets` was told to show no bars."""
+    if rows < MANY_ROWS or are_progress_bars_disabled() or not is_first():
+        yield None
+        return
+    columns = (TextColumn("tokenising"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=rows)
+        yield lambda done: bar.update(task, completed=done)
 
 
 @dataclass(frozen=True)
@@ -109,18 +135,20 @@ class Preparation:
             table = rows
         else:
             table = load_rows(rows, columns=self.columns, formatting_func=self.formatting_func)
-        found = tokenize_rows(
-            table,
-            self.tokenizer,
-            max_length=self.limits.max_length,
-            overlong=self.limits.overlong,
-            unlearnable=self.limits.unlearnable,
-            ends=self.ends,
-            arguments=self.arguments,
-            ignore=self.columns.ignore,
-            learning=self.learning,
-            bounded_template=self.bounded_template,
-        )
+        with progress_of(len(table)) as progress:
+            found = tokenize_rows(
+                table,
+                self.tokenizer,
+                max_length=self.limits.max_length,
+                overlong=self.limits.overlong,
+                unlearnable=self.limits.unlearnable,
+                ends=self.ends,
+                arguments=self.arguments,
+                ignore=self.columns.ignore,
+                learning=self.learning,
+                bounded_template=self.bounded_template,
+                progress=progress,
+            )
         return self._told(found, len(table))
 
     def training_rows(self, rows: Any, args: AdapterTrainingArguments, *, own_batches: bool = True) -> TokenizedRows:

@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, disable_progress_bars, enable_progress_bars
+from rich.progress import Progress
 
 from adapterhub_lite.errors import DataError
-from adapterhub_lite.training.data.preparation import Preparation
+from adapterhub_lite.training.data import preparation
+from adapterhub_lite.training.data.preparation import Preparation, progress_of
 from adapterhub_lite.training.data.rows import load_rows
 from adapterhub_lite.training.data.tokenization import IGNORED, Limits, tokenize_rows
 from tests.training.data.tokenizers import make_tokenizer
@@ -80,3 +82,21 @@ def test_a_table_of_the_users_with_a_column_called_source_is_still_rows() -> Non
 def test_an_empty_stream_is_refused() -> None:
     with pytest.raises(DataError, match="holds no rows"):
         prepared(IterableDataset.from_generator(lambda: iter(())))
+
+
+def test_progress_is_shown_of_many_rows_and_counts_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    with progress_of(preparation.MANY_ROWS - 1) as shown:
+        assert shown is None
+    seen: list[float] = []
+    monkeypatch.setattr(Progress, "update", lambda self, task, *, completed: seen.append(completed))
+    with progress_of(preparation.MANY_ROWS) as shown:
+        assert shown is not None
+        for done in (1_000, preparation.MANY_ROWS):
+            shown(done)
+    assert seen == [1_000, preparation.MANY_ROWS]
+    disable_progress_bars()
+    try:
+        with progress_of(preparation.MANY_ROWS) as shown:
+            assert shown is None
+    finally:
+        enable_progress_bars()
