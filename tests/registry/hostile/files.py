@@ -126,7 +126,7 @@ TEMPLATES = [
         "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
         BEYOND,
     ),
-    ("Jinja sum", "{{ 1" + "+1" * 90000 + " }}", BEYOND),
+    ("Jinja sum", "{{ 1" + "+1" * 90000 + " }}", "chat_template.jinja lays out no chat"),
     ("Jinja without an end", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth"),
     ("Jinja in brackets", "{{ " + "(" * 9000 + "1" + ")" * 9000 + " }}", "maximum recursion depth"),
     ("Jinja long text", "{{ 'x' * 3000000 }}{{ 'x' * 3000000 }}", "6000000 characters, at most 4194304"),
