@@ -121,6 +121,7 @@ class Binding:
     config: LoraConfigFile
     lora: LoraRecord | None = None
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def bind(config: LoraConfigFile, entries: Iterable[TensorEntry], modules: Modules | None) -> Binding:
@@ -139,6 +140,9 @@ def bind(config: LoraConfigFile, entries: Iterable[TensorEntry], modules: Module
             wanted = config.targets(known)
         found.config = config.resolved(pairs, known or ())
         ranks = values_for(found.config.rank_pattern, pairs)
+        for kind, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+            if idle := [pattern for pattern in patterns if not values_for({pattern: 1}, pairs)]:
+                found.notes.append(f"{kind} names no adapted module with {some(idle)}, which changes nothing")
     except PatternError as error:
         problems.append(f"adapter_config.json: {error}")
         return found

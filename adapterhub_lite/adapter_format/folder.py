@@ -51,6 +51,7 @@ ALLOWED_SIZES = {
 ALLOWED_FILES = frozenset(ALLOWED_SIZES)
 REQUIRED_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 PICKLED_WEIGHTS = "adapter_model.bin"
+SHARD = re.compile(r"adapter_model-\d{1,6}-of-\d{1,6}\.safetensors")
 MAX_ENTRIES = 200
 ACTIVE_HTML = re.compile(
     r"<[ \t]*(?:script|iframe|object|embed|form|meta|link|svg|style|base|video|audio|img[^>]{0,200}\bon)\b"
@@ -90,10 +91,20 @@ def survey_folder(folder: Path) -> Survey:
     found.left_alone.sort()
     for name in REQUIRED_FILES:
         if not (folder / name).exists():
-            instead = f", and {PICKLED_WEIGHTS}, which may execute code, is not opened" if name == WEIGHTS_FILE else ""
-            there = PICKLED_WEIGHTS in found.left_alone
-            found.problems.append(f"{name} is missing{instead if there else ''}")
+            found.problems.append(f"{name} is missing{_instead(found.left_alone) if name == WEIGHTS_FILE else ''}")
     return found
+
+
+def _instead(left_alone: list[str]) -> str:
+    """What lies there in place of the weights, and what to do about it."""
+    if PICKLED_WEIGHTS in left_alone:
+        return f", and {PICKLED_WEIGHTS}, which may execute code, is not opened"
+    if any(SHARD.fullmatch(name) for name in left_alone):
+        return (
+            "; its weights are in several files. Load the adapter with PEFT and save it again, which writes one "
+            "(save_pretrained, max_shard_size is for bases)"
+        )
+    return ""
 
 
 def _entry_problem(entry: os.DirEntry[str]) -> str | None:
@@ -186,6 +197,7 @@ def _inspect_weights(found: Inspection, path: Path, modules: Modules | None) -> 
         binding = bind(found.config, entries, modules)
         found.config, found.lora = binding.config, binding.lora
         found.problems += binding.problems
+        found.notes += binding.notes
     broken = list(nonfinite_tensors(path, entries))
     if broken:
         found.problems.append(f"NaN or infinite values in {some(broken)}")

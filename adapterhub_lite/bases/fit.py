@@ -95,11 +95,13 @@ def base_modules(folder: Path) -> Modules:
     """
     files = sorted(folder.glob("*.safetensors"))
     stats = [(path, path.stat()) for path in files]
-    return _base_modules(tuple((path, stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in stats))
+    return _base_modules(
+        tuple((path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for path, stat in stats)
+    )
 
 
 @lru_cache(maxsize=8)
-def _base_modules(stamp: tuple[tuple[Path, int, int, int], ...]) -> Modules:
+def _base_modules(stamp: tuple[tuple[Path, int, int, int, int], ...]) -> Modules:
     found: dict[str, tuple[int, ...]] = {}
     for path, *_ in stamp:
         for entry in read_tensor_entries(path, header_limit=MAX_BASE_HEADER_BYTES):

@@ -9,8 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adapterhub_lite.adapter_format.binding import bind
+from adapterhub_lite.adapter_format.folder import survey_folder
 from adapterhub_lite.adapter_format.lora_config import ACTING, SPENT, ConfigProblems, LoraConfigFile, read_lora_config
-from adapterhub_lite.adapter_format.strict_reading import nonfinite_tensors, read_tensor_entries, strict_json
+from adapterhub_lite.adapter_format.strict_reading import (
+    TensorEntry,
+    nonfinite_tensors,
+    read_tensor_entries,
+    strict_json,
+)
 from adapterhub_lite.errors import ReferenceSyntaxError
 from adapterhub_lite.registry import AdapterReference
 from adapterhub_lite.registry.operations.intake import scrub
@@ -112,3 +119,19 @@ def test_every_exponent_is_looked_at(tmp_path: Path) -> None:
         save_file(found, tmp_path / "x.safetensors")
         path = tmp_path / "x.safetensors"
         assert set(nonfinite_tensors(path, read_tensor_entries(path))) == {"bad0", "bad1", "bad2"}
+
+
+def test_weights_in_several_files_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model-00001-of-00002.safetensors"):
+        (tmp_path / name).write_text("{}")
+    (problem,) = survey_folder(tmp_path).problems
+    assert "adapter_model.safetensors is missing; its weights are in several files" in problem
+
+
+def test_a_pattern_that_fits_no_module_is_noted() -> None:
+    config = _read(rank_pattern={"q_proj": 4, "nothing": 2}, alpha_pattern={"other": 3})
+    shapes = {"lora_A.weight": (4, 16), "lora_B.weight": (16, 4)}
+    entries = [TensorEntry(f"base_model.model.m.q_proj.{part}", "F32", shape, 0, 0) for part, shape in shapes.items()]
+    notes = " ".join(bind(config, entries, {"m.q_proj": (16, 16)}).notes)
+    assert "rank_pattern names no adapted module with nothing" in notes and "with other" in notes
+    assert "q_proj" not in notes
