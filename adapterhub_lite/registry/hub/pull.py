@@ -20,6 +20,7 @@ from adapterhub_lite.adapter_format.manifest import (
     CONFIG_FILE,
     MANIFEST_FILE,
     SIGNATURE_FILE,
+    TEMPLATE_FILE,
     WEIGHTS_FILE,
     AdapterManifest,
     OriginRecord,
@@ -365,7 +366,9 @@ def _adopt(asked: _Pull, sha: str, listed: Listing, folder: Path) -> PullReceipt
         raise AdapterRejectedError(repo.id, missing)
     plain = folder / "adapter"
     shutil.rmtree(plain, ignore_errors=True)
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
+    for name in (CONFIG_FILE, WEIGHTS_FILE, TEMPLATE_FILE):
+        if name not in listed:
+            continue  # a template alone may be missing: then it was asked with the base's
         try:
             fetched = _fetch(asked, sha, name, listed, folder, inside)
         except IntegrityError:

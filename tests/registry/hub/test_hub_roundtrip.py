@@ -239,6 +239,18 @@ def test_plain_peft_reads_what_we_pushed_and_we_adopt_what_it_pushed(
     assert receipt.manifest.digest == registry.resolve("sql").digest
 
 
+def test_an_adopted_adapter_keeps_the_chat_template_it_was_trained_with(
+    elsewhere: AdapterRegistry, adapter: Path, base: ResolvedBase, hub_server: HubServer
+) -> None:
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    api = HfApi(endpoint=hub_server.url, token=False)
+    api.create_repo("org/own-words")
+    api.upload_folder(repo_id="org/own-words", folder_path=adapter, allow_patterns="adapter_*")
+    api.upload_file(path_or_fileobj=template.encode(), path_in_repo="chat_template.jinja", repo_id="org/own-words")
+    manifest = elsewhere.pull("org/own-words", endpoint=hub_server.url, base=base, adopt=True).manifest
+    assert elsewhere.file(manifest, "chat_template.jinja").read_text() == template
+
+
 def test_an_adapter_in_a_folder_of_a_repository_is_adopted_at_a_revision(
     elsewhere: AdapterRegistry, adapter: Path, base: ResolvedBase, hub_server: HubServer
 ) -> None:
