@@ -5,6 +5,7 @@ a checkpoint is whole or not there.
 """
 
 import json
+import logging
 import signal
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from types import FrameType
 from transformers.trainer_utils import get_last_checkpoint
 
 from adapterhub_lite.training.distributed.launch import announce
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,12 @@ class StopRequest:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        saved = last_saved(run) if self.asked else None
+        if self.asked and not self.interrupted:
+            logger.warning(
+                "The run was asked to stop by SIGTERM and returns now. %s", saved or "Nothing of it is saved."
+            )
         if self.interrupted:
-            saved = last_saved(run)
             raise KeyboardInterrupt(f"{saved} train(resume_from_checkpoint=True) goes on from there." if saved else "")
 
     def _hear(self, number: int, frame: FrameType | None) -> None:

@@ -119,7 +119,7 @@ def test_a_killed_worker_stops_the_run_and_the_run_goes_on(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "code", "said"), [(signal.SIGTERM, 2, "SIGTERM"), (signal.SIGINT, 130, "Interrupted")]
+    ("number", "code", "said"), [(signal.SIGTERM, 143, "Stopped. "), (signal.SIGINT, 130, "Stopped. ")]
 )
 def test_a_run_that_is_told_to_stop_says_so(
     number: signal.Signals, code: int, said: str, tiny_base: Path, tmp_path: Path, rows: Path

@@ -25,6 +25,7 @@ PROGRAM = """
 import os, signal, sys
 from importlib import import_module
 os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background inherit that it is ignored
 if where:
     path, name = where.split(":")
     *classes, name = name.split(".")
@@ -182,6 +183,7 @@ def test_an_adapter_that_began_with_part_of_the_base_is_not_advised_to_be_kept(r
 def test_a_program_without_checkpoints_keeps_one_and_hears_the_interrupt(tiny_base: Path, tmp_path: Path) -> None:
     program = f"""
 import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from adapterhub_lite.training import AdapterTrainer, AdapterTrainingArguments
 rows = [{{"prompt": str(n), "completion": str(n)}} for n in range(8)]
 args = AdapterTrainingArguments(output_dir={str(tmp_path / "run")!r}, max_steps=5, save_strategy="no", use_cpu=True,
