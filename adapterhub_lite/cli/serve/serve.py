@@ -27,7 +27,7 @@ def serve(
     from adapterhub_lite.registry import AdapterRegistry
     from adapterhub_lite.serving.api.auth import KeyRing
     from adapterhub_lite.serving.api.engine_protocol import Engine
-    from adapterhub_lite.serving.api.server import ApiServer
+    from adapterhub_lite.serving.api.server import ApiServer, bound_socket
 
     settings = build_settings(ClusterSettings, {"base_name": Path(base).name, **given}, config)
     cache_memory = parse_bytes(settings.cache_memory) if settings.cache_memory else None
@@ -36,6 +36,8 @@ def serve(
     for reference in settings.references:
         # A misspelt reference is refused now, not after the base is loaded.
         registry.resolve(reference)
+    bound_socket(settings.host, settings.port).close()  # before the base is loaded, which takes longer
+    say(f"Loading {base}.")
     with ExitStack() as stack:
         if settings.cluster:
             try:

@@ -92,6 +92,25 @@ class _Uvicorn(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket that is bound and does not listen yet; port 0 takes a free one.
+
+    Raises:
+        ResourceError: the port is taken, or the address is not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        made.bind((host, port))
+    except OSError as error:
+        made.close()
+        raise ResourceError(
+            f"{host}:{port} is not free to listen on ({error.strerror}); choose another --port."
+        ) from error
+    return made
+
+
 class ApiServer:
     """An engine on a port. `run()` serves in this thread until SIGTERM or SIGINT; a `with` block serves in another.
 
@@ -103,16 +122,7 @@ class ApiServer:
     def __init__(
         self, engine: Engine, registry: AdapterStore, settings: ServerSettings, keys: KeyRing | None = None
     ) -> None:
-        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        self._socket = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            self._socket.bind((settings.host, settings.port))
-        except OSError as error:
-            self._socket.close()
-            raise ResourceError(
-                f"{settings.host}:{settings.port} is not free to listen on ({error.strerror}); choose another --port."
-            ) from error
+        self._socket = bound_socket(settings.host, settings.port)
         try:
             self.app = create_api(engine, registry, settings, keys)
             self.api: Api = self.app.state.api
@@ -121,7 +131,7 @@ class ApiServer:
         except BaseException:
             self._socket.close()
             raise
-        host = f"[{settings.host}]" if family == socket.AF_INET6 else settings.host
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
         self.url = f"http://{host}:{self._socket.getsockname()[1]}"
         limits = ConnectionLimits(
             first_byte_seconds=settings.header_seconds, header_seconds=settings.header_seconds,

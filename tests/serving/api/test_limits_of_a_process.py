@@ -4,7 +4,6 @@ import json
 import shutil
 import signal
 import socket
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +35,14 @@ def ask(url: str, **changes: Any) -> httpx.Response:
 def test_one_long_prompt_where_memory_is_short_ends_itself_and_nobody_else(long_base: Path, tmp_path: Path) -> None:
     with served_process(long_base, tmp_path / "home", tmp_path / "log", *OPTIONS) as server:
         expected = ask(server.url).json()["choices"]
-        server.allow(300_000_000)
-        neighbour: list[httpx.Response] = []
-        beside = threading.Thread(target=lambda: neighbour.append(ask(server.url, prompt="z" * 300, max_tokens=400)))
-        beside.start()
-        refused = ask(server.url, prompt="y" * 120_000)
-        assert refused.status_code in (400, 503), refused.text
-        beside.join()
-        assert neighbour[0].status_code == 200
+        body = ASK | {"prompt": "z" * 300, "max_tokens": 400, "stream": True, "temperature": 1}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=300) as neighbour:
+            lines = neighbour.iter_lines()
+            next(lines)  # it has its row and its memory
+            server.allow(300_000_000)
+            refused = ask(server.url, prompt="y" * 120_000)
+            assert refused.status_code in (400, 503), refused.text
+            assert "data: [DONE]" in list(lines)
         assert ask(server.url).json()["choices"] == expected
         assert httpx.get(f"{server.url}/health").status_code == httpx.get(f"{server.url}/ready").status_code == 200
         assert server.process.poll() is None
