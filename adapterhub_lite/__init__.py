@@ -6,7 +6,7 @@ The public names below are loaded on first use, so that `import adapterhub_lite`
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "AdapterHubError": "adapterhub_lite.errors",
@@ -33,7 +33,12 @@ __all__ = sorted(_HOMES)  # noqa: PLE0605 - a list of literals, only sorted
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'adapterhub_lite' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
+    try:
+        value = getattr(import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as error:
+        from adapterhub_lite.installation import explain_missing
+
+        raise (explain_missing(error, name) or error) from error
     globals()[name] = value
     return value
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from adapterhub_lite.adapter_format.strict_reading import StrictModel
 from adapterhub_lite.home import adapterhub_home
+from adapterhub_lite.installation import install_command, installer
 
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
 
@@ -24,9 +25,11 @@ class Finding(StrictModel):
 
 def diagnose(home: str | Path | None = None) -> list[Finding]:
     """Return a finding for every capability that depends on the machine."""
+    extras = [find_extra(*row) for row in _EXTRAS]
     packages = [find_package(*row) for row in _PACKAGES]
+    models = [find_gpu(), *runnable_presets()] if importlib.util.find_spec("torch") else []
     tools = [find_browser(), find_converter()]
-    return [find_gpu(), *packages, *runnable_presets(), *tools, check_home(adapterhub_home(home))]
+    return [*extras, *packages, *models, *tools, check_home(adapterhub_home(home))]
 
 
 def find_chromium() -> str | None:
@@ -50,28 +53,38 @@ def find_gpu() -> Finding:
     )
 
 
+# extra, a package that only it brings, what it is for
+_EXTRAS = (
+    ("train", "datasets", "training, evaluation and plans"),
+    ("serve", "fastapi", "the server and the hub"),
+    ("app", "gradio", "the app"),
+    ("deepspeed", "deepspeed", "ZeRO training on several devices"),
+    ("cluster", "ray", "serving on several machines"),
+    ("search", "optuna", "sweeps and hyperparameter search"),
+    ("harness", "lm_eval", "tasks of lm-evaluation-harness in eval; without it their test is skipped"),
+    ("bench", "trl", "comparisons in the benches; without it the tests of TRL's tables and templates are skipped"),
+)
 # package, what it is for, how to get it
 _PACKAGES = (
-    ("bitsandbytes", "8-bit and nf4 bases (QLoRA)", "pip install bitsandbytes"),
-    ("triton", "GPU kernels of cut_cross_entropy and Liger", "comes with the CUDA build of torch"),
+    ("bitsandbytes", "8-bit and nf4 bases (QLoRA)", install_command("models")),
+    ("triton", "GPU kernels of cut_cross_entropy and Liger", "use the CUDA build of torch, which brings it"),
     (
         "hf_xet",
         "fast transfers with the hub (Xet); without it LFS is used and the Xet tests are skipped",
-        "pip install hf-xet",
-    ),
-    ("deepspeed", "ZeRO training on several devices", "pip install 'adapterhub-lite[deepspeed]'"),
-    ("ray", "serving on several machines", "pip install 'adapterhub-lite[cluster]'"),
-    (
-        "trl",
-        "comparisons in the benches; without it the tests of TRL's tables and templates are skipped",
-        "pip install 'adapterhub-lite[bench]'",
-    ),
-    (
-        "lm_eval",
-        "tasks of lm-evaluation-harness in eval; without it their test is skipped",
-        "pip install 'adapterhub-lite[harness]'",
+        f"{installer()} hf-xet",
     ),
 )
+
+
+def find_extra(extra: str, package: str, purpose: str) -> Finding:
+    """Whether an extra of this package is installed."""
+    found = importlib.util.find_spec(package) is not None
+    return Finding(
+        what=f"[{extra}]",
+        works=found,
+        detail=purpose if found else f"not installed: {purpose}",
+        remedy=None if found else install_command(extra),
+    )
 
 
 def find_package(name: str, purpose: str, remedy: str) -> Finding:
@@ -86,7 +99,7 @@ def find_package(name: str, purpose: str, remedy: str) -> Finding:
 _REMEDIES = {
     "it splits over processes, and there is one": "start several processes: train --devices, torchrun",
     "Accelerate leaves FSDP out on a CPU": "a machine with two GPUs; the tests of FSDP through Accelerate are skipped here",
-    "deepspeed is not installed": "pip install 'adapterhub-lite[deepspeed]'",
+    "deepspeed is not installed": install_command("deepspeed"),
 }
 
 

@@ -6,6 +6,7 @@ AdapterHubError                   what any caller may catch; its text is one sen
 │   ├── UnknownNameError          no such task, base, preset, adapter, version or alias
 │   ├── ReferenceSyntaxError      not of the form name, name:3, name@alias or a digest
 │   └── ConfigurationError        settings that contradict each other, or that this machine cannot honour
+│       └── MissingExtraError     what was asked for needs an extra that is not installed; also an ImportError
 ├── AdapterRejectedError          an adapter failed validation; `.problems` lists every reason
 ├── IntegrityError                bytes are not those that the manifest promised
 ├── BaseMismatchError             the adapter was made for another base
@@ -65,6 +66,10 @@ class ReferenceSyntaxError(UsageError):
 
 class ConfigurationError(UsageError):
     """Settings that contradict each other, or that this machine cannot honour."""
+
+
+class MissingExtraError(ConfigurationError, ImportError):
+    """A part of the package that is not installed; the text has the command that installs it here."""
 
 
 class AdapterRejectedError(AdapterHubError):

@@ -18,6 +18,7 @@ from adapterhub_lite.adapter_format.manifest import EvaluationRecord
 from adapterhub_lite.bases import ResolvedBase, resolve_base
 from adapterhub_lite.bases.chat_template import template_digest
 from adapterhub_lite.errors import ConfigurationError, DataError
+from adapterhub_lite.installation import missing_extra
 from adapterhub_lite.registry import AdapterManifest, AdapterRegistry
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
 from adapterhub_lite.serving.adapters.pool import FoundAdapters
@@ -211,9 +212,7 @@ def compare_on_harness(
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ConfigurationError(
-            "--harness needs lm-evaluation-harness, which is not installed: pip install lm_eval."
-        ) from error
+        raise missing_extra("--harness", "harness") from error
     known = TaskManager(include_path=str(folder) if folder else None)
     missing = [task for task in tasks if task not in known.all_tasks]
     if missing:

@@ -3,5 +3,7 @@
 # Usage: scripts/quickstart.sh [--headless] [--fresh]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash scripts/install.sh
+extras=train,serve,app
+case " $* " in *" --headless "*) extras=train,serve ;; esac # no app is opened then
+bash scripts/install.sh "$extras"
 exec "${VENV:-.venv}/bin/python" -m scripts.quickstart "$@"

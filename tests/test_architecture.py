@@ -13,10 +13,12 @@ from tests.checkout import ROOT
 PACKAGE = ROOT / "adapterhub_lite"
 
 # room -> the rooms it may import; what lies below everything is in FOUNDATION.
-FOUNDATION = {"errors", "home", "setting", "adapter_format", "bases"}
+FOUNDATION = {"errors", "file_locks", "home", "installation", "setting", "adapter_format", "bases"}
 ALLOWED = {
     "errors": set(),
+    "file_locks": set(),
     "home": set(),
+    "installation": {"errors"},
     "setting": set(),
     "quiet": set(),
     "web": {"errors"},
@@ -30,7 +32,7 @@ ALLOWED = {
     "registry": FOUNDATION,
     "merging": FOUNDATION | {"registry"},
     "serving": FOUNDATION | {"registry", "web"},
-    "hub_server": {"errors", "web"},
+    "hub_server": {"errors", "file_locks", "web"},
     "diagnosis": FOUNDATION | {"memory"},
     "evaluation": FOUNDATION | {"tasks", "training", "registry", "serving"},
 }

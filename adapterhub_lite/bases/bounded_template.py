@@ -16,6 +16,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -207,6 +208,11 @@ CHATS: Sequence[Sequence[Mapping[str, str]]] = (
         {"role": "user", "content": "And?"},
     ),
 )
+
+
+def can_lay_out() -> bool:
+    """Whether chats can be laid out here: what only keeps adapters has no transformers, and Windows cannot fork."""
+    return hasattr(os, "fork") and find_spec("transformers") is not None
 
 
 def template_problem(template: str) -> str | None:

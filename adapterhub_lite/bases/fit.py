@@ -9,7 +9,7 @@ from adapterhub_lite.adapter_format.binding import Modules
 from adapterhub_lite.adapter_format.folder import Inspection, inspect_folder
 from adapterhub_lite.adapter_format.manifest import TEMPLATE_FILE
 from adapterhub_lite.adapter_format.strict_reading import MAX_BASE_HEADER_BYTES, read_tensor_entries
-from adapterhub_lite.bases.bounded_template import template_problem
+from adapterhub_lite.bases.bounded_template import can_lay_out, template_problem
 from adapterhub_lite.bases.fingerprint import ResolvedBase, is_commit
 from adapterhub_lite.bases.resolve import HUB_ID
 from adapterhub_lite.errors import BaseMismatchError
@@ -21,7 +21,9 @@ def inspect_adapter(folder: Path, *, base: ResolvedBase | None = None, subject: 
     Never raises for what the folder holds.
     """
     found = inspect_folder(folder, base_modules(base.folder) if base else None, subject)
-    if TEMPLATE_FILE in found.usable:
+    if TEMPLATE_FILE in found.usable and not can_lay_out():
+        found.notes.append(f"{TEMPLATE_FILE} was not tried out here: it is when the adapter is asked with a chat")
+    elif TEMPLATE_FILE in found.usable:
         problem = template_problem((folder / TEMPLATE_FILE).read_bytes().decode("utf-8", "replace"))
         found.problems += [f"{TEMPLATE_FILE} lays out no chat: {problem}"] if problem else []
     return found

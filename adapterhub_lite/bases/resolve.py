@@ -5,6 +5,7 @@ import errno
 import logging
 import re
 from collections.abc import Callable
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def fetch_from_hub(repo_id: str, revision: str | None, bases: Path, progress: Ca
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise HubPermissionError(
             f"The base {repo_id!r} (revision {revision or 'main'}) was not found on the hub, or is private or gated. "
-            "Check the spelling, or log in with `hf auth login`."
+            f"Check the spelling{_near(repo_id)}, or log in with `hf auth login`."
         ) from error
     except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
@@ -104,8 +105,8 @@ def fetch_from_hub(repo_id: str, revision: str | None, bases: Path, progress: Ca
             )
             return found
         raise HubUnreachableError(
-            f"The base {repo_id!r} could not be fetched: {type(error).__name__}. "
-            "Check the network, or give a local folder."
+            f"The base {repo_id!r} could not be fetched from {HfApi().endpoint}: {type(error).__name__}. "
+            f"Check its spelling{_near(repo_id)} and the network, or give a local folder."
         ) from error
     ref = _ref_file(cache, repo_id, revision or "main")
     if ref is not None:
@@ -113,6 +114,13 @@ def fetch_from_hub(repo_id: str, revision: str | None, bases: Path, progress: Ca
             ref.parent.mkdir(parents=True, exist_ok=True)
             ref.write_text(commit)
     return ResolvedBase(name=repo_id, model_id=repo_id, folder=Path(folder), revision=commit)
+
+
+def _near(repo_id: str) -> str:
+    """A hint at an embedded base whose id on the hub is nearly this one."""
+    ids = {embedded.base_model.lower(): name for name, embedded in EMBEDDED_BASES.items()}
+    near = get_close_matches(repo_id.lower(), ids, n=1, cutoff=0.8)
+    return f" ({EMBEDDED_BASES[ids[near[0]]].base_model} is here as {ids[near[0]]!r})" if near else ""
 
 
 def _cached(repo_id: str, commit: str, cache: Path) -> ResolvedBase | None:

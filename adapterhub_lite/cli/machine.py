@@ -50,9 +50,13 @@ def doctor(
     else:
         print_table(
             "This machine",
-            ("capability", "works", "detail", "how to get it"),
-            [(f.what, "yes" if f.works else "no", f.detail, f.remedy or "-") for f in findings],
+            ("capability", "works", "detail"),
+            [(f.what, "yes" if f.works else "no", f.detail) for f in findings],
         )
+        # Not in the table, which would break a command to copy where the terminal is narrow.
+        for finding in findings:
+            if finding.remedy:
+                typer.echo(f"To get {finding.what}: {finding.remedy}")
         if rebuilt:
             say(f"The database was rebuilt: {rebuilt.versions} versions, {rebuilt.aliases} aliases.")
             for line in rebuilt.skipped:

@@ -1,13 +1,17 @@
 """The entry point `adapterhub-lite`: registers the verbs and turns errors into one sentence and an exit code."""
 
+import inspect
 import os
+import re
+import shutil
 import sys
-from collections.abc import Callable
-from importlib.metadata import version
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
+from adapterhub_lite import __version__
 from adapterhub_lite.cli.keep.aliases import alias, history, rollback
 from adapterhub_lite.cli.keep.merge import merge
 from adapterhub_lite.cli.keep.show import diff, list_adapters, show
@@ -26,6 +30,7 @@ from adapterhub_lite.cli.train.preview import preview
 from adapterhub_lite.cli.train.sweep import sweep
 from adapterhub_lite.cli.train.train import train
 from adapterhub_lite.errors import AdapterHubError, RunStoppedError
+from adapterhub_lite.installation import explain_missing
 from adapterhub_lite.quiet import quiet_libraries
 
 VERBS: dict[str, Callable[..., None]] = {
@@ -60,6 +65,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "doctor": doctor,
     "bench": bench,
 }
+# Columns that the table of options needs for the longest of them.
+WIDE = 120
 # How `--help` groups them.
 PANELS = {
     "Train": ("preview", "plan", "train", "sweep", "eval"),
@@ -69,6 +76,16 @@ PANELS = {
     "Serve": ("serve", "demo", "merge", "export"),
     "This machine": ("doctor", "bench"),
 }
+
+
+class Verb(TyperCommand):
+    """A command whose help is not a table where the terminal is too narrow for one, which would cut names of options."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:  # Any: Typer's own copies of Click's types
+        """Write the help into `formatter`."""
+        if shutil.get_terminal_size().columns < WIDE:
+            self.rich_markup_mode = None
+        super().format_help(ctx, formatter)
 
 
 def build_app() -> typer.Typer:
@@ -84,17 +101,36 @@ def build_app() -> typer.Typer:
     @app.callback()
     def root(
         show_version: Annotated[
-            bool, typer.Option("--version", is_eager=True, help="Print the version and exit.")
+            bool, typer.Option("--version", is_eager=True, callback=print_version, help="Print the version and exit.")
         ] = False,
     ) -> None:
-        if show_version:
-            typer.echo(version("adapterhub-lite"))
-            raise typer.Exit
+        pass
 
     panel = {name: title for title, names in PANELS.items() for name in names}
     for name, verb in VERBS.items():
-        app.command(name, rich_help_panel=panel[name])(verb)
+        app.command(name, cls=Verb, rich_help_panel=panel[name])(verb)
     return app
+
+
+def in_options(text: str, arguments: Sequence[str]) -> str:
+    """An error of the package in words of the command line: `prompt_column` is `--prompt-column` to who typed options.
+
+    Who gave a file of settings reads their names as they are there.
+    """
+    verb = VERBS.get(arguments[0]) if arguments else None
+    if verb is None or any(word.partition("=")[0] == "--config" for word in arguments):
+        return text
+    names = [name for name in inspect.signature(verb).parameters if "_" in name]
+    return re.sub(
+        rf"(?<![\w./\-])({'|'.join(names) or '(?!)'})(?![\w/(])", lambda found: "--" + found[1].replace("_", "-"), text
+    )
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and end, where that is asked for."""
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
 
 
 def main() -> None:
@@ -106,10 +142,16 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0":
             typer.echo(str(stopped), err=True)
         sys.exit(128 + stopped.signal)
+    except ModuleNotFoundError as error:
+        explained = explain_missing(error, "This command")
+        if explained is None:
+            raise
+        typer.echo(f"Error: {explained}", err=True)
+        sys.exit(2)
     except AdapterHubError as error:
         # Of several processes that find the same mistake, only one reports it.
         if os.environ.get("RANK", "0") == "0":
-            typer.echo(f"Error: {error}", err=True)
+            typer.echo(f"Error: {in_options(str(error), sys.argv[1:])}", err=True)
         sys.exit(2)
     except SystemExit as ended:
         # Typer turns Ctrl-C into this code.

@@ -11,6 +11,12 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Check what can be checked, report what would be done, and change nothing.")
 ]
+DescriptionOption = Annotated[
+    str | None, typer.Option("--description", help="What the adapter does, in a few words.", show_default=False)
+]
+ExampleOption = Annotated[
+    list[str] | None, typer.Option("--example", help="A prompt to try it with, for its card; may be repeated.")
+]
 HomeOption = Annotated[
     str | None,
     typer.Option("--home", help="Where adapters and bases are kept.", envvar="ADAPTERHUB_HOME", show_default=False),

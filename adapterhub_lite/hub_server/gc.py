@@ -1,6 +1,7 @@
 """Freeing contents that no commit names any more: of deleted repositories, and of uploads that were never committed."""
 
 import shutil
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,8 @@ def collect(data: Path, *, dry_run: bool = False) -> Collected:
     Raises:
         ResourceError: a hub is running on the folder: an upload there may be about to be committed.
     """
-    with claim(data):
+    with ExitStack() as held:
+        held.callback(claim(data))
         store = HubStore(data)
         named = {sha256 for repo in store.repos() for sha256 in store.named_contents(repo.key)}
         gone = {path.parent.name + path.name: path for path in (data / "blobs").glob("??/*")}

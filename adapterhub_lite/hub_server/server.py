@@ -1,17 +1,16 @@
 """The hub on a loopback port, in a thread of this process."""
 
-import fcntl
 import socket
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO
 
 import uvicorn
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Scope
 
+from adapterhub_lite import file_locks
 from adapterhub_lite.errors import ResourceError
 from adapterhub_lite.hub_server.app import create_app
 from adapterhub_lite.hub_server.faults import FaultLayer, Faults
@@ -54,7 +53,7 @@ class HubServer:
             self._socket.bind(("127.0.0.1", port))
         except OSError as error:
             self._socket.close()
-            self._claim.close()
+            self._claim()
             raise ResourceError(f"Port {port} on 127.0.0.1 is not free ({error.strerror}); pick another.") from error
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         layered = FaultLayer(
@@ -82,7 +81,7 @@ class HubServer:
         self._server.should_exit = True
         self._thread.join()
         self._socket.close()
-        self._claim.close()
+        self._claim()
 
 
 def caller_of(scope: Scope, tokens: Mapping[str, Account]) -> str:
@@ -93,17 +92,16 @@ def caller_of(scope: Scope, tokens: Mapping[str, Account]) -> str:
     return f"address {scope['client'][0] if scope.get('client') else ''}"
 
 
-def claim(data: Path) -> IO[str]:
-    """Keep other hubs off the folder until the file is closed: each would sweep the uploads of the other.
+def claim(data: Path) -> Callable[[], None]:
+    """Keep other hubs off the folder until what is returned is called: each would sweep the uploads of the other.
 
     Raises:
         ResourceError: another hub has it.
     """
     data.mkdir(parents=True, exist_ok=True)
     file = (data / "hub.lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    release = file_locks.claim(file)
+    if release is None:
         file.close()
-        raise ResourceError(f"Another hub is running on {data}; stop it, or give another folder.") from error
-    return file
+        raise ResourceError(f"Another hub is running on {data}; stop it, or give another folder.")
+    return release

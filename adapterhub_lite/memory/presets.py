@@ -198,15 +198,17 @@ def available_memory() -> int:
 def refusal(preset: MemoryPreset, machine: Machine, *, model_quantized: bool = False) -> str | None:
     """Why `machine` cannot run `preset`, in one clause; None when it can. This is the matrix of what is legal."""
     split = preset.strategy in ("ddp", "zero1", "zero2", "zero3", "fsdp")
+    lacks_deepspeed = preset.strategy.startswith("zero") and "deepspeed" not in machine.packages
+    alone = "it splits over processes, and there is one" + (", and deepspeed is not installed" * lacks_deepspeed)
     rules = (
         (preset.quantization and "bitsandbytes" not in machine.packages, "bitsandbytes is not installed"),
         (preset.quantization and model_quantized, "the base is quantised already"),
         (preset.trains == "all" and model_quantized, "a quantised base cannot be trained whole"),
         (preset.mixed_precision == "fp16" and machine.device == "cpu", "loss scaling in fp16 needs a GPU"),
         (preset.dtype == "bfloat16" and not machine.has_bf16, "bf16 needs compute capability 8.0 or newer"),
-        (split and not preset.offload and machine.world_size < 2, "it splits over processes, and there is one"),
+        (split and not preset.offload and machine.world_size < 2, alone),
         (not split and machine.world_size > 1, f"it is for one process, and there are {machine.world_size}"),
-        (preset.strategy.startswith("zero") and "deepspeed" not in machine.packages, "deepspeed is not installed"),
+        (lacks_deepspeed, "deepspeed is not installed"),
         (preset.strategy == "fsdp" and machine.device == "cpu", "Accelerate leaves FSDP out on a CPU"),
         (preset.offload and machine.device == "cpu", "there is no device to leave"),
     )

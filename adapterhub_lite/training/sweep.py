@@ -17,6 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from adapterhub_lite.adapter_format.manifest import read_record
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import ConfigurationError, DataError
+from adapterhub_lite.installation import missing_extra
 from adapterhub_lite.training.recipe import TrainingOutcome, held_out_rows, run_key, trainer_for
 from adapterhub_lite.training.run.search_trainer import FIXED, TRIALS_FILE, read_trials
 from adapterhub_lite.training.settings import TrainingRecipe
@@ -128,7 +129,7 @@ def sweep(
         DataError: a row cannot be used.
     """
     if find_spec("optuna") is None:
-        raise ConfigurationError("A sweep needs a package that is not installed: pip install optuna.")
+        raise missing_extra("A sweep", "search")
     if trials < 1:
         raise ConfigurationError(f"trials is {trials}, expected 1 or more.")
     import optuna

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from adapterhub_lite.registry import AdapterRegistry
-from scripts.quickstart.__main__ import run_quickstart
+from scripts.quickstart.run import run_quickstart
 from scripts.quickstart.stages import QuickstartSettings
 from tests.checkout import ROOT
 

@@ -52,7 +52,12 @@ def list_adapters(
     ]
     if not found:
         chosen = any((name, base, task, metric, tag))
-        say("No version matches." if chosen else "No adapters yet: `adapterhub-lite train NAME --data rows.jsonl`.")
+        return say(
+            "No version matches."
+            if chosen
+            else "No adapters yet. Begin with `adapterhub-lite train sql --task sql`, an example task, or with your own: "
+            "`adapterhub-lite train NAME --data rows.jsonl`, `add FOLDER NAME`, `pull ORG/REPOSITORY`."
+        )
     print_table("Adapters", ("reference", "aliases", "base", "size", "evaluation", "digest"), rows)
 
 

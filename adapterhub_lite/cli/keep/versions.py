@@ -10,6 +10,7 @@ import typer
 
 from adapterhub_lite.cli.output import (
     DryRunOption,
+    ExampleOption,
     HomeOption,
     JsonOption,
     megabytes,
@@ -56,7 +57,10 @@ def add(
         str | None,
         typer.Option(help="Its base: a name, a folder or a Hub id; taken from its training record if not given."),
     ] = None,
-    task: Annotated[str | None, typer.Option(help="What it does, in a few words.")] = None,
+    task: Annotated[
+        str | None, typer.Option("--description", "--task", help="What the adapter does, in a few words.")
+    ] = None,
+    example: ExampleOption = None,
     tag: Annotated[list[str] | None, typer.Option(help="A tag to search by; may be repeated.")] = None,
     probes: Annotated[
         bool, typer.Option("--probes", help="Also load the base and replay, or record, how the adapter behaves.")
@@ -88,6 +92,7 @@ def add(
             name,
             base=resolved,
             task=task,
+            examples=example or (),
             tags=tag or (),
             verify="probes" if probes else "files",
             convert=convert,

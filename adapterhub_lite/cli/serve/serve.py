@@ -8,7 +8,7 @@ import typer
 
 from adapterhub_lite.cli.options import build_settings, options_from
 from adapterhub_lite.cli.output import HomeOption, say
-from adapterhub_lite.errors import ConfigurationError
+from adapterhub_lite.installation import missing_extra
 from adapterhub_lite.serving.cluster.settings import ClusterSettings
 
 
@@ -43,9 +43,7 @@ def serve(
             try:
                 from adapterhub_lite.serving.cluster.replicas import ClusterEngine
             except ImportError as error:
-                raise ConfigurationError(
-                    "--cluster needs Ray Serve, which is not installed: pip install 'adapterhub-lite[cluster]'."
-                ) from error
+                raise missing_extra("--cluster", "cluster") from error
             say(f"Starting {settings.replicas} replicas; this takes a while.")
             engine: Engine = stack.enter_context(ClusterEngine(base, settings, home=home, cache_memory=cache_memory))
         else:

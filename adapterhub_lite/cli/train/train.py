@@ -9,7 +9,16 @@ from typing import Annotated, Any
 import typer
 
 from adapterhub_lite.cli.options import build_settings, options_from
-from adapterhub_lite.cli.output import DryRunOption, HomeOption, JsonOption, print_json, say, short
+from adapterhub_lite.cli.output import (
+    DescriptionOption,
+    DryRunOption,
+    ExampleOption,
+    HomeOption,
+    JsonOption,
+    print_json,
+    say,
+    short,
+)
 from adapterhub_lite.cli.train.dry_run import rehearse
 from adapterhub_lite.cli.train.interrupted import Interruptible
 from adapterhub_lite.errors import ConfigurationError, ReferenceSyntaxError, UnknownNameError
@@ -36,6 +45,8 @@ def train(
     nodes: Annotated[int, typer.Option(help="Machines; the same command is run on each.")] = 1,
     rendezvous: Annotated[str, typer.Option(help="HOST:PORT of one of them, where all meet.")] = "",
     patience: Annotated[int, typer.Option(help="Seconds to wait for the other machines.")] = 300,
+    description: DescriptionOption = None,
+    example: ExampleOption = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file with settings; options given here win.")] = None,
     dry_run: DryRunOption = False,
     home: HomeOption = None,
@@ -75,7 +86,9 @@ def train(
         if not is_first():
             return None
         run.finished = outcome.folder
-        manifest = AdapterRegistry(home).add(outcome.folder, name, base=resolved)
+        manifest = AdapterRegistry(home).add(
+            outcome.folder, name, base=resolved, task=description or task, examples=example or ()
+        )
     if as_json:
         return print_json(manifest.model_dump(mode="json"))
     record = outcome.record

@@ -16,17 +16,15 @@ The law of `objects/`: a file at its final name is complete and on disk.
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import sqlite3
 import tempfile
-import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Literal
@@ -43,6 +41,7 @@ from adapterhub_lite.adapter_format.manifest import (
 )
 from adapterhub_lite.adapter_format.strict_reading import StrictModel
 from adapterhub_lite.errors import IntegrityError, RegistryError, ResourceError, UnknownNameError, UsageError
+from adapterhub_lite.file_locks import claim, lock_file
 from adapterhub_lite.registry.store.database import (
     Database,
     find_manifest,
@@ -55,6 +54,8 @@ from adapterhub_lite.registry.store.database import (
 from adapterhub_lite.registry.store.journal import record_act
 
 BLOCK_BYTES = 1 << 20
+# Neither a link nor a pipe is opened, where the system can refuse them.
+PLAIN_FILE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
 class ObjectStore:
@@ -78,7 +79,7 @@ class ObjectStore:
             return record
         make_folder(target.parent)
         path.chmod(0o444)
-        path.rename(target)
+        path.replace(target)
         fsync_folder(target.parent)
         return record
 
@@ -91,7 +92,7 @@ class ObjectStore:
 
 def stage_file(source: Path, target: Path, *, limit: int) -> None:
     """Copy `source`, a plain file of at most `limit` bytes; a link put there meanwhile is not followed."""
-    descriptor = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    descriptor = os.open(source, os.O_RDONLY | PLAIN_FILE)
     with os.fdopen(descriptor, "rb") as reader, target.open("xb") as writer:
         remaining = limit
         while block := reader.read(min(BLOCK_BYTES, remaining)):
@@ -157,19 +158,13 @@ class Store:
             RegistryError: it was not free within a minute.
         """
         make_folder(self.home)
-        with (self.home / "store.lock").open("a") as file:
-            kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
-            deadline = time.monotonic() + LOCK_SECONDS
-            while True:
-                try:
-                    fcntl.flock(file, kind | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise RegistryError(
-                            f"Other processes kept {self.home} busy for {LOCK_SECONDS:g} s. Try again."
-                        ) from None
-                    time.sleep(0.005)
+        with ExitStack() as held:
+            try:
+                held.enter_context(lock_file(self.home / "store.lock", exclusive=exclusive, seconds=LOCK_SECONDS))
+            except TimeoutError:
+                raise RegistryError(
+                    f"Other processes kept {self.home} busy for {LOCK_SECONDS:g} s. Try again."
+                ) from None
             yield
 
     def hold(self, manifest: AdapterManifest) -> "Lease":
@@ -314,6 +309,7 @@ class Lease:
 
     def __init__(self, home: Path, digest: str) -> None:
         self._file: IO[str] | None = None
+        self._release: Callable[[], None] | None = None
         self._owner = os.getpid()
         folder = home / "leases"
         try:
@@ -324,7 +320,7 @@ class Lease:
             if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
                 raise
             return
-        fcntl.flock(self._file, fcntl.LOCK_EX)
+        self._release = claim(self._file, wait=True)  # another may just look whether it is held
         json.dump({"digest": digest, "process": os.getpid()}, self._file)
         self._file.flush()
 
@@ -339,7 +335,7 @@ class Lease:
             # A process forked from the owner has this object too, but may not end the lease.
             if self._owner == os.getpid():
                 self._path.unlink(missing_ok=True)
-            self._file.close()
+            (self._release or self._file.close)()
             self._file = None
 
     def __del__(self) -> None:
@@ -363,13 +359,13 @@ def leased_digests(home: Path, *, clear: bool = False) -> set[str]:
     for path in (home / "leases").glob("*.json"):
         try:
             with path.open("r+") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
+                release = claim(file)
+                if release is None:
                     held.add(json.load(file)["digest"])
                     continue
                 if clear:
                     path.unlink(missing_ok=True)
+                release()
         except (FileNotFoundError, ValueError):
             # Just released, or just being written by one who holds the store.
             continue

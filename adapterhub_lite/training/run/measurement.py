@@ -2,8 +2,8 @@
 
 import contextlib
 import gc
+import os
 import platform
-import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -56,6 +56,10 @@ class PeakMemory:
         if status.exists():
             found = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
             return int(found[0]) * 1024
+        if sys.platform == "win32":
+            return 0
+        import resource
+
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -63,7 +67,7 @@ class PeakMemory:
 def resident_bytes() -> int:
     """What this process has resident now, in bytes; 0 where the system does not say."""
     status = Path("/proc/self/statm")
-    return int(status.read_text().split()[1]) * resource.getpagesize() if status.exists() else 0
+    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.exists() else 0
 
 
 def describe_hardware(device: torch.device) -> dict[str, str | int | float]:

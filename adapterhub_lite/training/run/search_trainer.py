@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.trainer_utils import TrainOutput, default_compute_objective
 
 from adapterhub_lite.errors import ConfigurationError
+from adapterhub_lite.installation import missing_extra
 from adapterhub_lite.training.model.adapters import OpenedBase, open_base
 from adapterhub_lite.training.model.assembly import adapted_again, assemble
 from adapterhub_lite.training.run.record import save_adapter
@@ -153,7 +154,7 @@ class SearchTrainer(RowsTrainer):
             return super().hyperparameter_search(*args, **kwargs)
         except RuntimeError as error:
             if "backend" in str(error).lower() and "available" in str(error).lower():
-                raise ConfigurationError("A search needs optuna: pip install optuna.") from error
+                raise missing_extra("A search", "search") from error
             raise
 
     def keep_trial(self, trial: Any, output: TrainOutput) -> None:
