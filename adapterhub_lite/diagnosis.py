@@ -116,9 +116,9 @@ def runnable_presets() -> list[Finding]:
     able = Finding(what="memory presets", works=True, detail=", ".join(reasons.pop("", [])))
     unable = [
         Finding(
-            what="memory presets",
+            what=f"presets {', '.join(names)}",
             works=False,
-            detail=f"{', '.join(names)}: {reason}",
+            detail=reason,
             remedy=_REMEDIES.get(reason, "a machine that supports it"),
         )
         for reason, names in reasons.items()

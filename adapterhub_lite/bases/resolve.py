@@ -106,7 +106,7 @@ def fetch_from_hub(repo_id: str, revision: str | None, bases: Path, progress: Ca
             return found
         raise HubUnreachableError(
             f"The base {repo_id!r} could not be fetched from {HfApi().endpoint}: {type(error).__name__}. "
-            f"Check its spelling{_near(repo_id)} and the network, or give a local folder."
+            f"Check the network, or give a local folder; and check the spelling{_near(repo_id)}."
         ) from error
     ref = _ref_file(cache, repo_id, revision or "main")
     if ref is not None:

@@ -13,6 +13,7 @@ from typer.core import TyperCommand
 
 from adapterhub_lite import __version__
 from adapterhub_lite.cli.keep.aliases import alias, history, rollback
+from adapterhub_lite.cli.keep.backup import backup, restore
 from adapterhub_lite.cli.keep.merge import merge
 from adapterhub_lite.cli.keep.show import diff, list_adapters, show
 from adapterhub_lite.cli.keep.sign import keygen, sign, trust, verify
@@ -50,6 +51,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "unpin": unpin,
     "remove": remove,
     "gc": gc,
+    "backup": backup,
+    "restore": restore,
     "push": push,
     "pull": pull,
     "lock": lock,
@@ -70,7 +73,21 @@ WIDE = 120
 # How `--help` groups them.
 PANELS = {
     "Train": ("preview", "plan", "train", "sweep", "eval"),
-    "Keep": ("add", "list", "show", "diff", "alias", "rollback", "history", "pin", "unpin", "remove", "gc"),
+    "Keep": (
+        "add",
+        "list",
+        "show",
+        "diff",
+        "alias",
+        "rollback",
+        "history",
+        "pin",
+        "unpin",
+        "remove",
+        "gc",
+        "backup",
+        "restore",
+    ),
     "Share": ("push", "pull", "lock", "hub"),
     "Sign": ("keygen", "sign", "verify", "trust"),
     "Serve": ("serve", "demo", "merge", "export"),

@@ -19,6 +19,7 @@ from adapterhub_lite.home import adapterhub_home
 from adapterhub_lite.registry.hub.receipts import Progress, PullReceipt, PushReceipt
 from adapterhub_lite.registry.operations import aliases as alias_moves
 from adapterhub_lite.registry.operations.aliases import AliasMove
+from adapterhub_lite.registry.operations.backup import BackupIndex, restore_backup, write_backup
 from adapterhub_lite.registry.operations.diff import AdapterDifference, compare_versions
 from adapterhub_lite.registry.operations.examine import DoctorReport, examine_registry
 from adapterhub_lite.registry.operations.export import export_folder
@@ -284,6 +285,16 @@ class AdapterRegistry:
         """Make the database again from the manifests and the journal; the old one is kept beside it."""
         with self.store.guard("rebuild the database"):
             return rebuild_database(self.store)
+
+    def backup(self, path: str | Path, *, keys: bool = False) -> BackupIndex:
+        """Write every version with aliases, history and signatures into one verified file; see `backup.write_backup`."""
+        with self.store.guard(f"write the backup {path}"):
+            return write_backup(self.store, Path(path).expanduser(), keys=keys)
+
+    def restore(self, path: str | Path) -> BackupIndex:
+        """Bring a backup into this home, which has no registry yet; see `backup.restore_backup`."""
+        with self.store.guard(f"restore {path}"):
+            return restore_backup(self.store, Path(path).expanduser())
 
     def export(self, reference: str | AdapterReference, folder: str | Path) -> Path:
         """Write a plain PEFT folder of one version; see `exporting.export_folder`."""

@@ -70,12 +70,12 @@ def rebuild_database(store: Store) -> RebuildReport:
 def _insert_manifests(store: Store, connection: sqlite3.Connection) -> list[str]:
     skipped = []
     # Oldest first, so that a digest resolves to the newest version that has it, as before.
-    found: list[tuple[AdapterManifest, bytes | None]] = []
+    found: list[tuple[AdapterManifest, bytes | None, bytes]] = []
     gone = _removed(read_journal(store.home))
     for path in sorted((store.home / "manifests").glob("*/*.json")):
         label = str(path.relative_to(store.home))
         try:
-            manifest = read_manifest(path.read_bytes())
+            manifest = read_manifest(content := path.read_bytes())
             for name in manifest.files:
                 store.file(manifest, name)
         except AdapterHubError as error:
@@ -87,9 +87,9 @@ def _insert_manifests(store: Store, connection: sqlite3.Connection) -> list[str]
         if (manifest.name, manifest.version) in gone:
             continue
         signature = path.with_suffix(".sig")
-        found.append((manifest, signature.read_bytes() if signature.exists() else None))
-    for manifest, content in sorted(found, key=lambda item: (item[0].created, item[0].version)):
-        insert_version(connection, manifest, content)
+        found.append((manifest, signature.read_bytes() if signature.exists() else None, content))
+    for manifest, signed, content in sorted(found, key=lambda item: (item[0].created, item[0].version)):
+        insert_version(connection, manifest, signed, content)
     return skipped
 
 

@@ -185,8 +185,13 @@ def no_such_name(connection: sqlite3.Connection, name: str) -> UnknownNameError:
     return UnknownNameError.among("adapter", name, known_names(connection))
 
 
-def insert_version(connection: sqlite3.Connection, manifest: AdapterManifest, signature: bytes | None) -> None:
-    """Make a version known; part of the caller's transaction."""
+def insert_version(
+    connection: sqlite3.Connection, manifest: AdapterManifest, signature: bytes | None, content: bytes | None = None
+) -> None:
+    """Make a version known; part of the caller's transaction.
+
+    `content` are the bytes of a manifest that is written already, by an earlier version of this project it may be.
+    """
     key = (manifest.name, manifest.version)
     size = sum(record.size for record in manifest.files.values())
     base = manifest.base
@@ -194,7 +199,7 @@ def insert_version(connection: sqlite3.Connection, manifest: AdapterManifest, si
         "INSERT INTO versions"
         " (name, version, digest, manifest, signature, base_id, base_fingerprint, task, created, size)"
         " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (*key, manifest.digest, manifest.to_bytes(), signature, base.id, base.fingerprint, manifest.task,
+        (*key, manifest.digest, content or manifest.to_bytes(), signature, base.id, base.fingerprint, manifest.task,
          manifest.created, size),
     )  # fmt: skip
     connection.execute("DELETE FROM removed WHERE name = ? AND version = ?", key)
