@@ -19,7 +19,7 @@ from adapterhub_lite.adapter_format.manifest import (
     AdapterReference,
     read_manifest,
 )
-from adapterhub_lite.errors import HubPermissionError, IntegrityError, PublishConflictError
+from adapterhub_lite.errors import HubPermissionError, IntegrityError, PublishConflictError, RegistryError
 from adapterhub_lite.registry.hub.card import card_files
 from adapterhub_lite.registry.hub.client import WRITE_TRIES, HubRepo, Patience, RemoteCommit
 from adapterhub_lite.registry.hub.errors import ConflictError
@@ -59,12 +59,18 @@ def push_adapter(
     `progress` is told each step in words; bars for bytes are `huggingface_hub`'s own.
 
     Raises:
+        RegistryError: an earlier version of this project kept it with a file that pulls refuse.
         PublishConflictError: the version number holds another adapter there, or others kept publishing in between.
         HubPermissionError: missing rights, each case with its own sentence.
         HubUnreachableError: no answer after bounded tries; trying again later finishes what was begun.
         IntegrityError: a file of the version is missing or damaged here; nothing was sent.
     """
     manifest, tell = store.resolve(reference), progress or (lambda _: None)
+    if older := sorted(set(manifest.files) - ALLOWED_FILES):
+        raise RegistryError(
+            f"{manifest.reference} has {', '.join(older)}, from an earlier version of adapterhub-lite, which no pull takes. "
+            f"`adapterhub-lite export {manifest.reference} DIR`, then `adapterhub-lite add DIR {manifest.name}`, makes it anew."
+        )
     with store.hold(manifest):  # a collection meanwhile must not take the files away
         return _push(store, manifest, HubRepo(repo_id, endpoint=endpoint, token=token), private, tell)
 
