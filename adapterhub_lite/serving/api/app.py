@@ -1,6 +1,7 @@
 """The OpenAI-compatible routes over an engine. `model` is the base, a reference or a blend.
 
-Reading order: settings, auth, errors, engine_protocol, observe, dispatch, schema, admin, this file, server.
+Reading order: settings, auth, errors, engine_protocol, observe, dispatch, wire, sampling, schema, answers, admin, this
+file, server.
 """
 
 import html
@@ -15,14 +16,15 @@ from starlette.types import Receive, Scope, Send
 
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.serving.adapters.sources import AdapterStore
-from adapterhub_lite.serving.api import schema
+from adapterhub_lite.serving.api import answers
 from adapterhub_lite.serving.api.admin import admin_routes
 from adapterhub_lite.serving.api.auth import Authenticate, Caller, KeyRing
 from adapterhub_lite.serving.api.dispatch import Dispatcher, ResolvedModel, until_disconnect
 from adapterhub_lite.serving.api.engine_protocol import Engine
 from adapterhub_lite.serving.api.errors import ApiRefusal, error_event, install_error_handlers, refuse
 from adapterhub_lite.serving.api.observe import AccessLog, Series
-from adapterhub_lite.serving.api.schema import ChatRequest, CompletionRequest, Sampling
+from adapterhub_lite.serving.api.sampling import Sampling
+from adapterhub_lite.serving.api.schema import ChatRequest, CompletionRequest
 from adapterhub_lite.serving.api.settings import ServerSettings
 from adapterhub_lite.serving.engine.request import GenerationChunk, GenerationRequest, GenerationResult
 from adapterhub_lite.web.guard import BodyLimit, BrowserGuard, ConnectionLimits, HeaderLimit
@@ -94,7 +96,8 @@ class Api:
         return GenerationRequest(
             adapter=resolved.reference, max_new_tokens=tokens or min(CHAT_TOKENS, limit), temperature=body.temperature,
             top_p=body.top_p, top_k=body.top_k, repetition_penalty=body.repetition_penalty, seed=body.seed,
-            stop=body.stops, timeout_seconds=self.settings.timeout_seconds, tenant=caller.tenant, **source,
+            stop=body.stops, timeout_seconds=self.settings.timeout_seconds, tenant=caller.tenant, **body.form(),
+            **source,
         )  # fmt: skip
 
     def _decode(self, token_id: int) -> str:
@@ -112,8 +115,8 @@ class Api:
         with self.dispatcher.admit(caller):
             results = await self.dispatcher.answer(request, [asked])
         self._count(request, caller, resolved, results)
-        answer = schema.envelope("chat.completion", request.state.id, body.model, resolved)
-        answer |= {"choices": [schema.chat_choice(results[0], self._decode)], "usage": schema.usage(results)}
+        answer = answers.envelope("chat.completion", request.state.id, body.model, resolved)
+        answer |= {"choices": [answers.chat_choice(results[0], self._decode)], "usage": answers.usage(results)}
         return JSONResponse(answer, headers=resolved.headers())
 
     async def completions(self, request: Request, body: CompletionRequest, caller: Caller) -> Response:
@@ -130,9 +133,9 @@ class Api:
         with self.dispatcher.admit(caller, len(asked)):
             results = await self.dispatcher.answer(request, asked)
         self._count(request, caller, resolved, results)
-        answer = schema.envelope("text_completion", request.state.id, body.model, resolved)
-        choices = [schema.completion_choice(index, result, self._decode) for index, result in enumerate(results)]
-        return JSONResponse(answer | {"choices": choices, "usage": schema.usage(results)}, headers=resolved.headers())
+        answer = answers.envelope("text_completion", request.state.id, body.model, resolved)
+        choices = [answers.completion_choice(index, result, self._decode) for index, result in enumerate(results)]
+        return JSONResponse(answer | {"choices": choices, "usage": answers.usage(results)}, headers=resolved.headers())
 
     def _count(
         self, request: Request, caller: Caller, resolved: ResolvedModel, results: Sequence[GenerationResult]
@@ -140,7 +143,7 @@ class Api:
         for result in results:
             self.dispatcher.count(caller, resolved.check(result))
         request.state.adapter = resolved.adapter
-        request.state.usage = schema.usage(results)
+        request.state.usage = answers.usage(results)
 
     async def _stream(
         self, request: Request, caller: Caller, body: Sampling, resolved: ResolvedModel, asked: GenerationRequest,
@@ -165,21 +168,21 @@ class Api:
         chunk: GenerationChunk, chunks: AsyncIterator[GenerationChunk],
     ) -> AsyncGenerator[str]:  # fmt: skip
         """`chunk` and then `chunks` as server-sent events, an error as the last of them."""
-        head, chat = schema.envelope(kind, request.state.id, body.model, resolved), kind.startswith("chat")
+        head, chat = answers.envelope(kind, request.state.id, body.model, resolved), kind.startswith("chat")
         request.state.adapter = resolved.adapter
-        piece: Callable[..., Json] = schema.chat_piece if chat else schema.completion_piece
-        logprobs = schema.chat_logprobs if chat else schema.completion_logprobs
+        piece: Callable[..., Json] = answers.chat_piece if chat else answers.completion_piece
+        logprobs = answers.chat_logprobs if chat else answers.completion_logprobs
         try:
             if chat:
-                yield schema.event(head | {"choices": [schema.chat_piece(None, first=True)]})
+                yield answers.event(head | {"choices": [answers.chat_piece(None, first=True)]})
             while chunk.result is None:
-                yield schema.event(head | {"choices": [piece(chunk.text)]})
+                yield answers.event(head | {"choices": [piece(chunk.text)]})
                 chunk = await anext(chunks)
             self._count(request, caller, resolved, [chunk.result])
             reason, details = chunk.result.finish_reason, logprobs(chunk.result.logprobs, self._decode)
-            yield schema.event(head | {"choices": [piece(chunk.text, reason=reason, logprobs=details)]})
+            yield answers.event(head | {"choices": [piece(chunk.text, reason=reason, logprobs=details)]})
             if body.stream_options and body.stream_options.include_usage:
-                yield schema.event(head | {"choices": [], "usage": schema.usage([chunk.result])})
+                yield answers.event(head | {"choices": [], "usage": answers.usage([chunk.result])})
             yield "data: [DONE]\n\n"
         except Exception as error:
             request.state.failure = error

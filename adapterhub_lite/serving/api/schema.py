@@ -1,69 +1,15 @@
-"""OpenAI's format on the wire: requests as strict models, answers as functions over results, each with its receipt.
+"""The bodies of requests in OpenAI's format. Unknown fields and what cannot be done are refused, never ignored."""
 
-Unknown fields and what cannot be done are refused, never ignored.
-"""
-
-import json
-import time
-from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from adapterhub_lite.adapter_format.strict_reading import StrictModel
-from adapterhub_lite.serving.api.dispatch import ResolvedModel
-from adapterhub_lite.serving.engine.request import GenerationResult, TokenLogprob
+from adapterhub_lite.serving.api.sampling import Sampling
+from adapterhub_lite.serving.api.wire import Text, WireModel, without_nulls
 
-Json = dict[str, Any]
-Decode = Callable[[int], str]
 MOST_PROMPTS = 16
-# Fields of OpenAI's that clients send as null when they aren't used; with any other value they are refused.
-UNUSED = frozenset({
-    "audio", "function_call", "functions", "guided_json", "logit_bias", "metadata", "modalities", "parallel_tool_calls",
-    "prediction", "prompt_cache_key", "reasoning_effort", "safety_identifier", "service_tier", "store", "tool_choice",
-    "tools", "verbosity", "web_search_options",
-})  # fmt: skip
-# And values of them, and of ours, that ask for nothing: they count as not given.
-ASKING_NOTHING: Mapping[str, tuple[object, ...]] = {
-    "tools": ([],), "functions": ([],), "tool_choice": ("none",), "parallel_tool_calls": (True, False), "seed": (-1,),
-    "logit_bias": ({},), "metadata": ({},), "modalities": (["text"],), "store": (False,), "top_k": (-1,),
-    "service_tier": ("auto", "default"),
-}  # fmt: skip
 UNUSED_OF_MESSAGES = frozenset({"annotations", "audio", "function_call", "reasoning_content", "refusal", "tool_calls"})
-
-
-def _encodable(text: str) -> str:
-    # JSON can carry lone surrogates, which no tokenizer and no UTF-8 response can.
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("the text is not valid Unicode") from None
-    return text
-
-
-Text = Annotated[str, AfterValidator(_encodable)]
-ModelName = Annotated[str, Field(min_length=1, max_length=250), AfterValidator(_encodable)]
-
-
-class WireModel(StrictModel):
-    """Unknown fields are refused. Not strict as a whole: JSON knows one kind of list; the numbers are, one by one."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
-
-
-def without_nulls(data: Any, unused: Collection[str], known: Collection[str]) -> Any:
-    """`data` without the fields that are null, where that means "not given"; an unknown field stays, to be refused."""
-    if not isinstance(data, dict):
-        return data
-    return {
-        key: value
-        for key, value in data.items()
-        if not (value is None and key in {*unused, *known}) and not _asks_nothing(key, value)
-    }
-
-
-def _asks_nothing(key: str, value: object) -> bool:
-    return any(value == nothing and type(value) is type(nothing) for nothing in ASKING_NOTHING.get(key, ()))
 
 
 class TextPart(WireModel):
@@ -97,60 +43,6 @@ class ChatMessage(WireModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": content} | named
 
 
-class StreamOptions(WireModel):
-    """What a stream carries besides the text."""
-
-    include_usage: bool = False
-    include_obfuscation: bool = False
-
-
-class TextFormat(WireModel):
-    """The only format of an answer: text."""
-
-    type: Literal["text"] = "text"
-
-
-class Sampling(WireModel):
-    """What chat and completions have in common. A field of which one value alone is supported has that value as type."""
-
-    model: ModelName
-    temperature: float = Field(1.0, ge=0, le=2, strict=True)
-    top_p: float = Field(1.0, gt=0, le=1, strict=True)
-    top_k: int = Field(0, ge=0, le=1_000_000, strict=True)
-    repetition_penalty: float = Field(1.0, gt=0, le=100, strict=True)
-    seed: int | None = Field(None, ge=0, lt=2**63, strict=True)
-    stop: Text | Annotated[tuple[Text, ...], Field(max_length=16)] | None = None
-    stream: bool = Field(False, strict=True)
-    stream_options: StreamOptions | None = None
-    n: Literal[1] | None = None
-    presence_penalty: float | None = Field(None, ge=0, le=0, strict=True)
-    frequency_penalty: float | None = Field(None, ge=0, le=0, strict=True)
-    user: Text | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _nulls(cls, data: Any) -> Any:  # whatever JSON holds
-        return without_nulls(data, UNUSED, cls.model_fields.keys() - {"model", "messages", "prompt"})
-
-    @model_validator(mode="after")
-    def _usage_of_streams(self) -> Self:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is for streams; set stream too, or leave it out")
-        return self
-
-    @field_validator("stop")
-    @classmethod
-    def _no_empty_stop(cls, stop: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-        if any(not text for text in ([stop] if isinstance(stop, str) else stop or ())):
-            raise ValueError("a stop string is empty")
-        return stop
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """The stop strings as a tuple."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-
-
 class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
@@ -159,7 +51,6 @@ class ChatRequest(Sampling):
     max_completion_tokens: int | None = Field(None, ge=1, strict=True)
     logprobs: bool = Field(False, strict=True)
     top_logprobs: int | None = Field(None, ge=0, le=20, strict=True)
-    response_format: TextFormat | None = None
 
     @model_validator(mode="after")
     def _alternatives_of_logprobs(self) -> Self:
@@ -233,81 +124,3 @@ class AliasCommand(StrictModel):
     alias: Annotated[str, Field(max_length=64)]
     version: int = Field(ge=1, lt=1_000_000_000)
     expect: int | None = Field(None, ge=0, lt=1_000_000_000)
-
-
-def envelope(kind: str, request_id: str, model: str, resolved: ResolvedModel) -> Json:
-    """What every object of an answer starts with; `kind` is OpenAI's `object`."""
-    prefix = "chatcmpl" if kind.startswith("chat") else "cmpl"
-    return {"id": f"{prefix}-{request_id}", "object": kind, "created": int(time.time()), "model": model,
-            "system_fingerprint": resolved.base[:16], "receipt": resolved.receipt()}  # fmt: skip
-
-
-def usage(results: Sequence[GenerationResult]) -> Json:
-    """Tokens read and written, over all answers of a request."""
-    prompt = sum(result.usage.prompt_tokens for result in results)
-    completion = sum(result.usage.completion_tokens for result in results)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-
-
-def chat_choice(result: GenerationResult, decode: Decode) -> Json:
-    """The one choice of a chat answer."""
-    message = {"role": "assistant", "content": result.text, "refusal": None}
-    logprobs = chat_logprobs(result.logprobs, decode)
-    return {"index": 0, "message": message, "finish_reason": result.finish_reason, "logprobs": logprobs}
-
-
-def completion_choice(index: int, result: GenerationResult, decode: Decode) -> Json:
-    """One choice of a completion."""
-    logprobs = completion_logprobs(result.logprobs, decode)
-    return {"index": index, "text": result.text, "finish_reason": result.finish_reason, "logprobs": logprobs}
-
-
-def chat_piece(
-    text: str | None, *, first: bool = False, reason: str | None = None, logprobs: Json | None = None
-) -> Json:
-    """The one choice of a piece of a streamed chat answer."""
-    delta: Json = {"role": "assistant", "content": ""} if first else {}
-    if text:
-        delta["content"] = text
-    return {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
-
-
-def completion_piece(text: str, *, reason: str | None = None, logprobs: Json | None = None) -> Json:
-    """The one choice of a piece of a streamed completion."""
-    return {"index": 0, "text": text, "finish_reason": reason, "logprobs": logprobs}
-
-
-def chat_logprobs(logprobs: Sequence[TokenLogprob] | None, decode: Decode) -> Json | None:
-    """Log-probabilities as chat has them."""
-    if logprobs is None:
-        return None
-
-    def entry(token_id: int, logprob: float) -> Json:
-        token = decode(token_id)
-        return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
-
-    content = [
-        entry(item.token_id, item.logprob) | {"top_logprobs": [entry(*other) for other in item.top]}
-        for item in logprobs
-    ]
-    return {"content": content, "refusal": None}
-
-
-def completion_logprobs(logprobs: Sequence[TokenLogprob] | None, decode: Decode) -> Json | None:
-    """Log-probabilities as completions have them; of two tokens with the same text the likelier one is given."""
-    if logprobs is None:
-        return None
-    tokens = [decode(item.token_id) for item in logprobs]
-    offsets = [sum(map(len, tokens[:index])) for index in range(len(tokens))]
-    top = [{decode(token_id): logprob for token_id, logprob in reversed(item.top)} for item in logprobs]
-    return {
-        "tokens": tokens,
-        "token_logprobs": [item.logprob for item in logprobs],
-        "top_logprobs": top,
-        "text_offset": offsets,
-    }
-
-
-def event(body: Json) -> str:
-    """One server-sent event."""
-    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"

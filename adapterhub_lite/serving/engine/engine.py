@@ -4,12 +4,13 @@ The life of a request:
 
 1. `submit`, on the caller's thread: the prompt is tokenized; the pool resolves the adapter argument (`adapters/split`,
    `adapters/sources`), loads what is missing into a slot (`adapters/slots`) and holds it there: a `Route`.
-2. It waits in the queue of the scheduler (`core`), a `GenerationSequence` (`sequence`).
+2. It waits in the queue of the scheduler (`scheduling`), a `GenerationSequence` (`sequence`). A form that was asked
+   for its answer is compiled before (`constraints`).
 3. The engine's thread gives it a row. The runner (`model/runner`) routes the row to the adapter's weights.
 4. Each step computes some tokens of every row in one forward pass: pieces of prompts, and one token for each row that
    writes. Keys and values stay in the row (`model/kv_cache`); each row gets its own LoRA delta (`model/lora_*`).
-5. When its last known token is computed, the row's logits give the next token (`sequence`), whose text goes to the
-   caller's outbox at once.
+5. When its last known token is computed, the row's logits give the next token (`sampling`), whose text (`text`) goes to
+   the caller's outbox at once. Prompts and labels are scored from logits too (`scoring`).
 6. At an end token, a stop string or its length it leaves the row and releases the adapter; the caller's
    `GenerationHandle` gets the result, with its receipt. Errors, time-outs and cancelling end it the same way.
 
@@ -22,6 +23,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,7 +35,7 @@ from adapterhub_lite.adapter_format.quantization import Quantization
 from adapterhub_lite.bases import load_base_model, load_tokenizer, resolve_base
 from adapterhub_lite.bases.bounded_template import render_bounded
 from adapterhub_lite.bases.chat_template import render_chat, template_digest, template_of, words_of
-from adapterhub_lite.bases.encoding import encode_prompt
+from adapterhub_lite.bases.encoding import encode_after, encode_prompt
 from adapterhub_lite.bases.encoding import end_tokens as base_end_tokens
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.home import adapterhub_home
@@ -42,16 +44,18 @@ from adapterhub_lite.serving.adapters.hub_source import HubSource
 from adapterhub_lite.serving.adapters.pool import AdapterPool, FoundAdapters, Tier
 from adapterhub_lite.serving.adapters.slots import ResidentAdapter
 from adapterhub_lite.serving.adapters.sources import AdapterSource, FolderSource, RegistrySource
+from adapterhub_lite.serving.engine.constraints import ConstraintCompiler
 from adapterhub_lite.serving.engine.core import EngineCore
 from adapterhub_lite.serving.engine.probe_check import Verify, check_probes
-from adapterhub_lite.serving.engine.request import EngineStatus, GenerationRequest, GenerationResult
+from adapterhub_lite.serving.engine.request import EngineStatus, GenerationRequest, GenerationResult, Message
+from adapterhub_lite.serving.engine.sampling import Sampler
+from adapterhub_lite.serving.engine.scoring import LabelLogprobs, PromptLogprobs
 from adapterhub_lite.serving.engine.sequence import (
     ChunkStream,
     GenerationHandle,
     GenerationSequence,
-    Sampler,
-    TextStream,
 )
+from adapterhub_lite.serving.engine.text import TextStream
 from adapterhub_lite.serving.model.kv_cache import free_memory
 from adapterhub_lite.serving.model.proof import Verdict, proven
 from adapterhub_lite.serving.model.runner import ModelRunner
@@ -103,7 +107,9 @@ class InferenceEngine:
         self._tokenizing = threading.Lock()
         self._template_digest = template_digest(tokenizer)
         configs = (getattr(runner.model, "generation_config", None), runner.model.config)
-        ends = base_end_tokens(tokenizer, *configs) if end_tokens is None else end_tokens
+        base_ends = base_end_tokens(tokenizer, *configs)
+        self._ends = base_ends if end_tokens is None else end_tokens
+        self._forms = ConstraintCompiler(tokenizer, base_ends)
         self._cache_memory = cache_memory
         if cache_memory is not None:
             runner.set_cache_budget(cache_memory)
@@ -112,7 +118,7 @@ class InferenceEngine:
                     f"Keys and values may take {cache_memory:,} bytes, which is not enough for {SHORTEST} tokens of one "
                     "request. Free some memory, or give more with --cache-memory."
                 )
-        self._core = EngineCore(runner, ends, max_queue=max_queue, spare_rows=spare_rows)
+        self._core = EngineCore(runner, max_queue=max_queue, spare_rows=spare_rows)
 
     @classmethod
     def from_base(
@@ -198,12 +204,30 @@ class InferenceEngine:
         """
         return ChunkStream(self.submit(request))
 
+    def score(
+        self, prompt: str | Sequence[Message], choices: Sequence[str], *, adapter: str | Path | None = None
+    ) -> dict[str, float]:
+        """The probability of each choice to begin the answer to a prompt or chat, over all choices: they sum to 1.
+
+        The prompt is computed once. Raises as `generate` does.
+        """
+        if not choices:
+            raise ConfigurationError("There are no choices to score. Give at least one.")
+        asked = {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
+        result = self.generate(GenerationRequest(**asked, adapter=adapter, labels=choices))
+        assert result.label_logprobs is not None
+        return dict(zip(choices, torch.tensor(result.label_logprobs).softmax(0).tolist(), strict=True))
+
     def submit(self, request: GenerationRequest) -> GenerationHandle:
         """Queue a request and return its handle at once; the adapter is resolved, and loaded if need be, before."""
         started = time.perf_counter()
+        form = request.form
         found = self._pool.find(request.adapter)
         prompt_ids = self._encode(request, found)
-        limit = min(request.max_new_tokens, self._runner.max_length - len(prompt_ids))
+        self._check_tokens(request, prompt_ids)
+        labels = LabelLogprobs(len(prompt_ids), self._encode_labels(request.labels)) if request.labels else None
+        most = request.max_new_tokens if labels is None else labels.longest
+        limit = min(most, self._runner.max_length - len(prompt_ids))
         if self._runner.most_rows(len(prompt_ids) + limit) < 1:
             raise ConfigurationError(
                 f"The prompt has {len(prompt_ids)} tokens and may get {limit} more. Their keys and values never fit into "
@@ -211,17 +235,25 @@ class InferenceEngine:
                 "tokens, or start the engine with more --cache-memory."
             )
         route = self._pool.hold(found, request.timeout_seconds)
-        sequence = GenerationSequence(
-            request=request,
-            prompt_ids=prompt_ids,
-            route=route,
-            sampler=Sampler(request, prompt_ids),
-            stream=TextStream(self.tokenizer, request.stop),
-            base_fingerprint=self.base_fingerprint,
-            submitted=started,
-            limit=limit,
-        )
         try:
+            # An empty set writes every answer to its full length, an adapter's with an end of its own too.
+            ends = self._ends if route.end_tokens is None or not self._ends else route.end_tokens
+            ends = (frozenset() if request.ignore_eos else ends) | frozenset(request.stop_token_ids)
+            scored = request.prompt_logprobs
+            sequence = GenerationSequence(
+                request=request,
+                prompt_ids=prompt_ids,
+                route=route,
+                sampler=Sampler(request, prompt_ids, ends),
+                stream=TextStream(self.tokenizer, request.stop, request.min_tokens),
+                base_fingerprint=self.base_fingerprint,
+                submitted=started,
+                limit=limit,
+                ends=ends,
+                constraint=None if form is None else self._forms.compile(form, ends),
+                prompt_logprobs=None if scored is None else PromptLogprobs(prompt_ids, scored),
+                labels=labels,
+            )
             self._core.add(sequence)
         except BaseException:
             route.release()
@@ -331,6 +363,7 @@ class InferenceEngine:
         """Stop; whatever waits or runs ends with EngineClosedError."""
         self._pool.close()
         self._core.close()
+        self._forms.close()
 
     def __enter__(self) -> "InferenceEngine":
         return self
@@ -338,8 +371,33 @@ class InferenceEngine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
+    def _check_tokens(self, request: GenerationRequest, prompt_ids: Sequence[int]) -> None:
+        """Refuse token ids that this base has not."""
+        weight: torch.Tensor = self._runner.model.get_input_embeddings().weight  # type: ignore[assignment]
+        given = {
+            "prompt_token_ids": prompt_ids, "stop_token_ids": request.stop_token_ids,
+            "logit_bias": request.logit_bias, "allowed_token_ids": request.allowed_token_ids or (),
+        }  # fmt: skip
+        for name, ids in given.items():
+            wrong = next((token for token in ids if not 0 <= token < weight.shape[0]), None)
+            if wrong is not None:
+                raise ConfigurationError(f"{name} has {wrong}; this base has the tokens 0 to {weight.shape[0] - 1}.")
+
+    def _encode_labels(self, labels: Sequence[str]) -> list[list[int]]:
+        with self._tokenizing:
+            encoded = [encode_after(self.tokenizer, label) for label in labels]
+        for (ids, label), (longer, other) in pairwise(sorted(zip(encoded, labels, strict=True))):
+            if longer[: len(ids)] == ids:
+                raise ConfigurationError(
+                    f"The label {label!r} is the beginning of {other!r}, so there is no probability of the one against "
+                    "the other. Give labels of which none begins another."
+                )
+        return encoded
+
     def _encode(self, request: GenerationRequest, found: FoundAdapters | None = None) -> list[int]:
-        if request.messages is None:
+        if request.prompt_token_ids is not None:
+            ids = list(request.prompt_token_ids)
+        elif request.messages is None:
             with self._tokenizing:
                 ids = encode_prompt(self.tokenizer, request.prompt or "")
         else:
@@ -353,18 +411,21 @@ class InferenceEngine:
             try:
                 # Outside the lock: an adapter's template may take its time, and others need not wait for it.
                 render = render_chat if template is None else partial(render_bounded, template)
+                go_on = request.continue_final_message
                 text = render(
                     self.tokenizer,
                     request.messages,
                     tools=request.tools,
-                    arguments=request.chat_template_kwargs,
-                    ask=True,
+                    arguments={**request.chat_template_kwargs, **({"continue_final_message": True} if go_on else {})},
+                    ask=not go_on,
                 )
             except ValueError as error:
                 raise ConfigurationError(f"The {whose} chat template refused the messages: {error}") from error
-            text = text.removesuffix(found.prefill()) if found is not None else text
+            text = text.removesuffix(found.prefill()) if found is not None and not go_on else text
             with self._tokenizing:
                 ids = self.tokenizer.encode(text, add_special_tokens=False)
+        if request.truncate_prompt_tokens is not None:
+            ids = ids[-request.truncate_prompt_tokens :]
         if not ids:
             raise ConfigurationError(
                 "The prompt is empty, so there is nothing to go on from. Give at least one character."

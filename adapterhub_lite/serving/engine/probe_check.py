@@ -15,7 +15,9 @@ from adapterhub_lite.errors import BaseMismatchError, UsageError
 from adapterhub_lite.serving.adapters.pool import AdapterPool, Route
 from adapterhub_lite.serving.engine.core import EngineCore
 from adapterhub_lite.serving.engine.request import GenerationRequest
-from adapterhub_lite.serving.engine.sequence import GenerationHandle, GenerationSequence, Sampler, TextStream
+from adapterhub_lite.serving.engine.sampling import Sampler
+from adapterhub_lite.serving.engine.sequence import GenerationHandle, GenerationSequence
+from adapterhub_lite.serving.engine.text import TextStream
 from adapterhub_lite.serving.model.runner import ModelRunner
 
 Verify = Literal["files", "probes"]
@@ -26,9 +28,9 @@ class _Listener(Sampler):
 
     heard: torch.Tensor
 
-    def choose(self, logits: torch.Tensor) -> int:
+    def choose(self, logits: torch.Tensor, allowed: torch.Tensor | None = None) -> int:
         self.heard = logits.clone()
-        return super().choose(logits)
+        return super().choose(logits, allowed)
 
 
 def check_probes(

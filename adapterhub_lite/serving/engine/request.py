@@ -1,9 +1,11 @@
 """What goes into the engine and what comes out: value objects only. Knows nothing of models or threads."""
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from adapterhub_lite.errors import ConfigurationError
 
@@ -12,15 +14,33 @@ MAX_TOP_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
+class Form:
+    """What an answer has to look like. `text` is JSON for a schema and for choices, else the expression or grammar."""
+
+    kind: Literal["schema", "regex", "choices", "grammar"]
+    text: str
+
+
+@dataclass(frozen=True)
 class GenerationRequest:
     """One question to the base or to an adapter.
 
-    `prompt` is raw text; `messages` are chat messages (role, content, and what else the template reads) put through the
-    chat template, of the adapter if it brings one, with `tools` and `chat_template_kwargs`: exactly one of the two.
-    `adapter` is a reference ("sql@prod"), a blend ("sql:3*0.7+event@prod*0.3"), the `Path` of a
-    PEFT folder, or None for the base; a string is never taken for a path. `temperature` 0 is greedy. `logprobs` asks
-    for the log-probability of each chosen token and of that many alternatives. `timeout_seconds` counts from
-    submission. Rows are shared fairly between tenants.
+    `prompt` is raw text, `prompt_token_ids` the same as tokens, taken as they are; `messages` are chat messages (role,
+    content, and what else the template reads) put through the chat template, of the adapter if it brings one, with
+    `tools` and `chat_template_kwargs`: exactly one of the three. With `continue_final_message` the answer goes on with
+    the last message. `truncate_prompt_tokens` keeps that many tokens of the prompt, the last ones.
+    `adapter` is a reference ("sql@prod"), a blend ("sql:3*0.7+event@prod*0.3"), the `Path` of a PEFT folder, or None for
+    the base; a string is never taken for a path.
+
+    An answer ends at an end token (not with `ignore_eos`), at one of `stop_token_ids` or at a `stop` string, at none of
+    them before `min_tokens`, and after `max_new_tokens` in any case. `temperature` 0 is greedy. `logit_bias` is added to
+    the logits of its tokens, `allowed_token_ids` allows no others; presence and frequency penalties are OpenAI's, the rest
+    are transformers'. At most one of `schema` (a JSON schema), `regex`, `choices` and `grammar` (Lark or GBNF) gives the
+    answer's form: it then has that form, unless `max_new_tokens` or a stop string ends it before.
+
+    `logprobs` asks for the log-probability of each chosen token and of that many alternatives, `prompt_logprobs` for the
+    same of the prompt's tokens. With `labels` nothing is written: they get their log-probabilities as the answer's
+    beginning. `timeout_seconds` counts from submission. Rows are shared fairly between tenants.
 
     Raises:
         ConfigurationError: a setting is out of range; the text lists every one that is.
@@ -41,33 +61,97 @@ class GenerationRequest:
     timeout_seconds: float | None = None
     logprobs: int | None = None
     tenant: str = ""
+    prompt_token_ids: Sequence[int] | None = None
+    continue_final_message: bool = False
+    truncate_prompt_tokens: int | None = None
+    min_tokens: int = 0
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_token_ids: Sequence[int] | None = None
+    schema: Mapping[str, Any] | None = None
+    regex: str | None = None
+    choices: Sequence[str] | None = None
+    grammar: str | None = None
+    prompt_logprobs: int | None = None
+    labels: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        timeout = self.timeout_seconds
-        checks: list[tuple[bool, str]] = [
-            ((self.prompt is None) == (self.messages is None), "give exactly one of prompt and messages"),
-            (self.messages is not None and len(self.messages) == 0, "messages is empty"),
-            (not self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}, wanted at least 1"),
+        problems = [text for broken, text in (*self._numbers(), *self._contents()) if broken]
+        if problems:
+            raise ConfigurationError("The request cannot be served: " + "; ".join(problems) + ".")
+
+    def _numbers(self) -> list[tuple[bool, str]]:
+        timeout, most = self.timeout_seconds, self.max_new_tokens
+        checks = [
+            (not most >= 0, f"max_new_tokens is {most}, wanted at least 0"),
+            (not 0 <= self.min_tokens <= most, f"min_tokens is {self.min_tokens}, wanted 0 to max_new_tokens, {most}"),
             (not 0.0 <= self.temperature <= 100.0, f"temperature is {self.temperature}, wanted 0 to 100"),
             (not 0.0 < self.top_p <= 1.0, f"top_p is {self.top_p}, wanted more than 0 and at most 1"),
             (not self.top_k >= 0, f"top_k is {self.top_k}, wanted 0 (off) or more"),
+            (not 0.0 <= self.min_p <= 1.0, f"min_p is {self.min_p}, wanted 0 to 1"),
             (
                 not 0.0 < self.repetition_penalty <= 100.0,
                 f"repetition_penalty is {self.repetition_penalty}, wanted > 0",
             ),
             (self.seed is not None and not 0 <= self.seed < 2**63, f"seed is {self.seed}, wanted 0 to 2**63 - 1"),
-            (any(not text for text in self.stop), "a stop string is empty"),
             (timeout is not None and not timeout > 0, f"timeout_seconds is {timeout}, wanted more than 0"),
             (
-                self.logprobs is not None and not 0 <= self.logprobs <= MAX_TOP_LOGPROBS,
-                f"logprobs is {self.logprobs}, wanted 0 to {MAX_TOP_LOGPROBS}",
+                self.truncate_prompt_tokens is not None and not self.truncate_prompt_tokens >= 1,
+                f"truncate_prompt_tokens is {self.truncate_prompt_tokens}, wanted at least 1",
             ),
         ]
-        problems = [text for broken, text in checks if broken]
-        if problems:
-            raise ConfigurationError("The request cannot be served: " + "; ".join(problems) + ".")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            checks.append((not -2.0 <= value <= 2.0, f"{name} is {value}, wanted -2 to 2"))
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            wrong = value is not None and not 0 <= value <= MAX_TOP_LOGPROBS
+            checks.append((wrong, f"{name} is {value}, wanted 0 to {MAX_TOP_LOGPROBS}"))
+        return checks
+
+    def _contents(self) -> list[tuple[bool, str]]:
+        sources = (self.prompt, self.prompt_token_ids, self.messages)
+        forms = [name for name in ("schema", "regex", "choices", "grammar") if getattr(self, name) is not None]
+        return [
+            (
+                sum(source is not None for source in sources) != 1,
+                "give exactly one of prompt, prompt_token_ids and messages",
+            ),
+            (self.messages is not None and len(self.messages) == 0, "messages is empty"),
+            (any(not text for text in self.stop), "a stop string is empty"),
+            (len(forms) > 1, f"give one form of the answer, not {' and '.join(forms)}"),
+            (self.choices is not None and not all(self.choices or [""]), "choices is empty, or one of them is"),
+            (not all(self.labels), "one of the labels is empty"),
+            (len(set(self.labels)) < len(self.labels), "two labels are the same"),
+            (self.allowed_token_ids is not None and not self.allowed_token_ids, "allowed_token_ids is empty"),
+            (any(not math.isfinite(bias) for bias in self.logit_bias.values()), "a logit_bias is not finite"),
+            (self.continue_final_message and self.messages is None, "continue_final_message needs messages"),
+            (bool(self.labels) and self.prompt_logprobs is not None, "give labels or prompt_logprobs, not both"),
+        ]
+
+    @property
+    def form(self) -> Form | None:
+        """The form of the answer, if one was asked for.
+
+        Raises:
+            ConfigurationError: the schema is not JSON.
+        """
+        if self.schema is not None:
+            try:
+                return Form("schema", json.dumps(self.schema, ensure_ascii=False, separators=(",", ":")))
+            except (TypeError, ValueError, RecursionError) as error:
+                raise ConfigurationError(f"The schema is not JSON: {error}") from None
+        if self.choices is not None:
+            return Form("choices", json.dumps(list(self.choices)))
+        if self.regex is not None:
+            return Form("regex", self.regex)
+        return None if self.grammar is None else Form("grammar", self.grammar)
 
 
 @dataclass(frozen=True)
@@ -107,8 +191,10 @@ class TokenLogprob:
 class GenerationResult:
     """An answer with its receipt: which adapter bytes and which base produced it.
 
-    `finish_reason` is "stop" (end token or stop string) or "length". `token_ids` are the tokens produced, the end
-    token included; `text` ends before a stop string. `adapter_digest` is None for the base alone.
+    `finish_reason` is "stop" (end token, stop string, or a form that nothing can follow) or "length": an answer of a
+    given form may then be incomplete. `token_ids` are the tokens produced, the end token included; `text` ends before a
+    stop string. `adapter_digest` is None for the base alone. `prompt_logprobs` has None for the first token, which
+    nothing precedes. `label_logprobs` are in the order of the labels.
     """
 
     text: str
@@ -120,14 +206,23 @@ class GenerationResult:
     usage: Usage
     timings: Timings
     logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    label_logprobs: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
 class GenerationChunk:
-    """A piece of text as it is made. The last one has `done` true and carries the whole `result`."""
+    """A piece of text as it is made, with the tokens since the piece before it and their log-probabilities.
+
+    The first one carries the prompt's log-probabilities where they were asked for. The last one has `done` true and
+    carries the whole `result`.
+    """
 
     text: str
     done: bool = False
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     result: GenerationResult | None = field(default=None, repr=False)
 
 

@@ -72,14 +72,14 @@ class HFForward:
         return {}
 
     def forward(self, step: Step) -> torch.Tensor:
-        """Return the logits (rows that want them, vocabulary)."""
+        """Return the logits (tokens that want them, vocabulary)."""
         self._tokens = step.token_ids.shape[0]
         _now.cache = self._cache
         out = self._model(
             input_ids=step.token_ids[None],
             position_ids=step.positions[None],
             use_cache=False,
-            logits_to_keep=step.last,
+            logits_to_keep=step.wanted,
         )
         logits: torch.Tensor = out.logits[0]
         return logits

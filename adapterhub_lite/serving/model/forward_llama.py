@@ -136,7 +136,7 @@ class LlamaForward:
         return found
 
     def forward(self, step: Step) -> torch.Tensor:
-        """Return the logits (rows that want them, vocabulary)."""
+        """Return the logits (tokens that want them, vocabulary)."""
         x = self._embedding[step.token_ids]
         cos, sin = self._rotary(x[None], step.positions[None])
         half = self._head_dim // 2
@@ -144,7 +144,7 @@ class LlamaForward:
         signed = torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)[:, None]
         for index, layer in enumerate(self._layers):
             x = self._layer(index, layer, x, cos[0][:, None], signed)
-        return self._head(self._rms(x[step.last], self._norm))
+        return self._head(self._rms(x[step.wanted], self._norm))
 
     def _take(self, path: str, layer: nn.Module) -> _Layer:
         def fused(roles: tuple[str, ...]) -> FusedLinear:

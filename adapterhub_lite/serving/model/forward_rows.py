@@ -120,19 +120,19 @@ class RowForward:
         self._states.clear()
 
     def forward(self, step: Step) -> torch.Tensor:
-        """Return the logits (rows, vocabulary), in the order of the step's rows."""
+        """Return the logits (tokens that want them, vocabulary), in the order of the step's rows."""
         logits, start = [], 0
-        for row, last in zip(step.rows, step.last.tolist(), strict=True):
+        for row, last, count in zip(step.rows, step.last.tolist(), step.counts, strict=True):
             ids = step.token_ids[start : last + 1][None]
             self.lora.use(row)
             try:
-                logits.append(self._row(row, int(step.positions[start]), ids))
+                logits.append(self._row(row, int(step.positions[start]), ids, count))
             finally:
                 self.lora.use(None)
             start = last + 1
-        return torch.stack(logits)
+        return torch.cat(logits)
 
-    def _row(self, row: int, position: int, ids: torch.Tensor) -> torch.Tensor:
+    def _row(self, row: int, position: int, ids: torch.Tensor, count: int) -> torch.Tensor:
         if position == 0:
             self._states[row] = RowState(ids)
         else:
@@ -141,8 +141,8 @@ class RowForward:
         state = self._states[row]
         if not self._keeps_state:
             out = self._model(input_ids=state.ids, attention_mask=torch.ones_like(state.ids), use_cache=False)
-            last: torch.Tensor = out.logits[0, -1]
-            return last
+            wanted: torch.Tensor = out.logits[0, -count:]
+            return wanted
         # The steps of `GenerationMixin._sample`, which has no public form that gives logits one at a time. The proof at
         # start compares them with `generate` itself.
         model: Any = self._model
@@ -154,10 +154,15 @@ class RowForward:
             state.carried = model._update_model_kwargs_for_generation(state.outputs, state.carried, num_new_tokens=new)
             inputs = model.prepare_inputs_for_generation(state.ids, next_sequence_length=new, **state.carried)
             out = model(**inputs, return_dict=True)
-        last = out.logits[0, -1].clone()
+        wanted = out.logits[0, -1:].clone()
         out.logits = None
         state.outputs = out
-        return last
+        if count > 1:
+            # `generate` computes no logits inside a prompt; a prompt is always in one piece here.
+            assert position == 0, "the logits of several tokens are those of a whole prompt"
+            whole = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+            wanted = whole[0, -count:]
+        return wanted
 
     def _adding(self, name: str, layer: int) -> Any:  # torch's own type of a hook
         def add(_module: nn.Module, inputs: tuple[torch.Tensor, ...], y: torch.Tensor) -> torch.Tensor | None:

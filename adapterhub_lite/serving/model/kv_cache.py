@@ -37,11 +37,14 @@ LENGTH_BUCKET = 256
 
 @dataclass(frozen=True)
 class RowSlice:
-    """Tokens that one row computes in a step; `start` of them are in its cache already."""
+    """Tokens that one row computes in a step; `start` tokens are in its cache already. The logits after the last
+    `logits` of them are wanted.
+    """
 
     row: int
     start: int
     token_ids: Sequence[int]
+    logits: int = 1
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Step:
-    """A packed step of T tokens. `last` holds the index of each row's last token, in the order of `rows`."""
+    """A packed step of T tokens. `last` holds the index of each row's last token, in the order of `rows`; `wanted` the
+    indices of the tokens whose logits are wanted, `counts` of them per row, that row's last ones.
+    """
 
     token_ids: torch.Tensor
     positions: torch.Tensor
     token_rows: torch.Tensor
     last: torch.Tensor
+    wanted: torch.Tensor
+    counts: tuple[int, ...]
     rows: tuple[int, ...]
     runs: tuple[Run, ...]
 
@@ -78,17 +85,27 @@ def pack(slices: Sequence[RowSlice], device: torch.device | str = "cpu") -> Step
     positions: list[int] = []
     token_rows: list[int] = []
     last: list[int] = []
+    wanted: list[int] = []
     for part in slices:
         token_ids.extend(part.token_ids)
         positions.extend(range(part.start, part.start + len(part.token_ids)))
         token_rows.extend([part.row] * len(part.token_ids))
         last.append(len(token_ids) - 1)
+        wanted.extend(range(len(token_ids) - part.logits, len(token_ids)))
 
     def tensor(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
 
-    rows = tuple(part.row for part in slices)
-    return Step(tensor(token_ids), tensor(positions), tensor(token_rows), tensor(last), rows, group_runs(slices))
+    return Step(
+        tensor(token_ids),
+        tensor(positions),
+        tensor(token_rows),
+        tensor(last),
+        tensor(wanted),
+        tuple(part.logits for part in slices),
+        tuple(part.row for part in slices),
+        group_runs(slices),
+    )
 
 
 def _bucket(length: int) -> int:

@@ -113,7 +113,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def forward(self, step: Step) -> torch.Tensor:
-        """Compute a step; logits (rows of the step that want them, vocabulary) in float32, in the order of rows."""
+        """Compute a step; logits (tokens of the step that want them, vocabulary) in float32, in the order of rows."""
         self.lora.begin(step)
         if isinstance(self.cache, KVCache):
             self.cache.begin(step)

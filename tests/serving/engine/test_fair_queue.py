@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from adapterhub_lite.errors import QueueFullError
 from adapterhub_lite.serving import GenerationRequest
 from adapterhub_lite.serving.adapters.pool import Route
-from adapterhub_lite.serving.engine.core import PATIENCE, QUANTUM, FairQueue, Scheduler, share_prompt_tokens
-from adapterhub_lite.serving.engine.sequence import GenerationSequence, Sampler
+from adapterhub_lite.serving.engine.sampling import Sampler
+from adapterhub_lite.serving.engine.scheduling import PATIENCE, QUANTUM, FairQueue, Scheduler, share_prompt_tokens
+from adapterhub_lite.serving.engine.sequence import GenerationSequence
 
 
 def job(tenant: str, need: int = 100, prompt: int = 10) -> GenerationSequence:

@@ -7,8 +7,9 @@ import pytest
 from adapterhub_lite.errors import QueueFullError
 from adapterhub_lite.serving import GenerationRequest
 from adapterhub_lite.serving.adapters.pool import Route
-from adapterhub_lite.serving.engine.core import Scheduler
-from adapterhub_lite.serving.engine.sequence import GenerationSequence, Sampler
+from adapterhub_lite.serving.engine.sampling import Sampler
+from adapterhub_lite.serving.engine.scheduling import Scheduler
+from adapterhub_lite.serving.engine.sequence import GenerationSequence
 
 
 def job(prompt: int, written: int = 0, admitted: float = 0.0) -> GenerationSequence:

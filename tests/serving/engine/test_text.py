@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
-from adapterhub_lite.serving.engine.sequence import StopString, TextStream
+from adapterhub_lite.serving.engine.text import StopString, TextStream
 
 
 def pieces(tokenizer: Any, text: bytes, stop: tuple[str, ...] = ()) -> tuple[list[str], TextStream]:

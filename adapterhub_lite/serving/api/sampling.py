@@ -1,0 +1,150 @@
+"""What chat and completions have in common on the wire: how tokens are chosen, and which form the answer has."""
+
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from adapterhub_lite.errors import ConfigurationError
+from adapterhub_lite.serving.api.wire import UNUSED, ModelName, Text, WireModel, without_nulls
+
+Json = dict[str, Any]
+JsonSchema = dict[str, Any]
+Choices = Annotated[tuple[Text, ...], Field(min_length=1)]
+ANY_OBJECT: JsonSchema = {"type": "object"}
+
+
+class StreamOptions(WireModel):
+    """What a stream carries besides the text."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class TextFormat(WireModel):
+    """Any text: no form at all."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(WireModel):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class NamedSchema(WireModel):
+    """A JSON schema with its name; it is enforced whether `strict` or not."""
+
+    name: Text
+    description: Text | None = None
+    json_schema: JsonSchema = Field(alias="schema")
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(WireModel):
+    """JSON after a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
+class StructuredOutputs(WireModel):
+    """The form of an answer as vLLM has it: one of these."""
+
+    json_schema: JsonSchema | Text | None = Field(None, alias="json")
+    json_object: bool | None = None
+    regex: Text | None = None
+    choice: Choices | None = None
+    grammar: Text | None = None
+
+
+class Sampling(WireModel):
+    """What chat and completions have in common. A field of which one value alone is supported has that value as type."""
+
+    model: ModelName
+    temperature: float = Field(1.0, ge=0, le=2, strict=True)
+    top_p: float = Field(1.0, gt=0, le=1, strict=True)
+    top_k: int = Field(0, ge=0, le=1_000_000, strict=True)
+    repetition_penalty: float = Field(1.0, gt=0, le=100, strict=True)
+    seed: int | None = Field(None, ge=0, lt=2**63, strict=True)
+    stop: Text | Annotated[tuple[Text, ...], Field(max_length=16)] | None = None
+    stream: bool = Field(False, strict=True)
+    stream_options: StreamOptions | None = None
+    n: Literal[1] | None = None
+    presence_penalty: float | None = Field(None, ge=0, le=0, strict=True)
+    frequency_penalty: float | None = Field(None, ge=0, le=0, strict=True)
+    user: Text | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: JsonSchema | Text | None = None
+    guided_regex: Text | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Text | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nulls(cls, data: Any) -> Any:  # whatever JSON holds
+        return without_nulls(data, UNUSED, cls.model_fields.keys() - {"model", "messages", "prompt"})
+
+    @model_validator(mode="after")
+    def _usage_of_streams(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is for streams; set stream too, or leave it out")
+        return self
+
+    @field_validator("stop")
+    @classmethod
+    def _no_empty_stop(cls, stop: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        if any(not text for text in ([stop] if isinstance(stop, str) else stop or ())):
+            raise ValueError("a stop string is empty")
+        return stop
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings as a tuple."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def form(self) -> Json:
+        """The form of the answer as keywords of GenerationRequest; empty where any text will do.
+
+        Raises:
+            ConfigurationError: several forms, or a schema that is not a JSON object.
+        """
+        asked: list[tuple[str, Any]] = [
+            ("schema", self.guided_json),
+            ("regex", self.guided_regex),
+            ("choices", self.guided_choice),
+            ("grammar", self.guided_grammar),
+        ]
+        outputs, response = self.structured_outputs, self.response_format
+        if outputs is not None:
+            asked += [
+                ("schema", outputs.json_schema),
+                ("schema", ANY_OBJECT if outputs.json_object else None),
+                ("regex", outputs.regex),
+                ("choices", outputs.choice),
+                ("grammar", outputs.grammar),
+            ]
+        if isinstance(response, JsonSchemaFormat):
+            asked.append(("schema", response.json_schema.json_schema))
+        elif isinstance(response, JsonObjectFormat):
+            asked.append(("schema", ANY_OBJECT))
+        given = [(kind, value) for kind, value in asked if value is not None]
+        if len(given) > 1:
+            raise ConfigurationError("The answer's form is given more than once. Give one.")
+        return {kind: _schema(value) if kind == "schema" else value for kind, value in given}
+
+
+def _schema(value: Json | str) -> Json:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise ConfigurationError(f"The schema is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigurationError("The schema is not a JSON object.")
+    return value

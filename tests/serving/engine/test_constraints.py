@@ -1,0 +1,98 @@
+"""Answers of a given form: valid whenever they are whole, what greedy would say where that is valid, nobody else touched."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapterhub_lite.errors import ConfigurationError
+from adapterhub_lite.serving import GenerationRequest, InferenceEngine
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+FORMS: list[dict[str, Any]] = [
+    {"schema": PERSON},
+    {"regex": "[0-9]{3}-[a-f]{1,9}!"},
+    {"choices": ["yes", "no", "naïve ✓", 'say "hi"\n\\', "🐈"]},
+    {"grammar": 'start: "SELECT " NAME (", " NAME)? ";"\nNAME: /[a-z]{1,4}/'},
+    {"grammar": 'root ::= "a" [b-d] ("x" | "y")'},
+]
+
+
+def is_of(form: dict[str, Any], text: str) -> bool:
+    if "schema" in form:
+        value = json.loads(text)
+        return set(value) == {"name", "age"} and len(value["name"]) <= 8 and 0 <= value["age"] <= 99
+    if "choices" in form:
+        return text in form["choices"]
+    patterns = {"r": "[0-9]{3}-[a-f]{1,9}!", "S": "SELECT [a-z]{1,4}(, [a-z]{1,4})?;", "a": "a[bcd][xy]"}
+    key = "r" if "regex" in form else "S" if "SELECT" in form["grammar"] else "a"
+    return re.fullmatch(patterns[key], text) is not None
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_whole_answers_are_of_their_form_beside_others_that_are_free(
+    engine: InferenceEngine, alone: Any, adapters: dict[str, Path], temperature: float
+) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 400, "temperature": temperature, "seed": 5}
+    asked = [
+        GenerationRequest(prompt="ask", adapter=adapter, **form, **options)
+        for form in FORMS
+        for adapter in (None, adapters["small"], adapters["wide"])
+    ]
+    free = [GenerationRequest(prompt="free", adapter=adapters["mlp"], max_new_tokens=12)] * 3
+    results = engine.generate_many([*asked, *free])
+    for request, result in zip(asked, results, strict=False):
+        form = next({key: value} for f in FORMS for key, value in f.items() if getattr(request, key) == value)
+        assert result.finish_reason == "stop", (form, result.text)
+        assert is_of(form, result.text), (form, result.text)
+    for result in results[len(asked) :]:
+        assert result.token_ids == alone.tokens("free", adapters["mlp"])
+    again = engine.generate(asked[1])
+    assert again.token_ids == results[1].token_ids, "as if it were alone"
+
+
+def test_what_greedy_says_is_what_a_form_that_fits_it_says(engine: InferenceEngine, adapters: dict[str, Path]) -> None:
+    for adapter in (None, *adapters.values()):
+        free = engine.generate(GenerationRequest(prompt="abc", adapter=adapter, max_new_tokens=24))
+        for form in ({"regex": r"(?s:.*)"}, {"choices": [free.text, "other"]}, {"grammar": r"start: /(?s:.)*/"}):
+            if "�" in free.text:
+                continue
+            bound = engine.generate(GenerationRequest(prompt="abc", adapter=adapter, max_new_tokens=24, **form))
+            assert bound.token_ids == free.token_ids[: len(bound.token_ids)] and bound.text == free.text, form
+
+
+@pytest.mark.parametrize(
+    ("form", "reason"),
+    [
+        ({"regex": "("}, "regex cannot be"),
+        ({"regex": "(?=a)b"}, "look-ahead"),
+        ({"schema": {"not": {"type": "string"}}}, "not"),
+        ({"schema": {"type": "banana"}}, "banana"),
+        ({"schema": {"type": "string", "x-guidance": {"lenient": True}, "not": {}}}, "not"),
+        ({"schema": {"$ref": "http://127.0.0.1:1/x"}}, "fetch"),
+        ({"schema": {"type": "string", "minLength": 3, "maxLength": 2}}, "minLength"),
+        ({"schema": {"type": "integer", "multipleOf": 123456789}}, "multipleOf"),
+        ({"schema": {"a": object()}}, "not JSON"),
+        ({"grammar": "start: undefined"}, "undefined"),
+        ({"grammar": 'start: %json {"type": "integer", "multipleOf": 123456789}'}, "multipleOf"),
+        ({"schema": {"allOf": [{"multipleOf": k} for k in (97, 101, 89)]}}, "multipleOf"),
+        ({"schema": {"type": "array", "maxItems": 10**6}}, "maxItems"),
+        ({"schema": {"properties": {f"p{i}": {} for i in range(5000)}}}, "5000 entries"),
+        ({"regex": "a" * 5000}, "at most"),
+        ({"choices": []}, "choices"),
+        ({"choices": ["a"], "regex": "b"}, "one form"),
+    ],
+)
+def test_a_form_that_cannot_be_enforced_is_refused_before_anything_runs(
+    engine: InferenceEngine, form: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=reason):
+        engine.submit(GenerationRequest(prompt="a", **form))
+    assert engine.status().running == engine.status().waiting == 0
