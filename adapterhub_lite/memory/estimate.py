@@ -253,6 +253,21 @@ class EstimateParts:
         return counts[self.preset.trains] * self.preset.trained_bytes
 
     @property
+    def masters(self) -> int:
+        """Bytes of the fp32 copies that the optimizer steps."""
+        return 4 * (self.trained // self.preset.trained_bytes) if self.preset.keeps_masters else 0
+
+    @property
+    def optimizer(self) -> int:
+        """Bytes of its two moments, in 8 bits or as what it steps, and of the copies that it steps."""
+        moment = (
+            self.trained // self.preset.trained_bytes
+            if "8bit" in self.preset.optimizer
+            else self.masters or self.trained
+        )
+        return 2 * moment + self.masters
+
+    @property
     def gradients(self) -> int:
         """The gradients of one device, once all are there."""
         return self.trained // (self.split if self.preset.strategy != "zero1" else 1)
@@ -280,14 +295,13 @@ class EstimateParts:
             gathered = 0 if alone else weights // self.shape.layers + self.shape.head_parameters * 2
             parts = 0 if self.preset.offload else self.split
             weights, constants = (weights // parts, constants // parts) if parts else (0, 0)
-        moments = 2 * (self.trained // self.preset.trained_bytes if "8bit" in self.preset.optimizer else self.trained)
         worst = max(self.moments(), key=lambda moment: sum(moment.values()))
         components = {
             **dict.fromkeys(COMPONENTS, 0),
             "weights": weights,
             "quantization": constants,
             "adapter": self.trained if self.preset.trains == "lora" else 0,
-            "optimizer": 0 if self.preset.offload else moments // self.split,
+            "optimizer": 0 if self.preset.offload else self.optimizer // self.split,
             "overhead": OVERHEAD_BYTES.get(self.workload.device, 0),
             **worst,
         }
@@ -315,7 +329,8 @@ class EstimateParts:
             {"activations": saved, "loss": self.loss(), "gradients": held},
             {"activations": saved, "temporary": working, "gradients": max(held, head)},
             {"temporary": working + embedding, "gradients": self.gradients},
-            {"temporary": copied, "gradients": self.gradients},
+            # The optimizer's step; where it has copies, they have the gradients then.
+            {"temporary": copied, "gradients": self.masters or self.gradients},
             {"temporary": proof},
         )
 

@@ -47,9 +47,11 @@ def _peak_of_two_steps(model: Any, parts: EstimateParts) -> int:
     """Peak bytes beyond all parameters; the second step has the optimizer's states from the start."""
     trained = [p for p in model.parameters() if p.requires_grad]
     head = model.get_output_embeddings().weight
-    adam = torch.optim.AdamW(trained, lr=1e-3, foreach=False)
-    in_8_bits: list[torch.Tensor] = []
     live = LiveBytes([*model.parameters(), *model.buffers()])
+    with live:
+        stepped = [p.detach().float() for p in trained] if parts.preset.keeps_masters else trained
+    adam = torch.optim.AdamW(stepped, lr=1e-3, foreach=False)
+    in_8_bits: list[torch.Tensor] = []
     with live:
         for _ in range(2):
             ids = torch.zeros((parts.workload.batch_size, parts.workload.sequence_length), dtype=torch.long)
@@ -61,9 +63,13 @@ def _peak_of_two_steps(model: Any, parts: EstimateParts) -> int:
             if states.requires_grad:
                 states.backward(torch.zeros_like(states))
             del states
+            if stepped is not trained:
+                for master, weight in zip(stepped, trained, strict=True):
+                    master.grad, weight.grad = None if weight.grad is None else weight.grad.float(), None
             if "8bit" not in parts.preset.optimizer:
                 adam.step()
             elif not in_8_bits:
                 in_8_bits = [torch.zeros_like(p, dtype=torch.uint8) for p in trained for _ in range(2)]
             adam.zero_grad()
+            model.zero_grad()
     return live.peak

@@ -17,13 +17,15 @@ Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp"]
 
 @dataclass(frozen=True)
 class MemoryPreset:
-    """How a run spends memory. Dtypes are torch names; the adapter is kept in fp32 for the optimizer's small steps."""
+    """How a run spends memory. Dtypes are torch names; the adapter is kept in fp32 for the optimizer's small steps, and with
+    `master_weights` so is a copy of whatever else is trained."""
 
     name: str
     summary: str
     trains: Trained = "lora"
     dtype: str = "bfloat16"
     trained_dtype: str = "float32"
+    master_weights: bool = True
     quantization: Literal["int8", "nf4"] | None = None
     mixed_precision: Literal["fp16", "bf16"] | None = None
     gradient_checkpointing: bool = False
@@ -40,8 +42,13 @@ class MemoryPreset:
 
     @property
     def trained_bytes(self) -> int:
-        """Bytes of each trained parameter, of its gradient, and of each of its moments where they are not quantised."""
+        """Bytes of each trained parameter and of its gradient."""
         return 4 if self.trained_dtype == "float32" else 2
+
+    @property
+    def keeps_masters(self) -> bool:
+        """Whether the optimizer steps fp32 copies of what is trained."""
+        return self.master_weights and self.trained_dtype != "float32"
 
     @property
     def use_reentrant(self) -> bool:

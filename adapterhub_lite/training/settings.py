@@ -73,6 +73,9 @@ class RunSettings:
     base_dtype: str | None = setting(
         None, "Dtype the base is loaded in (float32, ...); that of the preset when not given."
     )
+    master_weights: bool = setting(
+        True, "Keep fp32 copies of what is trained in 16 bits, so that no small step is rounded away."
+    )
     on_out_of_memory: Literal["stop", "replan"] = setting(
         "stop", "When memory runs out: stop and say what fits, or replan with less and go on."
     )

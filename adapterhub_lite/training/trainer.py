@@ -28,6 +28,7 @@ from adapterhub_lite.training.distributed import sharded
 from adapterhub_lite.training.evaluation import GeneratedMetrics
 from adapterhub_lite.training.model.adapters import loraplus_optimizer, open_base
 from adapterhub_lite.training.model.assembly import assemble
+from adapterhub_lite.training.model.master_weights import MasterWeights
 from adapterhub_lite.training.model.segments import PackingChoice
 from adapterhub_lite.training.run.guard import RunGuard, describe_failure
 from adapterhub_lite.training.run.measurement import MemoryReport, PeakMemory, RunMeter
@@ -179,11 +180,18 @@ class AdapterTrainer(SearchTrainer):
         self.memory_report.say(self.memory_choice.reasons[-1])
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Make the optimizer as the `Trainer` does, or with LoRA+ learning rates when they are asked for."""
+        """Make the optimizer as the `Trainer` does, or with LoRA+ learning rates when they are asked for.
+
+        What is trained in 16 bits gets fp32 copies for it to step, unless `master_weights` is off or an engine keeps them.
+        """
         if self.args.loraplus_lr_ratio is None or self.optimizer is not None:
-            return super().create_optimizer(model)
-        self.optimizer = loraplus_optimizer(self.model, self.args)
-        return self.optimizer
+            made = super().create_optimizer(model)
+        else:
+            made = self.optimizer = loraplus_optimizer(self.model, self.args)
+        if self.args.master_weights and sharded.engine_of(self.args) is None:
+            # transformers hands back what Accelerate has wrapped, when it trains again.
+            self.masters = MasterWeights.put_into(getattr(made, "optimizer", made))
+        return made
 
     def compute_loss(
         self,

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from adapterhub_lite.errors import DataError, OutOfMemoryError, ProofFailedError
 from adapterhub_lite.training.data.tokenization import IGNORED
+from adapterhub_lite.training.model.master_weights import masters_of
 from adapterhub_lite.training.run.memory_choice import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -302,7 +303,11 @@ def nothing_happened(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iter
         for name, tensor in module._buffers.items()
         if tensor is not None and tensor.is_floating_point()
     ]
-    same: dict[int, Any] = {id(one): one for one in (optimizer, model, *model.modules(), *model.parameters())}
+    masters = masters_of(optimizer)
+    # Copied only where they say more than the weights: all of them again would be the peak of the run.
+    copies = list(masters.beyond_rounding()) if masters is not None else []
+    own = (optimizer, masters, model, *model.modules(), *model.parameters(), *(master for _, master, _ in copies))
+    same: dict[int, Any] = {id(one): one for one in own}
     kept = copy.deepcopy(vars(optimizer), same)
     randomness = (random.getstate(), np.random.get_state(), torch.get_rng_state())
     on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
@@ -313,6 +318,8 @@ def nothing_happened(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iter
             for parameter, value in zip(trained, before, strict=True):
                 parameter.copy_(value)
                 parameter.grad = None
+            for weight, master, kept_value in copies:
+                master.copy_(weight if kept_value is None else kept_value)
             for module, name, tensor, value in buffers:
                 module._buffers[name] = tensor.copy_(value)
         vars(optimizer).clear()

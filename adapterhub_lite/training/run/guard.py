@@ -20,6 +20,7 @@ from adapterhub_lite.memory.estimate import PROVEN_TOKENS
 from adapterhub_lite.training.data.collation import PackedCollator, PaddedCollator
 from adapterhub_lite.training.data.tokenization import IGNORED
 from adapterhub_lite.training.data.vocabulary import write_template
+from adapterhub_lite.training.model.master_weights import AT_ONCE
 from adapterhub_lite.training.run import checkpoints
 from adapterhub_lite.training.run.checks import (
     GradientProof,
@@ -37,8 +38,6 @@ from adapterhub_lite.training.run.run_trainer import RunTrainer
 
 PROVEN_STEPS = 2
 MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Optimizers that step inside the backward pass: what they did could not be put back.
-AT_ONCE = frozenset({"LayerWiseDummyOptimizer", "Lomo", "AdaLomo"})
 LEFTOVERS = (METRICS_FILE, PLOT_FILE, checkpoints.STAGING)
 
 
@@ -103,7 +102,7 @@ class RunGuard(TrainerCallback):
             if trainer.is_deepspeed_enabled:
                 self.gradients.listen(trainer.model)
             prove_loss(trainer)
-        # DeepSpeed steps inside backward: what it did could not be put back.
+        # What steps inside backward could not be put back.
         optimizer: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
         fly = trainer.args.preflight and not trainer.is_deepspeed_enabled and type(optimizer).__name__ not in AT_ONCE
         loader = kwargs.get("train_dataloader")

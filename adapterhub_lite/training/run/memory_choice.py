@@ -197,7 +197,7 @@ def workload(args: AdapterTrainingArguments, lengths: Sequence[int], machine: Ma
 
 def _by_hand(preset: MemoryPreset, args: AdapterTrainingArguments) -> MemoryPreset:
     """`preset` with what was set by hand in its place."""
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"master_weights": args.master_weights}
     if CHECKPOINTING & args.set_by_hand:
         changes["gradient_checkpointing"] = bool(args.activation_checkpointing)
     if "optim" in args.set_by_hand:

@@ -24,6 +24,7 @@ from adapterhub_lite.training.data.tokenization import TokenizedRows
 from adapterhub_lite.training.distributed import sharded
 from adapterhub_lite.training.model.adapters import save_kept, whole_tensors
 from adapterhub_lite.training.model.assembly import Assembly
+from adapterhub_lite.training.model.master_weights import MasterWeights
 from adapterhub_lite.training.run import checkpoints, optimizer_state
 from adapterhub_lite.training.run.measurement import RunMeter
 from adapterhub_lite.training.run.memory_choice import MemoryChoice
@@ -48,6 +49,7 @@ class RunTrainer(Trainer):
     memory_choice: MemoryChoice
     meter: RunMeter
     step_loss: StepLoss
+    masters: MasterWeights | None = None
     own_collator: object = None
     describe_checkpoint: Callable[[Path], object] = staticmethod(lambda _: None)
     _staged: Path | None = None
@@ -144,14 +146,23 @@ class RunTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not sharded.splits_states(self):
-            return super()._save_optimizer_and_scheduler(output_dir)
+            super()._save_optimizer_and_scheduler(output_dir)
+            if self.masters is not None and self.args.should_save:
+                self.masters.save(Path(output_dir), self._names())
+            return
         # An engine's own checkpoint can only be read under the same engine, if not by as many processes.
         optimizer_state.save_state(self, Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not (Path(checkpoint) / optimizer_state.STATE_FILE).is_file():
-            return super()._load_optimizer_and_scheduler(checkpoint)
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None and self.masters is not None:
+                self.masters.load(Path(checkpoint), self._names())
+            return
         optimizer_state.load_state(self, Path(checkpoint))
+
+    def _names(self) -> dict[nn.Parameter, str]:
+        return {parameter: name for name, parameter in self.bare_model().named_parameters()}
 
     # What is handed on belongs to transformers' own private signature.
     def _prepare_for_training(
