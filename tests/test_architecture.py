@@ -13,12 +13,13 @@ from tests.checkout import ROOT
 PACKAGE = ROOT / "adapterhub_lite"
 
 # room -> the rooms it may import; what lies below everything is in FOUNDATION.
-FOUNDATION = {"errors", "file_locks", "home", "installation", "setting", "adapter_format", "bases"}
+FOUNDATION = {"errors", "file_locks", "home", "installation", "native", "setting", "adapter_format", "bases"}
 ALLOWED = {
     "errors": set(),
     "file_locks": set(),
     "home": set(),
     "installation": {"errors"},
+    "native": set(),
     "setting": set(),
     "quiet": set(),
     "web": {"errors"},

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from adapterhub_lite.native import find_compiler
 from adapterhub_lite.serving.adapters.weights import AdapterWeights, Family, FamilyWeights, Part, Parts
 from adapterhub_lite.serving.model.kv_cache import RowSlice, Step, pack
 from adapterhub_lite.serving.model.lora_native import NativeLora
 from adapterhub_lite.serving.model.lora_torch import LoraBank, TorchLora
-from adapterhub_lite.serving.model.native import compiled, find_compiler, row_products
+from adapterhub_lite.serving.model.native import compiled, row_products
 
 LAYERS = 3
 # Sizes that no vector width divides; the families of a group share their input.

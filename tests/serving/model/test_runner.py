@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from adapterhub_lite.bases import load_base_model
+from adapterhub_lite.native import find_compiler
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
 from adapterhub_lite.serving.adapters.sources import FolderSource
 from adapterhub_lite.serving.adapters.weights import AdapterWeights, Part, read_adapter_weights
 from adapterhub_lite.serving.model.kv_cache import FIRST_CAPACITY, RowSlice, pack
-from adapterhub_lite.serving.model.native import find_compiler
 from adapterhub_lite.serving.model.runner import ForwardKind, ModelRunner
 
 IDS = [[7, 8, 9], [40, 41], list(range(60, 90)), [5], [9, 8, 7, 6, 5, 4], [100] * 9, [3, 4]]
