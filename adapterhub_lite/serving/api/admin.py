@@ -11,7 +11,7 @@ from fastapi import APIRouter, Depends
 from adapterhub_lite.adapter_format.manifest import AdapterReference
 from adapterhub_lite.serving.api.auth import Caller
 from adapterhub_lite.serving.api.dispatch import Dispatcher
-from adapterhub_lite.serving.api.schema import AdapterCommand, AliasCommand, SplitCommand
+from adapterhub_lite.serving.api.wire.requests import AdapterCommand, AliasCommand, SplitCommand
 
 Json = dict[str, Any]
 SHOWN = ("name", "digest", "rank", "modules", "nbytes", "uses", "pinned")

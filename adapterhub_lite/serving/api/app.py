@@ -1,62 +1,39 @@
 """The OpenAI-compatible routes over an engine. `model` is the base, a reference or a blend.
 
-Reading order: settings, auth, errors, engine_protocol, observe, dispatch, wire, sampling, schema, answers, admin, this
-file, server.
+Reading order: settings, auth, errors, engine_protocol, observe, dispatch, wire (the format), admin, this file, server.
 """
 
 import html
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.serving.adapters.sources import AdapterStore
-from adapterhub_lite.serving.api import answers
 from adapterhub_lite.serving.api.admin import admin_routes
 from adapterhub_lite.serving.api.auth import Authenticate, Caller, KeyRing
 from adapterhub_lite.serving.api.dispatch import Dispatcher, ResolvedModel, until_disconnect
 from adapterhub_lite.serving.api.engine_protocol import Engine
 from adapterhub_lite.serving.api.errors import ApiRefusal, error_event, install_error_handlers, refuse
 from adapterhub_lite.serving.api.observe import AccessLog, Series
-from adapterhub_lite.serving.api.sampling import Sampling
-from adapterhub_lite.serving.api.schema import ChatRequest, CompletionRequest
 from adapterhub_lite.serving.api.settings import ServerSettings
+from adapterhub_lite.serving.api.wire import answers
+from adapterhub_lite.serving.api.wire.events import EventStream, Pieces, StreamedAnswer
+from adapterhub_lite.serving.api.wire.requests import ChatRequest, CompletionRequest, ScoreRequest
+from adapterhub_lite.serving.api.wire.sampling import Sampling, StreamOptions
 from adapterhub_lite.serving.engine.request import GenerationChunk, GenerationRequest, GenerationResult
 from adapterhub_lite.web.guard import BodyLimit, BrowserGuard, ConnectionLimits, HeaderLimit
 
 Json = dict[str, Any]
-CHAT_TOKENS = 256
 ABOUT = "OpenAI-compatible; each answer names the bytes that made it."
 # Asked by load balancers, which have no key.
 PUBLIC = ("/health", "/ready")
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events. However the connection ends, even before the first event, what it held is released."""
-
-    def __init__(
-        self,
-        events: AsyncGenerator[str],
-        chunks: AsyncGenerator[GenerationChunk],
-        admission: ExitStack,
-        headers: dict[str, str],
-    ) -> None:
-        self._events, self._chunks, self._admission = events, chunks, admission
-        super().__init__(events, media_type="text/event-stream", headers={**headers, "Cache-Control": "no-cache"})
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._events.aclose()
-            await self._chunks.aclose()
-            self._admission.close()
 
 
 class Api:
@@ -85,20 +62,25 @@ class Api:
     # `source` is the prompt or the messages and the log-probabilities, as GenerationRequest takes them.
     def _generation(
         self, caller: Caller, body: Sampling, resolved: ResolvedModel, tokens: int | None, **source: Any
-    ) -> GenerationRequest:
-        """The engine's request for a body. Raises ApiRefusal where it is beyond the server's limits."""
-        limit, longest = self.settings.max_new_tokens, self.settings.max_prompt_characters
-        if (tokens or 1) > limit:
+    ) -> list[GenerationRequest]:
+        """The engine's requests for one prompt of a body. Raises ApiRefusal where it is beyond the server's limits."""
+        limit = self.settings.max_new_tokens
+        if (tokens or 0) > limit:
             raise ApiRefusal(400, f"{tokens} new tokens were asked for, the limit is {limit}.", "too_many_tokens")
+        asked = GenerationRequest(
+            **body.options(), **self._source(source), adapter=resolved.reference, tenant=caller.tenant,
+            max_new_tokens=limit if tokens is None else tokens, timeout_seconds=self.settings.timeout_seconds,
+        )  # fmt: skip
+        # Each of several answers has a stream of random numbers of its own.
+        seeds = [None if body.seed is None else (body.seed + index) % 2**63 for index in range(body.answers)]
+        return [replace(asked, seed=seed) for seed in seeds]
+
+    def _source(self, source: Json) -> Json:
+        longest = self.settings.max_prompt_characters
         length = len(source.get("prompt") or "") + sum(len(m["content"]) for m in source.get("messages") or ())
         if length > longest:
             raise ApiRefusal(400, f"The prompt has {length} characters, the limit is {longest}.", "prompt_too_long")
-        return GenerationRequest(
-            adapter=resolved.reference, max_new_tokens=tokens or min(CHAT_TOKENS, limit), temperature=body.temperature,
-            top_p=body.top_p, top_k=body.top_k, repetition_penalty=body.repetition_penalty, seed=body.seed,
-            stop=body.stops, timeout_seconds=self.settings.timeout_seconds, tenant=caller.tenant, **body.form(),
-            **source,
-        )  # fmt: skip
+        return source
 
     def _decode(self, token_id: int) -> str:
         return str(self.dispatcher.engine.tokenizer.decode([token_id]))
@@ -108,81 +90,112 @@ class Api:
         resolved = await self._resolve(body.model, caller)
         messages = [message.plain() for message in body.messages]
         asked = self._generation(
-            caller, body, resolved, body.token_limit, messages=messages, logprobs=body.alternatives
-        )
+            caller, body, resolved, body.token_limit, messages=messages, logprobs=body.alternatives,
+            continue_final_message=body.continue_final_message, chat_template_kwargs=body.chat_template_kwargs,
+        )  # fmt: skip
+        head = answers.envelope("chat.completion" + ".chunk" * body.stream, request.state.id, body.model, resolved)
         if body.stream:
-            return await self._stream(request, caller, body, resolved, asked, "chat.completion.chunk")
-        with self.dispatcher.admit(caller):
-            results = await self.dispatcher.answer(request, [asked])
-        self._count(request, caller, resolved, results)
-        answer = answers.envelope("chat.completion", request.state.id, body.model, resolved)
-        answer |= {"choices": [answers.chat_choice(results[0], self._decode)], "usage": answers.usage(results)}
+            return await self._stream(request, caller, body, resolved, asked, head)
+        results = await self._answer(request, caller, resolved, asked, body.answers)
+        choices = [answers.chat_choice(index, result, self._decode) for index, result in enumerate(results)]
+        told = answers.prompt_logprobs(results[0].prompt_logprobs, self._decode)
+        more = {} if told is None else {"prompt_logprobs": told}
+        answer = head | {"choices": choices, "usage": request.state.usage} | more
         return JSONResponse(answer, headers=resolved.headers())
 
     async def completions(self, request: Request, body: CompletionRequest, caller: Caller) -> Response:
         """POST /v1/completions."""
         resolved = await self._resolve(body.model, caller)
         asked = [
-            self._generation(caller, body, resolved, body.token_limit, prompt=prompt, logprobs=body.logprobs)
+            one
             for prompt in body.prompts
+            for one in self._generation(caller, body, resolved, body.max_tokens, **body.source(prompt))
         ]
+        echoes = [self._text(prompt) for prompt in body.prompts for _ in range(body.answers)] if body.echo else []
+        head = answers.envelope("text_completion", request.state.id, body.model, resolved)
         if body.stream:
-            if len(asked) != 1:
-                raise ApiRefusal(400, "A stream answers one prompt at a time.", "invalid_value", param="prompt")
-            return await self._stream(request, caller, body, resolved, asked[0], "text_completion")
+            return await self._stream(request, caller, body, resolved, asked, head, echoes)
+        results = await self._answer(request, caller, resolved, asked, body.answers)
+        choices: list[Json] = []
+        for result, echo in zip(body.best(results), echoes or repeat(None), strict=False):
+            choice = answers.completion_choice(len(choices), result, self._decode, echo)
+            if body.prompt_logprobs is not None:
+                choice["prompt_logprobs"] = answers.prompt_logprobs(result.prompt_logprobs, self._decode)
+            choices.append(choice)
+        return JSONResponse(head | {"choices": choices, "usage": request.state.usage}, headers=resolved.headers())
+
+    def _text(self, prompt: str | Sequence[int]) -> str:
+        return prompt if isinstance(prompt, str) else str(self.dispatcher.engine.tokenizer.decode(list(prompt)))
+
+    async def score(self, request: Request, body: ScoreRequest, caller: Caller) -> Response:
+        """POST /v1/score: how probable each choice is as the beginning of the answer."""
+        resolved = await self._resolve(body.model, caller)
+        source = self._source(body.source())
+        asked = GenerationRequest(
+            adapter=resolved.reference, tenant=caller.tenant, labels=body.choices,
+            timeout_seconds=self.settings.timeout_seconds, **source,
+        )  # fmt: skip
+        results = await self._answer(request, caller, resolved, [asked], 1)
+        answer = answers.envelope("score", request.state.id, body.model, resolved)
+        choices = answers.score(body.choices, results[0])
+        return JSONResponse(answer | {"choices": choices, "usage": request.state.usage}, headers=resolved.headers())
+
+    async def _answer(
+        self, request: Request, caller: Caller, resolved: ResolvedModel, asked: Sequence[GenerationRequest], each: int
+    ) -> list[GenerationResult]:
+        """The results, counted; each prompt is asked `each` times."""
         with self.dispatcher.admit(caller, len(asked)):
             results = await self.dispatcher.answer(request, asked)
-        self._count(request, caller, resolved, results)
-        answer = answers.envelope("text_completion", request.state.id, body.model, resolved)
-        choices = [answers.completion_choice(index, result, self._decode) for index, result in enumerate(results)]
-        return JSONResponse(answer | {"choices": choices, "usage": answers.usage(results)}, headers=resolved.headers())
+        self._count(request, caller, resolved, results, each)
+        return results
 
     def _count(
-        self, request: Request, caller: Caller, resolved: ResolvedModel, results: Sequence[GenerationResult]
+        self, request: Request, caller: Caller, resolved: ResolvedModel, results: Sequence[GenerationResult], each: int
     ) -> None:
         for result in results:
             self.dispatcher.count(caller, resolved.check(result))
         request.state.adapter = resolved.adapter
-        request.state.usage = answers.usage(results)
+        request.state.usage = answers.usage(results, each)
 
     async def _stream(
-        self, request: Request, caller: Caller, body: Sampling, resolved: ResolvedModel, asked: GenerationRequest,
-        kind: str,
+        self, request: Request, caller: Caller, body: Sampling, resolved: ResolvedModel,
+        asked: Sequence[GenerationRequest], head: Json, echoes: Sequence[str] = (),
     ) -> Response:  # fmt: skip
         admission = ExitStack()
-        admission.enter_context(self.dispatcher.admit(caller))
-        chunks = self.dispatcher.stream(asked)
+        admission.enter_context(self.dispatcher.admit(caller, len(asked)))
+        pieces = self.dispatcher.stream_all(asked)
         try:
-            # The first chunk is awaited here, so that what fails at once still has its HTTP status.
-            first = await until_disconnect(request, anext(chunks))
+            # The first piece is awaited here, so that what fails at once still has its HTTP status.
+            first = await until_disconnect(request, anext(pieces))
         except BaseException:
-            await chunks.aclose()
+            await pieces.aclose()
             admission.close()
             raise
-
-        events = self._events(request, caller, body, resolved, kind, first, chunks)
-        return EventStream(events, chunks, admission, resolved.headers())
+        told = StreamedAnswer(head, self._decode, body.stream_options or StreamOptions(), echoes)
+        events = self._events(request, caller, body, resolved, told, first, pieces)
+        return EventStream(events, pieces, admission, resolved.headers())
 
     async def _events(
-        self, request: Request, caller: Caller, body: Sampling, resolved: ResolvedModel, kind: str,
-        chunk: GenerationChunk, chunks: AsyncIterator[GenerationChunk],
+        self, request: Request, caller: Caller, body: Sampling, resolved: ResolvedModel, told: StreamedAnswer,
+        piece: tuple[int, GenerationChunk], pieces: Pieces,
     ) -> AsyncGenerator[str]:  # fmt: skip
-        """`chunk` and then `chunks` as server-sent events, an error as the last of them."""
-        head, chat = answers.envelope(kind, request.state.id, body.model, resolved), kind.startswith("chat")
+        """`piece` and then `pieces` as server-sent events, an error as the last of them."""
         request.state.adapter = resolved.adapter
-        piece: Callable[..., Json] = answers.chat_piece if chat else answers.completion_piece
-        logprobs = answers.chat_logprobs if chat else answers.completion_logprobs
+        results: dict[int, GenerationResult] = {}
         try:
-            if chat:
-                yield answers.event(head | {"choices": [answers.chat_piece(None, first=True)]})
-            while chunk.result is None:
-                yield answers.event(head | {"choices": [piece(chunk.text)]})
-                chunk = await anext(chunks)
-            self._count(request, caller, resolved, [chunk.result])
-            reason, details = chunk.result.finish_reason, logprobs(chunk.result.logprobs, self._decode)
-            yield answers.event(head | {"choices": [piece(chunk.text, reason=reason, logprobs=details)]})
-            if body.stream_options and body.stream_options.include_usage:
-                yield answers.event(head | {"choices": [], "usage": answers.usage([chunk.result])})
+            while True:
+                for event in told.events(*piece):
+                    yield event
+                index, chunk = piece
+                if chunk.result is not None:
+                    results[index] = resolved.check(chunk.result)
+                following = await anext(pieces, None)
+                if following is None:
+                    break
+                piece = following
+            self._count(request, caller, resolved, [results[index] for index in sorted(results)], body.answers)
+            if told.options.include_usage:
+                yield answers.event(told.head | {"choices": [], "usage": request.state.usage})
             yield "data: [DONE]\n\n"
         except Exception as error:
             request.state.failure = error
@@ -270,6 +283,10 @@ def _add_routes(app: FastAPI, api: Api) -> None:
     @app.post("/v1/completions")
     async def completions(request: Request, body: CompletionRequest, caller: Caller = user) -> Response:
         return await api.completions(request, body, caller)
+
+    @app.post("/v1/score")
+    async def score(request: Request, body: ScoreRequest, caller: Caller = user) -> Response:
+        return await api.score(request, body, caller)
 
     @app.get("/v1/models")
     def models(caller: Caller = user) -> Json:

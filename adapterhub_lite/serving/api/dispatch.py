@@ -215,7 +215,7 @@ class Dispatcher:
 
     @contextmanager
     def admit(self, caller: Caller, prompts: int = 1) -> Iterator[None]:
-        """Count the prompts of one request as in work.
+        """Count the prompts of one request as in work, those that are at the same time.
 
         Raises:
             ApiRefusal: 429 when the tenant must come back later, 503 while the server drains.
@@ -225,7 +225,7 @@ class Dispatcher:
             raise ApiRefusal(503, text, "shutting_down", retry_after=max(1, self.settings.drain_seconds))
         with ExitStack() as taken:
             try:
-                taken.enter_context(self.shares.take(caller, prompts))
+                taken.enter_context(self.shares.take(caller, min(prompts, self.settings.max_concurrent)))
             except ApiRefusal as refusal:
                 if refusal.status == 429:
                     self.metrics.turned_away(caller.tenant)
@@ -241,10 +241,12 @@ class Dispatcher:
             self.metrics.own(caller.label).answered(result)
 
     async def answer(self, http: Request, requests: Sequence[GenerationRequest]) -> list[GenerationResult]:
-        """Answer all of `requests`; a client that disconnects cancels them."""
+        """Answer all of `requests`, at most `max_concurrent` at once; a client that disconnects cancels them."""
+
+        places = asyncio.Semaphore(self.settings.max_concurrent)
 
         async def one(request: GenerationRequest) -> GenerationResult:
-            async with aclosing(self.stream(request, whole=True)) as chunks:
+            async with places, aclosing(self.stream(request, whole=True)) as chunks:
                 last = await anext(chunks)
             assert last.result is not None
             return last.result
@@ -285,6 +287,35 @@ class Dispatcher:
                     return
         finally:
             handle.cancel()
+
+    async def stream_all(self, requests: Sequence[GenerationRequest]) -> AsyncGenerator[tuple[int, GenerationChunk]]:
+        """The chunks of several answers as they are made, each with the index of its request; at most `max_concurrent`
+        of them at once. Closing the iteration, and the first error, cancel them all.
+        """
+        inbox = asyncio.Queue[tuple[int, GenerationChunk] | Exception]()
+        places = asyncio.Semaphore(self.settings.max_concurrent)
+
+        async def one(index: int, request: GenerationRequest) -> None:
+            try:
+                async with places, aclosing(self.stream(request)) as chunks:
+                    async for chunk in chunks:
+                        inbox.put_nowait((index, chunk))
+            except Exception as error:
+                inbox.put_nowait(error)
+
+        tasks = [asyncio.ensure_future(one(index, request)) for index, request in enumerate(requests)]
+        left = len(tasks)
+        try:
+            while left:
+                item = await inbox.get()
+                if isinstance(item, Exception):
+                    raise item
+                left -= item[1].done
+                yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def load(self, reference: str, caller: Caller) -> ResidentAdapter:
         """Bring an adapter into memory, timed."""

@@ -29,6 +29,7 @@ from adapterhub_lite.errors import (
     UnknownNameError,
     UsageError,
 )
+from adapterhub_lite.serving.api.wire.refusals import refusal
 
 
 class ApiRefusal(Exception):  # noqa: N818 - an HTTP status, never seen by a caller of the package
@@ -106,13 +107,8 @@ async def _ours(request: Request, error: Exception) -> JSONResponse:
 
 async def _invalid(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    # Where JSON ends too early, the place is an offset in the text and names no parameter.
-    places = () if first["type"] == "json_invalid" else first["loc"][1:]
-    where = ".".join(str(part) for part in places) or None
-    more = "" if len(error.errors()) == 1 else " (and more)"
-    reason = first["msg"].removeprefix("Value error, ")
-    return error_response(ApiRefusal(400, f"{where or 'The body'}: {reason}{more}", "invalid_request", param=where))
+    text, param = refusal(error.errors(), error.body)
+    return error_response(ApiRefusal(400, text, "invalid_request", param=param))
 
 
 async def _http(_: Request, error: Exception) -> JSONResponse:

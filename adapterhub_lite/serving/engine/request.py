@@ -180,10 +180,12 @@ class Timings:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Natural log-probability of a chosen token under the model (before temperature), and of the likeliest others."""
+    """Natural log-probability of a token under the model itself (before temperature, penalties and the answer's form),
+    and of the likeliest ones. None is that of a prompt's first token, which nothing precedes.
+    """
 
     token_id: int
-    logprob: float
+    logprob: float | None
     top: tuple[tuple[int, float], ...] = ()
 
 
@@ -193,8 +195,7 @@ class GenerationResult:
 
     `finish_reason` is "stop" (end token, stop string, or a form that nothing can follow) or "length": an answer of a
     given form may then be incomplete. `token_ids` are the tokens produced, the end token included; `text` ends before a
-    stop string. `adapter_digest` is None for the base alone. `prompt_logprobs` has None for the first token, which
-    nothing precedes. `label_logprobs` are in the order of the labels.
+    stop string. `adapter_digest` is None for the base alone. `label_logprobs` are in the order of the labels.
     """
 
     text: str
@@ -206,7 +207,7 @@ class GenerationResult:
     usage: Usage
     timings: Timings
     logprobs: tuple[TokenLogprob, ...] | None = None
-    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     label_logprobs: tuple[float, ...] | None = None
 
 
@@ -222,7 +223,8 @@ class GenerationChunk:
     done: bool = False
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] | None = None
-    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_tokens: int = 0
     result: GenerationResult | None = field(default=None, repr=False)
 
 

@@ -16,7 +16,7 @@ class PromptLogprobs:
 
     def __init__(self, prompt_ids: Sequence[int], top: int) -> None:
         self._ids, self._top = prompt_ids, top
-        self.found: list[TokenLogprob | None] = [None]
+        self.found = [TokenLogprob(prompt_ids[0], None)]
 
     def wanted(self, start: int, count: int) -> int:
         """How many of the last logits are wanted of `count` tokens from place `start` on."""

@@ -128,6 +128,7 @@ class GenerationSequence:
             token_ids=tuple(self.output[first:]),
             logprobs=None if self.request.logprobs is None else tuple(self.logprobs[first:]),
             prompt_logprobs=None if prompt is None or first else tuple(prompt.found),
+            prompt_tokens=len(self.prompt_ids),
         )
 
     def overdue(self, now: float) -> BaseException | None:

@@ -48,7 +48,7 @@ def test_prompts_and_labels_have_the_models_log_probabilities(
         for prompt, echoed, label_result in zip(prompts, results[:2], results[2:], strict=True):
             ids = byte_tokenizer.encode(prompt)
             assert echoed.token_ids == alone.tokens(prompt, *parts, new=3)
-            assert echoed.prompt_logprobs[0] is None and len(echoed.prompt_logprobs) == len(ids)
+            assert echoed.prompt_logprobs[0].logprob is None and len(echoed.prompt_logprobs) == len(ids)
             model = alone.model(*((part, 1.0) for part in parts))
             truth = model(input_ids=torch.tensor([ids])).logits[0].detach().log_softmax(-1)
             for at, noted in enumerate(echoed.prompt_logprobs[1:]):

@@ -6,19 +6,29 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from adapterhub_lite.errors import ConfigurationError
-from adapterhub_lite.serving.api.wire import UNUSED, ModelName, Text, WireModel, without_nulls
+from adapterhub_lite.serving.api.wire.fields import UNUSED, ModelName, Text, WireModel, without_nulls
 
 Json = dict[str, Any]
 JsonSchema = dict[str, Any]
 Choices = Annotated[tuple[Text, ...], Field(min_length=1)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+TokenIds = Annotated[tuple[TokenId, ...], Field(max_length=300_000)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+TokenText = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+# Fields that GenerationRequest has too.
+AS_THEY_ARE = (
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+    "allowed_token_ids", "stop_token_ids", "ignore_eos", "min_tokens", "truncate_prompt_tokens", "prompt_logprobs",
+)  # fmt: skip
 ANY_OBJECT: JsonSchema = {"type": "object"}
 
 
 class StreamOptions(WireModel):
-    """What a stream carries besides the text."""
+    """What a stream carries besides the text: the usage in a last event, and so far in each."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
+    continuous_usage_stats: bool = False
 
 
 class TextFormat(WireModel):
@@ -63,20 +73,28 @@ class StructuredOutputs(WireModel):
 
 
 class Sampling(WireModel):
-    """What chat and completions have in common. A field of which one value alone is supported has that value as type."""
+    """What chat and completions have in common."""
 
     model: ModelName
     temperature: float = Field(1.0, ge=0, le=2, strict=True)
     top_p: float = Field(1.0, gt=0, le=1, strict=True)
     top_k: int = Field(0, ge=0, le=1_000_000, strict=True)
+    min_p: float = Field(0.0, ge=0, le=1, strict=True)
     repetition_penalty: float = Field(1.0, gt=0, le=100, strict=True)
     seed: int | None = Field(None, ge=0, lt=2**63, strict=True)
     stop: Text | Annotated[tuple[Text, ...], Field(max_length=16)] | None = None
     stream: bool = Field(False, strict=True)
     stream_options: StreamOptions | None = None
-    n: Literal[1] | None = None
-    presence_penalty: float | None = Field(None, ge=0, le=0, strict=True)
-    frequency_penalty: float | None = Field(None, ge=0, le=0, strict=True)
+    n: int = Field(1, ge=1, le=128, strict=True)
+    presence_penalty: float = Field(0.0, ge=-2, le=2, strict=True)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, strict=True)
+    logit_bias: dict[TokenText, Bias] = Field(default_factory=dict, max_length=1024)
+    allowed_token_ids: TokenIds | None = None
+    stop_token_ids: Annotated[TokenIds, Field(max_length=128)] = ()
+    ignore_eos: bool = Field(False, strict=True)
+    min_tokens: int = Field(0, ge=0, strict=True)
+    truncate_prompt_tokens: int | None = Field(None, ge=1, strict=True)
+    prompt_logprobs: int | None = Field(None, ge=0, le=20, strict=True)
     user: Text | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -104,16 +122,26 @@ class Sampling(WireModel):
         return stop
 
     @property
+    def answers(self) -> int:
+        """How many answers are made for each prompt."""
+        return self.n
+
+    @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
-    def form(self) -> Json:
-        """The form of the answer as keywords of GenerationRequest; empty where any text will do.
+    def options(self) -> Json:
+        """How tokens are chosen and what the answer looks like, as keywords of GenerationRequest.
 
         Raises:
             ConfigurationError: several forms, or a schema that is not a JSON object.
         """
+        options: Json = {name: getattr(self, name) for name in AS_THEY_ARE}
+        options["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
+        return {**options, "stop": self.stops, **self._form()}
+
+    def _form(self) -> Json:
         asked: list[tuple[str, Any]] = [
             ("schema", self.guided_json),
             ("regex", self.guided_regex),

@@ -7,17 +7,20 @@ from pydantic import AfterValidator, ConfigDict, Field
 
 from adapterhub_lite.adapter_format.strict_reading import StrictModel
 
-# Fields of OpenAI's that clients send as null when they aren't used; with any other value they are refused.
+# Fields of OpenAI's and vLLM's that clients send as null when they aren't used; with any other value they are refused.
 UNUSED = frozenset({
-    "audio", "function_call", "functions", "guided_json", "logit_bias", "metadata", "modalities", "parallel_tool_calls",
-    "prediction", "prompt_cache_key", "reasoning_effort", "safety_identifier", "service_tier", "store", "tool_choice",
-    "tools", "verbosity", "web_search_options",
+    "audio", "bad_words", "function_call", "functions", "include_stop_str_in_output",
+    "length_penalty", "metadata", "modalities", "parallel_tool_calls", "prediction", "priority", "prompt_cache_key",
+    "reasoning_effort", "safety_identifier", "service_tier", "skip_special_tokens", "spaces_between_special_tokens",
+    "store", "tool_choice", "tools", "use_beam_search", "verbosity", "web_search_options",
 })  # fmt: skip
 # And values of them, and of ours, that ask for nothing: they count as not given.
 ASKING_NOTHING: Mapping[str, tuple[object, ...]] = {
     "tools": ([],), "functions": ([],), "tool_choice": ("none",), "parallel_tool_calls": (True, False), "seed": (-1,),
-    "logit_bias": ({},), "metadata": ({},), "modalities": (["text"],), "store": (False,), "top_k": (-1,),
-    "service_tier": ("auto", "default"),
+    "metadata": ({},), "modalities": (["text"],), "store": (False,), "top_k": (-1,), "service_tier": ("auto", "default"),
+    "use_beam_search": (False,), "length_penalty": (1, 1.0), "skip_special_tokens": (True,), "priority": (0,),
+    "spaces_between_special_tokens": (True,), "include_stop_str_in_output": (False,), "bad_words": ([],),
+    "suffix": ("",), "allowed_token_ids": ([],),
 }  # fmt: skip
 
 

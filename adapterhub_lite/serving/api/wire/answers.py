@@ -1,0 +1,124 @@
+"""Answers in OpenAI's format, as functions over the engine's results; each carries its receipt."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
+
+from adapterhub_lite.serving.api.dispatch import ResolvedModel
+from adapterhub_lite.serving.engine.request import GenerationResult, TokenLogprob
+
+Json = dict[str, Any]
+Decode = Callable[[int], str]
+
+
+def envelope(kind: str, request_id: str, model: str, resolved: ResolvedModel) -> Json:
+    """What every object of an answer starts with; `kind` is OpenAI's `object`."""
+    prefix = "chatcmpl" if kind.startswith("chat") else "cmpl"
+    return {"id": f"{prefix}-{request_id}", "object": kind, "created": int(time.time()), "model": model,
+            "system_fingerprint": resolved.base[:16], "receipt": resolved.receipt()}  # fmt: skip
+
+
+def usage(results: Sequence[GenerationResult], answers: int = 1) -> Json:
+    """Tokens read and written, over all of a request; each prompt was given `answers` times, and is counted once."""
+    prompt = sum(result.usage.prompt_tokens for result in results[::answers])
+    return usage_of(prompt, sum(result.usage.completion_tokens for result in results))
+
+
+def usage_of(prompt: int, completion: int) -> Json:
+    """Tokens read and written."""
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def chat_choice(index: int, result: GenerationResult, decode: Decode) -> Json:
+    """One choice of a chat answer."""
+    message = {"role": "assistant", "content": result.text, "refusal": None}
+    logprobs = chat_logprobs(result.logprobs, decode)
+    return {"index": index, "message": message, "finish_reason": result.finish_reason, "logprobs": logprobs}
+
+
+def completion_choice(index: int, result: GenerationResult, decode: Decode, echo: str | None = None) -> Json:
+    """One choice of a completion; `echo` is the text of the prompt where it comes first."""
+    text, logprobs = result.text, result.logprobs
+    if echo is not None:
+        text = echo + text
+        logprobs = None if logprobs is None else (*(result.prompt_logprobs or ()), *logprobs)
+    choice = {"index": index, "text": text, "finish_reason": result.finish_reason}
+    return choice | {"logprobs": completion_logprobs(logprobs, decode)}
+
+
+def chat_piece(
+    index: int, text: str | None, *, first: bool = False, reason: str | None = None, logprobs: Json | None = None
+) -> Json:
+    """One choice of a piece of a streamed chat answer."""
+    delta: Json = {"role": "assistant", "content": ""} if first else {}
+    if text:
+        delta["content"] = text
+    return {"index": index, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
+
+
+def completion_piece(index: int, text: str, *, reason: str | None = None, logprobs: Json | None = None) -> Json:
+    """One choice of a piece of a streamed completion."""
+    return {"index": index, "text": text, "finish_reason": reason, "logprobs": logprobs}
+
+
+def chat_logprobs(logprobs: Sequence[TokenLogprob] | None, decode: Decode) -> Json | None:
+    """Log-probabilities as chat has them."""
+    if logprobs is None:
+        return None
+
+    def entry(token_id: int, logprob: float | None) -> Json:
+        token = decode(token_id)
+        return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+
+    content = [
+        entry(item.token_id, item.logprob) | {"top_logprobs": [entry(*other) for other in item.top]}
+        for item in logprobs
+    ]
+    return {"content": content, "refusal": None}
+
+
+def completion_logprobs(logprobs: Sequence[TokenLogprob] | None, decode: Decode, *, offset: int = 0) -> Json | None:
+    """Log-probabilities as completions have them, for a text that begins at `offset`.
+
+    Of two tokens with the same text the likelier one is given.
+    """
+    if logprobs is None:
+        return None
+    tokens = [decode(item.token_id) for item in logprobs]
+    top = [{decode(token): value for token, value in reversed(item.top)} for item in logprobs]
+    return {
+        "tokens": tokens,
+        "token_logprobs": [item.logprob for item in logprobs],
+        "top_logprobs": [None if item.logprob is None else one for item, one in zip(logprobs, top, strict=True)],
+        "text_offset": [offset + length for length in accumulate(map(len, tokens), initial=0)][: len(tokens)],
+    }
+
+
+def prompt_logprobs(logprobs: Sequence[TokenLogprob] | None, decode: Decode) -> list[Json | None] | None:
+    """The prompt's log-probabilities as vLLM has them: by token id, the alternatives and then the token itself."""
+    if logprobs is None:
+        return None
+
+    def entries(item: TokenLogprob) -> Json:
+        values = dict([*item.top, (item.token_id, item.logprob)])
+        return {str(token): {"logprob": value, "decoded_token": decode(token)} for token, value in values.items()}
+
+    return [None if item.logprob is None else entries(item) for item in logprobs]
+
+
+def score(choices: Sequence[str], result: GenerationResult) -> list[Json]:
+    """The choices with their log-probabilities, and their probabilities among each other."""
+    logprobs = result.label_logprobs or ()
+    weights = [math.exp(value - max(logprobs)) for value in logprobs]
+    return [
+        {"index": index, "text": text, "logprob": value, "probability": weight / sum(weights)}
+        for index, (text, value, weight) in enumerate(zip(choices, logprobs, weights, strict=True))
+    ]
+
+
+def event(body: Json) -> str:
+    """One server-sent event."""
+    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"

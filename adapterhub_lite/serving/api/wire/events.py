@@ -1,0 +1,92 @@
+"""A streamed answer as server-sent events: its pieces as they are made, each with its choice's index."""
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from adapterhub_lite.serving.api.wire import answers
+from adapterhub_lite.serving.api.wire.answers import Decode
+from adapterhub_lite.serving.api.wire.sampling import StreamOptions
+from adapterhub_lite.serving.engine.request import GenerationChunk
+
+Json = dict[str, Any]
+Pieces = AsyncGenerator[tuple[int, GenerationChunk]]
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events. However the connection ends, even before the first event, what it held is released."""
+
+    def __init__(
+        self, events: AsyncGenerator[str], pieces: Pieces, admission: ExitStack, headers: dict[str, str]
+    ) -> None:
+        self._events, self._pieces, self._admission = events, pieces, admission
+        super().__init__(events, media_type="text/event-stream", headers={**headers, "Cache-Control": "no-cache"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._events.aclose()
+            await self._pieces.aclose()
+            self._admission.close()
+
+
+@dataclass
+class StreamedAnswer:
+    """Turns the pieces of a request's choices into events. `head` is what every event starts with.
+
+    `echoes` are the texts of the prompts, one per choice, where they come first.
+    """
+
+    head: Json
+    decode: Decode
+    options: StreamOptions
+    echoes: Sequence[str] = ()
+    begun: set[int] = field(default_factory=set)
+    written: dict[int, int] = field(default_factory=dict)
+    offsets: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def chat(self) -> bool:
+        """Whether this is a chat."""
+        return str(self.head["object"]).startswith("chat")
+
+    def events(self, index: int, chunk: GenerationChunk) -> list[str]:
+        """The events of one piece of the choice `index`."""
+        self.written[index] = self.written.get(index, 0) + len(chunk.token_ids)
+        found: list[Json] = []
+        if index not in self.begun:
+            self.begun.add(index)
+            if self.chat:
+                found.append(answers.chat_piece(index, None, first=True))
+            elif self.echoes:
+                found.append(self._echo(index, chunk))
+        reason = chunk.result.finish_reason if chunk.result is not None else None
+        if self.chat:
+            logprobs = answers.chat_logprobs(chunk.logprobs or None, self.decode)
+            found.append(answers.chat_piece(index, chunk.text, reason=reason, logprobs=logprobs))
+        else:
+            found.append(self._completion(index, chunk, reason))
+        so_far = answers.usage_of(chunk.prompt_tokens, self.written[index])
+        more = {"usage": so_far} if self.options.continuous_usage_stats else {}
+        return [answers.event(self.head | {"choices": [one]} | more) for one in found if _says_something(one)]
+
+    def _echo(self, index: int, chunk: GenerationChunk) -> Json:
+        told = answers.completion_logprobs(chunk.prompt_logprobs, self.decode)
+        self.offsets[index] = len(self.echoes[index])
+        return answers.completion_piece(index, self.echoes[index], logprobs=told)
+
+    def _completion(self, index: int, chunk: GenerationChunk, reason: str | None) -> Json:
+        offset = self.offsets.get(index, 0)
+        told = answers.completion_logprobs(chunk.logprobs or None, self.decode, offset=offset)
+        self.offsets[index] = offset + sum(map(len, told["tokens"] if told else ()))
+        return answers.completion_piece(index, chunk.text, reason=reason, logprobs=told)
+
+
+def _says_something(choice: Json) -> bool:
+    return bool(choice.get("text") or choice.get("delta") or choice["finish_reason"] or choice["logprobs"])

@@ -1,0 +1,212 @@
+"""The bodies of requests in OpenAI's format. Unknown fields and what cannot be done are refused, never ignored."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, Any, Literal, Self, TypeVar, cast
+
+from pydantic import Field, model_validator
+
+from adapterhub_lite.adapter_format.strict_reading import StrictModel
+from adapterhub_lite.serving.api.wire.fields import ModelName, Text, WireModel, without_nulls
+from adapterhub_lite.serving.api.wire.sampling import Sampling, TokenId
+from adapterhub_lite.serving.engine.request import GenerationResult
+
+MOST_PROMPTS = 2048
+MOST_CHOICES = 256
+# Arguments of the chat template that have a field of their own, or are nobody's to choose.
+OWN_TEMPLATE_WORDS = frozenset({
+    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "conversations", "documents",
+    "messages", "return_dict", "tokenize", "tools",
+})  # fmt: skip
+T = TypeVar("T")
+Several = Annotated[tuple[T, ...], Field(min_length=1)]
+UNUSED_OF_MESSAGES = frozenset({"annotations", "audio", "function_call", "reasoning_content", "refusal", "tool_calls"})
+
+
+class TextPart(WireModel):
+    """A piece of a message's content; only text is understood."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class ChatMessage(WireModel):
+    """One message of a conversation."""
+
+    role: Literal["system", "user", "assistant", "developer"]
+    content: Text | tuple[TextPart, ...]
+    name: Text | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nulls(cls, data: Any) -> Any:  # whatever JSON holds
+        if isinstance(data, dict):
+            # An answer of ours, or of another server, sent back as it was received.
+            data = {
+                key: value for key, value in data.items() if not (key in UNUSED_OF_MESSAGES and value in (None, []))
+            }
+        return without_nulls(data, (), {"name"})
+
+    def plain(self) -> dict[str, str]:
+        """Role, content and name as the chat template takes them."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        named = {} if self.name is None else {"name": self.name}
+        return {"role": "system" if self.role == "developer" else self.role, "content": content} | named
+
+
+class ChatRequest(Sampling):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[tuple[ChatMessage, ...], Field(min_length=1, max_length=1000)]
+    max_tokens: int | None = Field(None, ge=0, strict=True)
+    max_completion_tokens: int | None = Field(None, ge=0, strict=True)
+    continue_final_message: bool = Field(False, strict=True)
+    add_generation_prompt: bool | None = Field(None, strict=True)
+    chat_template_kwargs: dict[Text, Any] = Field(default_factory=dict)
+    logprobs: bool = Field(False, strict=True)
+    top_logprobs: int | None = Field(None, ge=0, le=20, strict=True)
+
+    @model_validator(mode="after")
+    def _alternatives_of_logprobs(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        return self
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens are the same limit, and differ; give one")
+        return self
+
+    @model_validator(mode="after")
+    def _one_beginning(self) -> Self:
+        if self.add_generation_prompt == self.continue_final_message:
+            raise ValueError(
+                "the answer is either a new message or goes on with the last one: give "
+                "continue_final_message: true with add_generation_prompt: false, or neither"
+            )
+        taken = sorted(self.chat_template_kwargs.keys() & OWN_TEMPLATE_WORDS)
+        if taken:
+            raise ValueError(f"chat_template_kwargs may not have {taken[0]!r}, which the request itself sets")
+        return self
+
+    @property
+    def token_limit(self) -> int | None:
+        """The limit on new tokens, by either of its names; None is whatever fits."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many alternatives to report, None for no log-probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(Sampling):
+    """POST /v1/completions."""
+
+    prompt: Text | Several[Text] | Several[TokenId] | Several[Several[TokenId]]
+    max_tokens: int = Field(16, ge=0, strict=True)
+    logprobs: int | None = Field(None, ge=0, le=20, strict=True)
+    echo: bool = Field(False, strict=True)
+    best_of: int | None = Field(None, ge=1, le=128, strict=True)
+    suffix: None = None
+
+    @model_validator(mode="after")
+    def _bounded_prompts(self) -> Self:
+        if len(self.prompts) > MOST_PROMPTS:
+            raise ValueError(f"prompt has {len(self.prompts)} prompts, at most {MOST_PROMPTS} make a request")
+        if self.best_of is not None and self.best_of < self.n:
+            raise ValueError(f"best_of is {self.best_of}, fewer than the n = {self.n} answers that are wanted")
+        if self.echo and self.truncate_prompt_tokens is not None:
+            raise ValueError(
+                "echo gives the prompt as it is, so truncate_prompt_tokens is not for it; shorten the prompt"
+            )
+        if self.best_of is not None and self.best_of > self.n and self.stream:
+            raise ValueError("best_of is not for streams: which answer is the best is known at the end")
+        return self
+
+    @property
+    def answers(self) -> int:
+        """How many answers are made for each prompt; the best `n` of them are given out."""
+        return max(self.n, self.best_of or 1)
+
+    def best(self, results: Sequence[GenerationResult]) -> list[GenerationResult]:
+        """Of the answers to each prompt the `n` with the highest log-probability per token, in that order."""
+        if self.answers == self.n:
+            return list(results)
+        best: list[GenerationResult] = []
+        for start in range(0, len(results), self.answers):
+            ranked = sorted(results[start : start + self.answers], key=_per_token, reverse=True)
+            best += ranked[: self.n]
+        return best if self.logprobs is not None else [replace(result, logprobs=None) for result in best]
+
+    def options(self) -> dict[str, Any]:
+        """As for every request; with `echo` the log-probabilities of the prompt are those of the answer."""
+        options = super().options()
+        if self.echo and self.logprobs is not None:
+            options["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
+        return options
+
+    def source(self, prompt: str | tuple[int, ...]) -> dict[str, Any]:
+        """A prompt and the log-probabilities that are asked for, as keywords of GenerationRequest."""
+        told = self.logprobs if self.answers == self.n else self.logprobs or 0
+        keyword = "prompt" if isinstance(prompt, str) else "prompt_token_ids"
+        return {keyword: prompt, "logprobs": told}
+
+    @property
+    def prompts(self) -> tuple[str | tuple[int, ...], ...]:
+        """The prompts, each a text or token ids."""
+        if isinstance(self.prompt, str):
+            return (self.prompt,)
+        if isinstance(self.prompt[0], int):
+            return (self.prompt,)
+        return cast("tuple[str | tuple[int, ...], ...]", self.prompt)
+
+
+class ScoreRequest(WireModel):
+    """POST /v1/score: how probable each of `choices` is as the beginning of the answer."""
+
+    model: ModelName
+    prompt: Text | Several[TokenId] | None = None
+    messages: Annotated[tuple[ChatMessage, ...], Field(min_length=1, max_length=1000)] | None = None
+    choices: Annotated[tuple[Annotated[Text, Field(min_length=1)], ...], Field(min_length=1, max_length=MOST_CHOICES)]
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give exactly one of prompt and messages")
+        return self
+
+    def source(self) -> dict[str, Any]:
+        """The prompt or the messages as keywords of GenerationRequest."""
+        if self.messages is not None:
+            return {"messages": [message.plain() for message in self.messages]}
+        return {"prompt" if isinstance(self.prompt, str) else "prompt_token_ids": self.prompt}
+
+
+def _per_token(result: GenerationResult) -> float:
+    values = [one.logprob or 0.0 for one in result.logprobs or ()]
+    return sum(values) / max(1, len(values))
+
+
+class AdapterCommand(StrictModel):
+    """One adapter to load or unload, by reference: `name`, `name:3` or `name@alias`, never a path."""
+
+    reference: Annotated[str, Field(max_length=200)]
+
+
+class SplitCommand(StrictModel):
+    """Send `share` of the requests for `reference` to `candidate`; a share of 0 ends it."""
+
+    reference: Annotated[str, Field(max_length=200)]
+    candidate: Annotated[str, Field(max_length=200)] = ""
+    share: Annotated[float, Field(ge=0, le=1)]
+
+
+class AliasCommand(StrictModel):
+    """Point an alias at a version; with `expect` only if it points there now (0: only if there is none)."""
+
+    name: Annotated[str, Field(max_length=64)]
+    alias: Annotated[str, Field(max_length=64)]
+    version: int = Field(ge=1, lt=1_000_000_000)
+    expect: int | None = Field(None, ge=0, lt=1_000_000_000)
