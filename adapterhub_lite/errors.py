@@ -37,19 +37,31 @@ from signal import Signals
 
 
 class AdapterHubError(Exception):
-    """Root of the tree. `str(error)` says what was expected, what was found, and what to do."""
+    """Root of the tree. `str(error)` says what was expected, what was found, and what to do.
+
+    To do: read the sentence; below stands what each kind asks for.
+    """
 
 
 class UsageError(AdapterHubError):
-    """The caller asked for something that cannot be; the command line ends with exit code 2."""
+    """The caller asked for something that cannot be; the command line ends with exit code 2.
+
+    To do: correct the call; nothing was changed.
+    """
 
 
 class DataError(UsageError):
-    """A training row, file or data set is malformed; the text names file and line if known."""
+    """A training row, file or data set is malformed; the text names file and line if known.
+
+    To do: correct the row or the file that is named; `adapterhub-lite preview FILE` shows how rows are read.
+    """
 
 
 class UnknownNameError(UsageError):
-    """No such task, base, preset, adapter, version or alias."""
+    """No such task, base, preset, adapter, version or alias.
+
+    To do: take one of the names that are listed, or add what is missing.
+    """
 
     @classmethod
     def among(cls, kind: str, name: str, known: Sequence[str]) -> "UnknownNameError":
@@ -61,19 +73,31 @@ class UnknownNameError(UsageError):
 
 
 class ReferenceSyntaxError(UsageError):
-    """A reference that is not `name`, `name:version`, `name@alias` or a full digest."""
+    """A reference that is not `name`, `name:version`, `name@alias` or a full digest.
+
+    To do: write `name`, `name:3`, `name@alias` or the full digest.
+    """
 
 
 class ConfigurationError(UsageError):
-    """Settings that contradict each other, or that this machine cannot honour."""
+    """Settings that contradict each other, or that this machine cannot honour.
+
+    To do: change one of the settings that the text names.
+    """
 
 
 class MissingExtraError(ConfigurationError, ImportError):
-    """A part of the package that is not installed; the text has the command that installs it here."""
+    """A part of the package that is not installed; the text has the command that installs it here.
+
+    To do: type the command in the text; it fits how the package was installed here.
+    """
 
 
 class AdapterRejectedError(AdapterHubError):
-    """An adapter failed validation. `problems` holds every reason found, not only the first."""
+    """An adapter failed validation. `problems` holds every reason found, not only the first.
+
+    To do: mend every problem that is listed, or ask whoever made the adapter.
+    """
 
     def __init__(self, subject: str, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
@@ -81,59 +105,101 @@ class AdapterRejectedError(AdapterHubError):
 
 
 class IntegrityError(AdapterHubError):
-    """Bytes are not those that the manifest promised."""
+    """Bytes are not those that the manifest promised.
+
+    To do: fetch it again; if it persists, `adapterhub-lite doctor` says what else is damaged.
+    """
 
 
 class BaseMismatchError(AdapterHubError):
-    """The adapter was made for another base than the one at hand."""
+    """The adapter was made for another base than the one at hand.
+
+    To do: give the base that it was made for, or train it for this one.
+    """
 
 
 class RegistryError(AdapterHubError):
-    """The local store cannot do what was asked."""
+    """The local store cannot do what was asked.
+
+    To do: follow the text; `adapterhub-lite doctor` examines the whole registry.
+    """
 
 
 class AliasConflictError(RegistryError):
-    """The alias was moved by somebody else since it was read."""
+    """The alias was moved by somebody else since it was read.
+
+    To do: look where the alias points now, and move it again if that is still right.
+    """
 
 
 class SchemaVersionError(RegistryError):
-    """The data was written by a newer version of this project."""
+    """The data was written by a newer version of this project.
+
+    To do: upgrade adapterhub-lite, or use another home.
+    """
 
 
 class HubError(AdapterHubError):
-    """The remote hub cannot do what was asked."""
+    """The remote hub cannot do what was asked.
+
+    To do: follow the text; whatever was acknowledged is kept, and the call can be repeated.
+    """
 
 
 class HubUnreachableError(HubError):
-    """No network, a time-out, or a server error that outlasted the bounded retries."""
+    """No network, a time-out, or a server error that outlasted the bounded retries.
+
+    To do: check network and endpoint, and repeat the call: it goes on where it stopped.
+    """
 
 
 class HubPermissionError(HubError):
-    """The repository is missing, private or gated, or the token may not write to it."""
+    """The repository is missing, private or gated, or the token may not write to it.
+
+    To do: check the spelling of the repository, and log in with `hf auth login`.
+    """
 
 
 class PublishConflictError(HubError):
-    """Somebody else kept publishing first, more often than the bounded retries allow."""
+    """Somebody else kept publishing first, more often than the bounded retries allow.
+
+    To do: pull what others published, or wait, and push again.
+    """
 
 
 class TrainingError(AdapterHubError):
-    """A run stopped because continuing would be wrong."""
+    """A run stopped because continuing would be wrong.
+
+    To do: follow the text: it says which step, and what of the run is kept.
+    """
 
 
 class ProofFailedError(TrainingError):
-    """The first-step proof found a run that is not doing what it should; the text names the cause and the remedy."""
+    """The first-step proof found a run that is not doing what it should; the text names the cause and the remedy.
+
+    To do: do what the text proposes: the run would have learned nothing, or something else.
+    """
 
 
 class NonFiniteLossError(TrainingError):
-    """The loss became NaN or infinite."""
+    """The loss became NaN or infinite.
+
+    To do: lower the learning rate, or look at the rows of the step that the text names.
+    """
 
 
 class OutOfMemoryError(TrainingError):
-    """The device is too small for the run; the text says what would have fit."""
+    """The device is too small for the run; the text says what would have fit.
+
+    To do: take the preset or the batch size that the text says would fit, or `on_out_of_memory="replan"`.
+    """
 
 
 class RunStoppedError(TrainingError):
-    """A run was stopped on request, by `signal`; the text says what of it is saved."""
+    """A run was stopped on request, by `signal`; the text says what of it is saved.
+
+    To do: repeat the same command to continue from the checkpoint.
+    """
 
     def __init__(self, text: str, signal: Signals = Signals.SIGTERM) -> None:
         super().__init__(text)
@@ -141,28 +207,49 @@ class RunStoppedError(TrainingError):
 
 
 class MergeError(AdapterHubError):
-    """A merge that would be silently wrong; the text gives the reason and the alternative."""
+    """A merge that would be silently wrong; the text gives the reason and the alternative.
+
+    To do: take the method or the base that the text proposes.
+    """
 
 
 class ServingError(AdapterHubError):
-    """A request or an adapter load could not be served."""
+    """A request or an adapter load could not be served.
+
+    To do: follow the text; other requests and the server are not affected.
+    """
 
 
 class QueueFullError(ServingError):
-    """The bounded queue is full; the caller should try again later."""
+    """The bounded queue is full; the caller should try again later.
+
+    To do: wait as long as `Retry-After` says and ask again, or raise the limit.
+    """
 
 
 class RequestTimeoutError(ServingError):
-    """The request ran past its own time limit."""
+    """The request ran past its own time limit.
+
+    To do: ask for less, or raise `--timeout-seconds`.
+    """
 
 
 class RequestCancelledError(ServingError):
-    """The caller cancelled the request."""
+    """The caller cancelled the request.
+
+    To do: nothing: somebody wanted it to end.
+    """
 
 
 class EngineClosedError(ServingError):
-    """The engine was closed before or while the request ran."""
+    """The engine was closed before or while the request ran.
+
+    To do: open a new engine; a server that is draining answers nothing new.
+    """
 
 
 class ResourceError(AdapterHubError):
-    """A resource of the machine is missing: disk full, port in use, read-only folder."""
+    """A resource of the machine is missing: disk full, port in use, read-only folder.
+
+    To do: free the disk, the port or the folder that the text names.
+    """

@@ -1,4 +1,4 @@
-"""What MkDocs reads from the project when it builds the site: measured figures, their plots, and the menu's folders.
+"""What MkDocs reads from the project when it builds the site: figures, plots, the reference; and what it refuses to publish.
 
 A page writes `{{ loss::results/frozen/contestants/ours/time_to_full::.2f }}` for a value of
 `scripts/bench/results/loss.json`. A step of the path is a key; in a list it chooses, as `preset=full,rank=8`. After the
@@ -8,16 +8,28 @@ second `::` stands a format of Python, or `MB` (bytes) or `%` (shares). `{{ mach
 they can be read without a site; run it again when a result has changed. The site takes them from the results either way.
 """
 
-import inspect
 import json
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from scripts.reference import fill_reference, path_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "scripts" / "bench" / "results"
 PLACE = re.compile(r"\{\{ (\w+)::([^}]+?)(?:::([^}]+?))? \}\}")
 WRITTEN = re.compile(r"<!-- (\w+)::([^>]+?)(?:::([^>:]+?))? -->.*?<!-- / -->")
+
+
+# Bars that Markdown left as they are.
+BARS = re.compile(r"<p>\s*\|[^<]*|<p>[^<]*\|\s*:?-{3}[^<]*")
+# What the pages of the site that is being built document, as dotted paths.
+DOCUMENTED: set[str] = set()
+
+
+class BrokenPageError(Exception):
+    """A page that would be published broken."""
 
 
 class FigureError(KeyError):
@@ -26,6 +38,7 @@ class FigureError(KeyError):
 
 def on_config(config: Any) -> Any:
     """Replace a folder in the menu, written `how-to/`, by its pages."""
+    DOCUMENTED.clear()
     docs = Path(config["docs_dir"])
     for entry in config["nav"] or []:
         for title, pages in entry.items():
@@ -43,17 +56,47 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the figures, and the table of verbs, into a page."""
-    return fill_figures(markdown.replace("{{ verbs }}", verb_table()))
+def on_page_markdown(markdown: str, page: Any = None, **_: Any) -> str:
+    """Put the figures, and what is written from the code, into a page."""
+    filled = fill_figures(fill_reference(markdown, page.file.src_uri if page else ""))
+    DOCUMENTED.update(re.findall(r"^::: ([\w.]+)", filled, re.MULTILINE))
+    return filled
 
 
-def verb_table() -> str:
-    """The verbs of the command line with the first sentence of their help."""
-    from adapterhub_lite.cli.main import VERBS
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """Refuse a page with a table that is none: its bars stand in a paragraph.
 
-    rows = [(name, re.split(r"(?<=[.;:]) ", inspect.getdoc(verb) or "")[0]) for name, verb in VERBS.items()]
-    return "\n".join(["| verb | |", "|---|---|", *(f"| `{name}` | {text.rstrip(';:')} |" for name, text in rows)])
+    Raises:
+        BrokenPageError: there is such a paragraph.
+    """
+    if found := BARS.search(html):
+        raise BrokenPageError(f"{page.file.src_uri} has a broken table: {found[0][:120]!r}")
+    return html
+
+
+def on_env(env: Any, **_: Any) -> Any:
+    """Refuse a site that leaves out a public name of the package or of one of its rooms.
+
+    Raises:
+        BrokenPageError: a name has no place on any page.
+    """
+    missing = sorted(path for path in public_names() - DOCUMENTED if path.rpartition(".")[0] not in DOCUMENTED)
+    if missing:
+        raise BrokenPageError(f"No page documents {', '.join(missing)}: add `::: NAME`, or `reference.names`, to one.")
+    return env
+
+
+def public_names() -> set[str]:
+    """The dotted path of everything that the package and its rooms offer."""
+    import adapterhub_lite
+
+    found = {path_of(adapterhub_lite, name) for name in adapterhub_lite.__all__}
+    for init in sorted((ROOT / "adapterhub_lite").glob("*/__init__.py")):
+        room = import_module(f"adapterhub_lite.{init.parent.name}")
+        found |= {
+            path for name in getattr(room, "__all__", ()) if (path := path_of(room, name)).startswith(room.__name__)
+        }
+    return found
 
 
 def fill_figures(markdown: str, folder: Path = RESULTS) -> str:

@@ -1,10 +1,18 @@
-"""The dashboard, the alerts and the scrape settings in docs/operations load, and name series that the server has."""
+"""What docs/operations has is taken by the programs it is for, and names files, options and series that there are."""
 
 import json
 import re
+import shlex
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
 
+import pytest
+import typer
 import yaml
 
+from adapterhub_lite.cli.main import build_app
 from adapterhub_lite.serving.api.observe import Metrics
 from tests.checkout import ROOT
 
@@ -44,3 +52,66 @@ def test_the_scrape_settings_point_at_the_rules_and_give_a_key() -> None:
     (job,) = settings["scrape_configs"]
     assert job["authorization"]["credentials_file"] and job["static_configs"][0]["targets"]
     assert all((FOLDER / name).is_file() for name in settings["rule_files"])
+
+
+def parses(words: list[str]) -> None:
+    """Raises where the command line does not know a verb or an option."""
+    app = typer.main.get_command(build_app())
+    with app.make_context("adapterhub-lite", list(words)) as context:
+        name, verb, rest = app.resolve_command(context, words)  # type: ignore[attr-defined]
+        verb.make_context(name, list(rest), parent=context)
+
+
+def test_the_commands_of_container_compose_and_unit_are_understood() -> None:
+    for name in ("Dockerfile", "Dockerfile.cuda"):
+        (command,) = re.findall(r"^CMD (.+)$", (FOLDER / name).read_text(), re.MULTILINE)
+        parses(json.loads(command))
+    parses(yaml.safe_load((FOLDER / "compose.yml").read_text())["services"]["adapterhub"]["command"])
+    (command,) = re.findall(r"^ExecStart=(.+)$", (FOLDER / "adapterhub.service").read_text(), re.MULTILINE)
+    parses(shlex.split(command)[1:])
+
+
+def test_what_containers_copy_and_mount_is_there() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for name in ("Dockerfile", "Dockerfile.cuda"):
+        text = (FOLDER / name).read_text()
+        for line in re.findall(r"^COPY (?!--from)(.+)$", text, re.MULTILINE):
+            assert all((ROOT / source).exists() for source in line.split()[:-1]), line
+        assert set(re.findall(r"\'\.\[(\w+)\]\'", text)) <= set(extras)
+    services = yaml.safe_load((FOLDER / "compose.yml").read_text())["services"]
+    mounted = [one.split(":")[0] for service in services.values() for one in service["volumes"]]
+    own = {"./keys.json", "./adapterhub-key"}
+    assert all((FOLDER / one).is_file() for one in mounted if one.startswith("./") and one not in own)
+    assert services["adapterhub"]["build"]["dockerfile"] == "docs/operations/Dockerfile"
+
+
+def checked(*command: object) -> None:
+    """Run a checker; skips, by its name, where this machine lacks it."""
+    if shutil.which(str(command[0])) is None:
+        pytest.skip(f"{command[0]} is not installed")
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 0 and not re.search(r"\b(warning|error)\b", done.stderr), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cuda"])
+def test_hadolint_has_nothing_to_say(name: str) -> None:
+    checked("hadolint", FOLDER / name)
+
+
+def test_compose_has_its_schema() -> None:
+    checked("check-jsonschema", "--builtin-schema", "vendor.compose-spec", FOLDER / "compose.yml")
+
+
+def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+    # A path that exists on every machine: systemd looks whether the program is there.
+    unit = (FOLDER / "adapterhub.service").read_text().replace("/opt/adapterhub/bin/adapterhub-lite", "/bin/true")
+    (tmp_path / "adapterhub.service").write_text(unit)
+    checked("systemd-analyze", "verify", tmp_path / "adapterhub.service")
+
+
+def test_prometheus_takes_the_settings_and_the_alerts(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("sk-metrics")
+    settings = (FOLDER / "prometheus.yml").read_text().replace("/etc/prometheus/adapterhub-key", str(tmp_path / "key"))
+    (tmp_path / "prometheus.yml").write_text(settings)
+    shutil.copy(FOLDER / "adapterhub-rules.yml", tmp_path)
+    checked("promtool", "check", "config", tmp_path / "prometheus.yml")
