@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Make .venv and install the project into it with the exact versions of constraints.txt.
-# Usage: scripts/install.sh [EXTRA,...]   (extras of pyproject.toml; without any, the core alone). $VENV names another folder.
+# Usage: scripts/install.sh [EXTRA,...]   (extras of pyproject.toml; without any, the core alone).
+# $VENV names another folder, $PYTHON another interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extras=${1:-}
 venv=${VENV:-.venv}
 
 python=
-for candidate in python3.11 python3.12 python3.13 python3.14 python3; do
+for candidate in ${PYTHON:-} python3.11 python3.12 python3.13 python3.14 python3; do
     if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
         python=$candidate
         break

@@ -283,6 +283,9 @@ class ParentRecord(StrictModel):
     weight: Finite
 
 
+MergeMethod = Literal["cat", "svd", "ties", "dare_ties", "linear"]
+
+
 class MergeRecipe(StrictModel):
     """How a merge was made; with the parents it is enough to build it again bit for bit.
 
@@ -290,7 +293,7 @@ class MergeRecipe(StrictModel):
     over all modules together.
     """
 
-    method: Literal["cat", "svd", "ties", "dare_ties", "linear"]
+    method: MergeMethod
     rank: int = Field(gt=0)
     seed: int
     density: Finite | None = None

@@ -6,18 +6,16 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 from adapterhub_lite.adapter_format.lora_config import MAX_RANK, LoraConfigFile, read_lora_config
-from adapterhub_lite.adapter_format.manifest import CONFIG_FILE, WEIGHTS_FILE, MergeRecipe, ParentRecord
+from adapterhub_lite.adapter_format.manifest import CONFIG_FILE, WEIGHTS_FILE, MergeMethod, MergeRecipe, ParentRecord
 from adapterhub_lite.bases import ResolvedBase, find_base
 from adapterhub_lite.errors import BaseMismatchError, MergeError, UnknownNameError, UsageError
 from adapterhub_lite.merging.deltas import Factors
 from adapterhub_lite.merging.refusals import refuse_variants
 from adapterhub_lite.registry import AdapterManifest, AdapterReference, AdapterRegistry
 from adapterhub_lite.registry.store.store import file_record
-
-Method = Literal["cat", "svd", "ties", "dare_ties", "linear"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class MergedAdapter:
 def merge_adapters(
     references: Sequence[str | AdapterReference],
     weights: Sequence[float] | None = None,
-    method: Method = "cat",
+    method: MergeMethod = "cat",
     *,
     rank: int | None = None,
     seed: int = 0,
@@ -178,8 +176,8 @@ def _configuration(configs: Sequence[LoraConfigFile], modules: list[str], rank: 
 def _check_settings(
     parents: Sequence[AdapterManifest], shares: Sequence[float], method: str, density: float, rank: int | None
 ) -> None:
-    if method not in ("cat", "svd", "ties", "dare_ties", "linear"):
-        raise UnknownNameError.among("merge method", method, ["cat", "svd", "ties", "dare_ties", "linear"])
+    if method not in get_args(MergeMethod):
+        raise UnknownNameError.among("merge method", method, get_args(MergeMethod))
     if not parents:
         raise UsageError("Wanted at least one adapter to merge, got none.")
     if len(shares) != len(parents):

@@ -32,13 +32,13 @@ def merge(
 
     Example: `adapterhub-lite merge sql:3 event@prod --weights 0.7,0.3 --name both`
     """
+    from adapterhub_lite.adapter_format.manifest import MergeMethod
     from adapterhub_lite.bases import resolve_base
     from adapterhub_lite.errors import ConfigurationError
     from adapterhub_lite.merging import merge_adapters
-    from adapterhub_lite.merging.adapters import Method
     from adapterhub_lite.registry import AdapterRegistry
 
-    methods: tuple[Method, ...] = get_args(Method)
+    methods: tuple[MergeMethod, ...] = get_args(MergeMethod)
     chosen = next((known for known in methods if known == method), None)
     if chosen is None:
         raise ConfigurationError(f"There is no merge method {method!r}. Known: {', '.join(methods)}.")
