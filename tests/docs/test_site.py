@@ -5,10 +5,16 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import typer
 
+from adapterhub_lite.cli.main import VERBS, build_app
+from adapterhub_lite.training.settings import TrainingRecipe
+from scripts import diagrams, docs_hooks, reference
 from scripts.docs_hooks import PLACE, RESULTS, WRITTEN, FigureError, fill_figures, write_figures
 from scripts.reference import PLACE as REFERENCE
 from tests.docs.terminal import PAGES, ROOT
@@ -64,6 +70,63 @@ def test_the_memory_techniques_have_a_page_each_with_saves_costs_and_use() -> No
         text = page.read_text()
         assert "**Saves**" in text or "**Use" in text, page
         assert "**Costs**" in text and re.search(r"\*\*Use", text), page
+
+
+def test_the_pictures_of_the_concepts_are_those_of_their_script() -> None:
+    """Red after a change: `python -m scripts.diagrams` draws them anew."""
+    for name, picture in diagrams.PICTURES.items():
+        assert (diagrams.IMAGES / f"concept-{name}.svg").read_text() == diagrams.svg(picture)
+
+
+@pytest.mark.parametrize("page", [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")])
+def test_links_of_the_first_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize(
+    ("html", "broken"),
+    [
+        ("<table><tr><td>a | b</td></tr></table><p>either | or</p>", False),
+        ("<p>| a | b |\n|---|---|\n| 1 | 2 |</p>", True),
+        ("<p>text that ran into it\n| a | b |\n|---|---|</p>", True),
+    ],
+)
+def test_a_broken_table_is_not_published(html: str, broken: bool) -> None:
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="page.md"))
+    if broken:
+        with pytest.raises(docs_hooks.BrokenPageError, match=r"page\.md has a broken table"):
+            docs_hooks.on_page_content(html, page)
+    else:
+        assert docs_hooks.on_page_content(html, page) == html
+
+
+def test_a_public_name_without_a_place_is_not_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(docs_hooks, "DOCUMENTED", set())
+    for page in sorted((ROOT / "docs" / "api").glob("*.md")):
+        of_names = "".join(re.findall(r"^(?:::: .+|\{\{ reference\.names .+)$", page.read_text(), re.MULTILINE))
+        docs_hooks.on_page_markdown("\n".join(re.findall(r":::\s[\w.]+|\{\{ reference.names [\w.]+ \}\}", of_names)))
+    docs_hooks.on_env(None)
+    docs_hooks.DOCUMENTED.discard("adapterhub_lite.memory.plan.plan_memory")
+    with pytest.raises(
+        docs_hooks.BrokenPageError, match=r"No page documents adapterhub_lite\.memory\.plan\.plan_memory:"
+    ):
+        docs_hooks.on_env(None)
+
+
+def test_the_reference_has_every_option_setting_and_error() -> None:
+    app = typer.main.get_command(build_app())
+    for name, verb in VERBS.items():
+        command = app.commands[name]  # type: ignore[attr-defined]
+        section = reference.verb_section(name, verb, "")
+        known = {option for one in command.params for option in (*one.opts, *one.secondary_opts) if "--" in option}
+        assert (
+            set(re.findall(r"--[a-z][\w-]+", "".join(re.findall(r"^\| (`--[^|]+)\|", section, re.MULTILINE)))) == known
+        )
+        assert "Example: `adapterhub-lite" in section, name
+    table = reference.settings_table("adapterhub_lite.training.settings.TrainingRecipe", "api/settings.md")
+    assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == [one.name for one in fields(TrainingRecipe)]
+    assert reference.errors("", "").count("\n") == 1 + len(list(reference.error_tree())) > 25
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ DATA = ROOT / "docs" / "how-to" / "data.md"
 TUTORIAL, README = ROOT / "docs" / "tutorial.md", ROOT / "README.md"
 HUB = ROOT / "docs" / "how-to" / "private-hub.md"
 PRODUCTION = ROOT / "docs" / "how-to" / "production.md"
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 OWN_WALK = (TUTORIAL, README, HUB, PRODUCTION)
 OTHERS = [page for page in pages_with("bash") if page not in OWN_WALK]
 ROWS = "".join(json.dumps({"prompt": f"{n} plus {n}?", "completion": str(2 * n)}) + "\n" for n in range(8))
@@ -40,6 +41,22 @@ def test_the_python_of_a_page_runs(
     names: dict[str, Any] = {"__name__": "page"}
     for number, code in enumerate(blocks(page, "python")):
         exec(compile(code, f"{page.name}, block {number}", "exec"), names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(
+    notebook: Path, environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "notebook"}
+    cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+    for number, cell in enumerate(cells):
+        assert not cell["outputs"], "what was shown once is no part of a notebook"
+        exec(compile("".join(cell["source"]), f"{notebook.name}, cell {number}", "exec"), names)
+    if "theirs" in names:
+        shown = names["tokenizer"].decode(names["theirs"], skip_special_tokens=True)
+        assert names["ours"].text == shown
 
 
 @pytest.mark.slow
