@@ -46,9 +46,14 @@ def rehearse(
         home=home,
     )
     if not as_json:
-        if lengths:
-            say(lengths.described())
+        tokens = plan.predicted.workload.sequence_length
+        assumed = f"rows of {tokens} tokens are assumed, the longest there may be; rows of --data are measured"
+        say(lengths.described() if lengths else assumed)
         say(plan.described())
+        measured = ", laid out and measured" if lengths else ""
+        say(
+            f"Checked: the settings; {rows} rows, which were read{measured}; what fits. No weight was read, nothing fetched."
+        )
     would(
         f"{act}, with the preset {plan.preset.name}, on {devices} device{'s' if devices > 1 else ''}",
         as_json,
