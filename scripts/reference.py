@@ -234,8 +234,8 @@ def json_type(one: dict[str, Any]) -> str:
         name = one["$ref"].rpartition("/")[2]
         return f"[`{name}`](#{name.lower()})"
     if "anyOf" in one:
-        kinds = (json_type(each) for each in one["anyOf"] if each.get("type") != "null")
-        return " or ".join(dict.fromkeys(kinds)) or "nothing"
+        choices = (json_type(each) for each in one["anyOf"] if each.get("type") != "null")
+        return " or ".join(dict.fromkeys(choices)) or "nothing"
     if "enum" in one or "const" in one:
         return ", ".join(f"`{value}`" for value in one.get("enum", [one.get("const")]))
     if one.get("type") == "array":
