@@ -68,16 +68,20 @@ def plan(
             "rejected": [asdict(rejection) for rejection in found.rejected], "exact_total": run_dry,
         }  # fmt: skip
         return print_json(document)
-    assumed = (
-        f"for rows of {request.sequence_length} tokens, {request.batch_size} for each update: "
-        "--data measures yours, --sequence-length and --batch-size say other numbers"
-    )
     exactly = [] if run_dry is None else [f"run on fake tensors: {run_dry / 2**30:.2f} GiB"]
-    for text in (lengths.described() if lengths else assumed, found.described(), *exactly):
+    for text in (lengths.described() if lengths else assumed(request), found.described(), *exactly):
         say(text)
     head, *rows = plan_table(found)
     print_table(f"Memory of a run on {base}", head, rows)
     say(BAR_LEGEND)
+
+
+def assumed(request: PlanRequest) -> str:
+    """What a plan takes for granted that was shown no rows."""
+    return (
+        f"for rows of {request.sequence_length} tokens, {request.batch_size} for each update: "
+        "--data measures yours, --sequence-length and --batch-size say other numbers"
+    )
 
 
 def parse_bytes(text: str) -> int:

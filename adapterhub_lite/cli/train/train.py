@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from adapterhub_lite.adapter_format.manifest import AdapterManifest, TrainingRecord
 from adapterhub_lite.cli.options import build_settings, options_from
 from adapterhub_lite.cli.output import (
     DescriptionOption,
@@ -91,6 +92,10 @@ def train(
         )
     if as_json:
         return print_json(manifest.model_dump(mode="json"))
-    record = outcome.record
+    say(described(manifest, outcome.record))
+
+
+def described(manifest: AdapterManifest, record: TrainingRecord) -> str:
+    """What came of a run, in one line."""
     loss = "" if record.final_loss is None else f", loss {record.final_loss:.4g}"
-    say(f"{manifest.reference} ({short(manifest.digest)}): {record.steps} steps{loss}, {record.wall_seconds:.0f} s.")
+    return f"{manifest.reference} ({short(manifest.digest)}): {record.steps} steps{loss}, {record.wall_seconds:.0f} s."
