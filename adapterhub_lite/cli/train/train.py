@@ -67,10 +67,7 @@ def train(
     from adapterhub_lite.training.recipe import rows_for, run_folder, train_adapter
 
     wanted, recipe = Launch(devices, nodes, rendezvous, patience), build_settings(TrainingRecipe, given, config)
-    if strategy != "auto":
-        if recipe.memory_preset not in ("auto", strategy):
-            raise ConfigurationError(f"--strategy {strategy} contradicts memory_preset {recipe.memory_preset}.")
-        recipe = replace(recipe, memory_preset=strategy)
+    recipe = split_by(strategy, recipe)
     if problem := name_problem(name):
         raise ReferenceSyntaxError(problem)
     with Interruptible(name, base, home) as run:
@@ -93,6 +90,19 @@ def train(
     if as_json:
         return print_json(manifest.model_dump(mode="json"))
     say(described(manifest, outcome.record))
+
+
+def split_by(strategy: str, recipe: TrainingRecipe) -> TrainingRecipe:
+    """The settings of a run whose devices share the work by `strategy`.
+
+    Raises:
+        ConfigurationError: a memory preset was chosen that does it otherwise.
+    """
+    if strategy == "auto":
+        return recipe
+    if recipe.memory_preset not in ("auto", strategy):
+        raise ConfigurationError(f"--strategy {strategy} contradicts memory_preset {recipe.memory_preset}.")
+    return replace(recipe, memory_preset=strategy)
 
 
 def described(manifest: AdapterManifest, record: TrainingRecord) -> str:
