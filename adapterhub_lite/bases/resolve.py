@@ -89,10 +89,7 @@ def fetch_from_hub(repo_id: str, revision: str | None, bases: Path, progress: Ca
             ignore_patterns=HIDDEN_FILES,
         )  # fmt: skip
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise HubPermissionError(
-            f"The base {repo_id!r} (revision {revision or 'main'}) was not found on the hub, or is private or gated. "
-            f"Check the spelling{_near(repo_id)}, or log in with `hf auth login`."
-        ) from error
+        raise not_found(repo_id, revision) from error
     except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
@@ -104,16 +101,57 @@ def fetch_from_hub(repo_id: str, revision: str | None, bases: Path, progress: Ca
                 f"The hub cannot be asked ({type(error).__name__}): using {repo_id} as fetched before, at {known}."
             )
             return found
-        raise HubUnreachableError(
-            f"The base {repo_id!r} could not be fetched from {HfApi().endpoint}: {type(error).__name__}. "
-            f"Check the network, or give a local folder; and check the spelling{_near(repo_id)}."
-        ) from error
+        raise not_fetched(repo_id, error) from error
     ref = _ref_file(cache, repo_id, revision or "main")
     if ref is not None:
         with contextlib.suppress(OSError):  # a cache that cannot be written to is only less useful later
             ref.parent.mkdir(parents=True, exist_ok=True)
             ref.write_text(commit)
     return ResolvedBase(name=repo_id, model_id=repo_id, folder=Path(folder), revision=commit)
+
+
+def fetch_config(repo_id: str) -> Path:
+    """The config.json of a repository on the hub, as it is now or as it was fetched before; nothing else of it.
+
+    Raises:
+        HubPermissionError: the hub has no such repository, or none that may be read.
+        HubUnreachableError: it has to be fetched and there is no network.
+    """
+    import httpx2
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(hf_hub_download(repo_id, "config.json", etag_timeout=LOOK_UP_SECONDS))
+    except LocalEntryNotFoundError as error:  # it is also an EntryNotFoundError
+        raise not_fetched(repo_id, error) from error
+    except (RepositoryNotFoundError, EntryNotFoundError) as error:
+        raise not_found(repo_id, None) from error
+    except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
+        raise not_fetched(repo_id, error) from error
+
+
+def not_found(repo_id: str, revision: str | None) -> HubPermissionError:
+    """The error for a base that the hub does not give."""
+    return HubPermissionError(
+        f"The base {repo_id!r} (revision {revision or 'main'}) was not found on the hub, or is private or gated. "
+        f"Check the spelling{_near(repo_id)}, or log in with `hf auth login`."
+    )
+
+
+def not_fetched(repo_id: str, error: Exception) -> HubUnreachableError:
+    """The error for a base of which nobody can say whether it is there."""
+    from huggingface_hub import HfApi
+
+    return HubUnreachableError(
+        f"The base {repo_id!r} could not be fetched from {HfApi().endpoint}: {type(error).__name__}. "
+        f"Check the network, or give a local folder; and check the spelling{_near(repo_id)}."
+    )
 
 
 def _near(repo_id: str) -> str:

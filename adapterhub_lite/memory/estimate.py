@@ -356,6 +356,8 @@ def read_config(base: Any) -> Any:  # whatever `estimate_memory` takes, to a con
 
     Raises:
         UnknownNameError: no config can be found under that name.
+        HubPermissionError: the hub has no such repository, or none that may be read.
+        HubUnreachableError: the hub has to be asked and cannot be.
     """
     if hasattr(base, "get_text_config"):
         return base
@@ -372,14 +374,17 @@ def _config_in(name: str) -> Any:
     from transformers import AutoConfig
 
     from adapterhub_lite.bases import resolve_base
-    from adapterhub_lite.bases.resolve import EMBEDDED_BASES
+    from adapterhub_lite.bases.resolve import EMBEDDED_BASES, fetch_config
 
     if name in EMBEDDED_BASES:
         name = str(resolve_base(name).folder)
     known = [*EMBEDDED_BASES, "a folder with config.json", "a Hub id org/model"]
-    if not (Path(name) / "config.json").is_file() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UnknownNameError.among("base", name, known)
+    folder = Path(name)
+    if not (folder / "config.json").is_file():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            raise UnknownNameError.among("base", name, known)
+        folder = fetch_config(name).parent
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UnknownNameError.among("base", name, known) from error

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from adapterhub_lite.cli.main import VERBS, build_app
+from adapterhub_lite.diagnosis import diagnose
 from adapterhub_lite.registry import AdapterRegistry
 from tests.cli.outcome import Run
 
@@ -150,3 +151,31 @@ def test_a_dry_run_of_train_touches_no_file(tiny_base: Path, tmp_path: Path, run
     done = run("train", "sums", "--data", str(rows), "--steps", "2", "--home", str(there), "--dry-run")
     assert "Would fetch smollm2-135m, which is not here yet, then train sums" in done.stderr
     assert everything() == before and not there.exists(), "a base is fetched by a run, not by a rehearsal of one"
+
+
+def test_an_empty_home_says_how_to_begin(run: Run, home: Path) -> None:
+    shown = run("list")
+    assert (
+        shown.returncode == 0
+        and "adapterhub-lite train sql --task sql" in shown.stderr
+        and "reference" not in shown.stdout
+    )
+    assert json.loads(run("list", "--json").stdout) == []
+
+
+def test_doctor_breaks_no_command_on_a_narrow_terminal(run: Run, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = run("doctor").stdout.splitlines()
+    for finding in diagnose(home):
+        if finding.remedy:
+            assert f"To get {finding.what}: {finding.remedy}" in lines
+
+
+def test_a_misspelt_hub_id_is_told_from_a_missing_network(
+    run: Run, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adapterhub_lite.bases.resolve.LOOK_UP_SECONDS", 1.0)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    shown = run("plan", "HuggingFaceTB/SmolLM2-135M-Instuct")
+    assert shown.returncode == 2
+    assert "check the spelling (HuggingFaceTB/SmolLM2-135M-Instruct is here as 'smollm2-135m')" in shown.stderr
