@@ -67,7 +67,11 @@ _EXTRAS = (
 # package, what it is for, how to get it
 _PACKAGES = (
     ("bitsandbytes", "8-bit and nf4 bases (QLoRA)", install_command("models")),
-    ("triton", "GPU kernels of cut_cross_entropy and Liger", "use the CUDA build of torch, which brings it"),
+    (
+        "triton",
+        "GPU kernels of the loss: ours, Liger's, cut_cross_entropy",
+        "use the CUDA build of torch, which brings it",
+    ),
     (
         "hf_xet",
         "fast transfers with the hub (Xet); without it LFS is used and the Xet tests are skipped",

@@ -1,5 +1,6 @@
 """The loss of a causal language model from its hidden states, by whichever implementation was chosen."""
 
+from functools import partial
 from typing import Unpack
 
 from torch import Tensor
@@ -7,7 +8,7 @@ from torch import Tensor
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.losses.choice import LossChoice
 from adapterhub_lite.losses.heads import Head
-from adapterhub_lite.losses.kernels import run_kernel
+from adapterhub_lite.losses.kernels import KERNELS, OWN_KERNEL, run_kernel
 from adapterhub_lite.losses.reference import LossKeywords, LossOptions, losses_of_logits, reduce_losses
 from adapterhub_lite.losses.tiled import tiled_cross_entropy
 
@@ -46,10 +47,11 @@ def causal_lm_loss(
     targets = labels.reshape(-1).to(device)
     weights = None if token_weights is None else token_weights.reshape(-1).to(device)
     name = choice.name if choice is not None else "full" if head.unreadable() else "tiled"
-    if name not in ("full", "tiled"):
+    if name in KERNELS:
         return run_kernel(name, states, head, targets, options, weights)
-    if name == "tiled" and not head.low_rank():
-        return tiled_cross_entropy(states, head.weight, targets, options, bias=head.bias, token_weights=weights)
+    by_tiles = partial(tiled_cross_entropy, triton=name == OWN_KERNEL)
+    if name != "full" and not head.low_rank():
+        return by_tiles(states, head.weight, targets, options, bias=head.bias, token_weights=weights)
     # The head's own module, or A and its dropout, only for the tokens that count. Called even if there are none: weights
     # that are split over processes are gathered by all of them or by none.
     valid = targets != options.ignore_index
@@ -60,9 +62,7 @@ def causal_lm_loss(
         return reduce_losses(everywhere, valid, reduction, weights)
     widened, extra = head.widened(states[index])
     weights = None if weights is None else weights[index]
-    loss = tiled_cross_entropy(
-        widened, head.weight, targets[index], options, bias=head.bias, token_weights=weights, extra=extra
-    )
+    loss = by_tiles(widened, head.weight, targets[index], options, bias=head.bias, token_weights=weights, extra=extra)
     return loss if reduction != "none" else loss.new_zeros(valid.shape).index_put((index,), loss)
 
 

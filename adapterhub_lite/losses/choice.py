@@ -1,7 +1,7 @@
 """Which implementation computes the loss, and why. Knows torch; asks a model only for its head and 8 tokens.
 
-The ladder, best first: the Triton kernels of others where a GPU and the options allow them and they agree with our
-tiles, the full logits where they are so small that nothing is faster, and our tiles, which run everywhere and are the
+The ladder, best first: the Triton kernels of others and ours, where a GPU and the options allow them and they agree with
+our tiles, the full logits where they are so small that nothing is faster, and our tiles, which run everywhere and are the
 reference for the others. A head that tiles cannot read is called for its logits ("full"); a model that does more to its
 logits than we know of is asked for them ("model").
 """
@@ -13,11 +13,11 @@ import torch
 
 from adapterhub_lite.errors import ConfigurationError, UnknownNameError
 from adapterhub_lite.losses.heads import KNOWN_FAMILIES, CausalModel, Head, head_of
-from adapterhub_lite.losses.kernels import KERNELS, refuse_kernel
+from adapterhub_lite.losses.kernels import KERNELS, OWN_KERNEL, refuse_kernel
 from adapterhub_lite.losses.reference import LossOptions
 from adapterhub_lite.losses.rows import is_zero3, rows_shape
 
-RUNGS = (*KERNELS, "full", "tiled", "model")
+RUNGS = (*KERNELS, OWN_KERNEL, "full", "tiled", "model")
 """The ladder in order, best first; see `refusal`."""
 
 SMALL_LOGITS = 2**18

@@ -28,15 +28,14 @@ How they are computed without the (N, V) logits (Cut Cross-Entropy, arXiv:2411.0
   rounded.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from adapterhub_lite.loss_sizes import panel_shape, tile_shape
+from adapterhub_lite.loss_sizes import panel_shape
+from adapterhub_lite.losses.problem import Block, Gradients, Problem, TokenStatistics, Wanted
 from adapterhub_lite.losses.reference import LossOptions
-from adapterhub_lite.losses.rows import RowReader
 from adapterhub_lite.losses.tiles import (
     HALF_LIFT,
     Panel,
@@ -46,66 +45,10 @@ from adapterhub_lite.losses.tiles import (
     finish_logits,
     set_targets,
     spans,
-    wide_dtype,
 )
 
-
-@dataclass(frozen=True)
-class Block:
-    """Some rows of the head: `columns` of the vocabulary, their weight (v, D), and their bias (v,) or None."""
-
-    columns: slice
-    weight: Tensor
-    bias: Tensor | None
-
-
-@dataclass(frozen=True)
-class Problem:
-    """n valid tokens against a head: hidden (n, D) in the dtype of the products, targets (n,), V rows, bias (V,)."""
-
-    hidden: Tensor
-    targets: Tensor
-    read: RowReader
-    vocabulary: int
-    bias: Tensor | None
-    options: LossOptions
-
-    @property
-    def wide(self) -> torch.dtype:
-        """The dtype of sums, losses and gradients."""
-        return wide_dtype(self.hidden.dtype)
-
-    @property
-    def device(self) -> torch.device:
-        """Where it is computed."""
-        return self.hidden.device
-
-    def blocks(self, step: int) -> Iterator[Block]:
-        """The head in blocks of `step` rows, read once each."""
-        for columns in spans(self.vocabulary, step):
-            yield Block(
-                columns,
-                self.read(columns).to(self.hidden.dtype),
-                None if self.bias is None else self.bias[columns],
-            )
-
-    def buffers(self) -> TileBuffers:
-        """Buffers for one pass over all tokens."""
-        shape = tile_shape(len(self.targets), self.vocabulary, self.device.type, self.options.chunk_tokens)
-        return TileBuffers(shape, self.hidden.dtype, self.device)
-
-    def zeros(self, *shape: int) -> Tensor:
-        """A sum that begins."""
-        return torch.zeros(shape, dtype=self.wide, device=self.device)
-
-
-@dataclass(frozen=True)
-class TokenStatistics:
-    """What the second pass needs of the first, each (n,) in the wide dtype; `one_minus_p` is 1 - p of the target."""
-
-    logsumexp: Tensor
-    target_logits: Tensor
-    one_minus_p: Tensor
+TRITON_BLOCK = 2**15
+"""Rows of the head that the kernels are given at once: what is joined, gathered or dequantised for them."""
 
 
 @dataclass(frozen=True)
@@ -129,24 +72,6 @@ class FirstPass:
     logit_gradient: LogitGradient | None = None
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """Which gradients are computed. `columns` of the head's rows: all of them, those of a LoRA pair, or None."""
-
-    hidden: bool
-    columns: slice | None
-    bias: bool
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """Gradients of the weighted sum of losses: hidden (n, D), rows (V, d) and bias (V,), each None if not asked for."""
-
-    hidden: Tensor | None
-    rows: Tensor | None
-    bias: Tensor | None
-
-
 def first_pass(problem: Problem, *, gradient: bool, panel: Panel | None = None) -> FirstPass:
     """One pass over the tiles: losses, log-sum-exp and, if asked for, the gradient of the hidden states.
 
@@ -156,6 +81,15 @@ def first_pass(problem: Problem, *, gradient: bool, panel: Panel | None = None) 
     if panel is not None:
         panel.begin(len(problem.targets))
     sums = _Sums(problem, buffers, gradient, panel)
+    if problem.triton:
+        from adapterhub_lite.losses.triton_tiles import SharedSums
+
+        shared = SharedSums(problem, sums.hidden_gradient)
+        for block in problem.blocks(TRITON_BLOCK):
+            sums.begin_block(block)
+            shared.add(block)
+        sums.largest, sums.exponentials, sums.logits = shared.joined()
+        return sums.finished()
     for block in problem.blocks(buffers.shape.vocabulary):
         sums.begin_block(block)
         for part in spans(len(problem.targets), buffers.shape.tokens):
@@ -262,37 +196,68 @@ def second_pass(
 
     The gradient of the head's rows is returned in `rows_dtype`, so that there is no second, wide copy of it.
     """
-    targets, buffers = problem.targets, problem.buffers()
-    of_targets = _gradient_of_targets(problem, statistics, upstream)
     width = 0 if wanted.columns is None else wanted.columns.stop - wanted.columns.start
     found = Gradients(
         problem.zeros(*problem.hidden.shape) if wanted.hidden else None,
         torch.zeros((problem.vocabulary, width), dtype=rows_dtype, device=problem.device) if wanted.columns else None,
         problem.zeros(problem.vocabulary) if wanted.bias else None,
     )
-    trained = wanted.columns or slice(0, 0)
-    for block in problem.blocks(buffers.shape.vocabulary):
+    inputs = problem.hidden[:, wanted.columns or slice(0, 0)]
+    by = _SecondPass(problem, statistics, upstream, inputs)
+    kernels = None
+    if problem.triton:
+        from adapterhub_lite.losses.triton_tiles import BlockGradients
+
+        kernels = BlockGradients(problem, statistics, upstream)
+    for block in problem.blocks(TRITON_BLOCK if kernels else by.buffers.shape.vocabulary):
         columns = block.columns
         of_rows = None if found.rows is None else problem.zeros(columns.stop - columns.start, width)
-        for part in spans(len(targets), buffers.shape.tokens):
-            tile = buffers.logits(problem.hidden[part], block.weight, block.bias, problem.options)
-            _to_gradient(tile, problem, statistics, part)
-            tile.mul_((upstream[part] * problem.options.logit_scale)[:, None])
-            set_targets(tile, targets[part], columns, 0.0)
-            here = ((targets[part] >= columns.start) & (targets[part] < columns.stop)).nonzero().squeeze(1) + part.start
-            local, of_target = targets[here] - columns.start, of_targets[here]
-            narrow = buffers.narrowed(tile)
-            if found.bias is not None:
-                found.bias[columns].add_(tile.sum(0)).index_add_(0, local, of_target)
-            if found.hidden is not None:
-                buffers.add_product(found.hidden[part], narrow, block.weight)
-                found.hidden.index_add_(0, here, block.weight[local] * of_target[:, None])
-            if of_rows is not None:
-                buffers.add_product(of_rows, narrow.t(), problem.hidden[part, trained])
-                of_rows.index_add_(0, local, problem.hidden[here, trained] * of_target[:, None])
+        of_block = Gradients(found.hidden, of_rows, None if found.bias is None else found.bias[columns])
+        if kernels:
+            kernels.add(block, of_block, inputs)
+        for part in spans(len(problem.targets), by.buffers.shape.tokens):
+            if not kernels:
+                by.add_tile(block, part, of_block)
+            by.add_targets(block, part, of_block)
         if of_rows is not None and found.rows is not None:
             found.rows[columns] = of_rows
     return found
+
+
+class _SecondPass:
+    """What the second pass adds to the gradients of a block of the head; `inputs` (n, d) give those of its rows."""
+
+    def __init__(self, problem: Problem, statistics: TokenStatistics, upstream: Tensor, inputs: Tensor) -> None:
+        self.problem, self.statistics, self.upstream, self.inputs = problem, statistics, upstream, inputs
+        self.buffers = problem.buffers()
+        self.of_targets = _gradient_of_targets(problem, statistics, upstream)
+
+    def add_tile(self, block: Block, part: slice, found: Gradients) -> None:
+        """Add the gradients by the tokens `part`, all but their targets'."""
+        problem, buffers = self.problem, self.buffers
+        tile = buffers.logits(problem.hidden[part], block.weight, block.bias, problem.options)
+        _to_gradient(tile, problem, self.statistics, part)
+        tile.mul_((self.upstream[part] * problem.options.logit_scale)[:, None])
+        set_targets(tile, problem.targets[part], block.columns, 0.0)
+        narrow = buffers.narrowed(tile)
+        if found.bias is not None:
+            found.bias.add_(tile.sum(0))
+        if found.hidden is not None:
+            buffers.add_product(found.hidden[part], narrow, block.weight)
+        if found.rows is not None:
+            buffers.add_product(found.rows, narrow.t(), self.inputs[part])
+
+    def add_targets(self, block: Block, part: slice, found: Gradients) -> None:
+        """Add those of the targets of the tokens `part` that lie in the block."""
+        targets, columns = self.problem.targets[part], block.columns
+        here = ((targets >= columns.start) & (targets < columns.stop)).nonzero().squeeze(1) + part.start
+        local, of_target = self.problem.targets[here] - columns.start, self.of_targets[here]
+        if found.bias is not None:
+            found.bias.index_add_(0, local, of_target)
+        if found.hidden is not None:
+            found.hidden.index_add_(0, here, block.weight[local] * of_target[:, None])
+        if found.rows is not None:
+            found.rows.index_add_(0, local, self.inputs[here] * of_target[:, None])
 
 
 def _to_gradient(tile: Tensor, problem: Problem, statistics: TokenStatistics, part: slice) -> None:

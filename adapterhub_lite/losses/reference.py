@@ -22,7 +22,8 @@ class LossOptions:
     With z = hidden @ weight.T + bias, the logits are s * z (`logit_scale`), then c * tanh(s * z / c) (`softcap`, Gemma
     2, arXiv:2408.00118). The loss of a token is (1 - e) * nll + e * mean over the vocabulary (`label_smoothing`), plus
     `z_loss` * logsumexp ** 2 (PaLM, arXiv:2204.02311). Targets equal to `ignore_index` give no loss and no gradient.
-    `chunk_tokens` fixes how many tokens a tile has.
+    `chunk_tokens` fixes how many tokens a tile has. `gradient_filter` lets a gradient leave out tiles of logits whose
+    probabilities are all below it, which only our Triton kernels do; 0 leaves out nothing.
     """
 
     ignore_index: int = -100
@@ -32,6 +33,7 @@ class LossOptions:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     chunk_tokens: int | None = None
+    gradient_filter: float = 0.0
 
     @property
     def linear(self) -> bool:
@@ -45,6 +47,8 @@ class LossOptions:
             raise ConfigurationError(f"softcap must be positive or None, not {self.softcap}.")
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ConfigurationError(f"label_smoothing must be in [0, 1), not {self.label_smoothing}.")
+        if not 0.0 <= self.gradient_filter < 1.0:
+            raise ConfigurationError(f"gradient_filter must be in [0, 1), not {self.gradient_filter}.")
         if self.z_loss < 0:
             raise ConfigurationError(f"z_loss must not be negative, not {self.z_loss}.")
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
@@ -58,6 +62,7 @@ class LossKeywords(TypedDict, total=False):
     label_smoothing: float
     z_loss: float
     chunk_tokens: int | None
+    gradient_filter: float
 
 
 def full_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, options: LossOptions) -> Tensor:

@@ -16,15 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from adapterhub_lite.errors import ConfigurationError, UsageError
-from adapterhub_lite.losses.passes import (
-    Problem,
-    TokenStatistics,
-    Wanted,
-    first_pass,
-    second_pass,
-    takes_one_pass,
-    weighted_loss,
-)
+from adapterhub_lite.losses.passes import first_pass, second_pass, takes_one_pass, weighted_loss
+from adapterhub_lite.losses.problem import Problem, TokenStatistics, Wanted
 from adapterhub_lite.losses.reference import LossOptions, mean_divisor, reduce_losses
 from adapterhub_lite.losses.rows import is_quantised, is_sharded, is_zero3, open_rows, rows_shape, whole
 from adapterhub_lite.losses.tiles import product_dtype, spans, wide_dtype
@@ -79,6 +72,7 @@ def tiled_cross_entropy(
     bias: Tensor | None = None,
     token_weights: Tensor | None = None,
     extra: Tensor | None = None,
+    triton: bool = False,
 ) -> Tensor:
     """`linear_cross_entropy` with its options in one object, and `extra` (V, r), more columns of the head.
 
@@ -111,12 +105,12 @@ def tiled_cross_entropy(
     head = (weight if weight.requires_grad else None, bias, extra)
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
     products = product_dtype(hidden.dtype, hidden.device)
-    if trained and options.reduction != "none" and takes_one_pass(options, products):
+    if trained and not triton and options.reduction != "none" and takes_one_pass(options, products):
         shares = hidden.new_ones(len(index), dtype=wide_dtype(hidden.dtype))
         weights = shares if token_weights is None else shares * token_weights[index]
-        total = _WeightedSum.apply(hidden, *head, _Constants(kept, options, frozen), weights)
+        total = _WeightedSum.apply(hidden, *head, _Constants(kept, options, frozen, triton), weights)
         return total if options.reduction == "sum" else total / mean_divisor(valid, token_weights).to(total.dtype)
-    each = _Constants(kept, replace(options, reduction="none"), frozen)
+    each = _Constants(kept, replace(options, reduction="none"), frozen, triton)
     losses = _TokenLosses.apply(hidden, *head, each, torch.is_grad_enabled())
     if not everything:
         losses = torch.zeros(targets.shape, dtype=losses.dtype, device=losses.device).index_put((index,), losses)
@@ -175,6 +169,7 @@ class _Constants:
     targets: Tensor
     options: LossOptions
     frozen: Tensor | None
+    triton: bool
 
     @contextmanager
     def problem(
@@ -189,8 +184,8 @@ class _Constants:
                 rows = read(part)
                 return rows if extra is None else torch.cat([rows, extra[part].to(rows.dtype)], 1)
 
-            states = hidden.to(product_dtype(hidden.dtype, hidden.device))
-            yield Problem(states, self.targets, joined, rows_shape(held)[0], bias, self.options)
+            states = hidden if self.triton else hidden.to(product_dtype(hidden.dtype, hidden.device))
+            yield Problem(states, self.targets, joined, rows_shape(held)[0], bias, self.options, self.triton)
 
 
 def _wanted(needed: tuple[bool, ...], hidden: Tensor, extra: Tensor | None) -> Wanted:

@@ -38,15 +38,22 @@ class TileBuffers:
     def __init__(self, shape: TileShape, dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
         self.narrow_products = dtype != wide_dtype(dtype) and device.type != "cuda"
-        size = shape.tokens * shape.vocabulary
-        self._wide = torch.empty(size, dtype=wide_dtype(dtype), device=device)
-        self._narrow = torch.empty(size if dtype != wide_dtype(dtype) else 0, dtype=dtype, device=device)
+        self._wide = torch.empty(0, dtype=wide_dtype(dtype), device=device)
+        self._narrow = torch.empty(0, dtype=dtype, device=device)
         self._partial = torch.empty(0, dtype=dtype, device=device)
         self._wide_partial = torch.empty(0, dtype=self._wide.dtype, device=device)
+
+    def _allocate(self) -> None:
+        size = self.shape.tokens * self.shape.vocabulary
+        self._wide = self._wide.new_empty(size)
+        if self._narrow.dtype != self._wide.dtype:
+            self._narrow = self._narrow.new_empty(size)
 
     def logits(self, hidden: Tensor, rows: Tensor, bias: Tensor | None, options: LossOptions) -> Tensor:
         """Scaled, soft-capped logits (t, v) in the wide dtype. The buffer is overwritten by the next call."""
         shape = hidden.shape[0], rows.shape[0]
+        if not self._wide.numel():
+            self._allocate()
         logits = self._wide[: shape[0] * shape[1]].view(shape)
         if self.narrow_products:
             logits.copy_(torch.mm(hidden, rows.t(), out=self._narrow[: logits.numel()].view(shape)))

@@ -80,7 +80,7 @@ class RunSettings:
         "stop", "When memory runs out: stop and say what fits, or replan with less and go on."
     )
     loss_chunk_tokens: int | None = setting(None, "Tokens per tile of the loss; chosen by the loss when not given.")
-    loss_backend: str = setting("auto", "Which loss: auto, tiled, full, model, cut_cross_entropy or liger.")
+    loss_backend: str = setting("auto", "Which loss: auto, tiled, full, model, triton, cut_cross_entropy or liger.")
     padding_free: bool = setting(True, "Lay the rows of a batch end to end, without padding, where the model can.")
     fast_lora: bool = setting(True, "Use the leaner LoRA step where a layer allows it.")
     proof: bool = setting(True, "Prove data, loss and gradients in the first two steps.")

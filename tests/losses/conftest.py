@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -72,13 +73,13 @@ class Case:
             token_weights=weights,
         )
 
-    def run(self, tiled: bool, upstream: Tensor | float = 1.0) -> dict[str, Tensor]:
-        """The loss and the gradients of what is trained, by the tiles or by the full logits."""
+    def run(self, tiled: bool, upstream: Tensor | float = 1.0, triton: bool = False) -> dict[str, Tensor]:
+        """The loss and the gradients of what is trained, by the tiles, of Triton or of torch, or by the full logits."""
         leaves = {}
         for name in ("hidden", "weight", "bias"):
             value = getattr(self, name)
             leaves[name] = None if value is None else value.detach().clone().requires_grad_(name in self.trained)
-        loss_of = tiled_cross_entropy if tiled else full_cross_entropy
+        loss_of = partial(tiled_cross_entropy, triton=triton) if tiled else full_cross_entropy
         loss = loss_of(
             leaves["hidden"],
             leaves["weight"],

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,7 +27,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adapterhub_lite.loss_sizes import LIMITS, TileLimits
-from adapterhub_lite.losses import linear_cross_entropy
+from adapterhub_lite.losses import LossOptions, linear_cross_entropy
+from adapterhub_lite.losses.tiled import tiled_cross_entropy
 from scripts.bench.report import RESULTS, describe_machine, write_result
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -80,7 +82,9 @@ def contestants(device: torch.device, only: str | None = None) -> tuple[dict[str
         found["torch linear_cross_entropy"] = torch_fused
     else:
         missing["torch linear_cross_entropy"] = f"torch {torch.__version__} has none"
-    for name, build in (("TRL fused head", trl_fused_head), ("cut_cross_entropy", cut_cross_entropy), ("Liger", liger)):
+    builders = {"ours, Triton": own_kernels, "TRL fused head": trl_fused_head}
+    builders |= {"cut_cross_entropy": cut_cross_entropy, "Liger": liger}
+    for name, build in builders.items():
         if only not in (None, name):
             continue
         try:
@@ -88,10 +92,16 @@ def contestants(device: torch.device, only: str | None = None) -> tuple[dict[str
         except ImportError as error:
             missing[name] = f"{type(error).__name__}: {error}"
     if device.type == "cpu":
-        for name in ("cut_cross_entropy", "Liger"):
+        for name in ("ours, Triton", "cut_cross_entropy", "Liger"):
             found.pop(name, None)
             missing.setdefault(name, "its kernels need a GPU")
     return found, missing
+
+
+def own_kernels() -> Loss:
+    """Our Triton kernels."""
+    import_module("triton")
+    return lambda hidden, weight, targets: tiled_cross_entropy(hidden, weight, targets, LossOptions(), triton=True)
 
 
 def trl_fused_head() -> Loss:
