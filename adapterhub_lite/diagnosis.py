@@ -25,7 +25,7 @@ class Finding(StrictModel):
 
 def diagnose(home: str | Path | None = None) -> list[Finding]:
     """Return a finding for every capability that depends on the machine."""
-    extras = [find_extra(*row) for row in _EXTRAS]
+    extras = [find_extra(*row) for row in EXTRAS]
     packages = [find_package(*row) for row in _PACKAGES]
     models = [find_gpu(), *runnable_presets()] if importlib.util.find_spec("torch") else []
     tools = [find_browser(), find_converter()]
@@ -54,7 +54,7 @@ def find_gpu() -> Finding:
 
 
 # extra, a package that only it brings, what it is for
-_EXTRAS = (
+EXTRAS = (
     ("train", "datasets", "training, evaluation and plans"),
     ("serve", "fastapi", "the server and the hub"),
     ("app", "gradio", "the app"),

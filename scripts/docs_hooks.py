@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from scripts.diagrams import IMAGES, PICTURES, svg
 from scripts.reference import fill_reference, path_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,6 +40,9 @@ class FigureError(KeyError):
 def on_config(config: Any) -> Any:
     """Replace a folder in the menu, written `how-to/`, by its pages."""
     DOCUMENTED.clear()
+    for name, picture in PICTURES.items():
+        if (IMAGES / f"concept-{name}.svg").read_text() != svg(picture):
+            raise BrokenPageError(f"concept-{name}.svg is older than what it shows: run `python -m scripts.diagrams`.")
     docs = Path(config["docs_dir"])
     for entry in config["nav"] or []:
         for title, pages in entry.items():

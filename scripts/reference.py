@@ -10,6 +10,7 @@ import inspect
 import re
 import sys
 import tempfile
+import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from importlib import import_module
@@ -291,9 +292,30 @@ def found_at(path: str) -> Any:
     return getattr(import_module(module), name)
 
 
+def extras(_: str, page: str) -> str:
+    """Every extra: what it is for and what it brings."""
+    from adapterhub_lite.diagnosis import EXTRAS
+
+    purposes = {name: purpose for name, _, purpose in EXTRAS}
+    purposes |= {
+        "models": "what reads a base: merges, probes, subspaces; part of the next three",
+        "all": "all of these",
+    }
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    rows = [
+        (f"`[{name}]`", purposes[name].partition(";")[0], ", ".join(re.split(r"[>=<; ]", one)[0] for one in lines))
+        for name, lines in project.items()
+        if name != "dev"
+    ]
+    return table(
+        ("extra", "for", "brings"), [(name, why, what.replace("adapterhub-lite", "")) for name, why, what in rows]
+    )
+
+
 PARTS: dict[str, Callable[[str, str], str]] = {
     "changed": changed_defaults,
     "errors": errors,
+    "extras": extras,
     "http": http_api,
     "names": names,
     "settings": settings_table,

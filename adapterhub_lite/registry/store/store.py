@@ -70,7 +70,7 @@ class ObjectStore:
 
     def adopt(self, path: Path) -> FileRecord:
         """Move the staged file at `path` to its final name, over a damaged one if need be; returns its record."""
-        with path.open("rb") as file:
+        with path.open("r+b") as file:  # Windows flushes only what may be written to
             os.fsync(file.fileno())
         record = file_record(path)
         target = self.path(record.sha256)
