@@ -13,6 +13,7 @@ import pytest
 import typer
 
 from adapterhub_lite.cli.main import VERBS, build_app
+from adapterhub_lite.serving.api.wire.meanings import MEANINGS
 from adapterhub_lite.training.settings import TrainingRecipe
 from scripts import diagrams, docs_hooks, reference
 from scripts.docs_hooks import PLACE, RESULTS, WRITTEN, FigureError, fill_figures, write_figures
@@ -126,6 +127,8 @@ def test_the_reference_has_every_option_setting_and_error() -> None:
         assert "Example: `adapterhub-lite" in section, name
     table = reference.settings_table("adapterhub_lite.training.settings.TrainingRecipe", "api/settings.md")
     assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == [one.name for one in fields(TrainingRecipe)]
+    fields_shown = set(re.findall(r"^\| `(\w+)` \|.+\| [^| ][^|]* \|$", reference.http_api("", ""), re.MULTILINE))
+    assert set(MEANINGS) <= fields_shown
     assert reference.errors("", "").count("\n") == 1 + len(list(reference.error_tree())) > 25
 
 

@@ -29,18 +29,19 @@ def admin_routes(dispatcher: Dispatcher, admin: Callable[..., Caller]) -> APIRou
 
     @router.post("/adapters/load")
     def load(body: AdapterCommand, caller: Caller = only_admin) -> Json:
+        """Load an adapter into memory before anybody asks it."""
         loaded = dispatcher.load(body.reference, caller)
         return {"name": loaded.name, "digest": loaded.digest, "nbytes": loaded.nbytes}
 
     @router.post("/adapters/unload")
     def unload(body: AdapterCommand, caller: Caller = only_admin) -> Json:
-        """Requests in work finish first."""
+        """Take an adapter out of memory; requests in work finish first."""
         manifest = dispatcher.manifest(body.reference, caller)
         return {"name": manifest.reference, "unloaded": engine.unload(manifest.reference)}
 
     @router.post("/aliases", dependencies=[only_admin])
     def alias(body: AliasCommand) -> Json:
-        """Requests that were resolved before keep their version."""
+        """Move an alias; requests that were resolved before keep their version."""
         parsed = AdapterReference.parse(f"{body.name}@{body.alias}")
         assert parsed.name is not None and parsed.alias is not None, "name@alias was parsed"
         dispatcher.store.set_alias(parsed.name, parsed.alias, version=body.version, expect=body.expect)

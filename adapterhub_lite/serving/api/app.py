@@ -278,22 +278,27 @@ def _add_routes(app: FastAPI, api: Api) -> None:
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request, body: ChatRequest, caller: Caller = user) -> Response:
+        """Answer a chat."""
         return await api.chat(request, body, caller)
 
     @app.post("/v1/completions")
     async def completions(request: Request, body: CompletionRequest, caller: Caller = user) -> Response:
+        """Continue a text."""
         return await api.completions(request, body, caller)
 
     @app.post("/v1/score")
     async def score(request: Request, body: ScoreRequest, caller: Caller = user) -> Response:
+        """Say how probable each of some texts is as the beginning of the answer."""
         return await api.score(request, body, caller)
 
     @app.get("/v1/models")
     def models(caller: Caller = user) -> Json:
+        """List what the caller may ask: the base and its adapters."""
         return api.models(caller)
 
     @app.get("/v1/models/{name:path}")
     def model(name: str, caller: Caller = user) -> Json:
+        """Show one of them, with its digest."""
         return api.model(name, caller)
 
     app.get("/health")(api.health)

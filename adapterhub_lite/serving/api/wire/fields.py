@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, ConfigDict, Field
 
 from adapterhub_lite.adapter_format.strict_reading import StrictModel
+from adapterhub_lite.serving.api.wire.meanings import with_meanings
 
 # Fields of OpenAI's and vLLM's that clients send as null when they aren't used; with any other value they are refused.
 UNUSED = frozenset({
@@ -40,7 +41,7 @@ ModelName = Annotated[str, Field(min_length=1, max_length=250), AfterValidator(_
 class WireModel(StrictModel):
     """Unknown fields are refused. Not strict as a whole: JSON knows one kind of list; the numbers are, one by one."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, json_schema_extra=with_meanings)
 
 
 def without_nulls(data: Any, unused: Collection[str], known: Collection[str]) -> Any:

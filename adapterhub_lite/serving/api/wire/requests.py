@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from adapterhub_lite.adapter_format.strict_reading import StrictModel
 from adapterhub_lite.serving.api.wire.fields import ModelName, Text, WireModel, without_nulls
+from adapterhub_lite.serving.api.wire.meanings import with_meanings
 from adapterhub_lite.serving.api.wire.sampling import Sampling, TokenId
 from adapterhub_lite.serving.engine.request import GenerationResult
 
@@ -189,13 +190,19 @@ def _per_token(result: GenerationResult) -> float:
     return sum(values) / max(1, len(values))
 
 
-class AdapterCommand(StrictModel):
+class Command(StrictModel):
+    """What an admin asks for; wholly strict."""
+
+    model_config = ConfigDict(json_schema_extra=with_meanings)
+
+
+class AdapterCommand(Command):
     """One adapter to load or unload, by reference: `name`, `name:3` or `name@alias`, never a path."""
 
     reference: Annotated[str, Field(max_length=200)]
 
 
-class SplitCommand(StrictModel):
+class SplitCommand(Command):
     """Send `share` of the requests for `reference` to `candidate`; a share of 0 ends it."""
 
     reference: Annotated[str, Field(max_length=200)]
@@ -203,7 +210,7 @@ class SplitCommand(StrictModel):
     share: Annotated[float, Field(ge=0, le=1)]
 
 
-class AliasCommand(StrictModel):
+class AliasCommand(Command):
     """Point an alias at a version; with `expect` only if it points there now (0: only if there is none)."""
 
     name: Annotated[str, Field(max_length=64)]
