@@ -38,7 +38,10 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         from adapterhub_lite.installation import explain_missing
 
-        raise (explain_missing(error, name) or error) from error
+        explained = explain_missing(error, name)
+        if explained is None:
+            raise
+        raise explained from error
     globals()[name] = value
     return value
 

@@ -1,10 +1,12 @@
 """What docs/operations has is taken by the programs it is for, and names files, options and series that there are."""
 
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -87,9 +89,10 @@ def test_what_containers_copy_and_mount_is_there() -> None:
 
 def checked(*command: object) -> None:
     """Run a checker; skips, by its name, where this machine lacks it."""
-    if shutil.which(str(command[0])) is None:
+    program = shutil.which(str(command[0]), path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if program is None:
         pytest.skip(f"{command[0]} is not installed")
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    done = subprocess.run([program, *map(str, command[1:])], capture_output=True, text=True)
     assert done.returncode == 0 and not re.search(r"\b(warning|error)\b", done.stderr), done.stdout + done.stderr
 
 
