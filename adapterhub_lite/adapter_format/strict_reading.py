@@ -147,13 +147,13 @@ def nonfinite_tensors(path: Path, entries: list[TensorEntry]) -> Iterator[str]:
             remaining = entry.end - entry.start
             while remaining > 0:
                 block = file.read(min(BLOCK_BYTES, remaining))
-                if not _finite(block, entry.dtype):
+                if not all_finite(block, entry.dtype):
                     yield entry.name
                     break
                 remaining -= len(block)
 
 
-def _finite(block: bytes, dtype: str) -> bool:
+def all_finite(block: bytes, dtype: str) -> bool:
     """Whether no value has an exponent of ones, which NaN and infinities have. By bytes: numpy is half of a core's size."""
     width = 4 if dtype == "F32" else 2
     top = block[width - 1 :: width]

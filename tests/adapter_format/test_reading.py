@@ -5,6 +5,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from adapterhub_lite.adapter_format.folder import survey_folder
 from adapterhub_lite.adapter_format.lora_config import ACTING, SPENT, ConfigProblems, LoraConfigFile, read_lora_config
 from adapterhub_lite.adapter_format.strict_reading import (
     TensorEntry,
+    all_finite,
     nonfinite_tensors,
     read_tensor_entries,
     strict_json,
@@ -135,3 +137,17 @@ def test_a_pattern_that_fits_no_module_is_noted() -> None:
     notes = " ".join(bind(config, entries, {"m.q_proj": (16, 16)}).notes)
     assert "rank_pattern names no adapted module with nothing" in notes and "with other" in notes
     assert "q_proj" not in notes
+
+
+# dtype -> (bytes of a value, mask of its exponent): a value is finite unless all bits of the mask are set.
+EXPONENTS = {"F32": (4, 0x7F80_0000), "F16": (2, 0x7C00), "BF16": (2, 0x7F80)}
+
+
+@given(st.data(), st.sampled_from(sorted(EXPONENTS)))
+def test_finite_is_what_the_exponents_say(data: st.DataObject, dtype: str) -> None:
+    width, mask = EXPONENTS[dtype]
+    # Few different bytes, so that exponents of ones are met often; as whole values.
+    byte = st.sampled_from((0x00, 0x7B, 0x7C, 0x7F, 0x80, 0xFB, 0xFC, 0xFF))
+    block = bytes(data.draw(st.lists(byte, max_size=6 * width).map(lambda found: found[: len(found) // width * width])))
+    values = np.frombuffer(block, dtype=f"<u{width}")
+    assert all_finite(block, dtype) == (not ((values & mask) == mask).any())
