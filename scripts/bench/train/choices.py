@@ -96,8 +96,11 @@ def main() -> None:
     options = parser.parse_args()
     points, began = measured_before(options.task, options.steps), time.monotonic()
     done = {Point(one["rank"], one["layers"], one["rate"]) for one in points}
-    # Every kind of layers at the middle rank first: the question that a broken-off run should answer.
-    wanted = sorted(itertools.product(RANKS, LAYERS, RATES), key=lambda one: (one[2] != RATES[1], one[0] != 8, one))
+    # One rate first: every kind of layers at the middle rank, and every rank on all layers.
+    wanted = sorted(
+        itertools.product(RANKS, LAYERS, RATES),
+        key=lambda one: (one[2] != RATES[1], one[0] != 8 and one[1] != "all-linear", one),
+    )
     for point in (Point(*one) for one in wanted):
         if point in done or options.plot or time.monotonic() - began > options.seconds:
             continue
