@@ -4,14 +4,27 @@ Binding needs the headers of both files alone. Torch is imported where values ar
 """
 
 import json
-import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterhub_lite.adapter_format.changes import (
+    DORA_MAGNITUDE,
+    EMBEDDING_A,
+    EMBEDDING_B,
+    LORA_A,
+    LORA_B,
+    LORA_BIAS,
+    TOKENS,
+    Structure,
+    Target,
+    is_saved,
+    module_and_part,
+    ranks_of,
+    targets_of,
+)
 from adapterhub_lite.adapter_format.lora_config import (
-    ALL_LINEAR,
     ConfigProblems,
     LoraConfigFile,
     PatternError,
@@ -24,13 +37,11 @@ from adapterhub_lite.adapter_format.strict_reading import TensorEntry
 if TYPE_CHECKING:
     import torch
 
-PREFIX = "base_model.model."
-LORA_A, LORA_B = "lora_A.weight", "lora_B.weight"
-LORA_BIAS, DORA_MAGNITUDE = "lora_B.bias", "lora_magnitude_vector"
-TENSOR_NAME = re.compile(
-    re.escape(PREFIX) + r"(?P<module>[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+){0,30})\."
-    r"(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector)"
-)
+# What an adapter changes besides linear layers, in the words of its record.
+ALSO = {
+    "embedding": "embeddings", "parameter": "parameters", "saved": "whole modules", "tokens": "rows of tokens",
+}  # fmt: skip
+HALVES = frozenset({LORA_A, LORA_B, EMBEDDING_A, EMBEDDING_B})
 TAKEN_DTYPES = frozenset({"F32", "F16", "BF16"})
 SHOWN = 3
 
@@ -43,23 +54,18 @@ class LoraPair:
     parts: dict[str, TensorEntry] = field(default_factory=dict)
 
 
-def tensor_name(module: str, part: str) -> str:
-    """The name in a PEFT file of one part (`LORA_A`, ...) of the pair on `module`."""
-    return f"{PREFIX}{module}.{part}"
+def lora_pairs(
+    entries: Iterable[TensorEntry], config: LoraConfigFile | None = None
+) -> tuple[dict[str, LoraPair], list[str]]:
+    """Group the tensors of an adapter by module; returns them with the problems of single tensors.
 
-
-def module_and_part(name: str) -> tuple[str, str] | None:
-    """The module that a tensor belongs to and which part of its pair it is; None where it is no LoRA weight."""
-    match = TENSOR_NAME.fullmatch(name)
-    return (match["module"], match["part"]) if match else None
-
-
-def lora_pairs(entries: Iterable[TensorEntry]) -> tuple[dict[str, LoraPair], list[str]]:
-    """Group the tensors of an adapter by module; returns them with the problems of single tensors."""
+    A whole parameter that `config` says is saved stands alone, under its own name and with the part "".
+    """
     pairs: dict[str, LoraPair] = {}
     strangers, untyped = [], []
     for entry in entries:
-        found = module_and_part(entry.name)
+        saved = is_saved(entry.name, config.saved_modules) if config else None
+        found = (saved, "") if saved else module_and_part(entry.name)
         if found is None:
             strangers.append(entry.name)
             continue
@@ -95,19 +101,22 @@ class Pair:
 
 
 def read_pairs(weights: Path | bytes, scaling_of: Callable[[str], float]) -> dict[str, Pair]:
-    """Read the (validated) weights of a LoRA, a file or its bytes: module -> pair, in the dtype of the file."""
+    """Read the (validated) weights of a LoRA, a file or its bytes: module -> pair, in the dtype of the file.
+
+    What else an adapter may change is left out; `changes.read_changes` has all of it.
+    """
     from safetensors.torch import load
 
     # Not by safe_open: safetensors 0.8 never gives back 60 bytes of each tensor got so, which adds up in a server.
     content = weights if isinstance(weights, bytes) else weights.read_bytes()
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in load(content).items():
-        found = module_and_part(name)
-        assert found is not None, "the folder was examined"
-        parts.setdefault(found[0], {})[found[1]] = tensor
+        if found := module_and_part(name):
+            parts.setdefault(found[0], {})[found[1]] = tensor
     return {
         module: Pair(own[LORA_A], own[LORA_B], scaling_of(module), own.get(DORA_MAGNITUDE))
         for module, own in parts.items()
+        if LORA_A in own
     }
 
 
@@ -124,54 +133,117 @@ class Binding:
     notes: list[str] = field(default_factory=list)
 
 
-def bind(config: LoraConfigFile, entries: Iterable[TensorEntry], modules: Modules | None) -> Binding:
-    """Match an adapter with the modules of its base (name -> shape of the weight).
+def bind(
+    config: LoraConfigFile,
+    entries: Iterable[TensorEntry],
+    modules: Modules | None,
+    structure: Structure | None = None,
+) -> Binding:
+    """Match an adapter with its base: `structure`, or what its files say of linear layers (`modules`: name -> shape).
 
-    Without `modules` (the base is not at hand) shapes alone are checked.
+    Without either (the base is not at hand) shapes alone are checked.
     """
-    pairs, problems = lora_pairs(entries)
+    groups, problems = lora_pairs(entries, config)
     found = Binding(config, problems=problems)
-    known = None if modules is None else named_as(pairs, modules)
+    pairs = {module for module, group in groups.items() if group.parts.keys() & HALVES}
     try:
-        if known is None or config.target_modules == ALL_LINEAR:
-            # Which matrices are those of linear layers stands in no header; what has a pair is one.
-            wanted = {module for module in pairs if known is None or module in known}
-        else:
-            wanted = config.targets(known)
-        found.config = config.resolved(pairs, known or ())
-        ranks = values_for(found.config.rank_pattern, pairs)
+        if structure is None:
+            structure = _structure_of(named_as(pairs, modules) if modules is not None else None, groups, config)
+        targets = targets_of(config, structure, pairs)
+        paired = [target.module for target in targets if target.kind in ("pair", "embedding")]
+        named_alone = [target.key for target in targets if target.kind == "parameter"]
+        found.config = config.resolved(
+            (module for module in paired if module in groups), structure.matrices, also=named_alone
+        )
+        ranks = ranks_of(found.config, targets)
+        keys = [target.key for target in targets]
         for kind, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-            if idle := [pattern for pattern in patterns if not values_for({pattern: 1}, pairs)]:
+            if idle := [pattern for pattern in patterns if not values_for({pattern: 1}, keys)]:
                 found.notes.append(f"{kind} names no adapted module with {some(idle)}, which changes nothing")
     except PatternError as error:
         problems.append(f"adapter_config.json: {error}")
         return found
+    if structure.linear is not None:
+        more = [one.module for one in targets if one.kind == "pair" and one.module not in structure.linear]
+        if more:
+            problems.append(
+                f"{some(more)}: not a linear layer, or one that gives more than a product, so that no LoRA can be added to "
+                "what it gives; name target_modules without it"
+            )
     wrong = [
-        f"{module}: {reason}"
-        for module, pair in pairs.items()
-        for reason in _pair_problems(config, pair, ranks.get(module, config.r), known.get(module) if known else None)
+        f"{target.holder}: {reason}"
+        for target in targets
+        if target.holder in groups
+        for reason in _target_problems(config, target, groups[target.holder], ranks[target])
     ]
     if wrong:
         problems.append(f"{len(wrong)} shapes are wrong: {some(wrong)}")
-    bound = wanted & pairs.keys()
-    if missing := sorted(wanted - bound):
-        problems.append(f"{len(bound)} of {len(wanted)} modules are bound; no tensors for {some(missing)}")
-    if over := sorted(pairs.keys() - wanted):
-        problems.append(f"{len(over)} modules have tensors but are not targeted in the base: {some(over)}")
+    wanted = {target.holder for target in targets}
+    bound = wanted & groups.keys()
+    problems += _holder_problems([target.holder for target in targets], groups.keys())
+    heads = {target.also_head for target in targets} & {target.module for target in targets}
+    if heads:
+        problems.append(
+            f"{some(sorted(filter(None, heads)))}: its rows change with those of the embedding, which it shares, and are "
+            "changed by themselves too; leave one of the two out"
+        )
     if bound:
-        found.lora = _record(found.config, bound=len(bound), total=len(wanted))
+        also = sorted({ALSO[target.kind] for target in targets if target.kind in ALSO})
+        found.lora = _record(found.config, bound=len(bound), total=len(wanted), also=tuple(also))
     else:
         problems.append(f"no tensor binds to any module of the base (0 of {len(wanted)} modules)")
     return found
 
 
+def _holder_problems(wanted: Sequence[str], found: Collection[str]) -> list[str]:
+    """What is wrong with the places that have tensors, and those that have to."""
+    problems = []
+    holders, there = set(wanted), set(found)
+    if len(holders) < len(wanted):
+        twice = sorted(holder for holder in holders if wanted.count(holder) > 1)
+        problems.append(f"{some(twice)}: named twice, as modules and as parameters or tokens; name each once")
+    if missing := sorted(holders - there):
+        bound = len(holders & there)
+        problems.append(f"{bound} of {len(holders)} modules are bound; no tensors for {some(missing)}")
+    if over := sorted(there - holders):
+        problems.append(f"{len(over)} modules have tensors but are not targeted in the base: {some(over)}")
+    return problems
+
+
+def beyond_files(config: LoraConfigFile, entries: Iterable[TensorEntry], modules: Modules) -> bool:
+    """Whether the names and shapes in a base's files do not say what an adapter changes: its model has to be asked."""
+    found = [parts for entry in entries if (parts := module_and_part(entry.name))]
+    return config.beyond_pairs or any(
+        part == EMBEDDING_A or name_in_base(module, modules) is None for module, part in found
+    )
+
+
+def _structure_of(known: Modules | None, groups: Mapping[str, LoraPair], config: LoraConfigFile) -> Structure:
+    """What can be said of a base from the names and shapes in its files; without them, what the adapter says itself."""
+    embeddings = frozenset(module for module, group in groups.items() if EMBEDDING_A in group.parts)
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in (known or {}).items()}
+    if known is None:
+        for module, group in groups.items():
+            parts = {part: entry.shape for part, entry in group.parts.items()}
+            if "" in parts:
+                shapes[module] = parts[""]
+                continue
+            down, up = parts.get(LORA_A) or parts.get(EMBEDDING_A), parts.get(LORA_B) or parts.get(EMBEDDING_B)
+            if down and up and len(down) == len(up) == 2:
+                delta = (down[1], up[0]) if module in embeddings else (up[0], down[1])
+                shapes[f"{module}.weight"] = tuple(reversed(delta)) if config.fan_in_fan_out else delta
+            elif parts.keys() & HALVES:
+                shapes[f"{module}.weight"] = (0, 0)  # of half a pair nothing can be told, and that is said
+    transposed = frozenset(name.removesuffix(".weight") for name in shapes) if config.fan_in_fan_out else frozenset()
+    return Structure(shapes, embeddings=embeddings, transposed=transposed)
+
+
 def problems_of_untrained(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None, modules: Modules, *, tied_head: bool
+    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None, structure: Structure
 ) -> list[str]:
     """Why an adapter with this configuration (as PEFT writes it) could not be kept, or neither served nor merged.
 
-    `shapes` are those of the tensors that it will be saved as, by name; None where they cannot be known yet. `modules`
-    are the base's; `tied_head` says that its head shares the embedding's weight.
+    `shapes` are those of the tensors that it will be saved as, by name; None where they cannot be known yet.
     """
     try:
         content = json.dumps(
@@ -180,20 +252,10 @@ def problems_of_untrained(
         found = examine_lora_config(content.encode()).config
     except ConfigProblems as error:
         return error.problems
-    problems = []
-    if found.lora_bias:
-        problems.append("lora_bias=True trains biases that no server and no merge has a place for")
     if shapes is None:
-        return problems
+        return []
     entries = [TensorEntry(name, "F32", shape, 0, 0) for name, shape in shapes.items()]
-    binding = bind(found, entries, modules)
-    problems += binding.problems
-    if tied_head and any(name.endswith("lm_head.lora_A.weight") for name in shapes):
-        problems.append(
-            "lm_head shares its weight with the embedding: an adapter of it is neither served nor merged; take it out of "
-            "target_modules, or untie the base first"
-        )
-    return problems
+    return bind(found, entries, None, structure).problems
 
 
 def named_as(pairs: Collection[str], modules: Modules) -> Modules:
@@ -215,26 +277,61 @@ def name_in_base(module: str, modules: Modules) -> str | None:
     return shorter if shorter in modules else None
 
 
-def _pair_problems(config: LoraConfigFile, pair: LoraPair, rank: int, weight: tuple[int, ...] | None) -> list[str]:
-    wanted = {LORA_A, LORA_B}
-    wanted |= {LORA_BIAS} if config.lora_bias else set()
-    wanted |= {DORA_MAGNITUDE} if config.use_dora else set()
-    if set(pair.parts) != wanted:
-        return [f"wanted {sorted(wanted)}, found {sorted(pair.parts)}"]
-    a, b = pair.parts[LORA_A].shape, pair.parts[LORA_B].shape
+def _target_problems(config: LoraConfigFile, target: Target, group: LoraPair, rank: int) -> list[str]:
+    wanted = target.parts(config)
+    if target.kind == "embedding" and config.use_dora:
+        return ["DoRA on an embedding is not kept: take it out of target_modules, or train without DoRA"]
+    if set(group.parts) != wanted:
+        return [f"wanted {sorted(wanted)}, found {sorted(group.parts)}"]
+    shapes = {part: entry.shape for part, entry in group.parts.items()}
+    if target.kind == "saved":
+        return [] if target.shape in (None, shapes[""]) else [_resized(shapes[""], target)]
+    if target.kind == "tokens":
+        width = target.shape[1] if target.shape else shapes[TOKENS][-1]
+        if shapes[TOKENS] != (len(target.tokens), width):
+            return [f"{len(target.tokens)} tokens of {width} numbers are named, the tensor is {list(shapes[TOKENS])}"]
+        rows = target.shape[0] if target.shape else 1 << 24
+        beyond = [token for token in target.tokens if token >= rows]
+        return [f"the base has {rows} tokens, and the adapter rows for token {beyond[0]}"] if beyond else []
+    down, up = (EMBEDDING_A, EMBEDDING_B) if target.kind == "embedding" else (LORA_A, LORA_B)
+    a, b = shapes[down], shapes[up]
+    if target.kind == "parameter":
+        return _parameter_problems(target, a, b, rank)
     if len(a) != 2 or len(b) != 2 or a[0] != rank or b[1] != rank:
         return [f"the configuration says rank {rank}, the tensors are A {list(a)} and B {list(b)}"]
     if 0 in a or 0 in b:
         return [f"empty tensors, A {list(a)} and B {list(b)}"]
-    delta = (b[0], a[1])
-    stored = tuple(reversed(delta)) if config.fan_in_fan_out else delta
-    if weight is not None and stored != weight:
-        return [f"the change is {list(stored)}, the base's weight {list(weight)}"]
-    one_a_row = [part for part in (LORA_BIAS, DORA_MAGNITUDE) if part in pair.parts]
-    return [f"{part} is {list(pair.parts[part].shape)}" for part in one_a_row if pair.parts[part].shape != (b[0],)]
+    delta = (a[1], b[0]) if target.kind == "embedding" else (b[0], a[1])
+    stored = tuple(reversed(delta)) if target.transposed else delta
+    if target.shape is not None and stored != target.shape:
+        return [f"the change is {list(stored)}, the base's weight {list(target.shape)}"]
+    one_a_row = [part for part in (LORA_BIAS, DORA_MAGNITUDE) if part in shapes]
+    return [f"{part} is {list(shapes[part])}" for part in one_a_row if shapes[part] != (b[0],)]
 
 
-def _record(config: LoraConfigFile, *, bound: int, total: int) -> LoraRecord:
+def _resized(found: tuple[int, ...], target: Target) -> str:
+    known = list(target.shape or ())
+    if len(found) == len(known) == 2 and found[1] == known[1]:
+        return (
+            f"it is {list(found)}, the base's {known}: the vocabulary was resized for it. Resize the base, save it as a base "
+            "of its own with its tokenizer, and train on that"
+        )
+    return f"it is {list(found)}, the base's {known}"
+
+
+def _parameter_problems(target: Target, a: tuple[int, ...], b: tuple[int, ...], rank: int) -> list[str]:
+    shape = target.shape or ()
+    if len(shape) not in (2, 3):
+        return [f"{target.parameter} has {len(shape)} dimensions, and 2 or 3 take a LoRA"]
+    experts = shape[0] if len(shape) == 3 else 1
+    outs, ins = (shape[-1], shape[-2]) if target.transposed and len(shape) == 3 else (shape[-2], shape[-1])
+    wanted = (rank * experts, ins), (outs, rank * experts)
+    return (
+        [] if (a, b) == wanted else [f"the tensors are A {list(a)} and B {list(b)}, wanted {wanted[0]} and {wanted[1]}"]
+    )
+
+
+def _record(config: LoraConfigFile, *, bound: int, total: int, also: tuple[str, ...]) -> LoraRecord:
     targets = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
     return LoraRecord(
         rank=config.r,
@@ -248,4 +345,5 @@ def _record(config: LoraConfigFile, *, bound: int, total: int) -> LoraRecord:
         alpha_pattern={key: float(value) for key, value in config.alpha_pattern.items()},
         modules_bound=bound,
         modules_total=total,
+        also=also,
     )

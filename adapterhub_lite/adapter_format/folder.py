@@ -8,10 +8,12 @@ import hashlib
 import os
 import re
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from adapterhub_lite.adapter_format.binding import Modules, bind, some
+from adapterhub_lite.adapter_format.binding import Modules, beyond_files, bind, some
+from adapterhub_lite.adapter_format.changes import Structure
 from adapterhub_lite.adapter_format.lora_config import (
     MAX_CONFIG_BYTES,
     ConfigProblems,
@@ -145,8 +147,15 @@ class Inspection:
         return self.config, self.lora
 
 
-def inspect_folder(folder: Path, modules: Modules | None = None, subject: str | None = None) -> Inspection:
+def inspect_folder(
+    folder: Path,
+    modules: Modules | None = None,
+    subject: str | None = None,
+    structure: Callable[[], Structure] | None = None,
+) -> Inspection:
     """Examine the adapter in `folder`. With `modules` (name -> shape), every tensor has to bind to one of them.
+
+    `structure` is asked for all that the base consists of where the names in its files do not say what fits.
 
     Never raises for what the folder holds.
     """
@@ -167,7 +176,7 @@ def inspect_folder(folder: Path, modules: Modules | None = None, subject: str | 
         except DataError as error:
             found.problems.append(str(error).replace(str(folder), ""))
     if WEIGHTS_FILE in found.usable:
-        _inspect_weights(found, folder / WEIGHTS_FILE, modules)
+        _inspect_weights(found, folder / WEIGHTS_FILE, modules, structure)
     if TEMPLATE_FILE in found.usable and found.training is not None:
         digest = hashlib.sha256((folder / TEMPLATE_FILE).read_bytes()).hexdigest()
         if digest != found.training.template_digest:
@@ -187,14 +196,24 @@ def card_problems(content: bytes) -> list[str]:
     return [f"{CARD_FILE} holds HTML that acts: {found[0][:60]!r}"] if found else []
 
 
-def _inspect_weights(found: Inspection, path: Path, modules: Modules | None) -> None:
+def _inspect_weights(
+    found: Inspection, path: Path, modules: Modules | None, structure: Callable[[], Structure] | None
+) -> None:
     try:
         entries = read_tensor_entries(path)
     except ValueError as error:
         found.problems.append(str(error))
         return
     if found.config is not None:
-        binding = bind(found.config, entries, modules)
+        whole = None
+        if structure and modules and beyond_files(found.config, entries, modules):
+            try:
+                whole = structure()
+            except ModuleNotFoundError:
+                # Without torch, what its files say of the base has to do, and where it cannot, that is said.
+                if found.config.beyond_pairs:
+                    raise
+        binding = bind(found.config, entries, modules, whole)
         found.config, found.lora = binding.config, binding.lora
         found.problems += binding.problems
         found.notes += binding.notes

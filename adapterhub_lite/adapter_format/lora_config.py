@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import Annotated, Any, Literal, TypeVar
 
 import regex
-from pydantic import AfterValidator, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, Field, StringConstraints, ValidationError, model_validator
 
 from adapterhub_lite.adapter_format.strict_reading import StrictModel, strict_json
 
@@ -152,6 +152,10 @@ Alpha = Annotated[float, Field(gt=0, le=MAX_RANK * MAX_SCALING, allow_inf_nan=Fa
 # Which head PEFT would put on the model; of a LoRA on a causal base it changes nothing.
 TaskType = Literal["CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"]
 Layer = Annotated[int, Field(ge=0, lt=10_000)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 24)]], Field(max_length=MAX_TARGETS)]
+# What families call their output heads.
+HEADS = ("lm_head", "embed_out", "output_layer")
+LATER = ("target_parameters", "modules_to_save", "trainable_token_indices", "ensure_weight_tying")
 
 # key -> why it is refused when it is set to something. Null, false and empty do nothing, nor does what HARMLESS has.
 ACTING: dict[str, str] = {
@@ -170,10 +174,6 @@ ACTING: dict[str, str] = {
     "qalora_group_size": "this variant is not supported",
     "use_bdlora": "this variant is not supported",
     "layer_replication": "it makes the base grow",
-    "modules_to_save": "whole modules in place of the base's are not an adapter",
-    "trainable_token_indices": "it changes the base's embeddings",
-    "target_parameters": "only modules are adapted, not single parameters",
-    "ensure_weight_tying": "it changes how the base is tied",
     "init_lora_weights": (
         "this initialisation changes the base's weights, so the adapter alone does not say what it does; convert it to "
         "a plain LoRA (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
@@ -202,7 +202,7 @@ class LoraConfigFile(StrictModel):
     r: Rank
     lora_alpha: Alpha
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: Annotated[list[ModuleName], Field(min_length=1, max_length=MAX_TARGETS)] | Pattern
+    target_modules: Annotated[list[ModuleName], Field(max_length=MAX_TARGETS)] | Pattern = Field(default_factory=list)
     exclude_modules: Annotated[list[ModuleName], Field(max_length=MAX_TARGETS)] | Pattern | None = None
     layers_to_transform: list[Layer] | Layer | None = None
     layers_pattern: list[Pattern] | Pattern | None = None
@@ -212,6 +212,27 @@ class LoraConfigFile(StrictModel):
     lora_bias: bool = False
     rank_pattern: dict[Pattern, Rank] = Field(default_factory=dict, max_length=MAX_TARGETS)
     alpha_pattern: dict[Pattern, Alpha] = Field(default_factory=dict, max_length=MAX_TARGETS)
+    target_parameters: Annotated[list[ModuleName], Field(max_length=MAX_TARGETS)] | None = None
+    modules_to_save: Annotated[list[ModuleName], Field(max_length=MAX_TARGETS)] | None = None
+    trainable_token_indices: Tokens | dict[ModuleName, Tokens] | None = None
+    ensure_weight_tying: bool = False
+
+    @model_validator(mode="after")
+    def _adapts_something(self) -> "LoraConfigFile":
+        if not (self.target_modules or self.target_parameters or self.modules_to_save or self.trainable_token_indices):
+            raise ValueError("it names nothing to adapt: target_modules is empty, and so is all else that could")
+        return self
+
+    @property
+    def saved_modules(self) -> tuple[str, ...]:
+        """Endings of the names of modules that are saved whole; with ensured tying, heads are that share such a weight."""
+        own = tuple(self.modules_to_save or ())
+        return own + HEADS if own and self.ensure_weight_tying else own
+
+    @property
+    def beyond_pairs(self) -> bool:
+        """Whether it changes more than linear layers by pairs, so that a base's layers alone do not say what fits."""
+        return bool(self.target_parameters or self.modules_to_save or self.trainable_token_indices)
 
     def deciding(self) -> dict[str, Any]:
         """What decides the answers: part of the adapter's digest, so a key is never added or renamed here."""
@@ -229,6 +250,8 @@ class LoraConfigFile(StrictModel):
             # Pairs in a list: the first pattern that fits wins, so their order counts.
             "rank_pattern": [list(pair) for pair in self.rank_pattern.items()],
             "alpha_pattern": [[key, float(value)] for key, value in self.alpha_pattern.items()],
+            # These came later: they are left out where they are not set, so that no digest changed.
+            **{key: _listed(value) for key in LATER if (value := getattr(self, key))},
         }
 
     def to_peft(self, *, base_id: str, revision: str | None) -> bytes:
@@ -242,9 +265,11 @@ class LoraConfigFile(StrictModel):
             task_type="CAUSAL_LM",
             target_modules=_listed(self.target_modules),
             bias="none",
-            modules_to_save=None,
             init_lora_weights=True,
         )
+        kept.setdefault("modules_to_save", None)
+        if not self.ensure_weight_tying:
+            del kept["ensure_weight_tying"]
         # An int stays an int: PEFT's own hot-swap compares alpha with what it saved.
         if float(self.lora_alpha).is_integer():
             kept["lora_alpha"] = int(self.lora_alpha)
@@ -267,8 +292,12 @@ class LoraConfigFile(StrictModel):
         # A module that is named in full is meant wherever it lies.
         return {m for m in found if m in self.target_modules or inside.get(m) in layers}
 
-    def resolved(self, bound: Iterable[str], modules: Iterable[str] = ()) -> "LoraConfigFile":
+    def resolved(
+        self, bound: Iterable[str], modules: Iterable[str] = (), *, also: Iterable[str] = ()
+    ) -> "LoraConfigFile":
         """The same LoRA without patterns, for an adapter with tensors for the modules `bound` and no others.
+
+        `also` are parameters with a pair of their own, which have ranks and alphas too.
 
         A configuration of plain names alone stays as it is; a pattern becomes the last parts of the names where, of the
         base's `modules`, they mean the same.
@@ -288,7 +317,7 @@ class LoraConfigFile(StrictModel):
             }
         for field in ("rank_pattern", "alpha_pattern"):
             if not all(is_plain(key) for key in getattr(self, field)):
-                changes[field] = values_for(getattr(self, field), whole)
+                changes[field] = values_for(getattr(self, field), [*whole, *also])
         return self.model_copy(update=changes)
 
 
@@ -376,9 +405,11 @@ def _names_a_class(value: Any) -> bool:
     return plain and re.fullmatch(r"transformers(\.\w+)*|transformers_modules(\.[\w-]+)*", str(library)) is not None
 
 
-def _listed(names: Iterable[str] | str) -> Any:
-    """A pattern as it is, names sorted and once each."""
-    return names if isinstance(names, str) else sorted(set(names))
+def _listed(names: Any) -> Any:
+    """A list sorted, with everything in it once; anything else as it is. The order of tokens counts, so they stay."""
+    return (
+        sorted(set(names)) if isinstance(names, list | tuple) and all(isinstance(one, str) for one in names) else names
+    )
 
 
 def _problems(error: ValidationError) -> list[str]:

@@ -236,6 +236,7 @@ class LoraRecord(StrictModel):
 
     `scaling` is the factor on B @ A: alpha / rank, or alpha / sqrt(rank) with `use_rslora`; the patterns hold what
     differs for single modules (pattern -> value; the first that fits the end of a module's name counts, as in PEFT).
+    `also` says what it changes besides linear layers: embeddings, parameters, rows of tokens, whole modules.
     """
 
     rank: int = Field(gt=0)
@@ -249,11 +250,12 @@ class LoraRecord(StrictModel):
     alpha_pattern: dict[str, Finite] = Field(default_factory=dict)
     modules_bound: int = Field(gt=0)
     modules_total: int = Field(gt=0)
+    also: tuple[str, ...] = Field(default=(), exclude_if=lambda value: not value)
 
     @property
     def is_plain(self) -> bool:
-        """Whether W + scaling * B @ A is all there is: no DoRA magnitude, no LoRA bias."""
-        return not (self.use_dora or self.lora_bias)
+        """Whether W + scaling * B @ A on linear layers is all there is: no DoRA magnitude, no LoRA bias, nothing `also`."""
+        return not (self.use_dora or self.lora_bias or self.also)
 
     def rank_of(self, module: str) -> int:
         """The rank of the pair on `module` (full dotted name in the base)."""

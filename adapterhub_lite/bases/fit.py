@@ -1,7 +1,7 @@
 """Whether an adapter is for a base: its modules that hold a matrix, and what it is called. From headers; no torch."""
 
 import re
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +12,7 @@ from adapterhub_lite.adapter_format.strict_reading import MAX_BASE_HEADER_BYTES,
 from adapterhub_lite.bases.bounded_template import can_lay_out, template_problem
 from adapterhub_lite.bases.fingerprint import ResolvedBase, is_commit
 from adapterhub_lite.bases.resolve import HUB_ID
+from adapterhub_lite.bases.structure import structure_in
 from adapterhub_lite.errors import BaseMismatchError
 
 
@@ -20,7 +21,10 @@ def inspect_adapter(folder: Path, *, base: ResolvedBase | None = None, subject: 
 
     Never raises for what the folder holds.
     """
-    found = inspect_folder(folder, base_modules(base.folder) if base else None, subject)
+    if base is None:
+        found = inspect_folder(folder, None, subject)
+    else:
+        found = inspect_folder(folder, base_modules(base.folder), subject, partial(structure_in, base.folder))
     if TEMPLATE_FILE in found.usable and not can_lay_out():
         found.notes.append(f"{TEMPLATE_FILE} was not tried out here: it is when the adapter is asked with a chat")
     elif TEMPLATE_FILE in found.usable:

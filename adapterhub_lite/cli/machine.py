@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from adapterhub_lite.adapter_format.changes import Structure
 from adapterhub_lite.cli.output import DryRunOption, HomeOption, JsonOption, print_json, print_table, say, would
 from adapterhub_lite.errors import ConfigurationError, UnknownNameError
 
@@ -71,37 +72,58 @@ def doctor(
 def examine_base(base: str, home: str | Path | None) -> dict[str, str]:
     """What a base gets here, by topic; the base is loaded, and proven as the engine does at its start."""
     from adapterhub_lite.bases import load_base_model, resolve_base
+    from adapterhub_lite.bases.structure import structure_of
     from adapterhub_lite.errors import AdapterHubError
     from adapterhub_lite.home import adapterhub_home
     from adapterhub_lite.memory import plan_memory
     from adapterhub_lite.serving.adapters.weights import find_families
     from adapterhub_lite.serving.model.proof import proven
+    from adapterhub_lite.serving.model.runner import ForwardKind
 
     resolved = resolve_base(base, home=home)
     answers = {"fingerprint": resolved.fingerprint}
     try:
         plan = plan_memory(resolved, batch_size=1, sequence_length=512, home=home)
-        answers["training, 1 x 512 tokens"] = f"{plan.preset.name}, {plan.predicted.total / 2**30:.2f} GiB"
+        size = f"{'at least ' * bool(plan.predicted.unpredicted)}{plan.predicted.total / 2**30:.2f} GiB"
+        answers["training, 1 x 512 tokens"] = f"{plan.preset.name}, {size}"
+        if plan.predicted.unpredicted:
+            answers["not planned"] = plan.predicted.unpredicted
     except AdapterHubError as error:
-        answers["training, 1 x 512 tokens"] = f"not planned: {error}"
+        answers["training, 1 x 512 tokens"] = f"no: {error}"
     model = load_base_model(resolved.folder)
     answers["class"] = type(model).__name__
-    families = find_families(model)
+    families, structure = find_families(model), structure_of(model)
+    batched = False
     try:
         _, verdict = proven(model, resolved.fingerprint, adapterhub_home(home), rows=16)
         answers["serving"] = (
             f"{verdict.kind}; logits within {verdict.difference:.1g} of the model's own, relative to their size"
         )
+        batched = verdict.kind in (ForwardKind.LEAN, ForwardKind.PACKED)
         if verdict.reasons:
             answers["why no faster way"] = "; ".join(verdict.reasons)
     except AdapterHubError as error:
         answers["serving"] = f"no: {error}"
-    answers["LoRA on"] = ", ".join(sorted({family.name.rsplit(".", 1)[-1] for family in families})) or "nothing"
-    answers["kinds of LoRA"] = (
-        "LoRA and rsLoRA, ranks and alphas by layer: trained, kept, served in a mixed batch, merged. DoRA: trained, kept, "
-        "merged into its base; served as the merged model. Others: refused, with the reason"
-    )
+    layers = ", ".join(sorted({family.name.rsplit(".", 1)[-1] for family in families})) or "nothing"
+    answers["LoRA, served " + ("in one batch" if batched else "row by row")] = layers
+    ends = [one for one in (structure.head, structure.embedding) if one]
+    experts = sorted({name.rpartition(".")[2] for name, shape in structure.parameters.items() if len(shape) == 3})
+    apart = [f"LoRA on {' and '.join(ends)}", "DoRA, lora_bias", "modules_to_save", "trainable_token_indices"]
+    if experts:
+        apart.insert(1, f"experts ({', '.join(experts)}), as target_parameters")
+    answers["served " + ("apart from others" if batched else "row by row too")] = "; ".join(apart)
+    if structure.tied:
+        answers["merging"] = f"one of {' and '.join(ends)} alone needs --untie: the base has one matrix for both"
+    answers["refused"] = "; ".join([*unfit_layers(structure), "DoRA on an embedding", "bias, layer_replication, aLoRA"])
     return answers
+
+
+def unfit_layers(structure: Structure) -> list[str]:
+    """Which matrices of a base take no LoRA, by their place in a layer."""
+    ends = {structure.head, structure.embedding, *structure.embeddings}
+    others = structure.matrices.keys() - ends - (structure.linear or set())
+    places = sorted({name.rpartition(".")[2] for name in others})
+    return [f"a pair on {', '.join(places)}, which give more than a product"] if places else []
 
 
 def bench(

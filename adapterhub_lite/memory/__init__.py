@@ -7,12 +7,13 @@ from adapterhub_lite.memory.plan import MemoryPlan, Rejection, plan_memory
 from adapterhub_lite.memory.plan_output import BAR_LEGEND, draw_plan, plan_table
 from adapterhub_lite.memory.preparation import best_attention, give_back_freed_memory, prepare_for_training
 from adapterhub_lite.memory.presets import MEMORY_PRESETS, Machine, MemoryPreset, find_preset, refusal
-from adapterhub_lite.memory.stand_ins import TARGETS
+from adapterhub_lite.memory.stand_ins import TARGETS, GivenAdapter
 
 __all__ = [
     "BAR_LEGEND",
     "MEMORY_PRESETS",
     "TARGETS",
+    "GivenAdapter",
     "Machine",
     "MemoryEstimate",
     "MemoryPlan",

@@ -45,7 +45,8 @@ class Workload:
     batch_size: int
     sequence_length: int
     rank: int = 8
-    target_modules: Any = "all-linear"  # as in PEFT's LoraConfig: a name, a pattern or a tuple of names
+    # As in PEFT's LoraConfig: a name, a pattern or a tuple of names; or a `GivenAdapter`, which has a rank of its own.
+    target_modules: Any = "all-linear"
     world_size: int = 1
     accumulation: int = 1
     device: str = "cpu"
@@ -104,7 +105,7 @@ def estimate_memory(
         ConfigurationError: the LoRA does not fit the model, or a number is below 1.
     """
     preset = find_preset(preset) if isinstance(preset, str) else preset
-    targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
+    targets = tuple(target_modules) if isinstance(target_modules, list) else target_modules
     workload = Workload(batch_size, sequence_length, rank, targets, world_size, accumulation, device)
     return estimate(facts_of(base), preset, workload)
 

@@ -93,7 +93,7 @@ def plan_memory(
         UnknownNameError: no such base or preset.
     """
     machine = machine or Machine.present(memory_bytes=device_memory, world_size=world_size)
-    targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
+    targets = tuple(target_modules) if isinstance(target_modules, list) else target_modules
     asked = Workload(batch_size, sequence_length, rank, targets, machine.world_size, 1, machine.device)
     planner = _Planner(base if isinstance(base, ModelFacts) else facts_of(base), asked, machine, home)
     if preset != "auto":

@@ -4,8 +4,10 @@ The real ones belong to the training room, which this one does not know; a test 
 stay where the trainer leaves them: on experts, on GPT-2's Conv1D, on embeddings.
 """
 
+import json
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -24,6 +26,29 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "mlp": ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "dense_h_to_4h", "dense_4h_to_h"),
 }
 """Names of linear layers behind the two short names that `target_modules` may be besides PEFT's `all-linear`."""
+
+
+@dataclass(frozen=True)
+class GivenAdapter:
+    """A configuration of PEFT's that came with a run, as JSON: it says more than rank and target modules."""
+
+    content: str
+
+    @classmethod
+    def of(cls, config: Any) -> "GivenAdapter":
+        """Take over what `config` (a PeftConfig) says."""
+        return cls(
+            json.dumps(config.to_dict(), sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
+        )
+
+    def config(self) -> Any:
+        """The configuration, with tensors that begin anyhow: there are no weights to begin from."""
+        from peft import get_peft_config
+
+        found = json.loads(self.content)
+        if "init_lora_weights" in found:
+            found["init_lora_weights"] = True
+        return get_peft_config({**found, "task_type": "CAUSAL_LM", "inference_mode": False})
 
 
 class KeepsInputs(torch.autograd.Function):
@@ -70,7 +95,9 @@ class FusedLora(nn.Module):
 
 
 def put_peft(model: Any, rank: int, target_modules: Any) -> Any:
-    """PEFT's own LoRA on `model`, with fp32 adapters as the trainer has them; `target_modules` as in PEFT's LoraConfig.
+    """PEFT's own LoRA on `model`, with fp32 adapters as the trainer has them.
+
+    `target_modules` is as in PEFT's LoraConfig, or a `GivenAdapter`, whose own rank counts.
 
     Raises:
         ConfigurationError: the LoRA does not fit the model.
@@ -81,14 +108,17 @@ def put_peft(model: Any, rank: int, target_modules: Any) -> Any:
     if isinstance(targets, str) and targets in TARGETS:
         present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
         targets = sorted(present.intersection(TARGETS[targets])) or list(TARGETS[targets])
-    elif not isinstance(targets, str):
+    elif isinstance(targets, tuple | list):
         targets = list(targets)
-    config = LoraConfig(r=rank, target_modules=targets, task_type="CAUSAL_LM")
+    if isinstance(target_modules, GivenAdapter):
+        config = target_modules.config()
+    else:
+        config = LoraConfig(r=rank, target_modules=targets, task_type="CAUSAL_LM")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return get_peft_model(model, config, autocast_adapter_dtype=True)
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError, KeyError, ImportError, NotImplementedError, RuntimeError) as error:
         raise ConfigurationError(f"The LoRA does not fit {type(model).__name__}: {error}") from error
 
 

@@ -151,11 +151,11 @@ def lora_shape(config: Any, target_modules: Any, rank: int) -> LoraShape:
     """
     with torch.device("meta"):
         adapted = put_peft(build_model(config, dtype=torch.float32), rank, target_modules)
-    on_head = getattr(adapted.get_base_model().get_output_embeddings(), "lora_B", {})
-    return LoraShape(
-        parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad),
-        head_columns=sum(up.weight.shape[1] for up in on_head.values()),
-    )
+    head = adapted.get_base_model().get_output_embeddings()
+    columns = sum(up.weight.shape[1] for up in getattr(head, "lora_B", {}).values())
+    if any(p.requires_grad and p.dim() == 2 and "lora_" not in name for name, p in head.named_parameters()):
+        columns = head.weight.shape[1]  # trained whole
+    return LoraShape(parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad), head_columns=columns)
 
 
 def packable_weight(module: nn.Module) -> int:

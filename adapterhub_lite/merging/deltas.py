@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterhub_lite.adapter_format.binding import LORA_A, LORA_B, read_pairs, tensor_name
+from adapterhub_lite.adapter_format.binding import read_pairs
+from adapterhub_lite.adapter_format.changes import LORA_A, LORA_B, tensor_name
 from adapterhub_lite.adapter_format.manifest import LoraRecord
 
 if TYPE_CHECKING:

@@ -1,24 +1,29 @@
 """One adapter becomes part of its base: a plain model folder that `AutoModelForCausalLM` loads without us.
 
-merged = base + scaling * B @ A, in fp32 from the pristine files, rounded once to the wanted dtype. A DoRA's magnitudes
-are applied to that sum, which is exact too.
+Every changed parameter is computed in fp32 from the pristine files (`adapter_format/changes.py` has the formulas) and
+rounded once to the wanted dtype. Where the files have the parameter under the model's name, they are rewritten one after
+the other; else (experts that lie apart in the files, names of old, a head that is untied) the whole model is loaded,
+changed and saved, and what transformers then loads is compared with what was meant.
 """
 
 import json
 import math
 import shutil
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterhub_lite.adapter_format.binding import name_in_base
+from adapterhub_lite.adapter_format.changes import Change, Structure, read_changes
 from adapterhub_lite.adapter_format.lora_config import read_lora_config
 from adapterhub_lite.adapter_format.manifest import CONFIG_FILE, WEIGHTS_FILE
-from adapterhub_lite.bases import ResolvedBase, base_fingerprint, base_modules, find_base, stored_modules
-from adapterhub_lite.errors import UsageError
-from adapterhub_lite.merging.deltas import Factors
-from adapterhub_lite.merging.refusals import RECEIPT_FILE, refuse_base, refuse_biases, refuse_tied
+from adapterhub_lite.adapter_format.strict_reading import MAX_BASE_HEADER_BYTES, read_tensor_entries
+from adapterhub_lite.bases import ResolvedBase, base_fingerprint, find_base, load_base_model
+from adapterhub_lite.bases.load import no_progress_bars
+from adapterhub_lite.bases.structure import structure_in
+from adapterhub_lite.errors import MergeError, UsageError
+from adapterhub_lite.merging.refusals import RECEIPT_FILE, refuse_base, refuse_tied
 from adapterhub_lite.registry import AdapterManifest, AdapterReference, AdapterRegistry
 from adapterhub_lite.registry.store.store import machine_errors
 
@@ -52,14 +57,15 @@ def merge_into_base(
     registry: AdapterRegistry | None = None,
     base: ResolvedBase | None = None,
     from_pristine: bool = False,
+    untie: bool = False,
 ) -> MergedModel:
     """Write base + adapter as a model folder at `out`, which appears complete or not at all.
 
     `dtype` ("float32", "bfloat16", "float16") None keeps each tensor's own. `base` None: the adapter's base, where it
-    is in this home.
+    is in this home. `untie` allows a model with a head of its own where the base shares it with the embedding.
 
     Raises:
-        MergeError: it would be silently wrong: merged already, tied or quantised weights, LoRA biases.
+        MergeError: it would be silently wrong: merged already, tied or quantised weights, a bias that no layer can have.
         BaseMismatchError: `base` is not the one it was made for.
         IntegrityError: the adapter's weights are damaged here.
         UsageError: `out` is not empty, no such dtype, or the base is not on this machine.
@@ -75,13 +81,12 @@ def merge_into_base(
     base = base or find_base(manifest.base, registry.home)
     if base is None:
         raise UsageError(f"Merging needs the base {manifest.base.id!r} on this machine. Give base=.")
-    refuse_biases(manifest)
     refuse_base(manifest, base, from_pristine=from_pristine)
     with machine_errors(f"merge {manifest.reference}", target.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
         try:
-            receipt = _write_model(registry, manifest, base, aside, name)
+            receipt = _write_model(registry, manifest, base, aside, name, untie)
             aside.chmod(0o755)
             aside.replace(target)
         except BaseException:
@@ -98,31 +103,59 @@ class _Sums:
     delta: float = 0.0
     done: set[str] = field(default_factory=set)
 
+    def changed(
+        self,
+        name: str,
+        weight: "torch.Tensor",
+        steps: "Sequence[Callable[[torch.Tensor], torch.Tensor]]",
+        dtype: "torch.dtype",
+    ) -> "torch.Tensor":
+        """The weight after `steps` in float32, rounded once to `dtype`."""
+        if not steps:
+            return weight.to(dtype)
+        exact = weight.float()
+        for step in steps:
+            exact = step(exact)
+        self.wrong += float((exact.to(dtype).double() - exact.double()).square().sum())
+        self.delta += float((exact.double() - weight.double()).square().sum())
+        self.done.add(name)
+        return exact.to(dtype)
+
 
 def _write_model(
-    registry: AdapterRegistry, manifest: AdapterManifest, base: ResolvedBase, folder: Path, dtype: str | None
+    registry: AdapterRegistry,
+    manifest: AdapterManifest,
+    base: ResolvedBase,
+    folder: Path,
+    dtype: str | None,
+    untie: bool,
 ) -> dict[str, Any]:
-    from adapterhub_lite.merging.deltas import read_factors
-
     config = read_lora_config(registry.file(manifest, CONFIG_FILE).read_bytes())
-    factors = read_factors(registry.file(manifest, WEIGHTS_FILE, verify=True), manifest.lora)
-    changes = _by_tensor(manifest, factors, base)
+    structure = structure_in(base.folder)
+    weights = registry.file(manifest, WEIGHTS_FILE, verify=True)
+    changes = _by_parameter(manifest, read_changes(weights, config, structure), structure)
     for pattern in COMPANIONS:
         for path in base.folder.glob(pattern):
             if not path.name.startswith("."):
                 shutil.copyfile(path, folder / path.name)
+    ends = {f"{one}.weight" for one in (structure.head, structure.embedding) if one}
+    shared = structure.tied and bool(ends & changes.keys())
+    names = None if shared else _names_in_files(changes, structure, base.folder)
     sums = _Sums()
-    for path in sorted(base.folder.glob("*.safetensors")):
-        _merge_file(path, folder / path.name, changes, dtype, config.fan_in_fan_out, sums)
-    assert sums.done == set(changes), "every bound module is in one of the base's files"
-    written = _set_dtype(folder / "config.json", dtype)
+    if names is not None:
+        for path in sorted(base.folder.glob("*.safetensors")):
+            _merge_file(path, folder / path.name, {names[one]: found for one, found in changes.items()}, dtype, sums)
+        assert len(sums.done) == len(changes), "every changed parameter is in one of the base's files"
+        written = _set_dtype(folder / "config.json", dtype)
+    else:
+        written = _merge_whole(manifest, base, folder, changes, dtype, ends if shared else set(), untie, sums)
     receipt = {
         "adapter": manifest.reference,
         "adapter_digest": manifest.digest,
         "base_fingerprint": manifest.base.fingerprint,
         "fingerprint": base_fingerprint(folder),
         "dtype": written,
-        "modules": len(changes),
+        "modules": manifest.lora.modules_bound,
         "relative_error": math.sqrt(sums.wrong / sums.delta) if sums.delta else 0.0,
     }
     (folder / ".fingerprint.json").unlink(missing_ok=True)
@@ -130,24 +163,48 @@ def _write_model(
     return receipt
 
 
-def _by_tensor(manifest: AdapterManifest, factors: "dict[str, Factors]", base: ResolvedBase) -> "dict[str, Factors]":
-    """The factors by the name of the base's tensor they are added to."""
-    modules, stored = base_modules(base.folder), stored_modules(base.folder)
-    config = json.loads((base.folder / "config.json").read_bytes())
-    changes = {}
-    for module, pair in factors.items():
-        name = name_in_base(module, modules)
-        assert name is not None, "bound when it was added"
-        tied = config.get("tie_word_embeddings", False) and name.endswith(("lm_head", "embed_tokens", "wte"))
-        if tied or name not in stored:
-            raise refuse_tied(manifest, module)
-        changes[f"{name}.weight"] = pair
-    return changes
+def _by_parameter(
+    manifest: AdapterManifest, changes: Sequence[Change], structure: Structure
+) -> dict[str, list[Callable[["torch.Tensor"], "torch.Tensor"]]]:
+    """What is done to each parameter, in order: functions from float32 to float32."""
+    found: dict[str, list[Callable[[torch.Tensor], torch.Tensor]]] = {}
+    for change in changes:
+        found.setdefault(change.target.parameter, []).append(change.applied)
+        if change.target.also_head is not None:
+            found.setdefault(f"{change.target.also_head}.weight", []).append(change.applied)
+        if change.bias is not None:
+            name = f"{change.target.module}.bias"
+            if name not in structure.parameters:
+                raise MergeError(
+                    f"{manifest.reference} trains a LoRA bias on {change.target.module!r}, and that layer of the base has "
+                    "no bias that it could be added to. Serve it unmerged, or train it again with lora_bias=False."
+                )
+            more = change.bias.float() * change.scaling
+            found.setdefault(name, []).append(more.add)
+    return found
 
 
-def _merge_file(
-    source: Path, target: Path, changes: "dict[str, Factors]", dtype: str | None, transposed: bool, sums: _Sums
-) -> None:
+Steps = Mapping[str, Sequence[Callable[["torch.Tensor"], "torch.Tensor"]]]
+
+
+def _names_in_files(changes: Steps, structure: Structure, folder: Path) -> dict[str, str] | None:
+    """The names that the base's files have for the changed parameters; None where they do not have them all as they are."""
+    entries = {
+        entry.name: entry.shape
+        for path in folder.glob("*.safetensors")
+        for entry in read_tensor_entries(path, header_limit=MAX_BASE_HEADER_BYTES)
+    }
+    # Some checkpoints leave out the first part (`transformer.`, `model.`).
+    found = {
+        one: name
+        for one in changes
+        for name in (one.partition(".")[2], one)
+        if entries.get(name) == structure.shape_of(one)
+    }
+    return found if len(found) == len(changes) else None
+
+
+def _merge_file(source: Path, target: Path, changes: Steps, dtype: str | None, sums: _Sums) -> None:
     import torch
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -158,16 +215,64 @@ def _merge_file(
         for name in file.keys():  # noqa: SIM118 - not a dict
             weight = file.get_tensor(name)
             wanted = getattr(torch, dtype) if dtype and weight.is_floating_point() else weight.dtype
-            if name in changes:
-                exact = weight.float()
-                delta = changes[name].change(exact.T).T if transposed else changes[name].change(exact)
-                exact = exact + delta
-                sums.wrong += float((exact.to(wanted).double() - exact.double()).square().sum())
-                sums.delta += float(delta.double().square().sum())
-                sums.done.add(name)
-                weight = exact
-            tensors[name] = weight.to(wanted).contiguous()
+            tensors[name] = sums.changed(name, weight, changes.get(name, ()), wanted).contiguous()
     save_file(tensors, target, metadata=metadata)
+
+
+def _merge_whole(
+    manifest: AdapterManifest,
+    base: ResolvedBase,
+    folder: Path,
+    changes: Steps,
+    dtype: str | None,
+    tied: set[str],
+    untie: bool,
+    sums: _Sums,
+) -> str:
+    """Load the model, change it and save it; `tied` are the names of one weight that the base has twice.
+
+    Returns the dtype. The weight stays one where both are changed alike.
+    """
+    import torch
+
+    model = load_base_model(base.folder)
+    torch.nn.Module.to(model, getattr(torch, dtype) if dtype else model.dtype)
+    pristine = load_base_model(base.folder) if dtype else model
+    found: dict[str, torch.Tensor] = {}
+    for name, steps in changes.items():
+        own = model.get_parameter(name)
+        found[name] = sums.changed(name, pristine.get_parameter(name).data, steps, own.dtype)
+    if tied and not (tied <= found.keys() and _alike([found[name] for name in tied])):
+        if not untie:
+            raise refuse_tied(manifest, next(name for name in sorted(tied & found.keys())).rpartition(".")[0])
+        for config in {id(one): one for one in (model.config, model.config.get_text_config())}.values():
+            config.tie_word_embeddings = False
+        for name in tied:
+            path, _, parameter = name.rpartition(".")
+            own = model.get_parameter(name)
+            model.get_submodule(path)._parameters[parameter] = torch.nn.Parameter(own.data.clone(), requires_grad=False)
+    with torch.no_grad():
+        for name, weight in found.items():
+            model.get_parameter(name).copy_(weight)
+    for stale in ("model.safetensors.index.json", "config.json"):
+        (folder / stale).unlink(missing_ok=True)
+    with no_progress_bars():
+        model.save_pretrained(folder)
+    again = dict(load_base_model(folder).named_parameters())
+    lost = [name for name, weight in model.named_parameters() if name not in again or not again[name].equal(weight)]
+    if lost:
+        raise MergeError(
+            f"{manifest.reference} cannot be merged: transformers saves {type(model).__name__} and loads another "
+            f"{lost[0]!r}. Serve it unmerged."
+        )
+    return str(model.dtype).removeprefix("torch.")
+
+
+def _alike(weights: "Sequence[torch.Tensor]") -> bool:
+    """Whether all are one weight, but for the order of sums in float32."""
+    import torch
+
+    return all(torch.allclose(weights[0].float(), one.float(), rtol=1e-5, atol=1e-7) for one in weights[1:])
 
 
 def _set_dtype(path: Path, dtype: str | None) -> str:

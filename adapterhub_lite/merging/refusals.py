@@ -17,15 +17,15 @@ def refuse_variants(manifest: AdapterManifest) -> None:
             f"{manifest.reference} is a DoRA adapter: its magnitudes depend on the base's weights and do not add up. "
             "Merge it into its base, or train it again without DoRA."
         )
-    refuse_biases(manifest)
-
-
-def refuse_biases(manifest: AdapterManifest) -> None:
-    """Raise MergeError where an adapter trains LoRA biases."""
     if manifest.lora.lora_bias:
         raise MergeError(
             f"{manifest.reference} trains LoRA biases, which a merged LoRA has no place for and would drop. "
-            "Load it with PEFT, or train it again with lora_bias=False."
+            "Serve it by itself, or train it again with lora_bias=False."
+        )
+    if manifest.lora.also:
+        raise MergeError(
+            f"{manifest.reference} changes {', '.join(manifest.lora.also)} besides linear layers, which do not add up with "
+            "others as pairs do. Merge it into its base."
         )
 
 
@@ -65,7 +65,7 @@ def refuse_tied(manifest: AdapterManifest, module: str) -> MergeError:
     """The error for a module whose weight belongs to another module too."""
     return MergeError(
         f"{manifest.reference} adapts {module!r}, whose weight the base shares with its embedding: adding to one would "
-        "change both. Serve it unmerged, untie the base first, or train again without it."
+        "change both. Serve it unmerged, or let the merged model have a head of its own: untie=True (--untie)."
     )
 
 

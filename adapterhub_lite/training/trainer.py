@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -122,9 +122,11 @@ class AdapterTrainer(SearchTrainer):
             self.rows_read_by = "compute_loss_func is given a row per sequence"
         elif type(self).compute_loss is not AdapterTrainer.compute_loss:
             self.rows_read_by = "compute_loss of a subclass is given a row per sequence"
-        lengths, given = row_lengths(self.rows.table), self._peft_config is not None
+        lengths, adapter = row_lengths(self.rows.table), self._peft_config
+        if adapter is None and isinstance(self.opened.model, PeftModel):
+            adapter = self.opened.model.active_peft_config
         with sharded.built_whole(args):
-            self.memory_choice = choose_memory(self.opened.source, args, lengths, adapter_given=given, overhead=held)
+            self.memory_choice = choose_memory(self.opened.source, args, lengths, adapter=adapter, overhead=held)
         return self.memory_choice.applied(args)
 
     @property

@@ -113,7 +113,9 @@ def test_doctor_says_what_a_base_gets(run: Run, tiny_base: Path) -> None:
     assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout)
     assert answers["serving"].startswith("lean; ") and "GiB" in answers["training, 1 x 512 tokens"]
-    assert answers["LoRA on"] == "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    assert answers["LoRA, served in one batch"] == "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    assert answers["served apart from others"].startswith("LoRA on lm_head and model.embed_tokens; DoRA")
+    assert "--untie" in answers["merging"] and answers["refused"].startswith("DoRA on an embedding")
     unknown = run("doctor", "--base", "nothing-like-it")
     assert unknown.returncode == 2 and "Traceback" not in unknown.stderr
 

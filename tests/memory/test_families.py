@@ -9,9 +9,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapterhub_lite.errors import ConfigurationError, OutOfMemoryError
-from adapterhub_lite.memory import Workload, dry_run, estimate_memory, find_preset, plan_memory
+from adapterhub_lite.memory import GivenAdapter, Workload, dry_run, estimate_memory, find_preset, plan_memory
 from adapterhub_lite.memory.estimate import OVERHEAD_BYTES, EstimateParts, ModelFacts
-from adapterhub_lite.memory.tracing import StepBytes
+from adapterhub_lite.memory.tracing import StepBytes, lora_shape
 
 LORA = find_preset("lora-bf16")
 SIZES = {
@@ -111,6 +111,25 @@ def test_the_estimate_from_some_layers_is_near_the_dry_run_of_all(family: str) -
     assert not found.unpredicted
     exact = dry_run(config, "lora-bf16", Workload(4, 48, device="cuda")) - overhead
     assert found.total - overhead == pytest.approx(exact, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"target_modules": ["q_proj"], "rank_pattern": {"layers.1.*q_proj": 9}},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "norm"]},
+        {"target_modules": ["q_proj", "embed_tokens"], "trainable_token_indices": {"lm_head": [3, 5]}},
+        {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"], "init_lora_weights": "gaussian"},
+    ],
+    ids=["ranks", "a trained head", "rows of tokens", "experts"],
+)
+def test_a_handed_configuration_is_counted_as_peft_makes_it(given: dict[str, Any]) -> None:
+    config = config_of("qwen3_moe")
+    found = lora_shape(config, GivenAdapter.of(LoraConfig(r=4, **given)), rank=64)
+    assert found.parameters == trained_by_peft(config, **given)
+    assert found.head_columns == (
+        SIZES["hidden_size"] if "modules_to_save" in given or "trainable" in str(given) else 0
+    )
 
 
 class TestWhatCannotBeForeseen:

@@ -193,7 +193,7 @@ def test_what_does_not_add_up_is_refused(
 ) -> None:
     add("a", seed=1, **variant)
     for method in METHODS:
-        with pytest.raises(MergeError, match=f"{word}.*(Merge it into its base|Load it with PEFT)"):
+        with pytest.raises(MergeError, match=f"{word}.*(Merge it into its base|Serve it by itself)"):
             merge(["a"], [1.0], method)
     assert registry.list("merged") == []
 

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from adapterhub_lite.adapter_format.binding import LORA_A, LORA_B, tensor_name
+from adapterhub_lite.adapter_format.changes import LORA_A, LORA_B, tensor_name
 from adapterhub_lite.adapter_format.strict_reading import MAX_BASE_HEADER_BYTES, read_tensor_entries
 
 MAX_TENSORS = 20_000

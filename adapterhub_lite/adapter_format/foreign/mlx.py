@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from adapterhub_lite.adapter_format.binding import DORA_MAGNITUDE, LORA_A, LORA_B, TAKEN_DTYPES, tensor_name
+from adapterhub_lite.adapter_format.binding import TAKEN_DTYPES
+from adapterhub_lite.adapter_format.changes import DORA_MAGNITUDE, LORA_A, LORA_B, tensor_name
 from adapterhub_lite.adapter_format.lora_config import MAX_CONFIG_BYTES
 from adapterhub_lite.adapter_format.manifest import CONFIG_FILE, WEIGHTS_FILE
 from adapterhub_lite.adapter_format.strict_reading import read_tensor_entries, strict_json

@@ -10,17 +10,18 @@ understood without guessing is refused by the name of its writer.
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adapterhub_lite.adapter_format.binding import PREFIX, module_and_part, some
+from adapterhub_lite.adapter_format.binding import some
+from adapterhub_lite.adapter_format.changes import PREFIX, is_saved, module_and_part
 from adapterhub_lite.adapter_format.folder import ALLOWED_SIZES, PICKLED_WEIGHTS
 from adapterhub_lite.adapter_format.foreign.archives import is_archive, unpack
 from adapterhub_lite.adapter_format.foreign.child import convert_in_child
 from adapterhub_lite.adapter_format.foreign.mlx import MLX_WEIGHTS, convert_mlx, is_mlx
-from adapterhub_lite.adapter_format.lora_config import MAX_CONFIG_BYTES
+from adapterhub_lite.adapter_format.lora_config import MAX_CONFIG_BYTES, read_lora_config
 from adapterhub_lite.adapter_format.manifest import CONFIG_FILE, RECORD_FILE, WEIGHTS_FILE
 from adapterhub_lite.adapter_format.probes import PROBES_FILE
 from adapterhub_lite.adapter_format.strict_reading import (
@@ -165,10 +166,12 @@ def _refuse_foreign(subject: str, name: str) -> None:
             )
 
 
-def rewrite(subject: str, source: Path, target: Path, plan: Renaming, base: Path | None) -> list[str]:
+def rewrite(
+    subject: str, source: Path, target: Path, plan: Renaming, base: Path | None, saved: Sequence[str]
+) -> list[str]:
     """Write the weights at `source` under PEFT's names to `target`, without the copies of the base's own tensors.
 
-    Returns what to say of it.
+    Modules that the configuration says are `saved` stay where one of them was trained. Returns what to say of it.
 
     Raises:
         AdapterRejectedError: a copy differs from the base in folder `base`, or there is no base to compare it with.
@@ -176,15 +179,21 @@ def rewrite(subject: str, source: Path, target: Path, plan: Renaming, base: Path
     notes = list(plan.notes)
     if plan.copies:
         changed = sorted(name for name, where in plan.copies.items() if not _same_as_base(source, name, where, base))
+        if any(is_saved(".".join((PREFIX[:-1], *plan.copies[name])), saved) for name in changed):
+            kept = {n: ".".join((PREFIX[:-1], *where)) for n, where in plan.copies.items()}
+            plan.names |= {n: name for n, name in kept.items() if is_saved(name, saved)}
+            plan.copies = {n: where for n, where in plan.copies.items() if n not in plan.names}
+            changed = [name for name in changed if name in plan.copies]
         if changed:
             known = "differ from the base's own" if base else "cannot be compared without the base"
             raise AdapterRejectedError(
                 subject,
                 [
-                    f"it holds whole tensors of the base that {known} ({some(changed)}): trained modules in place of the "
-                    "base's (modules_to_save, a resized vocabulary) are not an adapter; train with LoRA on them"
+                    f"it holds whole tensors of the base that {known} ({some(changed)}), and its configuration does not say "
+                    "that they are part of it (modules_to_save): for a resized vocabulary, save the resized base first"
                 ],
             )
+    if plan.copies:
         notes.append(
             f"{len(plan.copies)} unchanged copies of the base's own tensors were dropped ({some(sorted(plan.copies))})"
         )
@@ -223,6 +232,7 @@ def _in_base(base: Path, module: str, part: str) -> tuple[Path, str] | None:
         for entry in read_tensor_entries(path, header_limit=MAX_BASE_HEADER_BYTES)
     }
     if module.endswith("lm_head") and not any(name.endswith("lm_head.weight") for name in entries):
+        wanted += [name for name in ("head.weight", "output.weight") if name in entries]
         wanted += [name for name in entries if re.fullmatch(r"(.*\.)?(embed_tokens|wte)\.weight", name)]
     return next(((entries[name], name) for name in wanted if name in entries), None)
 
@@ -332,11 +342,21 @@ def _rename(opened: Opened, scratch: Path, subject: str, base: Path | None) -> N
         return
     target = scratch / "renamed"
     target.mkdir()
-    opened.said += rewrite(subject, weights, target / WEIGHTS_FILE, plan, base)
     _carry(opened.folder, target)
-    if plan.copies:
+    saved = _saved_modules(target / CONFIG_FILE)
+    copies = bool(plan.copies)
+    opened.said += rewrite(subject, weights, target / WEIGHTS_FILE, plan, base, saved)
+    if copies and not any(is_saved(name, saved) for name in plan.names.values()):
         _without_saved_modules(target / CONFIG_FILE)
     opened.folder = target
+
+
+def _saved_modules(path: Path) -> tuple[str, ...]:
+    """The modules that a configuration says were trained whole; what is wrong with it is said by the inspection."""
+    try:
+        return read_lora_config(path.read_bytes()).saved_modules
+    except (OSError, ValueError):
+        return ()
 
 
 def _without_saved_modules(path: Path) -> None:

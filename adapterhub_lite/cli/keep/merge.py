@@ -24,6 +24,9 @@ def merge(
     ] = None,
     base: Annotated[str | None, typer.Option(help="Where the adapters' base is; searched for if not given.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16, for --into-base.")] = None,
+    untie: Annotated[
+        bool, typer.Option("--untie", help="Let the model have a head of its own, for --into-base, where it must.")
+    ] = False,
     dry_run: DryRunOption = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
@@ -53,7 +56,7 @@ def merge(
         way = f"into the base, as {into_base}" if into_base else f"by {method} into a new version of {name}"
         return would(f"merge {parts} {way}", as_json, references=known, weights=shares)
     if into_base is not None:
-        return merge_one(references, into_base, base, dtype, home, as_json)
+        return merge_one(references, into_base, base, dtype, home, as_json, untie=untie)
     resolved = resolve_base(base, home=home) if base else None
     with waiting("merging"):
         merged = merge_adapters(
@@ -81,7 +84,14 @@ def parse_weights(text: str | None) -> list[float] | None:
 
 
 def merge_one(
-    references: list[str], folder: Path, base: str | None, dtype: str | None, home: str | None, as_json: bool
+    references: list[str],
+    folder: Path,
+    base: str | None,
+    dtype: str | None,
+    home: str | None,
+    as_json: bool,
+    *,
+    untie: bool = False,
 ) -> None:
     """`merge --into-base`: write the base with one adapter merged into it as a model folder.
 
@@ -97,7 +107,9 @@ def merge_one(
         raise ConfigurationError(f"--into-base takes one adapter, got {len(references)}. Merge them first.")
     resolved = resolve_base(base, home=home) if base else None
     with waiting(f"merging {references[0]} into its base"):
-        model = merge_into_base(references[0], folder, dtype, registry=AdapterRegistry(home), base=resolved)
+        model = merge_into_base(
+            references[0], folder, dtype, registry=AdapterRegistry(home), base=resolved, untie=untie
+        )
     if as_json:
         return print_json(asdict(model))
     say(f"{model.folder}: base + {model.adapter} in {model.dtype}, relative error {model.relative_error:.2e}.")

@@ -11,11 +11,15 @@ def sentences(details: AdapterDetails) -> list[str]:
     said = [
         f"{manifest.reference} is a LoRA adapter for {base.id}" + (f", for {manifest.task}." if manifest.task else ".")
     ]
-    kinds = [word for on, word in ((lora.use_dora, "DoRA"), (lora.use_rslora, "rsLoRA")) if on]
+    kinds = [
+        word for on, word in ((lora.use_dora, "DoRA"), (lora.use_rslora, "rsLoRA"), (lora.lora_bias, "biases")) if on
+    ]
     said.append(
         f"It changes {lora.modules_bound} of {lora.modules_total} modules with rank {lora.rank} and alpha {lora.alpha:g}, "
         f"scaled by {lora.scaling:g}" + (f" ({', '.join(kinds)})." if kinds else ".")
     )
+    if lora.also:
+        said.append(f"Besides linear layers it changes {', '.join(lora.also)}.")
     at = f"commit {base.revision}, " if base.revision else ""
     loaded = f", loaded as {base.quantization}" if base.quantization else ""
     said.append(f"The base is known by {at}fingerprint {short(base.fingerprint)}{loaded}.")

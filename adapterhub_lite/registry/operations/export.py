@@ -68,7 +68,12 @@ def export_vllm(store: Store, manifests: Sequence[AdapterManifest], folder: Path
     if len(set(names)) < len(names):
         raise UsageError("vLLM finds an adapter by its name alone; give one version of each.")
     for manifest in manifests:
-        if not manifest.lora.is_plain or manifest.lora.rank_pattern or manifest.lora.alpha_pattern:
+        if not manifest.lora.is_plain:
+            raise ConfigurationError(
+                f"{manifest.reference} changes more than linear layers by plain pairs, which is all vLLM serves. Give vLLM "
+                "its base with it merged in: `adapterhub-lite merge --into-base`."
+            )
+        if manifest.lora.rank_pattern or manifest.lora.alpha_pattern:
             raise ConfigurationError(
                 f"{manifest.reference} is not a plain LoRA of one rank and alpha, which is all vLLM serves. "
                 "Merge it with itself (`adapterhub-lite merge`) to even out its ranks."
@@ -104,6 +109,11 @@ def export_gguf(
         )
     if out.exists():
         raise UsageError(f"{str(out)!r} is there already; export to a new file.")
+    if not manifest.lora.is_plain:
+        raise ConfigurationError(
+            f"{manifest.reference} changes more than linear layers by plain pairs, which is all that a GGUF LoRA holds. Merge "
+            "it into its base (`adapterhub-lite merge --into-base`) and convert that."
+        )
     base = base or find_base(manifest.base, store.home)
     if base is None:
         raise UsageError(

@@ -15,8 +15,15 @@ from weakref import WeakSet
 
 import torch
 
+from adapterhub_lite.adapter_format.changes import Structure
 from adapterhub_lite.bases.chat_template import TEMPLATE_FILE
-from adapterhub_lite.errors import BaseMismatchError, IntegrityError, QueueFullError, RequestTimeoutError
+from adapterhub_lite.errors import (
+    BaseMismatchError,
+    ConfigurationError,
+    IntegrityError,
+    QueueFullError,
+    RequestTimeoutError,
+)
 from adapterhub_lite.serving.adapters.slots import AdapterSlots, HostTier, ResidentAdapter, SlotRequest
 from adapterhub_lite.serving.adapters.sources import AdapterFiles, AdapterSource
 from adapterhub_lite.serving.adapters.split import Splits, WeightedReference, parse_blend
@@ -93,8 +100,10 @@ class AdapterPool:
         max_slots: int,
         max_host: int,
         max_rank: int,
+        structure: Structure | None = None,
     ) -> None:
         self.source = source
+        self._structure = structure
         self.slots = AdapterSlots(max_slots)
         self.splits = Splits()
         self._families = families
@@ -147,6 +156,13 @@ class AdapterPool:
                 self.slots.release(held.pop())
 
         alone = len(found.pieces) == 1 and found.pieces[0].weight == 1.0
+        whole = [entry.name for entry in entries if entry.weights and not entry.weights.adds_up]
+        if whole and not alone:
+            release()
+            raise ConfigurationError(
+                f"{whole[0]} puts something in place of the base's own (a DoRA's lengths, whole modules or rows of tokens), "
+                "of which no share can be added to others. Ask for it alone, at its full weight."
+            )
         factors = ["" if alone else piece.factor for piece in found.pieces]
         return Route(
             tuple(Part(e.weights, piece.weight) for e, piece in zip(entries, found.pieces, strict=True) if e.weights),
@@ -228,6 +244,8 @@ class AdapterPool:
                         max_rank=self._max_rank,
                         subject=files.name,
                         sha256=files.sha256,
+                        config=files.config,
+                        structure=self._structure,
                     )
                 weights = replace(weights, hold=hold)
                 self._host.put(files.digest, weights)

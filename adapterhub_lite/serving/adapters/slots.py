@@ -19,7 +19,10 @@ from adapterhub_lite.serving.adapters.weights import AdapterWeights, next_load_i
 
 @dataclass(frozen=True)
 class ResidentAdapter:
-    """An adapter in memory as seen from outside. `load_id` is fresh for each load; `uses` counts running requests."""
+    """An adapter in memory as seen from outside. `load_id` is fresh for each load; `uses` counts running requests.
+
+    `apart` says that its rows are computed in steps of their own: it changes more than a row of a batch can have.
+    """
 
     name: str
     digest: str
@@ -29,6 +32,7 @@ class ResidentAdapter:
     nbytes: int
     uses: int
     pinned: bool
+    apart: bool = False
 
 
 @dataclass(eq=False)
@@ -201,6 +205,7 @@ def _view(slot: Slot, weights: AdapterWeights) -> ResidentAdapter:
         weights.nbytes,
         slot.uses,
         slot.pinned,
+        bool(weights.extras),
     )
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from adapterhub_lite.adapter_format.foreign.opening import ARCHIVED_SIZES, open_adapter
+from adapterhub_lite.adapter_format.lora_config import LoraConfigFile, read_lora_config
 from adapterhub_lite.adapter_format.manifest import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     AdapterManifest,
-    LoraRecord,
     TextRecord,
     TrainingRecord,
 )
@@ -68,7 +68,7 @@ class AdapterFiles:
 
     `sha256` is what the bytes of `weights` must have. `base_fingerprint` is None where nobody recorded it, `probes`
     where the folder has none. `hold` keeps the store from
-    removing the files until what it gives is left or forgotten.
+    removing the files until what it gives is left or forgotten. `config` reads what it changes, and in which way.
     """
 
     name: str
@@ -80,6 +80,7 @@ class AdapterFiles:
     probes: Path | None = None
     sha256: str | None = None
     asked: AskedAs = AskedAs()
+    config: Callable[[], LoraConfigFile] | None = None
 
 
 class PullReceipt(Protocol):
@@ -185,8 +186,7 @@ class FolderSource:
         found = inspect_adapter(folder, base=self._base, subject=str(source))
         if self._base is not None:
             check_base(found, self._base)
-        _, lora = found.accepted()
-        _refuse_variants(str(source), lora)
+        config, lora = found.accepted()
         weights, probes, template = (folder / name for name in (WEIGHTS_FILE, PROBES_FILE, TEMPLATE_FILE))
         weights_digest = file_record(weights).sha256
         digest = hashlib.sha256((folder / CONFIG_FILE).read_bytes() + weights_digest.encode())
@@ -199,6 +199,7 @@ class FolderSource:
             probes=probes if PROBES_FILE in found.usable else None,
             sha256=weights_digest,
             asked=asked_as(str(folder), found.training, template if TEMPLATE_FILE in found.usable else None),
+            config=lambda: config,
         )
 
 
@@ -222,7 +223,6 @@ class RegistrySource:
             return self._folders.locate(reference)
         manifest = self._registry.resolve(reference)
         name: str = manifest.reference
-        _refuse_variants(name, manifest.lora)
         return AdapterFiles(
             name,
             manifest.digest,
@@ -237,16 +237,5 @@ class RegistrySource:
                 manifest.training,
                 self._registry.file(manifest, TEMPLATE_FILE) if TEMPLATE_FILE in manifest.files else None,
             ),
+            lambda: read_lora_config(self._registry.file(manifest, CONFIG_FILE).read_bytes()),
         )
-
-
-def _refuse_variants(subject: str, lora: LoraRecord) -> None:
-    problems = []
-    if lora.use_dora:
-        problems.append("it uses DoRA, which cannot share a batch; merge it into its base and serve that")
-    if lora.lora_bias:
-        problems.append(
-            "it trains LoRA biases, which cannot share a batch; load it with PEFT, or train it without them"
-        )
-    if problems:
-        raise AdapterRejectedError(subject, problems)

@@ -21,8 +21,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from adapterhub_lite.adapter_format.binding import LORA_A, LORA_B, LoraPair, Pair, lora_pairs, read_pairs
+from adapterhub_lite.adapter_format.binding import LoraPair, Pair, bind, lora_pairs, read_pairs
+from adapterhub_lite.adapter_format.changes import LORA_A, LORA_B, Change, Structure, module_and_part, read_changes
+from adapterhub_lite.adapter_format.lora_config import LoraConfigFile
 from adapterhub_lite.adapter_format.strict_reading import read_tensor_entries
+from adapterhub_lite.bases.structure import is_product
 from adapterhub_lite.errors import AdapterRejectedError, IntegrityError
 
 REPAIR = "Pull it again, or add it again from where it came; `adapterhub-lite doctor` lists all that is damaged."
@@ -53,7 +56,7 @@ def find_families(model: PreTrainedModel) -> tuple[Family, ...]:
     for path, module in model.named_modules():
         if module is head:
             continue
-        if isinstance(module, nn.Linear) and _is_product(module):
+        if isinstance(module, nn.Linear) and is_product(module):
             shape = module.in_features, module.out_features
         elif isinstance(module, Conv1D):
             shape = module.nx, module.nf
@@ -64,21 +67,6 @@ def find_families(model: PreTrainedModel) -> tuple[Family, ...]:
     return tuple(
         Family(place if places[place] == 1 else f"{place} {outs}x{ins}", ins, outs, tuple(paths))
         for (place, ins, outs), paths in found.items()
-    )
-
-
-def _is_product(module: nn.Linear) -> bool:
-    """Whether the module computes x W^T + b: some derive from `nn.Linear` and return a choice of experts with it."""
-    if type(module).forward is nn.Linear.forward or type(module).__module__.startswith("bitsandbytes."):
-        return True
-    probe = torch.ones(1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
-    try:
-        with torch.no_grad():
-            out = module(probe)
-    except Exception:  # whatever a family's own forward wants besides
-        return False
-    return isinstance(out, torch.Tensor) and torch.allclose(
-        out, nn.functional.linear(probe, module.weight, module.bias)
     )
 
 
@@ -105,6 +93,7 @@ next_load_id = itertools.count(1).__next__
 class AdapterWeights:
     """All pairs of an adapter, by family name. `rank` is the largest; `modules` how many pairs there are.
 
+    `extras` are changes that no row of a batch can have of its own: such an adapter is computed in a step of its own.
     `load_id` is fresh for each load: what is copied or cached under it can never be taken for another load. `hold`
     goes along with every copy, and ends with the last one: until then the store keeps the version.
     """
@@ -114,19 +103,39 @@ class AdapterWeights:
     modules: int
     load_id: int = field(default_factory=next_load_id)
     hold: object = None
+    extras: tuple[Change, ...] = ()
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All that is held in memory, in one order."""
+        pairs = [t for _, f in sorted(self.families.items()) for t in (f.a, f.b, f.scale)]
+        return pairs + [t for change in self.extras for t in change.tensors()]
 
     @property
     def nbytes(self) -> int:
         """Bytes held in memory."""
-        return sum(t.nbytes for f in self.families.values() for t in (f.a, f.b, f.scale))
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether a share of it can be added to shares of others."""
+        return all(change.adds_up for change in self.extras)
 
     def checksum(self) -> int:
         """A checksum of the tensors as they are in host memory now, against bits that flip there (CRC-32)."""
         value = 0
-        for name in sorted(self.families):
-            for tensor in (self.families[name].a, self.families[name].b, self.families[name].scale):
-                value = zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data, value)
+        for tensor in self.tensors():
+            value = zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data, value)
         return value
+
+    def has(self, family: str, layer: int) -> bool:
+        """Whether there is a pair on a family's layer."""
+        return family in self.families and layer in self.families[family].layers
+
+    def product(self, family: str, layer: int, x: torch.Tensor) -> torch.Tensor:
+        """scale * (x A^T) B of the pair on a family's layer, in float32, for its input x (..., in)."""
+        pair = self.families[family]
+        at = pair.layers.index(layer)
+        return (x.float() @ pair.a[at].float().T) @ (pair.b[at].float() * pair.scale[at])
 
     def to(self, device: torch.device | str) -> "AdapterWeights":
         """The same load on another device; on its own device, the same tensors."""
@@ -134,7 +143,7 @@ class AdapterWeights:
             name: replace(f, a=f.a.to(device), b=f.b.to(device), scale=f.scale.to(device))
             for name, f in self.families.items()
         }
-        return replace(self, families=moved)
+        return replace(self, families=moved, extras=tuple(change.to(device) for change in self.extras))
 
 
 @dataclass(frozen=True)
@@ -156,10 +165,13 @@ def read_adapter_weights(
     max_rank: int,
     subject: str,
     sha256: str | None = None,
+    config: Callable[[], LoraConfigFile] | None = None,
+    structure: Structure | None = None,
 ) -> AdapterWeights:
     """Read `path` (safetensors, PEFT's names) for the linear modules in `families`; nothing in it is executed.
 
-    `scaling_of` gives the scale of a module path such as "model.layers.0.self_attn.q_proj". With `sha256` the very
+    What changes more than those is read by the adapter's `config` for the `structure` of the model, where both are
+    given. `scaling_of` gives the scale of a module path such as "model.layers.0.self_attn.q_proj". With `sha256` the very
     bytes that become tensors are hashed, on another thread while they are taken apart.
 
     Raises:
@@ -171,11 +183,19 @@ def read_adapter_weights(
         content = path.read_bytes()
     except OSError as error:
         raise IntegrityError(f"The weights of {subject} cannot be read: {error.strerror}. {REPAIR}") from error
-    if sha256 is None:
+
+    def parse() -> AdapterWeights:
+        if config is not None and structure is not None:
+            settings = config()
+            if not _is_plain(settings, path, families):
+                return _parse_changes(content, path, families, settings, structure, max_rank, subject)
         return _parse_weights(content, path, families, scaling_of, max_rank, subject)
+
+    if sha256 is None:
+        return parse()
     hashing = _hashing.submit(lambda: hashlib.sha256(content).hexdigest())
     try:
-        return _parse_weights(content, path, families, scaling_of, max_rank, subject)
+        return parse()
     finally:
         # In any case: damaged bytes are damaged, whatever else is wrong with them.
         if hashing.result() != sha256:
@@ -214,6 +234,64 @@ def _parse_weights(
         raise AdapterRejectedError(subject, [f"{module} holds values that are not finite" for module in broken])
     rank = max(weights.a.shape[1] for weights in stacked.values())
     return AdapterWeights(stacked, rank, len(pairs))
+
+
+def _is_plain(config: LoraConfigFile, path: Path, families: Sequence[Family]) -> bool:
+    """Whether all that an adapter changes are pairs that rows of a batch can have; a file that cannot be read is."""
+    try:
+        found = [module_and_part(entry.name) for entry in read_tensor_entries(path)]
+    except (OSError, ValueError):
+        return True
+    known = {module for family in families for module in family.paths}
+    return not (config.beyond_pairs or config.use_dora or config.lora_bias) and all(
+        one is None or one[0] in known for one in found
+    )
+
+
+def _parse_changes(
+    content: bytes,
+    path: Path,
+    families: Sequence[Family],
+    config: LoraConfigFile,
+    structure: Structure,
+    max_rank: int,
+    subject: str,
+) -> AdapterWeights:
+    try:
+        problems = bind(config, read_tensor_entries(path), None, structure).problems
+        if problems:
+            raise AdapterRejectedError(subject, problems)
+        changes = read_changes(content, config, structure)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise AdapterRejectedError(subject, [f"{path.name} cannot be read: {error}"]) from error
+    broken = [c.target.parameter for c in changes if not all(_finite(tensor) for tensor in c.tensors())]
+    if broken:
+        raise AdapterRejectedError(subject, [f"{name} holds values that are not finite" for name in broken])
+    known = {module for family in families for module in family.paths}
+    pairs, extras = {}, []
+    for change in changes:
+        alone = change.bias is None and change.magnitude is None
+        if change.target.kind == "pair" and alone and change.target.module in known:
+            assert change.a is not None and change.b is not None
+            pairs[change.target.module] = Pair(change.a, change.b, change.scaling)
+        else:
+            extras.append(change)
+    wide = {
+        c.target.module: len(c.a)
+        for c in changes
+        if c.target.kind == "pair" and c.a is not None and len(c.a) > max_rank
+    }
+    if wide:
+        raise AdapterRejectedError(
+            subject,
+            [
+                f"{module} has rank {rank}, the engine takes at most {max_rank}; start it with a larger max_rank"
+                for module, rank in wide.items()
+            ],
+        )
+    stacked = {f.name: _stack(f, pairs) for f in families if any(p in pairs for p in f.paths)}
+    rank = max((weights.a.shape[1] for weights in stacked.values()), default=config.r)
+    return AdapterWeights(stacked, rank, len(changes), extras=tuple(extras))
 
 
 def _finite(tensor: torch.Tensor) -> bool:

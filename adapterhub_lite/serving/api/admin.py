@@ -14,7 +14,7 @@ from adapterhub_lite.serving.api.dispatch import Dispatcher
 from adapterhub_lite.serving.api.wire.requests import AdapterCommand, AliasCommand, SplitCommand
 
 Json = dict[str, Any]
-SHOWN = ("name", "digest", "rank", "modules", "nbytes", "uses", "pinned")
+SHOWN = ("name", "digest", "rank", "modules", "nbytes", "uses", "pinned", "apart")
 
 
 def admin_routes(dispatcher: Dispatcher, admin: Callable[..., Caller]) -> APIRouter:

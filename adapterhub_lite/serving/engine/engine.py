@@ -103,6 +103,7 @@ class InferenceEngine:
             max_slots=max_slots,
             max_host=max_host,
             max_rank=max_rank,
+            structure=runner.structure,
         )
         self._tokenizing = threading.Lock()
         self._template_digest = template_digest(tokenizer)

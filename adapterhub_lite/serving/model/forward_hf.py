@@ -50,7 +50,9 @@ AttentionInterface.register(ATTENTION, rows_attention)
 class HFForward:
     """Computes packed steps by calling `model` with an attention function of ours and hooks on its linear layers."""
 
-    def __init__(self, model: PreTrainedModel, lora: LoraBank, cache: KVCache, families: tuple[Family, ...]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, lora: LoraBank | None, cache: KVCache, families: tuple[Family, ...]
+    ) -> None:
         self._model, self._lora, self._cache = model, lora, cache
         self._tokens = 0
         self._attention: str = model.config._attn_implementation
@@ -89,6 +91,7 @@ class HFForward:
             x = inputs[0].flatten(0, -2)
             if x.shape[0] != self._tokens:
                 raise ConfigurationError(f"a linear layer is given {x.shape[0]} of the step's {self._tokens} tokens")
+            assert self._lora is not None
             self._lora.add(group, layer, x, y.view(-1, y.shape[-1]))
 
         return add

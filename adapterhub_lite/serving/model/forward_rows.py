@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from adapterhub_lite.serving.adapters.weights import Family, Parts
+from adapterhub_lite.serving.model.changed_modules import ChangedModules
 from adapterhub_lite.serving.model.kv_cache import Step, token_bytes
 
 
@@ -41,6 +42,10 @@ class RowLora:
     def begin(self, step: Step) -> None:
         """Nothing is computed ahead."""
 
+    def of(self, row: int) -> Parts:
+        """The parts that a row is answered with."""
+        return self._rows[row]
+
     def use(self, row: int | None) -> None:
         """Answer for this row from now on; None for the base."""
         self._now = () if row is None else self._rows[row]
@@ -49,12 +54,9 @@ class RowLora:
         """What is added to the output of a family's layer for the input x (..., in), or None."""
         total = None
         for part in self._now:
-            pair = part.weights.families.get(name)
-            if pair is None or layer not in pair.layers:
-                continue
-            at = pair.layers.index(layer)
-            more = (x.float() @ pair.a[at].float().T) @ (pair.b[at].float() * pair.scale[at] * part.factor)
-            total = more if total is None else total + more
+            if part.weights.has(name, layer):
+                more = part.weights.product(name, layer, x) * part.factor
+                total = more if total is None else total + more
         return total
 
 
@@ -78,6 +80,7 @@ class RowForward:
         self.budget: int | None = None
         self.nbytes = 0
         self.lora = RowLora(rows)
+        self._changed = ChangedModules(model)
         self._states: dict[int, RowState] = {}
         self._hooks = [
             model.get_submodule(path).register_forward_hook(self._adding(family.name, layer))
@@ -126,7 +129,8 @@ class RowForward:
             ids = step.token_ids[start : last + 1][None]
             self.lora.use(row)
             try:
-                logits.append(self._row(row, int(step.positions[start]), ids, count))
+                with self._changed.applied(self.lora.of(row)):
+                    logits.append(self._row(row, int(step.positions[start]), ids, count))
             finally:
                 self.lora.use(None)
             start = last + 1

@@ -108,6 +108,16 @@ def pack(slices: Sequence[RowSlice], device: torch.device | str = "cpu") -> Step
     )
 
 
+def unpack(step: Step) -> list[RowSlice]:
+    """The slices that a step was packed from."""
+    slices, begin = [], 0
+    ids, positions = step.token_ids.tolist(), step.positions.tolist()
+    for row, last, count in zip(step.rows, step.last.tolist(), step.counts, strict=True):
+        slices.append(RowSlice(row, positions[begin], ids[begin : last + 1], count))
+        begin = last + 1
+    return slices
+
+
 def _bucket(length: int) -> int:
     """The power of two, at least `LENGTH_BUCKET`, that holds `length`: rows of one bucket share a call."""
     return max(LENGTH_BUCKET, 1 << (length - 1).bit_length())

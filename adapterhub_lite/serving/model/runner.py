@@ -6,12 +6,14 @@ from enum import StrEnum
 import torch
 from transformers import PreTrainedModel
 
+from adapterhub_lite.bases.structure import structure_of
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.serving.adapters.weights import Family, Parts, find_families
+from adapterhub_lite.serving.model.changed_modules import ChangedModules
 from adapterhub_lite.serving.model.forward_hf import HFForward
 from adapterhub_lite.serving.model.forward_llama import LlamaForward, can_fuse, fused_groups
 from adapterhub_lite.serving.model.forward_rows import RowForward
-from adapterhub_lite.serving.model.kv_cache import KVCache, NativeAttention, Step, token_bytes
+from adapterhub_lite.serving.model.kv_cache import KVCache, NativeAttention, RowSlice, Step, pack, token_bytes, unpack
 from adapterhub_lite.serving.model.lora_native import NativeLora
 from adapterhub_lite.serving.model.lora_torch import LoraBank, RowAdapters, TorchLora
 from adapterhub_lite.serving.model.native import row_attention, row_products
@@ -47,6 +49,11 @@ class ModelRunner:
         config = model.config.get_text_config()
         self.max_length: int = getattr(config, "max_position_embeddings", None) or 1 << 20
         self.kind = kind or (ForwardKind.LEAN if can_fuse(model) else ForwardKind.PACKED)
+        self.structure = structure_of(model)
+        self._changed = ChangedModules(model)
+        # Rows whose adapter is put into the modules, and the pass that calls them.
+        self._apart: dict[int, Parts] = {}
+        self._modules_pass: HFForward | None = None
         self._tensors: dict[str, torch.Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
         self.cache: KVCache | RowForward
         self.lora: RowAdapters
@@ -113,11 +120,54 @@ class ModelRunner:
 
     @torch.inference_mode()
     def forward(self, step: Step) -> torch.Tensor:
-        """Compute a step; logits (tokens of the step that want them, vocabulary) in float32, in the order of rows."""
+        """Compute a step; logits (tokens of the step that want them, vocabulary) in float32, in the order of rows.
+
+        Rows that share an adapter which is put into the modules are computed in a call of their own.
+        """
+        if not any(row in self._apart for row in step.rows):
+            return self._computed(step, self._pass)
+        groups: dict[object, list[RowSlice]] = {}
+        for part in unpack(step):
+            key = tuple((one.weights.load_id, one.factor) for one in self._apart.get(part.row, ()))
+            groups.setdefault(key, []).append(part)
+        logits: dict[int, torch.Tensor] = {}
+        for slices in groups.values():
+            parts = self._apart.get(slices[0].row, ())
+            own = pack(slices, self.device)
+            if parts:
+                by = self._with_modules()
+                with self._changed.applied(parts, self.families):
+                    found = self._computed(own, by)
+            else:
+                found = self._computed(own, self._pass)
+            logits |= zip(own.rows, found.split(own.counts), strict=True)
+        return torch.cat([logits[row] for row in step.rows])
+
+    def _computed(self, step: Step, by: "LlamaForward | HFForward | RowForward") -> torch.Tensor:
         self.lora.begin(step)
         if isinstance(self.cache, KVCache):
             self.cache.begin(step)
-        return self._pass.forward(step).float()
+        return by.forward(step).float()
+
+    def _with_modules(self) -> HFForward:
+        """The pass that calls the model's own modules. After the lean pass they get back what it took, as it is used now."""
+        if isinstance(self._pass, HFForward):
+            return self._pass
+        if self._modules_pass is None:
+            assert isinstance(self.cache, KVCache), "row by row, modules are called anyway"
+            for name, tensor in self._pass.tensors().items():
+                path, _, parameter = name.rpartition(".")
+                module = self.model.get_submodule(path)
+                module._parameters[parameter] = torch.nn.Parameter(tensor, requires_grad=False)
+            self._modules_pass = HFForward(self.model, None, self.cache, ())
+        return self._modules_pass
+
+    def _place(self, row: int, parts: Parts) -> None:
+        self._apart.pop(row, None)
+        apart = isinstance(self.cache, KVCache) and any(part.weights.extras for part in parts)
+        if apart:
+            self._apart[row] = parts
+        self.lora.place(row, () if apart else parts)
 
     def admit(self, row: int, parts: Parts, length: int) -> None:
         """Give a row to a request answered with the sum of `parts`; `length` is the most tokens of any row now.
@@ -126,17 +176,19 @@ class ModelRunner:
             Exception: what PyTorch raises where memory is short; the other rows stay as they are.
         """
         self.cache.reserve(length)
-        self.lora.place(row, parts)
+        self._place(row, parts)
 
     def move(self, source: int, target: int, parts: Parts, length: int) -> None:
         """Move a request of `length` computed tokens to another row."""
         self.cache.move(source, target, length)
         self.lora.leave(source)
-        self.lora.place(target, parts)
+        self._apart.pop(source, None)
+        self._place(target, parts)
 
     def leave(self, row: int) -> None:
         """A request is over: drop its adapter, and its state where that is an object of its own."""
         self.lora.leave(row)
+        self._apart.pop(row, None)
         if isinstance(self.cache, RowForward):
             self.cache.spoil(row)
 

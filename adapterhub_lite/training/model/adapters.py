@@ -7,9 +7,12 @@ learned is the difference s (B A - B0 A0), which is a plain LoRA of twice the ra
 
 import copy
 import json
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from peft.utils import get_peft_model_state_dict
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
@@ -30,6 +34,8 @@ from adapterhub_lite.errors import ConfigurationError, ResourceError
 from adapterhub_lite.memory import TARGETS, MemoryPreset, give_back_freed_memory, prepare_for_training
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
 from adapterhub_lite.training.distributed.sharded import gathered, whole
+
+HALF_OF_A_PAIR = re.compile(r"\.lora_[AB]\.weight$")
 
 
 @dataclass(frozen=True)
@@ -212,8 +218,11 @@ def write_adapter(
 def save_peft(model: PeftModel, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
     """Write PEFT's two files of the active adapter into `folder` itself, and nothing of the base."""
     name = model.active_adapter
+    if state_dict is not None:
+        state_dict = named_as_in_memory(model, state_dict)
     # "auto" would ask the hub whether the vocabulary was resized.
-    model.save_pretrained(str(folder), state_dict=state_dict, selected_adapters=[name], save_embedding_layers=False)
+    with without_shape_warnings():
+        model.save_pretrained(str(folder), state_dict=state_dict, selected_adapters=[name], save_embedding_layers=False)
     nested = folder / name
     if name != "default" and nested.is_dir():
         for file in nested.iterdir():
@@ -222,11 +231,31 @@ def save_peft(model: PeftModel, folder: Path, state_dict: dict[str, torch.Tensor
     (folder / "README.md").unlink(missing_ok=True)
 
 
+def named_as_in_memory(model: PeftModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by their names in an adapter's file, those of saved modules and tokens by the names that PEFT looks for."""
+    named = dict(tensors)
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            for in_file, in_memory in module.adapter_state_dict_load_map(model.active_adapter).items():
+                if f"{name}.{in_file}" in named:
+                    named[f"{name}.{in_memory}"] = named.pop(f"{name}.{in_file}")
+    return named
+
+
+@contextmanager
+def without_shape_warnings() -> Iterator[None]:
+    """Keep PEFT from taking the bias of a LoRA, which is a vector, for a matrix that lost its shape."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Adapter .* LoRA tensor\(s\) have invalid shape: .*lora_B\.bias")
+        yield
+
+
 def kept_tensors(model: Any) -> dict[str, torch.Tensor]:
     """What a checkpoint holds, by the names in its file: the active adapter's tensors, or all where there is none."""
     if isinstance(model, PeftModel):
         name = model.active_adapter
-        return dict(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+        with without_shape_warnings():
+            return dict(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
     # A tied head is one tensor, and is saved once.
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
@@ -290,6 +319,9 @@ def write_plain(folder: Path, initial: Mapping[str, Tensor]) -> None:
     config = plain_config(json.loads((folder / CONFIG_FILE).read_bytes()))
     written: dict[str, Tensor] = {}
     for name, tensor in load_file(folder / WEIGHTS_FILE).items():
+        if not HALF_OF_A_PAIR.search(name):
+            written[name] = tensor
+            continue
         before = initial[name].to(tensor)
         in_a = ".lora_A." in name
         written[name] = torch.cat([tensor, before if in_a else -before], dim=0 if in_a else 1).contiguous()

@@ -165,10 +165,13 @@ def adapted_again(
         ConfigurationError: what is trained is not an adapter, or its beginning changed the base.
     """
     model = assembly.model
-    if not isinstance(model, PeftModel) or assembly.initial is not None:
+    config = model.active_peft_config if isinstance(model, PeftModel) else None
+    # PEFT leaves what it trained whole in the base that it gives back.
+    stays = getattr(config, "modules_to_save", None) or getattr(config, "trainable_token_indices", None)
+    if config is None or stays or assembly.initial is not None:
         raise ConfigurationError(
-            "Only an adapter that leaves its base untouched can be made anew on it: leave out full, head-only, PiSSA and "
-            "OLoRA, or give a model_init that loads the base each time."
+            "Only an adapter that leaves its base untouched can be made anew on it: leave out full, head-only, PiSSA, "
+            "OLoRA, modules_to_save and trainable_token_indices, or give a model_init that loads the base each time."
         )
     remove_fast_lora(model)
     remove_lean_modules(model)

@@ -1,15 +1,14 @@
 """Law 15 on the trainer's side: a model with its adapter is asked, before its first step, whether it could be kept."""
 
 import logging
-from typing import Any
 
-import torch
 from peft import PeftModel
 
 from adapterhub_lite.adapter_format.binding import problems_of_untrained
-from adapterhub_lite.bases import ResolvedBase, base_modules
+from adapterhub_lite.bases import ResolvedBase
+from adapterhub_lite.bases.structure import structure_for, structure_in
 from adapterhub_lite.errors import ConfigurationError
-from adapterhub_lite.training.model.adapters import changes_the_base, kept_tensors, plain_config
+from adapterhub_lite.training.model.adapters import HALF_OF_A_PAIR, changes_the_base, kept_tensors, plain_config
 
 logger = logging.getLogger(__name__)
 
@@ -33,34 +32,20 @@ def check_before_training(model: PeftModel, base: ResolvedBase | None, *, whole:
     mutated = changes_the_base(model.active_peft_config)
     if mutated:
         config = plain_config(config)
-    modules = base_modules(base.folder) if base is not None else _modules_in_memory(model)
-    tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    problems = problems_of_untrained(config, None, modules, tied_head=tied)
+    structure = structure_in(base.folder) if base is not None else structure_for(model.config)
+    problems = problems_of_untrained(config, None, structure)
     # Of what is refused by its configuration, PEFT cannot always say what it would save.
     if whole and not problems:
         shapes = {name: tuple(tensor.shape) for name, tensor in kept_tensors(model).items()}
         if mutated:
             # Written with what it began as beside it, so of twice the rank.
-            shapes = {n: (2 * s[0], s[1]) if ".lora_A." in n else (s[0], 2 * s[1]) for n, s in shapes.items()}
-        problems = problems_of_untrained(config, shapes, modules, tied_head=tied)
+            shapes |= {
+                n: (2 * s[0], s[1]) if ".lora_A." in n else (s[0], 2 * s[1])
+                for n, s in shapes.items()
+                if HALF_OF_A_PAIR.search(n)
+            }
+        problems = problems_of_untrained(config, shapes, structure)
     if problems:
         raise ConfigurationError(
             f"This adapter would be refused once it is trained, so it is not trained: {'; '.join(problems)}."
         )
-
-
-def _modules_in_memory(model: PeftModel) -> dict[str, tuple[int, ...]]:
-    """The modules of the model under an adapter that hold a matrix: name -> shape, as their files would say it."""
-    found: dict[str, tuple[int, ...]] = {}
-    # PEFT ships no types for what it wraps.
-    inner: Any = model.get_base_model()
-    for name, module in inner.named_modules():
-        layer = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-        if "lora_" in name or name.endswith(".base_layer"):
-            continue
-        if isinstance(layer, torch.nn.Linear):
-            # Packed weights have other shapes than what they stand for.
-            found[name] = (layer.out_features, layer.in_features)
-        elif getattr(getattr(layer, "weight", None), "ndim", 0) == 2:
-            found[name] = tuple(layer.weight.shape)
-    return found

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 
 from adapterhub_lite.adapter_format.quantization import Quantization
 from adapterhub_lite.errors import ConfigurationError, OutOfMemoryError
 from adapterhub_lite.memory import (
     MEMORY_PRESETS,
+    GivenAdapter,
     Machine,
     MemoryEstimate,
     MemoryPreset,
@@ -124,15 +125,14 @@ def choose_memory(
     args: AdapterTrainingArguments,
     lengths: Sequence[int],
     *,
-    adapter_given: bool = False,
+    adapter: PeftConfig | None = None,
     overhead: int | None = None,
     home: str | Path | None = None,
 ) -> MemoryChoice:
     """Choose the preset for a run on `base` (a model in memory, a folder or a resolved base).
 
-    `lengths` are the tokens of each training row, empty where they are not known; `adapter_given` says that a PEFT
-    configuration came with the model. `overhead` is what the process holds already (bytes), for the prediction that is
-    compared with the run; the plan keeps the usual one.
+    `lengths` are the tokens of each training row, empty where they are not known; `adapter` is the PEFT configuration
+    that came along. `overhead` is what the process holds already (bytes), for the prediction that is compared with the run.
 
     Raises:
         ConfigurationError: the preset asked for cannot be used here, or contradicts what was set by hand.
@@ -147,10 +147,10 @@ def choose_memory(
         machine = replace(machine, memory_bytes=machine.memory_bytes + base.get_memory_footprint())
     # Another choice in another process, and they would wait for each other for ever.
     machine = replace(machine, memory_bytes=least(machine.memory_bytes))
-    asked = workload(args, lengths, machine)
+    asked = workload(args, lengths, machine, adapter)
     attention = attention_of(facts, machine, base if loaded else None)
     if args.memory_preset != "auto":
-        preset, reasons = named_preset(facts, args, machine, loaded, adapter_given)
+        preset, reasons = named_preset(facts, args, machine, loaded, adapter)
         try:
             raw = estimate(facts, preset, asked)
         except ConfigurationError as error:
@@ -168,6 +168,7 @@ def choose_memory(
         how = False, args.per_device_train_batch_size, 1
         return _choice(preset, estimate(facts, preset, asked), attention(preset), reasons, how, overhead, home)
     try:
+        facts.lora(candidates[0], asked)
         facts.step(candidates[0], asked)
     except ConfigurationError as error:
         # A model that cannot be foreseen can still be trained.
@@ -181,7 +182,9 @@ def choose_memory(
     return _choice(plan.preset, raw, attention(plan.preset), plan.reasons, how, overhead, home)
 
 
-def workload(args: AdapterTrainingArguments, lengths: Sequence[int], machine: Machine) -> Workload:
+def workload(
+    args: AdapterTrainingArguments, lengths: Sequence[int], machine: Machine, adapter: PeftConfig | None = None
+) -> Workload:
     """The largest step of the run: the longest rows together, laid end to end or padded to the longest."""
     rows = args.per_device_train_batch_size
     longest = sorted(lengths, reverse=True)[:rows]
@@ -190,7 +193,9 @@ def workload(args: AdapterTrainingArguments, lengths: Sequence[int], machine: Ma
         # Fewer rows than a step takes: spread over it, because it is the tokens that count.
         whole = sum(longest) if args.padding_free else longest[0] * len(longest)
         tokens = max(1, -(-whole // rows))
-    targets = args.target_modules if isinstance(args.target_modules, str) else tuple(args.target_modules)
+    targets: Any = args.target_modules if isinstance(args.target_modules, str) else tuple(args.target_modules)
+    if adapter is not None:
+        targets = GivenAdapter.of(adapter)
     times = args.gradient_accumulation_steps
     return Workload(rows, tokens, args.rank, targets, machine.world_size, times, machine.device)
 
@@ -237,7 +242,7 @@ def named_preset(
     args: AdapterTrainingArguments,
     machine: Machine,
     loaded: Loaded | None,
-    adapter_given: bool,
+    adapter: PeftConfig | None,
 ) -> tuple[MemoryPreset, tuple[str, ...]]:
     """The preset asked for, as changed by hand, and how it came about."""
     name = args.memory_preset
@@ -246,7 +251,7 @@ def named_preset(
     problems = [
         refusal(preset, machine, model_quantized=quantized),
         loaded.mismatch(_by_hand(preset, args)) if loaded else None,
-        *contradictions(preset, args, adapter_given),
+        *contradictions(preset, args, adapter is not None and not (loaded and loaded.adapted)),
     ]
     found = [problem for problem in problems if problem is not None]
     if found:

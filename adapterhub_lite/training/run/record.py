@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -35,6 +36,9 @@ from adapterhub_lite.training.run.measurement import describe_hardware
 from adapterhub_lite.training.run.run_trainer import RunTrainer
 
 PACKAGES = ("adapterhub-lite", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "bitsandbytes")
+# PEFT's own parameters in a model, and what it puts around the base's.
+TRAINED = re.compile(r"lora_|\.modules_to_save\.|trainable_tokens_delta")
+WRAPPERS = re.compile(r"\.(base_layer|original_module|token_adapter)(?=\.)")
 # Of the loss curve: a long run is thinned.
 MOST_POINTS = 500
 # Where a run is, not what it is; and fields that would put a secret into a file that is published.
@@ -56,9 +60,9 @@ def describe_base(base: ResolvedBase | None, model: Any) -> BaseRecord:
     digest = hashlib.sha256()
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     for name, parameter in inner.named_parameters():
-        if "lora_" not in name:
+        if not TRAINED.search(name):
             flat = parameter.detach().cpu().contiguous().flatten()
-            digest.update(name.replace(".base_layer", "").encode())
+            digest.update(WRAPPERS.sub("", name).encode())
             digest.update(flat.view(torch.uint8).numpy().tobytes())
     return BaseRecord(
         id=config._name_or_path or type(inner).__name__,

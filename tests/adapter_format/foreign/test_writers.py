@@ -321,7 +321,7 @@ def test_an_adapter_of_llama_cpp_is_converted(
         open_adapter(file, tmp_path)
 
 
-def test_a_frozen_copy_of_the_head_is_dropped_and_a_trained_one_refused(
+def test_a_frozen_copy_of_the_head_is_dropped_and_a_trained_one_kept(
     folder: Path, tiny_base: Path, base: ResolvedBase, registry: AdapterRegistry, plain: Path, tmp_path: Path
 ) -> None:
     tensors, own = load_file(folder / WEIGHTS), load_file(tiny_base / "model.safetensors")
@@ -334,11 +334,24 @@ def test_a_frozen_copy_of_the_head_is_dropped_and_a_trained_one_refused(
             manifest = registry.add(folder, "x", base=base, tell=heard.append)
             assert any("unchanged copies" in line for line in heard)
             assert len(read_pairs(registry.store.file(manifest, WEIGHTS), lambda _: 1.0)) == 8
+    for place in ("lm_head.weight", "lm_head.modules_to_save.default.weight"):
+        save_file({**tensors, f"base_model.model.{place}": embedding + 1e-3}, folder / WEIGHTS)
+        manifest = registry.add(folder, "x", base=base)
+        kept = load_file(registry.store.file(manifest, WEIGHTS))
+        torch.testing.assert_close(kept["base_model.model.lm_head.weight"], embedding + 1e-3)
+        assert manifest.lora.also == ("whole modules",) and len(kept) == len(tensors) + 1
     before = len(registry.list())
-    for wrong in (embedding + 1e-3, torch.cat([embedding, embedding[:8]]), embedding[:, :16].contiguous()):
+    for wrong, reason in (
+        (torch.cat([embedding, embedding[:8]]), "vocabulary was resized"),
+        (embedding[:, :16].contiguous(), "the base's"),
+    ):
         save_file({**tensors, "base_model.model.lm_head.weight": wrong.clone()}, folder / WEIGHTS)
-        with pytest.raises(AdapterRejectedError, match="differ from the base's own"):
+        with pytest.raises(AdapterRejectedError, match=reason):
             registry.add(folder, "x", base=base)
+    set_config(modules_to_save=None)(folder)
+    save_file({**tensors, "base_model.model.lm_head.weight": embedding + 1e-3}, folder / WEIGHTS)
+    with pytest.raises(AdapterRejectedError, match="differ from the base's own"):
+        registry.add(folder, "x", base=base)
     assert len(registry.list()) == before
 
 
@@ -415,7 +428,7 @@ ROWS: dict[str, tuple[str, ...]] = {
         "TRL", "Axolotl", "LLaMA-Factory", "test_a_run_folder_gives_its_best_or_newest_checkpoint",
     ),
     "LLaMA-Factory with `modules_to_save`, resized or saved embeddings": (
-        "test_a_frozen_copy_of_the_head_is_dropped_and_a_trained_one_refused",
+        "test_a_frozen_copy_of_the_head_is_dropped_and_a_trained_one_kept",
     ),
     "Unsloth": ("Unsloth", "test_the_base_is_told_apart_by_its_name"),
     "torchtune": ("torchtune",),

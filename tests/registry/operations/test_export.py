@@ -44,12 +44,15 @@ def test_the_folder_that_vllm_resolves(
         export_vllm(registry.store, [manifests[0], manifests[0]], tmp_path / "two")
 
 
-@pytest.mark.parametrize("lora", [{"use_dora": True}, {"rank_pattern": {"q_proj": 2}}])
+@pytest.mark.parametrize(
+    ("lora", "reason"),
+    [({"use_dora": True}, "merge --into-base"), ({"rank_pattern": {"q_proj": 2}}, "not a plain LoRA")],
+)
 def test_what_vllm_cannot_serve_is_said(
-    lora: dict[str, Any], registry: AdapterRegistry, make_adapter: Any, base: ResolvedBase, tmp_path: Path
+    lora: dict[str, Any], reason: str, registry: AdapterRegistry, make_adapter: Any, base: ResolvedBase, tmp_path: Path
 ) -> None:
     manifest = registry.add(make_adapter(**lora), "sql", base=base)
-    with pytest.raises(ConfigurationError, match="not a plain LoRA"):
+    with pytest.raises(ConfigurationError, match=reason):
         export_vllm(registry.store, [manifest], tmp_path / "cache")
 
 

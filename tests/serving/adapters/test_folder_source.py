@@ -61,7 +61,9 @@ def test_it_says_what_add_says(changes: dict[str, Any], folder: Path, tiny_base:
 
 
 @pytest.mark.parametrize("changes", [{"use_dora": True}, {"lora_bias": True}, {"fan_in_fan_out": True}], ids=str)
-def test_what_cannot_share_a_batch_is_refused(changes: dict[str, Any], folder: Path, tiny_base: Path) -> None:
+def test_a_configuration_that_its_tensors_do_not_fit_is_refused(
+    changes: dict[str, Any], folder: Path, tiny_base: Path
+) -> None:
     set_config(folder, **changes)
     with pytest.raises(AdapterRejectedError):
         FolderSource(resolve_base(tiny_base)).locate(folder)

@@ -111,8 +111,6 @@ def test_base_weights_hash_the_same_after_serving(engine: InferenceEngine, adapt
 def test_what_cannot_be_served_is_said_at_once(engine: InferenceEngine, make_adapter: Any, tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError):
         engine.generate(GenerationRequest(prompt="a", adapter="nobody"))
-    with pytest.raises(AdapterRejectedError, match="uses DoRA"):
-        engine.generate(GenerationRequest(prompt="a", adapter=make_adapter(9, use_dora=True)))
     with pytest.raises(AdapterRejectedError, match="rank 32"):
         engine.generate(GenerationRequest(prompt="a", adapter=make_adapter(9, rank=32)))
     with pytest.raises(ConfigurationError, match="at most 511"):

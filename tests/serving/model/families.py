@@ -1,4 +1,4 @@
-"""Tiny random bases of the families that transformers has: one or two layers of each kind, a byte tokenizer, float32.
+"""Tiny random bases of the families that transformers has: some layers of each kind, a byte tokenizer, float32, no dropout.
 
 Biases and norms are moved off their neutral values, so that leaving one out is seen in the answers.
 """
@@ -171,7 +171,11 @@ def build(name: str, folder: Path, tokenizer: Any) -> Path:
     kind, settings = FAMILIES[name]
     special = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings, **special), dtype=torch.float32)
+    config = AutoConfig.for_model(kind, **settings, **special)
+    for key, value in vars(config).items():
+        if "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)  # two trainers draw it differently
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for path, parameter in model.named_parameters():

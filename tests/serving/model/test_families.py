@@ -1,15 +1,22 @@
-"""Every family that transformers has is served as its own `generate` answers, or refused when it is loaded."""
+"""Every family that transformers has is trained, served and merged as transformers and PEFT do it, or refused with a reason."""
 
 import itertools
 import os
+import shutil
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, set_seed
 
-from adapterhub_lite.errors import AdapterRejectedError
+from adapterhub_lite import AdapterRegistry, AdapterTrainer, AdapterTrainingArguments, merge_into_base
+from adapterhub_lite.bases import resolve_base
+from adapterhub_lite.errors import AdapterHubError, ConfigurationError
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
 from adapterhub_lite.serving.adapters.weights import find_families
 from adapterhub_lite.serving.model.runner import ForwardKind
@@ -24,24 +31,34 @@ PROMPTS = (
 )
 # Which end early, and so leave the batch while others go on.
 WRITTEN = (5, 12, 9)
-# PEFT refuses their out_proj, as it does Mamba's.
-MAMBA_LIKE = ("falcon_h1", "nemotron_h")
+STEPS = 2
+ALL = "all-linear"
 
 
-def plain_adapter(base: Path, folder: Path, seed: int, rank: int) -> Path:
-    """A PEFT adapter on the linear layers of a base, its B random so that it changes every answer."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+def targets_of(base: Path) -> str | list[str]:
+    """What PEFT itself chooses, or, where it refuses or cannot run its own choice, each layer that it can.
 
-    torch.manual_seed(seed)
+    It refuses some of Mamba's layers, and adds to routers what returns more than a product.
+    """
+    paths = [p for f in find_families(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)) for p in f.paths]
+    for targets in (ALL, paths, [path for path in paths if path.split(".")[-1] != "out_proj"]):
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        try:
+            wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
+            wrapped(torch.arange(3, 9)[None], use_cache=False)
+        except (ValueError, AttributeError, RuntimeError):
+            continue
+        return targets
+    raise AssertionError("PEFT runs on some of its layers")
+
+
+def plain_adapter(base: Path, folder: Path, rank: int, targets: str | list[str]) -> Path:
+    """A PEFT adapter on what PEFT adapts in a base, its B random so that it changes every answer."""
+    torch.manual_seed(rank)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    # Each linear layer that PEFT takes: not some of Mamba's, nor routers that return more than a product.
-    refused = {"out_proj"} if "mamba" in model.config.model_type or model.config.model_type in MAMBA_LIKE else set()
-    targets = [path for family in find_families(model) for path in family.paths if path.split(".")[-1] not in refused]
-    wrapped = get_peft_model(
-        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
-    )
-    generator = torch.Generator().manual_seed(seed)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
+    wrapped = get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(rank)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
             if "lora_B" in name:
@@ -50,18 +67,71 @@ def plain_adapter(base: Path, folder: Path, seed: int, rank: int) -> Path:
     return folder
 
 
+def rows() -> list[dict[str, list[int]]]:
+    """Two batches of two rows of unequal length, of which the last two thirds are learned."""
+    generator = torch.Generator().manual_seed(3)
+    made = []
+    for length in (31, 18, 25, 40):
+        ids = [*torch.randint(3, 250, (length,), generator=generator).tolist(), 256]
+        made.append({"input_ids": ids, "labels": [-100] * (length // 3) + ids[length // 3 :]})
+    return made
+
+
+def plain_losses(base: Path, targets: str | list[str]) -> list[float]:
+    """Transformers, PEFT and torch's AdamW: the loss of each step, the model's own, over all that the batch learns."""
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    set_seed(0)
+    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
+    losses = []
+    for step in range(STEPS):
+        batch = rows()[2 * step : 2 * step + 2]
+        width = max(len(row["input_ids"]) for row in batch)
+
+        def padded(name: str, fill: int, batch: Any = batch, width: int = width) -> torch.Tensor:
+            return torch.tensor([row[name] + [fill] * (width - len(row[name])) for row in batch])
+
+        mask = (padded("input_ids", -1) >= 0).long()
+        loss = model(
+            input_ids=padded("input_ids", 0), attention_mask=mask, labels=padded("labels", -100), use_cache=False
+        ).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    return losses
+
+
+def our_losses(base: Path, targets: str | list[str], folder: Path) -> list[float]:
+    """The same by the trainer."""
+    args = AdapterTrainingArguments(
+        output_dir=str(folder), memory_preset="lora-fp32", show_progress=False, max_steps=STEPS, warmup_steps=0,
+        per_device_train_batch_size=2, learning_rate=1e-3, lr_scheduler_type="constant", seed=0, report_to="none",
+        save_strategy="no", use_cpu=True, max_grad_norm=1.0, target_modules=targets, proof=False, preflight=False,
+        router_aux_loss_coef=None, train_sampling_strategy="sequential",
+    )  # fmt: skip
+    losses: list[float] = []
+
+    class Listening(AdapterTrainer):
+        def training_step(self, *given: Any, **named: Any) -> Any:
+            made = super().training_step(*given, **named)
+            losses.append(float(made))
+            return made
+
+    trainer = Listening(str(base), args, Dataset.from_list(rows()))
+    trainer.train()
+    return losses
+
+
 class Own:
     """What transformers and PEFT write themselves."""
 
     def __init__(self, base: Path) -> None:
-        from transformers import AutoModelForCausalLM
-
         self._model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
 
     def take(self, adapters: list[Path]) -> None:
         """Load the adapters, each under its folder's name."""
-        from peft import PeftModel
-
         for adapter in adapters:
             if isinstance(self._model, PeftModel):
                 self._model.load_adapter(adapter, adapter.name)
@@ -82,35 +152,48 @@ class Own:
         answer: list[int] = out[0, len(ids) :].tolist()
         return answer
 
+    def logits(self, adapter: Path, ids: torch.Tensor) -> torch.Tensor:
+        """The logits of a prompt."""
+        self._model.set_adapter(adapter.name)
+        with torch.no_grad():
+            logits: torch.Tensor = self._model(ids, use_cache=False).logits
+        return logits
 
-FOUND: dict[str, str] = {}  # family -> how it is served
+
+@dataclass
+class Row:
+    """What was found of a family: how it is trained, served and merged, or why not."""
+
+    trained: str = ""
+    served: str = ""
+    merged: str = ""
+
+
+FOUND: dict[str, Row] = {}
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`:UserWarning")
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match any targeted module:RuntimeWarning")
-@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys did not match any targeted module:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_is_served_as_its_own_generate_answers(family: str, tmp_path: Path, byte_tokenizer: Any) -> None:
+def test_a_family_is_trained_served_and_merged_as_transformers_and_peft_do(
+    family: str, tmp_path: Path, home: Path, byte_tokenizer: Any
+) -> None:
+    found = FOUND[family] = Row()
     try:
         base = build(family, tmp_path / "base", byte_tokenizer)
         own = Own(base)
         own.answer(None, [1, 2, 3], 2)
     except Exception as error:
-        FOUND[family] = "transformers itself cannot run it in this size"
-        pytest.skip(f"{FOUND[family]}: {type(error).__name__}: {str(error)[:80]}")
-    adapters = [plain_adapter(base, tmp_path / f"r{rank}", rank, rank) for rank in (8, 4)]
+        found.served = "transformers itself cannot run it in this size"
+        pytest.skip(f"{found.served}: {type(error).__name__}: {str(error)[:80]}")
+    targets = targets_of(base)
+    adapters = [plain_adapter(base, tmp_path / f"r{rank}", rank, targets) for rank in (8, 4)]
     own.take(adapters)
     with InferenceEngine.from_base(base, dtype="float32", end_tokens=frozenset(), device="cpu") as engine:
-        FOUND[family] = engine.status().forward
-        try:
-            for adapter in adapters:
-                engine.load(adapter)
-        except AdapterRejectedError as error:
-            # PEFT puts LoRA on the experts' parameters, or names modules otherwise than the base's files do.
-            assert "target_parameters" in str(error) or "(0 of 0 modules)" in str(error)
-            FOUND[family] += "; the base alone"
-            adapters = []
+        found.served = engine.status().forward
+        for adapter in adapters:
+            if engine.load(adapter).apart and found.served in (ForwardKind.LEAN, ForwardKind.PACKED):
+                found.served = f"{engine.status().forward}; experts apart"
         asked = [
             (
                 adapter,
@@ -124,6 +207,39 @@ def test_a_family_is_served_as_its_own_generate_answers(family: str, tmp_path: P
     for (adapter, prompt, written, _), answer in zip(asked, answers, strict=True):
         expected = own.answer(adapter, byte_tokenizer.encode(prompt), written)
         assert list(answer.token_ids) == expected, (family, adapter, prompt)
+    found.merged = merged_as(own, base, adapters[0], tmp_path, home)
+    found.trained = trained_as(base, targets, tmp_path / "run")
+
+
+def trained_as(base: Path, targets: str | list[str], folder: Path) -> str:
+    """How a family is trained: with the losses that transformers and PEFT have, or not, and why."""
+    expected = plain_losses(base, targets)
+    try:
+        losses = our_losses(base, targets, folder)
+    except AdapterHubError as error:
+        return f"no: {str(error).splitlines()[0]}"[:160]
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=3e-7, atol=3e-7)
+    if targets == ALL:
+        return "equal"
+    with pytest.raises(ConfigurationError, match=r"LoRA does not fit|gives more than a product"):
+        our_losses(base, ALL, folder / "all")
+    return "equal, on layers by name"
+
+
+def merged_as(own: Own, base: Path, adapter: Path, folder: Path, home: Path) -> str:
+    """How a family is merged: to the logits that PEFT has, or not, and why."""
+    registry = AdapterRegistry(home)
+    registry.add(adapter, "a", base=resolve_base(base), tell=lambda _: None)
+    try:
+        merged = merge_into_base("a", folder / "merged", "float32", registry=registry, base=resolve_base(base))
+    except AdapterHubError as error:
+        return f"no: {str(error).splitlines()[0]}"[:160]
+    ids = torch.arange(3, 43)[None]
+    plain = AutoModelForCausalLM.from_pretrained(merged.folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids, use_cache=False).logits, own.logits(adapter, ids), rtol=1e-4, atol=2e-4)
+    shutil.rmtree(merged.folder)
+    return "equal"
 
 
 @pytest.mark.slow
@@ -131,10 +247,16 @@ def test_the_table_in_the_docs_is_what_was_found() -> None:
     """The page is written with ADAPTERHUB_WRITE_DOCS=1; what stands in it must be so."""
     if FOUND.keys() != FAMILIES.keys():
         pytest.skip("only some families were tried")
-    assert sum(how in set(ForwardKind) for how in FOUND.values()) >= 60, "served with adapters"
+    assert sum(row.served.partition(";")[0] in set(ForwardKind) for row in FOUND.values()) >= 60
+    for column in ("trained", "merged"):
+        assert sum(getattr(row, column).startswith("equal") for row in FOUND.values()) >= 60, column
     page = ROOT / "docs" / "bases.md"
-    head, mark, table = page.read_text().partition("| family | served |\n|---|---|\n")
-    rows = [f"| {family} | {how} |\n" for family, how in sorted(FOUND.items()) if not how.startswith("transformers")]
+    head, mark, table = page.read_text().partition("| family | trained | served | merged |\n|---|---|---|---|\n")
+    rows = [
+        f"| {family} | {row.trained} | {row.served} | {row.merged} |\n"
+        for family, row in sorted(FOUND.items())
+        if not row.served.startswith("transformers")
+    ]
     if os.environ.get("ADAPTERHUB_WRITE_DOCS"):
         page.write_text(head + mark + "".join(rows))
     else:

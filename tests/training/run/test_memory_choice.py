@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from adapterhub_lite.bases import load_base_model
 from adapterhub_lite.errors import ConfigurationError, OutOfMemoryError, UnknownNameError
@@ -27,6 +28,18 @@ def test_auto_is_the_default_and_plans(make_trainer: Any) -> None:
 
 def arguments(**given: Any) -> AdapterTrainingArguments:
     return AdapterTrainingArguments(output_dir="x", use_cpu=True, **given)
+
+
+def test_the_configuration_that_comes_along_is_what_is_planned(tiny_base: Path) -> None:
+    args, config = (
+        arguments(memory_preset="lora-fp32"),
+        LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    )
+    own, handed = choose_memory(tiny_base, args, [20]), choose_memory(tiny_base, args, [20], adapter=config)
+    assert own.uncorrected is not None and handed.uncorrected is not None
+    # Two layers of 32 to 32 with rank 4, and a head of 272 x 32.
+    assert handed.uncorrected.components["adapter"] == 4 * (2 * 2 * 4 * 32 + 272 * 32)
+    assert handed.uncorrected.components["loss"] > own.uncorrected.components["loss"]
 
 
 def test_too_little_memory_splits_the_batch_and_keeps_the_total(tiny_base: Path, small_machine: Any) -> None:

@@ -1,0 +1,104 @@
+"""What the model of a base consists of by transformers' own names, which its files may call otherwise.
+
+A model is built from its configuration without memory for weights; torch and transformers are imported on use.
+"""
+
+import copy
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterhub_lite.adapter_format.changes import Structure
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+def structure_in(folder: Path) -> Structure:
+    """The structure of the base in `folder`, from its configuration alone."""
+    content = (folder / "config.json").read_text()
+    return _built(str(folder), content)
+
+
+@lru_cache(maxsize=8)
+def _built(folder: str, _content: str) -> Structure:
+    from transformers import AutoConfig
+
+    return structure_for(AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True))
+
+
+def structure_for(config: Any) -> Structure:  # a config of transformers: its fields differ by family
+    """The structure of the causal language model that `config` describes."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    if getattr(config, "quantization_config", None) is not None:
+        # Packed weights have other shapes than what they stand for.
+        del config.quantization_config
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return structure_of(AutoModelForCausalLM.from_config(config))
+
+
+def structure_of(model: "PreTrainedModel") -> Structure:
+    """The structure of a model in memory, as it was before PEFT wrapped its layers or bitsandbytes packed them."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    names = {id(module): name for name, module in model.named_modules()}
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    parameters: dict[str, tuple[int, ...]] = {}
+    embeddings, linear, transposed = set(), set(), set()
+    for name, module in model.named_modules():
+        own = {f"{name}.{key}" if name else key: tuple(p.shape) for key, p in module.named_parameters(recurse=False)}
+        if isinstance(module, nn.Linear):
+            if is_product(module):
+                linear.add(name)
+            own = {key: _dense(module, key, shape) for key, shape in own.items()}
+        elif isinstance(module, Conv1D):
+            linear.add(name)
+            transposed.add(name)
+        elif isinstance(module, nn.Embedding):
+            embeddings.add(name)
+        elif getattr(module, "is_transposed", False):
+            transposed.add(name)
+        parameters |= own
+    tied = head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", 0)
+    return Structure(
+        parameters,
+        embeddings=frozenset(embeddings),
+        linear=frozenset(linear),
+        transposed=frozenset(transposed),
+        embedding=names.get(id(embedding)),
+        head=None if head is None else names.get(id(head)),
+        tied=tied,
+    )
+
+
+def is_product(module: "nn.Linear") -> bool:
+    """Whether the module computes x W^T + b: some derive from `nn.Linear` and return a choice of experts with it.
+
+    Of a module without values, whether it returns what has the shape of that.
+    """
+    import torch
+
+    own = torch.nn.Linear.forward
+    if type(module).forward is own or type(module).__module__.startswith("bitsandbytes."):
+        return True
+    probe = torch.ones(1, module.in_features, dtype=module.weight.dtype, device=module.weight.device)
+    try:
+        with torch.no_grad():
+            out = module(probe)
+    except Exception:  # whatever a family's own forward wants besides
+        return False
+    plain = torch.nn.functional.linear(probe, module.weight, module.bias)
+    if not isinstance(out, torch.Tensor) or out.shape != plain.shape:
+        return False
+    return out.device.type == "meta" or torch.allclose(out, plain)
+
+
+def _dense(module: "nn.Linear", name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (module.out_features, module.in_features) if name.endswith(".weight") else shape
