@@ -5,6 +5,7 @@ This combines rooms that know nothing of each other: the rows of `training`, the
 """
 
 import importlib
+import json
 import math
 import sys
 import tempfile
@@ -74,10 +75,12 @@ def find_metric(name: str) -> Metric | None:
         return None
     if name == "exact_match":
         return lambda wanted, found: float(wanted.strip() == found.strip())
+    if name == "valid_json":
+        return lambda wanted, found: float(_is_json(found))
     module, colon, function = name.partition(":")
     if not colon:
         raise ConfigurationError(
-            f"There is no metric {name!r}. Known: exact_match, loss, perplexity, or a function of yours as module:function."
+            f"There is no metric {name!r}. Known: exact_match, valid_json, loss, perplexity, or a function of yours as module:function."
         )
     sys.path.insert(0, str(Path.cwd()))
     try:
@@ -89,6 +92,14 @@ def find_metric(name: str) -> Metric | None:
     if not callable(found):
         raise ConfigurationError(f"The metric {name!r} is not a function of (expected, answer).")
     return found
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def measure(

@@ -19,6 +19,7 @@ from adapterhub_lite.cli.keep.show import diff, list_adapters, show
 from adapterhub_lite.cli.keep.sign import keygen, sign, trust, verify
 from adapterhub_lite.cli.keep.versions import add, gc, pin, remove, unpin
 from adapterhub_lite.cli.machine import bench, doctor
+from adapterhub_lite.cli.serve.ask import ask
 from adapterhub_lite.cli.serve.demo import demo
 from adapterhub_lite.cli.serve.serve import serve
 from adapterhub_lite.cli.share.export import export
@@ -62,6 +63,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "trust": trust,
     "merge": merge,
     "export": export,
+    "ask": ask,
     "serve": serve,
     "demo": demo,
     "hub": hub,
@@ -90,7 +92,7 @@ PANELS = {
     ),
     "Share": ("push", "pull", "lock", "hub"),
     "Sign": ("keygen", "sign", "verify", "trust"),
-    "Serve": ("serve", "demo", "merge", "export"),
+    "Serve": ("ask", "serve", "demo", "merge", "export"),
     "This machine": ("doctor", "bench"),
 }
 

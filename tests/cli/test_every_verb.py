@@ -76,6 +76,10 @@ CASES = {
     "trust": Case("a " + "ab" * 32, "keys required", "a abc", "64 hex digits"),
     "merge": Case("sql:1 sql:2 --base {base}", "manifest relative_error", "sql:1 --weights x", "--weights"),
     "export": Case("sql:1 {new}", "references layout written", "sql:1 {new} --layout tar", "tar"),
+    "ask": Case(
+        "sql:1 hi --base {base} --max-new-tokens 2", "text adapter adapter_digest base_fingerprint finish_reason",
+        "nothing hi --base {base}", "nothing", dry=False,
+    ),
     "doctor": Case("", "machine registry rebuilt", "--nothing", "nothing", dry=False),
     "bench": Case("", "name question", "nothing", "There is no bench 'nothing'"),
 }  # fmt: skip

@@ -19,8 +19,8 @@ from adapterhub_lite.cli.output import (
 from adapterhub_lite.training.settings import RowSettings
 
 METRIC = (
-    "exact_match, loss, perplexity, or your own function as module:function, called with (expected, answer) for each row; "
-    "may be repeated. The first three if not given."
+    "exact_match, valid_json, loss, perplexity, or your own function as module:function, called with (expected, answer) for each row; "
+    "may be repeated. If not given: exact_match, loss and perplexity."
 )
 HARNESS = "A task of lm-evaluation-harness, if that is installed; may be repeated."
 DATA = "A JSONL, JSON, CSV or parquet file, a folder, or a data set's id on the Hub."

@@ -1,6 +1,7 @@
 """The OpenAI-compatible routes over an engine. `model` is the base, a reference or a blend.
 
-Reading order: settings, auth, errors, engine_protocol, observe, dispatch, wire (the format), admin, this file, server.
+Reading order: settings, auth, errors, engine_protocol, observe, dispatch, chat (tools and responses), wire (the format), admin,
+models, doors, this file, server.
 """
 
 import html
@@ -18,13 +19,17 @@ from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.serving.adapters.sources import AdapterStore
 from adapterhub_lite.serving.api.admin import admin_routes
 from adapterhub_lite.serving.api.auth import Authenticate, Caller, KeyRing
-from adapterhub_lite.serving.api.dispatch import Dispatcher, ResolvedModel, until_disconnect
+from adapterhub_lite.serving.api.chat.responses import ResponsesRequest, StreamedResponse
+from adapterhub_lite.serving.api.chat.tool_calls import AnswerForms, ChatDeltas, ChatPlan, length_of
+from adapterhub_lite.serving.api.dispatch import BASE_NAME, Dispatcher, ResolvedModel, until_disconnect
+from adapterhub_lite.serving.api.doors import HeadAsGet, lora_routes, token_routes
 from adapterhub_lite.serving.api.engine_protocol import Engine
-from adapterhub_lite.serving.api.errors import ApiRefusal, error_event, install_error_handlers, refuse
+from adapterhub_lite.serving.api.errors import ApiRefusal, install_error_handlers, refuse
+from adapterhub_lite.serving.api.models import model_routes
 from adapterhub_lite.serving.api.observe import AccessLog, Series
 from adapterhub_lite.serving.api.settings import ServerSettings
 from adapterhub_lite.serving.api.wire import answers
-from adapterhub_lite.serving.api.wire.events import EventStream, Pieces, StreamedAnswer
+from adapterhub_lite.serving.api.wire.events import EventStream, Pieces, Streamed, StreamedAnswer
 from adapterhub_lite.serving.api.wire.requests import ChatRequest, CompletionRequest, ScoreRequest
 from adapterhub_lite.serving.api.wire.sampling import Sampling, StreamOptions
 from adapterhub_lite.serving.engine.request import GenerationChunk, GenerationRequest, GenerationResult
@@ -41,6 +46,7 @@ class Api:
 
     def __init__(self, dispatcher: Dispatcher, keys: KeyRing) -> None:
         self.dispatcher, self.keys, self.settings = dispatcher, keys, dispatcher.settings
+        self.forms = AnswerForms(dispatcher.engine, dispatcher.store)
 
     def caller(self, request: Request) -> Caller:
         """The caller, by the key it gave. Raises ApiRefusal 403 for the key that only reads metrics."""
@@ -56,7 +62,12 @@ class Api:
             raise ApiRefusal(403, "This needs the admin key that the file of keys names.", "admin_only")
         return caller
 
-    async def _resolve(self, model: str, caller: Caller) -> ResolvedModel:
+    async def _resolve(self, model: str, caller: Caller, adapter_id: str | None = None) -> ResolvedModel:
+        """What `model` means; `adapter_id` names an adapter beside the base, as LoRAX has it."""
+        if adapter_id is not None and model not in (adapter_id, BASE_NAME, self.settings.base_name):
+            text = f"model is {model!r} and adapter_id {adapter_id!r}, which are two adapters. Give one."
+            raise ApiRefusal(400, text, "invalid_value", param="adapter_id")
+        model = adapter_id or model
         return await self.dispatcher.run(partial(self.dispatcher.resolve, model, caller, through_split=True))
 
     # `source` is the prompt or the messages and the log-probabilities, as GenerationRequest takes them.
@@ -67,8 +78,12 @@ class Api:
         limit = self.settings.max_new_tokens
         if (tokens or 0) > limit:
             raise ApiRefusal(400, f"{tokens} new tokens were asked for, the limit is {limit}.", "too_many_tokens")
+        options = body.options()
+        if "grammar" in source:
+            # Of calls, and of the text beside them.
+            options = {key: value for key, value in options.items() if key not in body.form()}
         asked = GenerationRequest(
-            **body.options(), **self._source(source), adapter=resolved.reference, tenant=caller.tenant,
+            **options, **self._source(source), adapter=resolved.reference, tenant=caller.tenant,
             max_new_tokens=limit if tokens is None else tokens, timeout_seconds=self.settings.timeout_seconds,
         )  # fmt: skip
         # Each of several answers has a stream of random numbers of its own.
@@ -77,7 +92,7 @@ class Api:
 
     def _source(self, source: Json) -> Json:
         longest = self.settings.max_prompt_characters
-        length = len(source.get("prompt") or "") + sum(len(m["content"]) for m in source.get("messages") or ())
+        length = len(source.get("prompt") or "") + length_of(source.get("messages") or (), source.get("tools") or ())
         if length > longest:
             raise ApiRefusal(400, f"The prompt has {length} characters, the limit is {longest}.", "prompt_too_long")
         return source
@@ -87,25 +102,47 @@ class Api:
 
     async def chat(self, request: Request, body: ChatRequest, caller: Caller) -> Response:
         """POST /v1/chat/completions."""
-        resolved = await self._resolve(body.model, caller)
-        messages = [message.plain() for message in body.messages]
+        resolved = await self._resolve(body.model, caller, body.adapter_id)
+        plan = await self._plan(body, resolved)
         asked = self._generation(
-            caller, body, resolved, body.token_limit, messages=messages, logprobs=body.alternatives,
-            continue_final_message=body.continue_final_message, chat_template_kwargs=body.chat_template_kwargs,
+            caller, body, resolved, body.token_limit, logprobs=body.alternatives,
+            continue_final_message=body.continue_final_message, **plan.asked(),
         )  # fmt: skip
         head = answers.envelope("chat.completion" + ".chunk" * body.stream, request.state.id, body.model, resolved)
         if body.stream:
-            return await self._stream(request, caller, body, resolved, asked, head)
+            told = StreamedAnswer(head, self._decode, body.stream_options or StreamOptions(), plan=plan)
+            return await self._stream(request, caller, resolved, asked, body.answers, told)
         results = await self._answer(request, caller, resolved, asked, body.answers)
-        choices = [answers.chat_choice(index, result, self._decode) for index, result in enumerate(results)]
-        told = answers.prompt_logprobs(results[0].prompt_logprobs, self._decode)
-        more = {} if told is None else {"prompt_logprobs": told}
+        choices = [
+            answers.chat_choice(index, result, ChatDeltas(plan), self._decode) for index, result in enumerate(results)
+        ]
+        scored = answers.prompt_logprobs(results[0].prompt_logprobs, self._decode)
+        more = {} if scored is None else {"prompt_logprobs": scored}
         answer = head | {"choices": choices, "usage": request.state.usage} | more
         return JSONResponse(answer, headers=resolved.headers())
 
+    async def _plan(self, body: ChatRequest, resolved: ResolvedModel) -> ChatPlan:
+        """How a chat is asked and its answer read; on a thread, because templates may be laid out for it."""
+        plan = partial(
+            ChatPlan.of, self.forms, resolved, body.messages, body.tools, body.chat_template_kwargs,
+            choice=body.tool_choice or "auto", several=body.parallel_tool_calls, form=body.form(),
+        )  # fmt: skip
+        return await self.dispatcher.run(plan)
+
+    async def responses(self, request: Request, body: ResponsesRequest, caller: Caller) -> Response:
+        """POST /v1/responses."""
+        resolved, chat = await self._resolve(body.model, caller), body.chat()
+        plan = await self._plan(chat, resolved)
+        asked = self._generation(caller, chat, resolved, chat.token_limit, **plan.asked())
+        told = StreamedResponse(body, request.state.id, resolved, ChatDeltas(plan))
+        if body.stream:
+            return await self._stream(request, caller, resolved, asked, 1, told)
+        (result,) = await self._answer(request, caller, resolved, asked, 1)
+        return JSONResponse(told.whole(result), headers=resolved.headers())
+
     async def completions(self, request: Request, body: CompletionRequest, caller: Caller) -> Response:
         """POST /v1/completions."""
-        resolved = await self._resolve(body.model, caller)
+        resolved = await self._resolve(body.model, caller, body.adapter_id)
         asked = [
             one
             for prompt in body.prompts
@@ -114,7 +151,8 @@ class Api:
         echoes = [self._text(prompt) for prompt in body.prompts for _ in range(body.answers)] if body.echo else []
         head = answers.envelope("text_completion", request.state.id, body.model, resolved)
         if body.stream:
-            return await self._stream(request, caller, body, resolved, asked, head, echoes)
+            told = StreamedAnswer(head, self._decode, body.stream_options or StreamOptions(), echoes)
+            return await self._stream(request, caller, resolved, asked, body.answers, told)
         results = await self._answer(request, caller, resolved, asked, body.answers)
         choices: list[Json] = []
         for result, echo in zip(body.best(results), echoes or repeat(None), strict=False):
@@ -158,8 +196,8 @@ class Api:
         request.state.usage = answers.usage(results, each)
 
     async def _stream(
-        self, request: Request, caller: Caller, body: Sampling, resolved: ResolvedModel,
-        asked: Sequence[GenerationRequest], head: Json, echoes: Sequence[str] = (),
+        self, request: Request, caller: Caller, resolved: ResolvedModel, asked: Sequence[GenerationRequest], each: int,
+        told: Streamed,
     ) -> Response:  # fmt: skip
         admission = ExitStack()
         admission.enter_context(self.dispatcher.admit(caller, len(asked)))
@@ -171,12 +209,11 @@ class Api:
             await pieces.aclose()
             admission.close()
             raise
-        told = StreamedAnswer(head, self._decode, body.stream_options or StreamOptions(), echoes)
-        events = self._events(request, caller, body, resolved, told, first, pieces)
+        events = self._events(request, caller, resolved, each, told, first, pieces)
         return EventStream(events, pieces, admission, resolved.headers())
 
     async def _events(
-        self, request: Request, caller: Caller, body: Sampling, resolved: ResolvedModel, told: StreamedAnswer,
+        self, request: Request, caller: Caller, resolved: ResolvedModel, each: int, told: Streamed,
         piece: tuple[int, GenerationChunk], pieces: Pieces,
     ) -> AsyncGenerator[str]:  # fmt: skip
         """`piece` and then `pieces` as server-sent events, an error as the last of them."""
@@ -193,35 +230,12 @@ class Api:
                 if following is None:
                     break
                 piece = following
-            self._count(request, caller, resolved, [results[index] for index in sorted(results)], body.answers)
-            if told.options.include_usage:
-                yield answers.event(told.head | {"choices": [], "usage": request.state.usage})
-            yield "data: [DONE]\n\n"
+            self._count(request, caller, resolved, [results[index] for index in sorted(results)], each)
+            for event in told.end(request.state.usage):
+                yield event
         except Exception as error:
             request.state.failure = error
-            yield error_event(error)
-
-    def models(self, caller: Caller) -> Json:
-        """GET /v1/models: the base, and each version and alias that this caller may use on this base."""
-        found = [self._model(self.settings.base_name, None)]
-        names: set[str] = set()
-        for manifest in self.dispatcher.store.list():
-            fits = manifest.base.fingerprint == self.dispatcher.engine.base_fingerprint
-            if fits and self.dispatcher.serves(manifest.name) and caller.may_use(manifest.name):
-                names.add(manifest.name)
-                found.append(self._model(manifest.reference, manifest.digest))
-        for name in sorted(names):
-            for alias, version in self.dispatcher.store.aliases(name).items():
-                found.append(self._model(f"{name}@{alias}", self.dispatcher.store.resolve(f"{name}:{version}").digest))
-        return {"object": "list", "data": found}
-
-    def model(self, name: str, caller: Caller) -> Json:
-        """GET /v1/models/{name}: what a name or a blend means now."""
-        return self._model(name, self.dispatcher.resolve(name, caller).digest)
-
-    def _model(self, name: str, digest: str | None) -> Json:
-        receipt = {"adapter_digest": digest, "base_fingerprint": self.dispatcher.engine.base_fingerprint}
-        return {"id": name, "object": "model", "created": 0, "owned_by": "adapterhub-lite", "receipt": receipt}
+            yield told.failed(error)
 
     def health(self) -> JSONResponse:
         """GET /health: 200 while the process can do its work; 503 when its engine has ended, and it ends too."""
@@ -264,6 +278,7 @@ def create_api(
     _add_routes(app, api)
     install_error_handlers(app)
     # The last one added is the first to see a request.
+    app.add_middleware(HeadAsGet)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes, refuse=refuse)
     app.add_middleware(Authenticate, keys=api.keys, public=PUBLIC)
     app.add_middleware(BrowserGuard, hosts=settings.own_hosts, content_types=("application/json",), refuse=refuse)
@@ -275,6 +290,9 @@ def create_api(
 def _add_routes(app: FastAPI, api: Api) -> None:
     user = Depends(api.caller)
     app.include_router(admin_routes(api.dispatcher, api.admin))
+    app.include_router(token_routes(api.dispatcher, api.forms, api.caller))
+    app.include_router(lora_routes(api.dispatcher, api.admin))
+    app.include_router(model_routes(api.dispatcher, api.caller))
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request, body: ChatRequest, caller: Caller = user) -> Response:
@@ -291,15 +309,10 @@ def _add_routes(app: FastAPI, api: Api) -> None:
         """Say how probable each of some texts is as the beginning of the answer."""
         return await api.score(request, body, caller)
 
-    @app.get("/v1/models")
-    def models(caller: Caller = user) -> Json:
-        """List what the caller may ask: the base and its adapters."""
-        return api.models(caller)
-
-    @app.get("/v1/models/{name:path}")
-    def model(name: str, caller: Caller = user) -> Json:
-        """Show one of them, with its digest."""
-        return api.model(name, caller)
+    @app.post("/v1/responses")
+    async def responses(request: Request, body: ResponsesRequest, caller: Caller = user) -> Response:
+        """Answer a conversation in OpenAI's newer format, with tools, whole or streamed."""
+        return await api.responses(request, body, caller)
 
     app.get("/health")(api.health)
     app.get("/ready")(api.ready)

@@ -198,6 +198,9 @@ class Dispatcher:
         base = self.engine.base_fingerprint
         if model in (BASE_NAME, self.settings.base_name):
             return ResolvedModel(None, None, None, base)
+        for name in (BASE_NAME, self.settings.base_name):
+            # "base:adapter", as SGLang has it; "base:3" is a version of what is called so.
+            model = model if model.removeprefix(f"{name}:").isdigit() else model.removeprefix(f"{name}:")
         pieces = model.split("+")
         if len(pieces) > MAX_PARTS:
             raise ApiRefusal(400, f"A blend has at most {MAX_PARTS} parts.", "invalid_value", param="model")

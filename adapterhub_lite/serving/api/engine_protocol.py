@@ -7,18 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from transformers import PreTrainedTokenizerBase
+
 from adapterhub_lite.serving.adapters.slots import ResidentAdapter
 from adapterhub_lite.serving.engine.request import EngineStatus, GenerationChunk, GenerationRequest
 
 Listener = Callable[[GenerationChunk | BaseException], None]
-
-
-class Decoder(Protocol):
-    """The part of a tokenizer that answers are written with."""
-
-    def decode(self, token_ids: list[int], /) -> str | list[str]:
-        """The text of token ids; a list only for a batch of them."""
-        ...
 
 
 class Answer(Protocol):
@@ -42,12 +36,20 @@ class Engine(Protocol):
         ...
 
     @property
-    def tokenizer(self) -> Decoder:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base's tokenizer."""
         ...
 
     def submit(self, request: GenerationRequest) -> Answer:
         """Queue a request; loads its adapter first, in the caller's thread.
+
+        Raises:
+            AdapterHubError: it cannot be answered here.
+        """
+        ...
+
+    def encode(self, request: GenerationRequest) -> list[int]:
+        """The tokens that a request is asked with.
 
         Raises:
             AdapterHubError: it cannot be answered here.

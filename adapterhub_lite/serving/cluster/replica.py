@@ -77,6 +77,13 @@ class Replica:
             await self._run(self._engine.load, part.reference)
         return model_id
 
+    async def encode(self, request: GenerationRequest) -> list[int] | Refusal:
+        """The tokens that a request is asked with."""
+        try:
+            return await self._run(self._engine.encode, request)
+        except errors.AdapterHubError as error:
+            return Refusal.of(error)
+
     async def load(self, reference: str) -> ResidentAdapter | Refusal:
         """Bring an adapter into memory."""
         try:

@@ -144,6 +144,13 @@ class ClusterEngine:
         """Send a request to a replica; what it refuses is raised where the answer is read."""
         return RemoteAnswer(self._handle, request)
 
+    def encode(self, request: GenerationRequest) -> list[int]:
+        """The tokens that a request is asked with, by any replica. Raises as `InferenceEngine.encode` does."""
+        found: list[int] | Refusal = self._handle.encode.remote(request).result(timeout_s=CONTROL_SECONDS)
+        if isinstance(found, Refusal):
+            raise found.error()
+        return found
+
     def load(self, reference: str) -> ResidentAdapter:
         """Bring an adapter into the memory of every replica. Raises as `InferenceEngine.load` does."""
         loaded: list[ResidentAdapter] = self._everywhere("load", reference)
@@ -190,6 +197,7 @@ class ClusterEngine:
             restarts=total("restarts"),
             cache_budget=total("cache_budget") if all(one.cache_budget for one in found) else None,
             cache_bytes=total("cache_bytes"),
+            max_length=min((one.max_length for one in found), default=0),
         )
 
     def ended(self) -> bool:

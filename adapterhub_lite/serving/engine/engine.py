@@ -246,7 +246,9 @@ class InferenceEngine:
                 prompt_ids=prompt_ids,
                 route=route,
                 sampler=Sampler(request, prompt_ids, ends),
-                stream=TextStream(self.tokenizer, request.stop, request.min_tokens),
+                stream=TextStream(
+                    self.tokenizer, request.stop, request.min_tokens, ends if request.special_tokens else None
+                ),
                 base_fingerprint=self.base_fingerprint,
                 submitted=started,
                 limit=limit,
@@ -260,6 +262,10 @@ class InferenceEngine:
             route.release()
             raise
         return GenerationHandle(sequence, self._core.wake)
+
+    def encode(self, request: GenerationRequest) -> list[int]:
+        """The tokens that a request is asked with; raises as `submit` does."""
+        return self._encode(request, self._pool.find(request.adapter))
 
     def load(self, reference: str | Path, *, pin: bool = False, verify: Verify = "files") -> ResidentAdapter:
         """Bring an adapter into memory ahead of its first request; `pin` keeps it there.
@@ -328,6 +334,7 @@ class InferenceEngine:
         trouble = source.trouble if isinstance(source, HubSource) else None
         return EngineStatus(
             can_serve=self._core.alive,
+            max_length=self._runner.max_length,
             can_pull=trouble is None if isinstance(source, HubSource) else None,
             hub_trouble=trouble,
             running=self._core.running,

@@ -38,6 +38,8 @@ class GenerationRequest:
     are transformers'. At most one of `schema` (a JSON schema), `regex`, `choices` and `grammar` (Lark or GBNF) gives the
     answer's form: it then has that form, unless `max_new_tokens` or a stop string ends it before.
 
+    With `special_tokens` the text holds those of the answer too, save the one that ends it.
+
     `logprobs` asks for the log-probability of each chosen token and of that many alternatives, `prompt_logprobs` for the
     same of the prompt's tokens. With `labels` nothing is written: they get their log-probabilities as the answer's
     beginning. `timeout_seconds` counts from submission. Rows are shared fairly between tenants.
@@ -78,6 +80,7 @@ class GenerationRequest:
     grammar: str | None = None
     prompt_logprobs: int | None = None
     labels: Sequence[str] = ()
+    special_tokens: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -240,7 +243,7 @@ class EngineStatus:
     the model's own logits, relative to their size, that was found at start; None where nothing was compared.
 
     `restarts` counts how often the engine began anew after a failure of its own. `cache_bytes` of at most `cache_budget`
-    (None: no limit) are allocated for keys and values.
+    (None: no limit) are allocated for keys and values. `max_length` are the tokens that prompt and answer may have.
     """
 
     can_serve: bool
@@ -261,4 +264,5 @@ class EngineStatus:
     restarts: int = 0
     cache_budget: int | None = None
     cache_bytes: int = 0
+    max_length: int = 0
     waiting_by_tenant: dict[str, int] = field(default_factory=dict)

@@ -1,6 +1,6 @@
 """The text of an answer, piece by piece: what is certain so far, and where a stop string ends it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -8,11 +8,19 @@ from transformers import PreTrainedTokenizerBase
 class TextStream:
     """Decodes one answer piece by piece. `text` is all that was given out, `stopped` whether a stop string came.
 
-    Stop strings count from the piece that the token number `min_tokens` ends.
+    Stop strings count from the piece that the token number `min_tokens` ends. Special tokens have no text; `left_out` None
+    are all of them, else only these.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+        left_out: Collection[int] | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
+        self._left_out = left_out
         self._stop = [StopString(text) for text in stop]
         self._min_tokens = min_tokens
         self._ids: list[int] = []
@@ -47,7 +55,9 @@ class TextStream:
         return piece
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        every = self._left_out is None
+        ids = ids if self._left_out is None else [token for token in ids if token not in self._left_out]
+        return str(self._tokenizer.decode(ids, skip_special_tokens=every, clean_up_tokenization_spaces=False))
 
     def _give(self, piece: str) -> str:
         """Pass on what cannot be the beginning of a stop string."""

@@ -96,7 +96,7 @@ def test_a_seed_repeats_and_sampling_is_on_by_default(client: openai.OpenAI) -> 
 
 def test_models_are_the_base_the_versions_and_the_aliases(client: openai.OpenAI, registry: AdapterRegistry) -> None:
     ids = [model.id for model in client.models.list()]
-    assert ids == ["base", "event:1", "sql:1", "sql:2", "sql@prod"]
+    assert ids == ["base", "event:1", "sql:1", "sql:2", "event", "sql", "sql@prod"]
     assert client.models.retrieve("sql").receipt["adapter_digest"] == registry.resolve("sql:2").digest  # type: ignore[attr-defined]
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("nothing")

@@ -44,7 +44,7 @@ def test_a_digest_is_no_way_around_a_permission(serve: Serve, registry: AdapterR
     assert client.completions.create(model=registry.resolve("sql:1").digest, **ASK).receipt["adapter"] == "sql:1"
     with pytest.raises(openai.PermissionDeniedError):
         client.completions.create(model=registry.resolve("event").digest, **ASK)
-    assert {model.id for model in client.models.list()} == {"base", "sql:1", "sql:2", "sql@prod"}
+    assert {model.id for model in client.models.list()} == {"base", "sql", "sql:1", "sql:2", "sql@prod"}
 
 
 def test_only_the_admin_loads_unloads_and_moves_aliases(serve: Serve, registry: AdapterRegistry) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
+from adapterhub_lite.serving.api.chat.tool_calls import ChatDeltas
 from adapterhub_lite.serving.api.dispatch import ResolvedModel
 from adapterhub_lite.serving.engine.request import GenerationResult, TokenLogprob
 
@@ -32,11 +33,11 @@ def usage_of(prompt: int, completion: int) -> Json:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def chat_choice(index: int, result: GenerationResult, decode: Decode) -> Json:
-    """One choice of a chat answer."""
-    message = {"role": "assistant", "content": result.text, "refusal": None}
-    logprobs = chat_logprobs(result.logprobs, decode)
-    return {"index": index, "message": message, "finish_reason": result.finish_reason, "logprobs": logprobs}
+def chat_choice(index: int, result: GenerationResult, deltas: ChatDeltas, decode: Decode) -> Json:
+    """One choice of a chat answer; `deltas` take it apart."""
+    deltas.take(result.text, last=True)
+    logprobs, reason = chat_logprobs(result.logprobs, decode), deltas.finish_reason(result)
+    return {"index": index, "message": deltas.message(), "finish_reason": reason, "logprobs": logprobs}
 
 
 def completion_choice(index: int, result: GenerationResult, decode: Decode, echo: str | None = None) -> Json:
@@ -49,13 +50,8 @@ def completion_choice(index: int, result: GenerationResult, decode: Decode, echo
     return choice | {"logprobs": completion_logprobs(logprobs, decode)}
 
 
-def chat_piece(
-    index: int, text: str | None, *, first: bool = False, reason: str | None = None, logprobs: Json | None = None
-) -> Json:
+def chat_piece(index: int, delta: Json, *, reason: str | None = None, logprobs: Json | None = None) -> Json:
     """One choice of a piece of a streamed chat answer."""
-    delta: Json = {"role": "assistant", "content": ""} if first else {}
-    if text:
-        delta["content"] = text
     return {"index": index, "delta": delta, "finish_reason": reason, "logprobs": logprobs}
 
 

@@ -17,7 +17,7 @@ UNUSED = frozenset({
 })  # fmt: skip
 # And values of them, and of ours, that ask for nothing: they count as not given.
 ASKING_NOTHING: Mapping[str, tuple[object, ...]] = {
-    "tools": ([],), "functions": ([],), "tool_choice": ("none",), "parallel_tool_calls": (True, False), "seed": (-1,),
+    "tools": ([],), "functions": ([],), "seed": (-1,),
     "metadata": ({},), "modalities": (["text"],), "store": (False,), "top_k": (-1,), "service_tier": ("auto", "default"),
     "use_beam_search": (False,), "length_penalty": (1, 1.0), "skip_special_tokens": (True,), "priority": (0,),
     "spaces_between_special_tokens": (True,), "include_stop_str_in_output": (False,), "bad_words": ([],),

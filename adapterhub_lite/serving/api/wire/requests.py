@@ -4,16 +4,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from adapterhub_lite.adapter_format.strict_reading import StrictModel
-from adapterhub_lite.serving.api.wire.fields import ModelName, Text, WireModel, without_nulls
+from adapterhub_lite.serving.api.chat.messages import ChatMessage, Tool, ToolChoice
+from adapterhub_lite.serving.api.wire.fields import ModelName, Text, WireModel
 from adapterhub_lite.serving.api.wire.meanings import with_meanings
 from adapterhub_lite.serving.api.wire.sampling import Sampling, TokenId
 from adapterhub_lite.serving.engine.request import GenerationResult
 
 MOST_PROMPTS = 2048
 MOST_CHOICES = 256
+MOST_TOOLS = 128
 # Arguments of the chat template that have a field of their own, or are nobody's to choose.
 OWN_TEMPLATE_WORDS = frozenset({
     "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "conversations", "documents",
@@ -21,38 +23,6 @@ OWN_TEMPLATE_WORDS = frozenset({
 })  # fmt: skip
 T = TypeVar("T")
 Several = Annotated[tuple[T, ...], Field(min_length=1)]
-UNUSED_OF_MESSAGES = frozenset({"annotations", "audio", "function_call", "reasoning_content", "refusal", "tool_calls"})
-
-
-class TextPart(WireModel):
-    """A piece of a message's content; only text is understood."""
-
-    type: Literal["text"]
-    text: Text
-
-
-class ChatMessage(WireModel):
-    """One message of a conversation."""
-
-    role: Literal["system", "user", "assistant", "developer"]
-    content: Text | tuple[TextPart, ...]
-    name: Text | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _nulls(cls, data: Any) -> Any:  # whatever JSON holds
-        if isinstance(data, dict):
-            # An answer of ours, or of another server, sent back as it was received.
-            data = {
-                key: value for key, value in data.items() if not (key in UNUSED_OF_MESSAGES and value in (None, []))
-            }
-        return without_nulls(data, (), {"name"})
-
-    def plain(self) -> dict[str, str]:
-        """Role, content and name as the chat template takes them."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        named = {} if self.name is None else {"name": self.name}
-        return {"role": "system" if self.role == "developer" else self.role, "content": content} | named
 
 
 class ChatRequest(Sampling):
@@ -66,6 +36,22 @@ class ChatRequest(Sampling):
     chat_template_kwargs: dict[Text, Any] = Field(default_factory=dict)
     logprobs: bool = Field(False, strict=True)
     top_logprobs: int | None = Field(None, ge=0, le=20, strict=True)
+    tools: Annotated[tuple[Tool, ...], Field(max_length=MOST_TOOLS)] = ()
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool = Field(True, strict=True)
+
+    @field_validator("tools")
+    @classmethod
+    def _named_once(cls, tools: tuple[Tool, ...]) -> tuple[Tool, ...]:
+        if len({tool.function.name for tool in tools}) < len(tools):
+            raise ValueError("two tools have the same name")
+        return tools
+
+    @model_validator(mode="after")
+    def _choice_of_tools(self) -> Self:
+        if self.tool_choice not in (None, "none") and not self.tools:
+            raise ValueError("tool_choice is for tools; give tools too, or leave it out")
+        return self
 
     @model_validator(mode="after")
     def _alternatives_of_logprobs(self) -> Self:

@@ -96,6 +96,7 @@ class Sampling(WireModel):
     truncate_prompt_tokens: int | None = Field(None, ge=1, strict=True)
     prompt_logprobs: int | None = Field(None, ge=0, le=20, strict=True)
     user: Text | None = None
+    adapter_id: ModelName | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: JsonSchema | Text | None = None
@@ -139,9 +140,10 @@ class Sampling(WireModel):
         """
         options: Json = {name: getattr(self, name) for name in AS_THEY_ARE}
         options["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
-        return {**options, "stop": self.stops, **self._form()}
+        return {**options, "stop": self.stops, **self.form()}
 
-    def _form(self) -> Json:
+    def form(self) -> Json:
+        """The form of the answer as keywords of GenerationRequest; empty where any text will do."""
         asked: list[tuple[str, Any]] = [
             ("schema", self.guided_json),
             ("regex", self.guided_regex),

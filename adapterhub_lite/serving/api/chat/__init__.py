@@ -1,0 +1,1 @@
+"""Chats: their messages, tools and calls, and the responses format over them."""
