@@ -23,6 +23,7 @@ from adapterhub_lite.errors import (
     IntegrityError,
     QueueFullError,
     RequestTimeoutError,
+    ResourceError,
 )
 from adapterhub_lite.serving.adapters.slots import AdapterSlots, HostTier, ResidentAdapter, SlotRequest
 from adapterhub_lite.serving.adapters.sources import AdapterFiles, AdapterSource
@@ -101,9 +102,11 @@ class AdapterPool:
         max_host: int,
         max_rank: int,
         structure: Structure | None = None,
+        free: Callable[[], int] | None = None,
     ) -> None:
         self.source = source
         self._structure = structure
+        self._free = free
         self.slots = AdapterSlots(max_slots)
         self.splits = Splits()
         self._families = families
@@ -230,10 +233,22 @@ class AdapterPool:
         for hold in list(self._holds):
             hold.__exit__(None, None, None)
 
+    def _grant(self, files: AdapterFiles) -> None:
+        """Refuse an adapter that memory is too short for: a saved head may be as large as gigabytes."""
+        if self._free is None or not files.weights.is_file():
+            return  # reading it says what is wrong
+        size, free = files.weights.stat().st_size, self._free()
+        if 2 * size > free:
+            raise ResourceError(
+                f"{files.name} takes {size:,} bytes, twice that while it is loaded, and {free:,} are free. Unload other "
+                "adapters, or try again later."
+            )
+
     def _wanted(self, files: AdapterFiles) -> SlotRequest:
         def load() -> AdapterWeights:
             weights = self._host.get(files.digest)
             if weights is None:
+                self._grant(files)
                 hold = files.hold()
                 self._holds.add(hold)
                 with self._counting_damage():

@@ -104,6 +104,7 @@ class InferenceEngine:
             max_host=max_host,
             max_rank=max_rank,
             structure=runner.structure,
+            free=lambda: free_memory(runner.device),
         )
         self._tokenizing = threading.Lock()
         self._template_digest = template_digest(tokenizer)

@@ -9,6 +9,7 @@ from adapterhub_lite.errors import (
     AdapterRejectedError,
     ConfigurationError,
     EngineClosedError,
+    ResourceError,
     UnknownNameError,
     UsageError,
 )
@@ -117,6 +118,18 @@ def test_what_cannot_be_served_is_said_at_once(engine: InferenceEngine, make_ada
         engine.generate(GenerationRequest(prompt="a" * 10_000))
     with pytest.raises(ConfigurationError, match="empty"):
         engine.generate(GenerationRequest(prompt=""))
+
+
+def test_an_adapter_that_memory_is_too_short_for_is_not_loaded(
+    tiny_base: Path, make_adapter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with InferenceEngine.from_base(tiny_base, device="cpu") as engine:
+        adapter = make_adapter(9)
+        monkeypatch.setattr("adapterhub_lite.serving.engine.engine.free_memory", lambda _: 1000)
+        with pytest.raises(ResourceError, match="1,000 are free"):
+            engine.load(adapter)
+        monkeypatch.undo()
+        assert engine.load(adapter).modules
 
 
 def test_closed_engine_says_so(engine: InferenceEngine) -> None:
