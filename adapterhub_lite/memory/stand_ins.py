@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from adapterhub_lite.bases.layer_parts import GateParts, gate_parts, norm_parts
 from adapterhub_lite.errors import ConfigurationError
 
 # Rows up to this length have their score matrices computed on a CPU; longer ones take torch's kernel, which needs none: then
@@ -147,37 +148,42 @@ def put_rank_one(model: Any) -> None:
 
 
 def put_lean_blocks(model: nn.Module) -> None:
-    """Let frozen RMSNorms and SiLU-gated MLPs keep only what they are given."""
+    """Let frozen RMSNorms and gated MLPs keep only what they are given."""
     for module in model.modules():
-        own = {name for name, _ in module.named_parameters(recurse=False)}
-        children = dict(module.named_children())
-        if type(module).__name__.endswith("RMSNorm") and own == {"weight"} and hasattr(module, "variance_epsilon"):
-            if not cast(Tensor, module.weight).requires_grad:
-                module.forward = partial(lean_norm, module)
-        elif children.keys() == {"gate_proj", "up_proj", "down_proj", "act_fn"} and not own and is_silu(module):
-            module.forward = partial(lean_gate, children)
+        norm, gate = norm_parts(module), gate_parts(module)
+        if norm is not None and not norm.weight.requires_grad:
+            module.forward = partial(lean_norm, module)
+        elif gate is not None:
+            module.forward = partial(lean_gate, gate)
 
 
-def is_silu(gated: nn.Module) -> bool:
-    """Whether a gated MLP opens its gate by SiLU, under either of transformers' names."""
-    return type(gated.act_fn).__name__ in ("SiLU", "SiLUActivation")
-
-
-def lean_norm(module: Any, x: Tensor) -> Tensor:
+def lean_norm(module: nn.Module, x: Tensor) -> Tensor:
     """An RMSNorm, of which the input alone is kept."""
+    # Not before: a module on the meta device gets other weights before it runs.
+    parts = norm_parts(module)
+    assert parts is not None, "it was one when it was taken"
 
     def step(x: Tensor) -> Tensor:
         wide = x.float()
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
-        return cast(Tensor, module.weight * (wide * scale).to(x.dtype))
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + parts.epsilon)
+        return (parts.weight + parts.offset) * (wide * scale).to(x.dtype)
 
     return cast(Tensor, KeepsInputs.apply(step, x))
 
 
-def lean_gate(layers: dict[str, nn.Module], x: Tensor) -> Tensor:
-    """A gated MLP, of which the two inputs of the gate are kept."""
-    made = KeepsInputs.apply(lambda gate, up: F.silu(gate) * up, layers["gate_proj"](x), layers["up_proj"](x))
-    return cast(Tensor, layers["down_proj"](made))
+def lean_gate(parts: GateParts, x: Tensor) -> Tensor:
+    """A gated MLP, of which the inputs of the gate are kept."""
+
+    def step(gate: Tensor, up: Tensor) -> Tensor:
+        act = F.silu(gate) if parts.activation == "silu" else F.gelu(gate, approximate="tanh")
+        return act * up
+
+    if parts.joined is not None:
+        made = KeepsInputs.apply(lambda both: step(*both.chunk(2, -1)), parts.joined(x))
+    else:
+        assert parts.gate is not None and parts.up is not None, "a gate is joined or has both"
+        made = KeepsInputs.apply(step, parts.gate(x), parts.up(x))
+    return cast(Tensor, parts.down(made))
 
 
 def short_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:

@@ -363,11 +363,11 @@ def as_trained(model: Any, step: TracedStep) -> Any:
 
 
 def has_special_attention(config: Any) -> bool:
-    """Whether some layer does more than full causal attention: such models are trained on padded rows."""
+    """Whether some layer does more than causal attention, to all tokens or to a window: such models train on padded rows."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     softcap = getattr(config, "attn_logit_softcapping", None)
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    return kinds != {"full_attention"} or softcap is not None or window is not None
+    both_ways = getattr(config, "use_bidirectional_attention", None)
+    return not kinds <= {"full_attention", "sliding_attention"} or softcap is not None or bool(both_ways)
 
 
 class LiveBytes(TorchDispatchMode):

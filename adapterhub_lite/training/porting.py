@@ -29,7 +29,7 @@ class Answer:
 ANSWERS: dict[str, Answer] = {
     # SFTConfig, taken by its own name.
     "max_length": Answer("taken", "longest row in tokens, None for no limit; longer rows are refused unless `overlong` says otherwise"),
-    "packing": Answer("taken", "'bfd', 'wrapped' or 'none'; True is 'bfd'; sequences stay apart"),
+    "packing": Answer("taken", "'bfd', 'bfd_split', 'wrapped' or 'none'; True is 'bfd'; sequences stay apart"),
     "padding_free": Answer("taken", "on by default, for every model that can"),
     "pad_to_multiple_of": Answer("taken", "batches are padded then, to a multiple of it"),
     "dataset_text_field": Answer("taken", "the column of plain text"),
@@ -43,13 +43,13 @@ ANSWERS: dict[str, Answer] = {
     # SFTConfig, under another name.
     "max_seq_length": Answer("renamed", "is max_length"),
     "truncation_mode": Answer("renamed", "is overlong: 'keep_start' is 'truncate', 'keep_end' is 'truncate_start'"),
-    "packing_strategy": Answer("renamed", "is packing: packing='bfd' or 'wrapped'"),
+    "packing_strategy": Answer("renamed", "is packing: packing='bfd', 'bfd_split' or 'wrapped'"),
     # SFTConfig, without a counterpart.
     "dataset_num_proc": Answer("not needed", "rows are tokenised by the tokenizer's own threads, in batches"),
     "dataset_batch_size": Answer("not needed", "rows are tokenised in batches"),
     "eval_packing": Answer("not needed", "an evaluation is a mean over tokens, which packing does not change"),
     "dataset_kwargs": Answer("not needed", "rows that have input_ids are left as they are", (None, {}, "{}")),
-    "loss_type": Answer("taken", "'nll' or 'dft'; 'chunked_nll' is 'nll', whose logits are never built"),
+    "loss_type": Answer("taken", "'nll' or 'dft' is learned, evaluations report nll; 'chunked_nll' is 'nll', which builds no logits"),
     "activation_offloading": Answer("refused", "is not taken: set activation_checkpointing_kwargs={'offload': True}", (None, False)),
     "trust_remote_code": Answer("refused", "is never done here: load the model and pass it as `model`", (None, False)),
     "model_init_kwargs": Answer("refused", "takes dtype alone (base_dtype here): load the model and pass it as `model`", (None, {}, "{}")),
@@ -82,7 +82,7 @@ ANSWERS: dict[str, Answer] = {
 # Arguments of the trainer, all others are those of its settings.
 TRAINER_ARGUMENTS = ("peft_config", "formatting_func", "quantization_config", "tokenizer", "infinite")
 TRUNCATION = {"keep_start": "truncate", "keep_end": "truncate_start"}
-STRATEGIES = ("bfd", "wrapped")
+STRATEGIES = ("bfd", "bfd_split", "wrapped")
 
 
 def translated(keywords: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ REPORTERS = {
 }
 MAX_TEMPLATE_BYTES = 256 << 10
 TARGET_GROUPS = ("all-linear", "attention", "mlp")
-PACKINGS = ("none", "bfd", "wrapped")
+PACKINGS = ("none", "bfd", "bfd_split", "wrapped")
 # What is assumed of rows that have no limit and cannot be counted.
 TYPICAL_LENGTH = 1024
 INITS = r"default|gaussian|orthogonal|pissa|pissa_niter_\d+"
@@ -65,7 +65,8 @@ class RunSettings:
         "refuse", "What becomes of a longer row: refuse, truncate (its end), truncate_start or drop."
     )
     packing: str = setting(
-        "none", "Fill each row of a batch up to max_length: none, bfd (whole rows) or wrapped (cut)."
+        "none",
+        "Fill rows of a batch to max_length: none, bfd (whole rows), bfd_split (longer ones cut) or wrapped (cut).",
     )
     seed: int = setting(42, "Seed of the adapter and of the order of rows.")
     save_steps: float = setting(50, "Optimizer steps between checkpoints; below 1, a share of the run.")
@@ -95,7 +96,8 @@ class RunSettings:
     pad_to_multiple_of: int | None = setting(None, "Pad each batch to a multiple of so many tokens.")
     shuffle_dataset: bool = setting(False, "Shuffle the rows by the seed before anything else.")
     loss_type: str = setting(
-        "nll", "What is learned of a token: nll, or dft (its likelihood weighs it, arXiv:2508.05629)."
+        "nll",
+        "What is learned of a token: nll, or dft (weighed by its likelihood, arXiv:2508.05629); evaluations report nll.",
     )
     router_aux_loss_coef: float | None = setting(
         None, "Weight of the router loss of mixture-of-experts models; that of the model when not given."

@@ -16,17 +16,18 @@ from adapterhub_lite.training.data.tokenization import COLUMNS, IGNORED, WEIGHTS
 POSITIONS = {"position_ids": List(Value("int32"))}
 ROWS_AT_A_TIME = 1000
 Row = Mapping[str, Sequence[Any]]  # columns of one row, each with a value per token
+Piece = tuple[int, int, int]  # which row, from which token, to which
 
 
 def pack(table: Any, how: str, most: int) -> Any:
     """A tokenised table, or a stream of tokenised rows, packed into rows of at most `most` tokens.
 
-    "bfd" puts each row whole where it leaves the least room (best fit, longest first); "wrapped" lays all rows end to end
-    and cuts. A stream is packed a thousand rows at a time.
+    "bfd" puts each row whole where it leaves the least room (best fit, longest first); "bfd_split" does so too, and cuts a
+    row that is longer; "wrapped" lays all rows end to end and cuts. A stream is packed a thousand rows at a time.
 
     Raises:
         ConfigurationError: these are no rows that can be read, or they are packed already.
-        DataError: a row is longer than `most`, and rows stay whole.
+        DataError: a row is longer than `most`, and "bfd" keeps rows whole.
     """
     names = getattr(table, "column_names", None) or ()
     if not isinstance(table, Dataset | IterableDataset) or (names and "input_ids" not in names):
@@ -46,7 +47,7 @@ def pack(table: Any, how: str, most: int) -> Any:
     writer = TableWriter(Features({**COLUMNS, **POSITIONS, **(WEIGHTS if weighted else {})}))
     found: list[dict[str, list[Any]]] = []
     read = table.select_columns([name for name in ("input_ids", "labels", WEIGHTS_COLUMN) if name in names])
-    rows: Any = wrapped(_each(read), most) if how == "wrapped" else best_fit(read, most)
+    rows: Any = wrapped(_each(read), most) if how == "wrapped" else best_fit(read, most, split=how == "bfd_split")
     for row in rows:
         found.append(row)
         if len(found) == ROWS_AT_A_TIME:
@@ -78,14 +79,35 @@ def packed(rows: Sequence[Row], how: str, most: int) -> list[dict[str, list[Any]
     """Rows in memory, packed."""
     if how == "wrapped":
         return list(wrapped(iter(rows), most))
-    return [together([rows[i] for i in group]) for group in groups([len(row["input_ids"]) for row in rows], most)]
+    parts = pieces([len(row["input_ids"]) for row in rows], most, split=how == "bfd_split")
+    grouped = ([parts[i] for i in group] for group in groups([end - start for _, start, end in parts], most))
+    made = [together([(rows[row], start, end) for row, start, end in group]) for group in grouped]
+    return [row for row in made if how == "bfd" or teaches(row)]
 
 
-def best_fit(table: Dataset, most: int) -> Iterator[dict[str, list[Any]]]:
-    """The rows of a table, each whole, packed by best fit."""
+def best_fit(table: Dataset, most: int, *, split: bool) -> Iterator[dict[str, list[Any]]]:
+    """The rows of a table packed by best fit, each whole, or with `split` those that are longer than `most` in pieces.
+
+    What is packed of pieces alone of which nothing would be learned is left out.
+    """
     lengths = [len(ids) for batch in table.iter(batch_size=ROWS_AT_A_TIME) for ids in batch["input_ids"]]
-    for group in groups(lengths, most):
-        yield together(rows_of(table[group]))
+    parts = pieces(lengths, most, split=split)
+    for group in groups([end - start for _, start, end in parts], most):
+        rows = rows_of(table[[parts[index][0] for index in group]])
+        made = together([(row, *parts[index][1:]) for row, index in zip(rows, group, strict=True)])
+        if not split or teaches(made):
+            yield made
+
+
+def pieces(lengths: Sequence[int], most: int, *, split: bool) -> list[Piece]:
+    """Rows whole, or with `split` in pieces of at most `most` tokens."""
+    if not split:
+        return [(row, 0, length) for row, length in enumerate(lengths)]
+    return [
+        (row, start, min(length, start + most))
+        for row, length in enumerate(lengths)
+        for start in range(0, length, most)
+    ]
 
 
 def groups(lengths: Sequence[int], most: int) -> list[list[int]]:
@@ -110,11 +132,11 @@ def groups(lengths: Sequence[int], most: int) -> list[list[int]]:
     return found
 
 
-def together(rows: Sequence[Row]) -> dict[str, list[Any]]:
-    """Whole rows, end to end."""
+def together(parts: Sequence[tuple[Row, int, int]]) -> dict[str, list[Any]]:
+    """Rows from a token to another, end to end; each is a sequence of its own."""
     made: dict[str, list[Any]] = {"input_ids": [], "labels": [], "position_ids": [], WEIGHTS_COLUMN: []}
-    for row in rows:
-        _append(made, row, 0, len(row["input_ids"]))
+    for part in parts:
+        _append(made, *part)
     return made
 
 

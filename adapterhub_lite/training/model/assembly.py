@@ -20,6 +20,7 @@ from adapterhub_lite.training.distributed.sharded import engine_of, join_process
 from adapterhub_lite.training.model.adapters import OpenedBase, changes_the_base, kept_tensors, load_for, with_adapter
 from adapterhub_lite.training.model.before_training import check_before_training
 from adapterhub_lite.training.model.fast_lora import install_fast_lora, remove_fast_lora
+from adapterhub_lite.training.model.lean_attention import install_lean_attention, remove_lean_attention
 from adapterhub_lite.training.model.lean_modules import install_lean_modules, remove_lean_modules
 from adapterhub_lite.training.model.segments import PackingChoice, choose_packing
 
@@ -83,6 +84,7 @@ class Assembly:
     loss: LossChoice
     fast_layers: int
     lean_modules: int
+    lean_attentions: int
     router_weight: float = 0.0
     initial: dict[str, Tensor] | None = None
 
@@ -93,6 +95,7 @@ class Assembly:
             "batches": self.packing.reason,
             "lora": f"{self.fast_layers} layers take the fused step",
             "blocks": f"{self.lean_modules} norms and gated MLPs keep less for the backward pass",
+            "attention step": f"{self.lean_attentions} attentions take the lean step for short rows",
         }
 
 
@@ -148,7 +151,9 @@ def adapted(
     lean_ways = args.fast_lora and not splits_weights(args)
     fast = install_fast_lora(model) if lean_ways else 0
     lean = install_lean_modules(model) if lean_ways else 0
-    return Assembly(model, opened.base, opened.tokenizer, hidden_states, packing, loss, fast, lean, router, initial)
+    attentions = install_lean_attention(model) if lean_ways and packing.packs and not args.torch_compile else 0
+    parts = model, opened.base, opened.tokenizer, hidden_states, packing, loss
+    return Assembly(*parts, fast, lean, attentions, router, initial)
 
 
 def adapted_again(
@@ -175,6 +180,7 @@ def adapted_again(
         )
     remove_fast_lora(model)
     remove_lean_modules(model)
+    remove_lean_attention(model)
     assembly.hidden_states.close()
     bare: Any = model.unload()
     if hasattr(bare, "peft_config"):
@@ -212,6 +218,7 @@ def plain(assembly: Assembly) -> Iterator[Any]:
     """Give the model back its own classes for a while: what others will run is what is asked then."""
     remove_fast_lora(assembly.model)
     remove_lean_modules(assembly.model)
+    remove_lean_attention(assembly.model)
     try:
         yield assembly.model
     finally:
@@ -219,3 +226,5 @@ def plain(assembly: Assembly) -> Iterator[Any]:
             install_fast_lora(assembly.model)
         if assembly.lean_modules:
             install_lean_modules(assembly.model)
+        if assembly.lean_attentions:
+            install_lean_attention(assembly.model)

@@ -5,7 +5,7 @@ transformers' `AttentionInterface` under `SEGMENTED`; without segments it is tra
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -31,7 +31,7 @@ class Group:
     """Segments of like length, laid out as (count, length) with the ends filled up.
 
     `gather` (count * length,) says which token stands at each place; `keep` lists the places of real tokens and
-    `tokens` the same tokens' positions in the row.
+    `tokens` the same tokens' positions in the row. `places` is `gather` with -1 where there is no token.
     """
 
     count: int
@@ -39,6 +39,11 @@ class Group:
     gather: Tensor
     keep: Tensor
     tokens: Tensor
+
+    @cached_property
+    def places(self) -> Tensor:
+        """Which token stands at each place (count * length,), -1 where there is none."""
+        return torch.full_like(self.gather, -1).index_copy_(0, self.keep, self.tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +59,11 @@ class Segments:
         starts = [*(position_ids[0] == 0).nonzero()[:, 0].tolist(), position_ids.shape[1]]
         lengths = tuple(end - start for start, end in itertools.pairwise(starts))
         return cls(lengths, position_ids.device)
+
+    @property
+    def short(self) -> bool:
+        """Whether a score matrix costs less than torch's kernel."""
+        return self.device.type == "cpu" and max(self.lengths) <= SHORT_TOKENS
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
@@ -78,6 +88,20 @@ class Segments:
         device = self.device
         return Group(len(spans), length, gather.to(device), keep.to(device), tokens.to(device))
 
+    def seen(self, module: torch.nn.Module, window: int | None) -> None:
+        """Called with each attention and its window; here it is nobody's business."""
+
+
+@dataclass(frozen=True, eq=False)
+class WatchedSegments(Segments):
+    """Segments that note which attentions they were handed to, and with which window."""
+
+    windows: dict[torch.nn.Module, int | None] = field(default_factory=dict)
+
+    def seen(self, module: torch.nn.Module, window: int | None) -> None:
+        """Note it."""
+        self.windows[module] = window
+
 
 class ShortAttention(torch.autograd.Function):
     """Causal attention in fp32 within each segment: q (heads, tokens, d), k and v (kv_heads, tokens, d).
@@ -87,13 +111,15 @@ class ShortAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float, window: int | None
+    ) -> Tensor:
         result = torch.empty_like(query)
         for group in segments.groups:
             q, k, v = (_fold(x.index_select(1, group.gather), group, key.shape[0]) for x in (query, key, value))
-            _scatter(result, _probabilities(q, k, scaling) @ v, group, key.shape[0])
+            _scatter(result, _probabilities(q, k, scaling, window) @ v, group, key.shape[0])
         ctx.save_for_backward(query, key, value)
-        ctx.segments, ctx.scaling = segments, scaling
+        ctx.segments, ctx.scaling, ctx.window = segments, scaling, window
         return result
 
     @staticmethod
@@ -105,14 +131,14 @@ class ShortAttention(torch.autograd.Function):
             outer = grad.new_zeros(grad.shape[0], group.count * group.length, grad.shape[2])
             outer.index_copy_(1, group.keep, grad.index_select(1, group.tokens))
             g = _fold(outer, group, key.shape[0])
-            weights = _probabilities(q, k, ctx.scaling)
+            weights = _probabilities(q, k, ctx.scaling, ctx.window)
             inner = g @ v.transpose(1, 2)
             # The softmax's gradient: p * (dp - sum(p * dp)).
             scores = inner.sub_((inner * weights).sum(-1, keepdim=True)).mul_(weights).mul_(ctx.scaling)
             parts = (scores @ k, scores.transpose(1, 2) @ q, weights.transpose(1, 2) @ g)
             for whole, part in zip(grads, parts, strict=True):
                 _scatter(whole, part, group, key.shape[0])
-        return *grads, None, None
+        return *grads, None, None, None
 
 
 def _fold(x: Tensor, group: Group, kv_heads: int) -> Tensor:
@@ -128,14 +154,22 @@ def _scatter(whole: Tensor, part: Tensor, group: Group, kv_heads: int) -> None:
     whole.index_copy_(1, group.tokens, flat.index_select(1, group.keep).to(whole.dtype))
 
 
-def _probabilities(q: Tensor, k: Tensor, scaling: float) -> Tensor:
+def _probabilities(q: Tensor, k: Tensor, scaling: float, window: int | None) -> Tensor:
     length = k.shape[1]
-    later = torch.ones(length, length, dtype=torch.bool, device=q.device).triu_(1)
+    later = ~visible(length, window, q.device)
     scores = torch.bmm(q, k.transpose(1, 2)).mul_(scaling).view(q.shape[0], -1, length, length)
     return scores.masked_fill_(later, float("-inf")).softmax(-1).view(q.shape[0], -1, length)
 
 
-def long_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float) -> Tensor:
+def visible(length: int, window: int | None, device: torch.device) -> Tensor:
+    """Which keys (columns) each query (row) sees: those up to itself, the last `window` of them."""
+    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril_()
+    return seen if window is None or window >= length else seen.triu_(1 - window)
+
+
+def long_attention(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float, window: int | None
+) -> Tensor:
     """The same with torch's kernel, group by group; for long segments and for GPUs."""
     parts, tokens = [], []
     for group in segments.groups:
@@ -144,7 +178,11 @@ def long_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segments
             for x in (query, key, value)
         )
         gqa = q.shape[1] != k.shape[1]
-        part = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa)
+        narrower = window is not None and window < group.length
+        mask = visible(group.length, window, q.device) if narrower else None
+        part = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa
+        )
         parts.append(part.transpose(0, 1).flatten(1, 2).index_select(1, group.keep))
         tokens.append(group.tokens)
     return torch.cat(parts, 1).index_select(1, torch.cat(tokens).argsort())
@@ -159,17 +197,26 @@ def segmented_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     segments: Segments | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls; query (batch, heads, seq, d), result (batch, seq, heads, d)."""
     if segments is None:
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            sliding_window=sliding_window,
+            **kwargs,
         )
+    segments.seen(module, sliding_window)
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-    short = query.device.type == "cpu" and max(segments.lengths) <= SHORT_TOKENS
-    attend = ShortAttention.apply if short else long_attention
-    result = attend(query[0], key[0], value[0], segments, factor)
+    attend = ShortAttention.apply if segments.short else long_attention
+    result = attend(query[0], key[0], value[0], segments, factor, sliding_window)
     return result.transpose(0, 1).unsqueeze(0), None
 
 
@@ -206,7 +253,7 @@ def choose_packing(model: Any, args: AdapterTrainingArguments, rows_read_by: str
         "NEFTune scales its noise by the padded length": args.neftune_noise_alpha is not None,
         f"{type(inner).__name__} does not pass segments to its attention": not inner._supports_attention_backend,
         f"its attention is {inner.config._attn_implementation}, not sdpa": _attention(inner) not in ("sdpa", SEGMENTED),
-        "it has other than full attention": has_special_attention(inner.config.get_text_config()),
+        "it has other than full and sliding attention": has_special_attention(inner.config.get_text_config()),
     }
     for reason, applies in reasons.items():
         if applies:
@@ -223,7 +270,7 @@ def segment_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
     """Add to a packed batch what keeps its rows apart: their segments, and a mask that says no mask is needed."""
     position_ids: Tensor = inputs["position_ids"]
     mask = torch.ones(NO_MASK_SHAPE, device=position_ids.device)
-    return {**inputs, "attention_mask": mask, "segments": Segments.of(position_ids)}
+    return {"segments": Segments.of(position_ids), **inputs, "attention_mask": mask}
 
 
 def _attention(inner: Any) -> str:
@@ -244,9 +291,12 @@ def keeps_rows_apart(model: Any) -> bool:
     )
     positions = torch.cat([torch.arange(7, device=device), torch.arange(11, device=device)])[None]
 
+    watched = WatchedSegments((7, 11), device)
+
     def states(neighbour: Tensor) -> Tensor:
         ids = torch.cat([neighbour, second])[None]
-        hidden: Tensor = decoder(**segment_inputs({"input_ids": ids, "position_ids": positions}))[0]
+        inputs = {"input_ids": ids, "position_ids": positions, "segments": watched}
+        hidden: Tensor = decoder(**segment_inputs(inputs))[0]
         return hidden[0, 7:].float()
 
     alone = decoder(input_ids=second[None])[0][0].float()
@@ -255,4 +305,17 @@ def keeps_rows_apart(model: Any) -> bool:
     scale = alone.norm().clamp(min=1e-9)
     # Beside another neighbour every product has the same shape, so that nothing may change; alone, kernels may round
     # otherwise, and in bf16 that grows over the layers.
-    return bool((beside - beside_other).norm() <= 1e-4 * scale and (beside - alone).norm() <= 0.2 * scale)
+    alike = (beside - beside_other).norm() <= 1e-4 * scale and (beside - alone).norm() <= 0.2 * scale
+    return bool(alike) and sorted(window or 0 for window in watched.windows.values()) == windows_of(inner.config)
+
+
+def windows_of(config: Any) -> list[int]:
+    """The windows that a model's layers have by its configuration, 0 for none, from the smallest to the largest.
+
+    These rows are shorter than any window: a model that would keep to it by its mask alone, which segments replace, shows
+    itself here.
+    """
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    return sorted((window or 0) if kind == "sliding_attention" else 0 for kind in kinds)

@@ -112,7 +112,7 @@ def preparation_for(
         opened.tokenizer,
         settings,
         # What is cut into rows may be of any length.
-        max_length=None if args.packing == "wrapped" else args.max_length,
+        max_length=None if args.packing in ("wrapped", "bfd_split") else args.max_length,
         overlong=args.overlong,
         ends=opened.ends(),
         formatting_func=formatting_func,

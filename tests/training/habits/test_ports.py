@@ -64,8 +64,8 @@ def test_the_docs_have_the_table() -> None:
     [
         ({"no_such_argument": 1}, "there is no argument no_such_argument"),
         ({"learning_rat": 1.0}, "did you mean learning_rate"),
-        ({"packing": True, "packing_strategy": "bfd_split"}, "packing_strategy='bfd_split' is packing"),
-        ({"packing": "tight"}, "packing is 'tight', expected one of none, bfd, wrapped"),
+        ({"packing": True, "packing_strategy": "tight"}, "packing_strategy='tight' is packing"),
+        ({"packing": "tight"}, "packing is 'tight', expected one of none, bfd, bfd_split, wrapped"),
         ({"packing": True, "max_length": None}, "expected a number"),
         ({"trust_remote_code": True}, "load the model"),
         ({"activation_offloading": True}, "activation_checkpointing_kwargs"),
@@ -84,6 +84,7 @@ def test_what_means_nothing_is_one_sentence(given: dict[str, Any], words: str, t
         ({"max_length": None}, {"max_length": None}),
         ({"packing": True}, {"packing": "bfd"}),
         ({"packing": True, "packing_strategy": "wrapped"}, {"packing": "wrapped"}),
+        ({"packing": True, "packing_strategy": "bfd_split"}, {"packing": "bfd_split"}),
         ({"packing": False, "packing_strategy": "bfd"}, {"packing": "none"}),
         ({"truncation_mode": "keep_end"}, {"overlong": "truncate_start"}),
         ({"evaluation_strategy": "no", "no_cuda": True}, {"use_cpu": True}),
@@ -178,6 +179,18 @@ def test_packing_loses_no_token_and_fills_rows() -> None:
         sorted(i for one in groups([9, 3, 7, 5, 1, 2], 10) for i in one) == list(range(6))
         and len(groups([9, 3, 7, 5, 1, 2], 10)) == 3
     )
+    split = pack(rows, "bfd_split", 4)
+    assert sorted(token for ids in split["input_ids"] for token in ids) == sorted(
+        t for ids in rows["input_ids"] for t in ids
+    )
+    # 9, 7, 5 in fours, and what is left over beside each other; a piece begins a sequence.
+    assert [len(ids) for ids in split["input_ids"]] == [4, 4, 4, 4, 4, 4, 3]
+    assert all(places[0] == 0 for places in split["position_ids"]) and [5, 6, 7, 8] in split["input_ids"]
+    lazily = pack(rows.to_iterable_dataset(), "bfd_split", 4)
+    assert [row["input_ids"] for row in lazily] == list(split["input_ids"])
+    # A piece of which nothing is learned would fill a batch for nothing.
+    asked = Dataset.from_list([{"input_ids": [1] * 6, "labels": [-100] * 4 + [1, 1]}])
+    assert pack(asked, "bfd_split", 4)["input_ids"][:] == [[1, 1]]
     with pytest.raises(DataError, match="cannot be packed whole"):
         pack(rows, "bfd", 8)
     stream = pack(rows.to_iterable_dataset(), "bfd", 10)
