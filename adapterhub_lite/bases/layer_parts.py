@@ -103,10 +103,11 @@ def attention_parts(module: nn.Module) -> AttentionParts | None:
         return None
     if getattr(module, "attn_logit_softcapping", None) is not None or not getattr(module, "is_causal", True):
         return None
-    one_by_one = names == separate
     return AttentionParts(
-        *((children[name] for name in ("q_proj", "k_proj", "v_proj")) if one_by_one else (None, None, None)),
-        joined=None if one_by_one else children["qkv_proj"],
+        queries=children.get("q_proj"),
+        keys=children.get("k_proj"),
+        values=children.get("v_proj"),
+        joined=children.get("qkv_proj"),
         out=children["o_proj"],
         query_norm=children.get("q_norm"),
         key_norm=children.get("k_norm"),

@@ -3,27 +3,29 @@
 A range is `[4, 8, 16]`, one of these, or `{low: 1e-4, high: 1e-2, log: true}`, a number between two.
 """
 
+import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import yaml
 from datasets import Dataset
-from transformers.trainer_utils import get_last_checkpoint
 
 from adapterhub_lite.adapter_format.manifest import read_record
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import ConfigurationError, DataError
 from adapterhub_lite.installation import missing_extra
 from adapterhub_lite.training.recipe import TrainingOutcome, held_out_rows, run_key, trainer_for
-from adapterhub_lite.training.run.search_trainer import FIXED, TRIALS_FILE, read_trials
+from adapterhub_lite.training.run.search_trainer import FIXED, read_trials
 from adapterhub_lite.training.settings import TrainingRecipe
 
 logger = logging.getLogger(__name__)
 KEYS = {"low", "high", "log"}
+# In the folder of a sweep, so that it can go on: the ranges it was asked for, and what optuna knows of its trials.
+RANGES_FILE, STUDY_FILE = "ranges.json", "study.journal"
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,18 @@ class Range:
     low: float = 0.0
     high: float = 0.0
     log: bool = False
+
+    @property
+    def largest(self) -> Any:
+        """The largest value; of words, the last."""
+        return self.high if not self.choices else max(self.choices, key=lambda one: one if is_number(one) else 0)
+
+    def described(self) -> str:
+        """`2, 4 or 8`, `0.0001 to 0.01`."""
+        if not self.choices:
+            return f"{self.low:g} to {self.high:g}"
+        *others, last = map(str, self.choices)
+        return f"{', '.join(others)} or {last}" if others else last
 
     # What optuna calls a trial.
     def of(self, name: str, trial: Any) -> Any:
@@ -95,10 +109,14 @@ def range_of(value: Any) -> Range:
         return Range(choices=tuple(number(one) for one in value))
     if isinstance(value, Mapping) and {"low", "high"} <= set(value) <= KEYS:
         low, high = number(value["low"]), number(value["high"])
-        numbers = all(isinstance(one, int | float) and not isinstance(one, bool) for one in (low, high))
-        if numbers and low <= high and not (value.get("log") and low <= 0):
+        if is_number(low) and is_number(high) and low <= high and not (value.get("log") and low <= 0):
             return Range(low=low, high=high, log=bool(value.get("log")))
     raise ValueError("expected a list of values, or low, high and log with low at most high")
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a number, which True is not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def number(value: Any) -> Any:
@@ -109,6 +127,29 @@ def number(value: Any) -> Any:
         except ValueError:
             return value
     return value
+
+
+def checked(rows: Dataset, recipe: TrainingRecipe, ranges: Mapping[str, Range], trials: int) -> tuple[Dataset, Dataset]:
+    """(the rows to learn, those to compare trials by) of a sweep that can be run.
+
+    Raises:
+        ConfigurationError: there is nothing to compare trials by, a range has an impossible value, or optuna is missing.
+        DataError: no rows are left to evaluate on.
+    """
+    if find_spec("optuna") is None:
+        raise missing_extra("A sweep", "search")
+    if trials < 1:
+        raise ConfigurationError(f"trials is {trials}, expected 1 or more.")
+    for name, one in ranges.items():
+        for value in one.choices or (one.low, one.high):
+            # A value that no recipe takes is found before the first trial.
+            replace(recipe, **{name: value})
+    rows, held_out = held_out_rows(rows, recipe)
+    if held_out is None:
+        raise ConfigurationError("A sweep compares evaluations: give eval_data or validation_split.")
+    if not len(held_out):
+        raise DataError("No rows are left to evaluate on. Give more rows, or a larger validation_split.")
+    return rows, held_out
 
 
 def sweep(
@@ -124,40 +165,44 @@ def sweep(
 ) -> Sweep:
     """Run `trials` trials in a folder of their own under `folder`, each a clean adapter on the same resident base.
 
+    One that was interrupted goes on with the trials that it lacks; the trial that it was in begins anew.
+
     Raises:
         ConfigurationError: there is nothing to compare trials by, a range has an impossible value, or optuna is missing.
         DataError: a row cannot be used.
     """
-    if find_spec("optuna") is None:
-        raise missing_extra("A sweep", "search")
-    if trials < 1:
-        raise ConfigurationError(f"trials is {trials}, expected 1 or more.")
+    rows, held_out = checked(rows, recipe, ranges, trials)
     import optuna
+    from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     names = searchable()
-    for name, one in ranges.items():
-        for value in one.choices or (one.low, one.high):
-            # A value that no recipe takes is found before the first trial.
-            replace(recipe, **{name: value})
-    rows, held_out = held_out_rows(rows, recipe)
-    if held_out is None:
-        raise ConfigurationError("A sweep compares evaluations: give eval_data or validation_split.")
-    if not len(held_out):
-        raise DataError("No rows are left to evaluate on. Give more rows, or a larger validation_split.")
     run = folder / f"sweep-{run_key(base, rows, recipe, held_out)}"
-    if run.is_dir() and (get_last_checkpoint(str(run)) or (run / TRIALS_FILE).exists()):
-        raise ConfigurationError(
-            f"There is a sweep of these rows and settings in {run} already. Remove it, or change them."
-        )
+    done, asked = len(read_trials(run)), json.dumps({name: asdict(one) for name, one in ranges.items()}, sort_keys=True)
+    kept = run / RANGES_FILE
+    if run.is_dir() and any(run.iterdir()):
+        if not kept.is_file() or kept.read_text(encoding="utf-8") != asked or done >= trials:
+            raise ConfigurationError(
+                f"There is a sweep of these rows and settings in {run} already. Remove it, change them, or ask for more trials."
+            )
+        logger.warning(f"The sweep in {run} goes on: {done} of {trials} trials are done.")
     trainer = trainer_for(base, rows, held_out, run, recipe, data_id=data_id, show_progress=show_progress)
+    # What an interrupted sweep left is what this one goes on with.
+    trainer.guard.was_there = []
+    run.mkdir(parents=True, exist_ok=True)
+    kept.write_text(asked, encoding="utf-8")
+    journal = JournalFileBackend(str(run / STUDY_FILE))
     trainer.hyperparameter_search(
         hp_space=lambda trial: {names[name]: one.of(names[name], trial) for name, one in ranges.items()},
         compute_objective=lambda metrics: metrics["eval_loss"],
-        n_trials=trials,
+        n_trials=trials - done,
         direction="minimize",
         backend="optuna",
-        sampler=optuna.samplers.TPESampler(seed=recipe.seed),
+        # With the same seed it would draw the same again.
+        sampler=optuna.samplers.TPESampler(seed=recipe.seed + done),
+        storage=optuna.storages.JournalStorage(journal),
+        study_name="sweep",
+        load_if_exists=True,
     )
     record = read_record(trainer.best_adapter) if trainer.best_adapter is not None else None
     if trainer.best_adapter is None or record is None:

@@ -43,7 +43,7 @@ CASES = {
     ),
     "sweep": Case(
         "own --data {rows} --base {base} --steps 1 --batch-size 2 --validation-split 0.5 --ranges {ranges} --trials 2",
-        "best trials", "own --data {rows} --base {base} --ranges {ranges}", "compares evaluations", dry=False,
+        "best trials", "own --data {rows} --base {base} --ranges {ranges}", "compares evaluations",
     ),
     "eval": Case(
         "sql:1 --data {rows} --base {base} --max-new-tokens 2 --limit 2", "reference digest rows metrics recorded",

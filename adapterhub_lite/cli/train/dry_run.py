@@ -18,13 +18,15 @@ def rehearse(
     home: str | None,
     as_json: bool,
     devices: int,
+    *,
+    first: str = "",
 ) -> None:
-    """Say which rows would be learned by which settings, and what the planner thinks of it."""
+    """Say which rows would be learned by which settings, and what the planner thinks of it; `first` is done before."""
     from adapterhub_lite.memory import plan_memory
     from adapterhub_lite.training.data.lengths import measure_rows
 
     length = f"{recipe.steps} steps" if recipe.steps > 0 else f"{recipe.epochs:g} epochs"
-    act = f"train {name} for {length} of {recipe.batch_size} x {recipe.accumulation} from {rows} rows of {data_id} on {base}"
+    act = f"{first}train {name} for {length} of {recipe.batch_size} x {recipe.accumulation} from {rows} rows of {data_id} on {base}"
     source = base
     if base in EMBEDDED_BASES:
         made = adapterhub_home(home) / "bases" / base

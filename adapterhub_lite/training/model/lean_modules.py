@@ -114,13 +114,15 @@ class LeanJoinedGate(torch.autograd.Function):
         both = both.contiguous()
         ctx.save_for_backward(both)
         ctx.activation = activation
-        return gated(*both.chunk(2, -1), activation)
+        gate, up = both.chunk(2, -1)
+        return gated(gate, up, activation)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         (both,) = ctx.saved_tensors
         made = torch.empty_like(both)
-        gated_backward(grad, *both.chunk(2, -1), *made.chunk(2, -1), ctx.activation)
+        (gate, up), (to_gate, to_up) = both.chunk(2, -1), made.chunk(2, -1)
+        gated_backward(grad, gate, up, to_gate, to_up, ctx.activation)
         return made, None
 
 

@@ -149,13 +149,19 @@ class SearchTrainer(RowsTrainer):
         if len(args) < 2:
             kwargs["compute_objective"] = kwargs.get("compute_objective") or objective_of
         self._direction = kwargs.get("direction", args[3] if len(args) > 3 else "minimize")
-        self._best, self.best_adapter = None, None
+        # Of a search that goes on, what it had found.
+        kept = [one for one in read_trials(self._output()) if (self._output() / one.get("adapter", "?")).is_dir()]
+        self._best = kept[-1]["objective"] if kept else None
+        self.best_adapter = self._output() / kept[-1]["adapter"] if kept else None
         try:
             return super().hyperparameter_search(*args, **kwargs)
         except RuntimeError as error:
             if "backend" in str(error).lower() and "available" in str(error).lower():
                 raise missing_extra("A search", "search") from error
             raise
+
+    def _output(self) -> Path:
+        return Path(str(self.args.output_dir))
 
     def keep_trial(self, trial: Any, output: TrainOutput) -> None:
         """Write down what became of a trial, and keep its adapter if it is the best so far. Every process calls it."""
@@ -166,7 +172,7 @@ class SearchTrainer(RowsTrainer):
         params = dict(getattr(trial, "params", None) or {})
         line = {"trial": number, "objective": objective, "settings": params, "steps": output.global_step}
         line["seconds"] = round(float(output.metrics.get("train_runtime", 0.0)), 1)
-        folder = Path(str(self.args.output_dir))
+        folder = self._output()
         several = not isinstance(objective, int | float)
         better = not several and (
             self._best is None or (objective < self._best if self._direction == "minimize" else objective > self._best)

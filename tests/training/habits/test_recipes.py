@@ -10,7 +10,7 @@ from adapterhub_lite.bases import resolve_base
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.training import TrainingRecipe, train_adapter
 from adapterhub_lite.training.data.rows import load_rows
-from adapterhub_lite.training.run.search_trainer import TRIALS_FILE
+from adapterhub_lite.training.run.search_trainer import TRIALS_FILE, SearchTrainer, read_trials
 from adapterhub_lite.training.sweep import Range, read_ranges, sweep
 
 CHATS = [
@@ -104,7 +104,38 @@ def test_a_sweep_keeps_the_best_with_its_record(tiny_base: Path, tmp_path: Path)
     assert kept == [found.best.folder.name] and (found.best.folder.parent / TRIALS_FILE).exists()
     with pytest.raises(ConfigurationError, match="There is a sweep"):
         sweep(base, rows, tmp_path, recipe, ranges, 3)
+    with pytest.raises(ConfigurationError, match="There is a sweep"):
+        sweep(base, rows, tmp_path, recipe, {"rank": Range(choices=(2, 4))}, 5)
     with pytest.raises(ConfigurationError, match="rank is 0"):
         sweep(base, rows, tmp_path, recipe, {"rank": Range(choices=(0, 4))}, 1)
     with pytest.raises(ConfigurationError, match="give eval_data or validation_split"):
         sweep(base, rows, tmp_path, TrainingRecipe(steps=1), ranges, 1)
+
+
+def test_an_interrupted_sweep_goes_on(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("optuna")
+    rows, base = load_rows(CHATS), resolve_base(tiny_base)
+    ranges = {"learning_rate": Range(low=1e-4, high=1e-1, log=True)}
+    recipe = TrainingRecipe(steps=2, **SMALL)
+    made: list[int] = []
+
+    def interrupted(trainer: SearchTrainer, trial: Any, output: Any) -> None:
+        made.append(trial.number)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        keep(trainer, trial, output)
+
+    keep = SearchTrainer.keep_trial
+    monkeypatch.setattr(SearchTrainer, "keep_trial", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(base, rows, tmp_path, recipe, ranges, 4, show_progress=False)
+    (run,) = tmp_path.glob("sweep-*")
+    before = read_trials(run)
+    assert len(before) == 2
+    found = sweep(base, rows, tmp_path, recipe, ranges, 4, show_progress=False)
+    assert found.trials[:2] == before and len(found.trials) == 4
+    rates = [one["settings"]["learning_rate"] for one in found.trials]
+    assert len(set(rates)) == 4
+    best = min(found.trials, key=lambda one: float(one["objective"]))
+    assert found.best.record.hyperparameters["learning_rate"] == pytest.approx(best["settings"]["learning_rate"])
+    assert [path.name for path in run.glob("best-of-*")] == [best["adapter"]]
