@@ -1,6 +1,7 @@
 """What a run shows while it goes and leaves behind: the progress bar, `metrics.jsonl` and `loss.png`."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -72,18 +73,23 @@ def draw_losses(history: list[dict[str, Any]], path: Path) -> None:
 
 
 class ProgressCallback(TrainerCallback):
-    """A rich bar on the terminal: steps, loss, tokens per second, peak memory, time left."""
+    """A rich bar on the terminal: steps, loss, tokens per second, peak memory, time left.
+
+    Where the output goes into a file, there is a line with the same figures now and then.
+    """
 
     def __init__(self, meter: RunMeter, console: Console | None = None) -> None:
         self.meter = meter
         self.console = console or Console(stderr=True)
         self.bar: Progress | None = None
+        self.seconds_between_lines, self._last_line = 20.0, 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the bar on the first process of the run."""
-        if not state.is_local_process_zero:
+        self._last_line = time.monotonic()
+        if not state.is_local_process_zero or not self.console.is_terminal:
             return
         self.bar = Progress(
             TextColumn("training"),
@@ -114,10 +120,14 @@ class ProgressCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Show the newest loss, speed and memory."""
-        if self.bar and logs and "loss" in logs:
+        if state.is_local_process_zero and logs and "loss" in logs:
             peak = self.meter.peak_bytes / (1 << 20)
             figures = f"loss {logs['loss']:.4f}  {self.meter.tokens_per_second:,.0f} tokens/s  {peak:,.0f} MiB"
-            self.bar.update(self.task, figures=figures)
+            if self.bar:
+                self.bar.update(self.task, figures=figures)
+            elif not self.console.is_terminal and time.monotonic() - self._last_line >= self.seconds_between_lines:
+                self._last_line = time.monotonic()
+                self.say(f"training {state.global_step}/{state.max_steps}  {figures}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

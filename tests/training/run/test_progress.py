@@ -45,6 +45,20 @@ def test_the_bar_shows_steps_loss_speed_memory_and_time_left(make_trainer: Any) 
     assert "memory: lora-fp32" in bar.console.file.getvalue()
 
 
+def test_a_file_gets_a_line_now_and_then(make_trainer: Any) -> None:
+    trainer = make_trainer(show_progress=True)
+    trainer.progress.console = Console(file=io.StringIO(), width=200)
+    trainer.progress.seconds_between_lines = 0.0
+    trainer.train()
+    lines = [line for line in trainer.progress.console.file.getvalue().splitlines() if line.startswith("training")]
+    pattern = r"training {}/4  loss \d+\.\d{{4}}  [\d,]+ tokens/s  [\d,]+ MiB"
+    assert len(lines) == 4 and all(re.fullmatch(pattern.format(n + 1), line) for n, line in enumerate(lines)), lines
+    trainer.progress.seconds_between_lines = 1e9
+    before = trainer.progress.console.file.getvalue().count("training ")
+    trainer.train()
+    assert trainer.progress.console.file.getvalue().count("training ") == before
+
+
 def test_the_plot_has_a_line_for_each_loss(tmp_path: Path) -> None:
     history = [{"step": step, "loss": 3.0 - step} for step in range(3)]
     progress.draw_losses(history, tmp_path / "one.png")
