@@ -1,6 +1,6 @@
 """What does a LoRA step cost for bases of several families, beside HF Trainer with PEFT and beside its products alone?
 
-Bases of the widths and depth of SmolLM2-135M with random weights, as Llama, Qwen3, Gemma 3 and Phi-3 lay out their layers;
+Ten layers of the widths of SmolLM2-135M with random weights, as Llama, Qwen3, Gemma 3 and Phi-3 lay them out;
 16 rows of 64 tokens, of which the last 24 are learned, rank 8 on all linear layers. HF runs with and without `bf16=True`, and
 its faster setting is what ours is compared with. `floor` is the products of such a step and nothing else.
 
@@ -31,7 +31,7 @@ ROWS, TOKENS, LEARNED, RANK = 16, 64, 24, 8
 COMMON = {
     "hidden_size": 576,
     "intermediate_size": 1536,
-    "num_hidden_layers": 30,
+    "num_hidden_layers": 10,
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
     "vocab_size": 49152,
