@@ -11,7 +11,15 @@ from torch import Tensor
 from adapterhub_lite.errors import IntegrityError
 from adapterhub_lite.training.model.master_weights import MASTERS_FILE, MasterWeights, masters_of
 
-WHOLE = {"memory_preset": "full", "learning_rate": 1e-4, "max_steps": 6, "save_steps": 2, "save_strategy": "steps"}
+WHOLE: dict[str, Any] = {
+    "memory_preset": "full",
+    "learning_rate": 1e-4,
+    "max_steps": 6,
+    "save_steps": 2,
+    "save_strategy": "steps",
+}
+# From the first step on: with a rate of 0 a pre-flight would have nothing to undo.
+WHOLE |= {"warmup_steps": 0}
 
 
 def weights(trainer: Any) -> dict[str, Tensor]:
