@@ -97,7 +97,8 @@ def examine_base(base: str, home: str | Path | None) -> dict[str, str]:
     try:
         _, verdict = proven(model, resolved.fingerprint, adapterhub_home(home), rows=16)
         answers["serving"] = (
-            f"{verdict.kind}; logits within {verdict.difference:.1g} of the model's own, relative to their size"
+            f"{verdict.kind}; logits within {verdict.difference:.1g} of the model's own, relative to their size; at most "
+            f"{verdict.tolerance:.1g} is rounding"
         )
         batched = verdict.kind in (ForwardKind.LEAN, ForwardKind.PACKED)
         if verdict.reasons:

@@ -353,6 +353,7 @@ class InferenceEngine:
             waiting_by_tenant=self._core.waiting_by_tenant(),
             forward=str(self._runner.kind),
             difference=None if self._verdict is None else self._verdict.difference,
+            tolerance=None if self._verdict is None else self._verdict.tolerance,
             reasons=() if self._verdict is None else self._verdict.reasons,
         )
 

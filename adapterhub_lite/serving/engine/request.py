@@ -159,10 +159,11 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens read and written."""
+    """Tokens read and written; of those read, `cached_tokens` were taken over from another request's beginning."""
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -238,9 +239,10 @@ class EngineStatus:
     (bytes that were not the recorded ones when they were loaded) count since the start; `splits` maps a
     reference to (candidate, share).
 
-    `forward` is how the base is computed: "lean" and "packed" are batches, "row by row" and "recomputed" are slower and
-    for families that cannot be batched exactly; `reasons` say why no faster way is. `difference` is the largest from
-    the model's own logits, relative to their size, that was found at start; None where nothing was compared.
+    `forward` is how the base is computed: "lean", "packed" and "stacked" are batches, "row by row" and "recomputed" are
+    slower and for families that cannot be batched exactly; `reasons` say why no faster way is. `difference` is the largest
+    from the model's own logits, relative to their size, that was found at start, and `tolerance` what is rounding; None
+    where nothing was compared.
 
     `restarts` counts how often the engine began anew after a failure of its own. `cache_bytes` of at most `cache_budget`
     (None: no limit) are allocated for keys and values. `max_length` are the tokens that prompt and answer may have.
@@ -260,6 +262,7 @@ class EngineStatus:
     splits: dict[str, tuple[str, float]]
     forward: str = ""
     difference: float | None = None
+    tolerance: float | None = None
     reasons: tuple[str, ...] = ()
     restarts: int = 0
     cache_budget: int | None = None

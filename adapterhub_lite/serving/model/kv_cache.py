@@ -20,11 +20,10 @@ pages that are written, so a short row of a large capacity costs what it uses. A
 """
 
 import contextlib
-import ctypes
-import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from transformers import PretrainedConfig
@@ -148,6 +147,44 @@ def group_runs(slices: Sequence[RowSlice]) -> tuple[Run, ...]:
     return tuple(runs)
 
 
+@dataclass(frozen=True)
+class Room:
+    """A layer's keys and values (rows, capacity, kv_heads, head_dim), and where in them the tokens of a step belong.
+
+    Places (T,) count tokens over all rows. Those of keys and values differ after an allocation that failed half-way.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    key_places: torch.Tensor
+    value_places: torch.Tensor
+
+    def store(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Put the step's keys and values (T, kv_heads, head_dim) there."""
+        self.keys.view(-1, *key.shape[1:]).index_copy_(0, self.key_places, key)
+        self.values.view(-1, *value.shape[1:]).index_copy_(0, self.value_places, value)
+
+
+class DirectAttention(Protocol):
+    """Attends for rows with few queries, where they lie in the cache."""
+
+    def begin(self, runs: Sequence[Run]) -> list[Run]:
+        """Take the runs of a step that are for it; return the others."""
+        ...
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        out: torch.Tensor,
+        scaling: float | None,
+        window: int | None,
+    ) -> None:
+        """Write the results of the runs taken into out (T, heads, value_dim), from query (T, heads, head_dim)."""
+        ...
+
+
 class KVCache:
     """For each layer, keys and values (rows, capacity, kv_heads, head_dim), and attention over them.
 
@@ -162,7 +199,7 @@ class KVCache:
         rows: int,
         *,
         device: torch.device | str = "cpu",
-        direct: "NativeAttention | None" = None,
+        direct: DirectAttention | None = None,
         token_bytes: int = 1,
     ) -> None:
         self.rows = rows
@@ -172,14 +209,14 @@ class KVCache:
         self._direct = direct
         self._runs: list[Run] = []
         self.capacity = FIRST_CAPACITY
-        self._device = device
+        self.device = device
         # Made at the first write of a layer, which knows heads and dtype; models may differ from layer to layer.
         self._keys: list[torch.Tensor | None] = [None] * layers
         self._values: list[torch.Tensor | None] = [None] * layers
         # Up to here a row's memory is known to hold numbers: masked places are multiplied by 0, and 0 * NaN is NaN.
         self._clean = [0] * rows
         self._step: Step | None = None
-        # By capacity: layers differ in it after an allocation that failed half-way.
+        # By capacity, in which stores may differ.
         self._flat: dict[int, torch.Tensor] = {}
         # By the run's first token.
         self._masks: dict[tuple[int, int | None, torch.dtype], torch.Tensor] = {}
@@ -197,6 +234,11 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes that are allocated now."""
         return sum(t.nbytes for store in (self._keys, self._values) for t in store if t is not None)
+
+    @property
+    def allocated(self) -> tuple[int, int]:
+        """For how many rows of how many tokens there is memory now."""
+        return self._held, self.capacity
 
     def most_rows(self, length: int) -> int:
         """How many rows of at most `length` tokens fit into the budget."""
@@ -300,14 +342,28 @@ class KVCache:
         last `window` where one is given. `softcap` c makes a score s into c tanh(s / c) (Gemma 2, arXiv:2408.00118);
         `sinks` (heads,) are scores that take part in the softmax and have no value (gpt-oss).
         """
-        step = self._step
+        room = self.room(layer, key.shape[1:], value.shape[1:], key.dtype)
+        room.store(key, value)
+        return self.look(query, room, scaling, window, softcap=softcap, sinks=sinks)
+
+    def look(
+        self,
+        query: torch.Tensor,
+        room: Room,
+        scaling: float | None,
+        window: int | None = None,
+        *,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend as `attend` does, with keys and values that have been stored."""
+        step, keys, values = self._step, room.keys, room.values
         assert step is not None, "begin() was not called"
-        keys, values = self._store(layer, key, value)
-        out = torch.empty(query.shape[0], query.shape[1], value.shape[2], dtype=query.dtype, device=query.device)
+        out = torch.empty(query.shape[0], query.shape[1], values.shape[3], dtype=query.dtype, device=query.device)
         plain = softcap is None and sinks is None
         if self._direct is not None and plain:
             self._direct.attend(query, keys, values, out, scaling, window)
-        kv_heads = key.shape[1]
+        kv_heads = keys.shape[2]
         for run in self._runs if plain else step.runs:
             n, length = run.count, run.query_length
             # -> (n, kv, group * q, d): heads that share keys become more queries, and no key is repeated
@@ -324,23 +380,27 @@ class KVCache:
             out[run.tokens].view(n, length, kv_heads, group, -1).copy_(back)
         return out
 
-    def _store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def room(self, layer: int, key_shape: Sequence[int], value_shape: Sequence[int], dtype: torch.dtype) -> Room:
+        """Where a layer's keys and values of this step belong; the shapes are (kv_heads, head_dim) of each."""
         pair = []
-        for store, fresh in ((self._keys, key), (self._values, value)):
+        for store, shape in ((self._keys, key_shape), (self._values, value_shape)):
             held = store[layer]
             if held is None:
                 # empty, not zeros: pages that no row has reached are never committed
-                held = fresh.new_empty(self._held, self.capacity, *fresh.shape[1:])
+                held = torch.empty(self._held, self.capacity, *shape, dtype=dtype, device=self.device)
                 for row, clean in enumerate(self._clean[: self._held]):
                     held[row, :clean].zero_()
                 store[layer] = held
-            flat = self._flat.get(held.shape[1])
-            if flat is None:
-                assert self._step is not None
-                flat = self._flat[held.shape[1]] = self._step.token_rows * held.shape[1] + self._step.positions
-            held.view(-1, *fresh.shape[1:]).index_copy_(0, flat, fresh)
             pair.append(held)
-        return pair[0], pair[1]
+        return Room(pair[0], pair[1], *map(self._places_in, pair))
+
+    def _places_in(self, held: torch.Tensor) -> torch.Tensor:
+        """Where the tokens of this step belong, as `Room` counts."""
+        capacity = held.shape[1]
+        if capacity not in self._flat:
+            assert self._step is not None
+            self._flat[capacity] = self._step.token_rows * capacity + self._step.positions
+        return self._flat[capacity]
 
     def _mask(self, run: Run, group: int, window: int | None, query: torch.Tensor) -> torch.Tensor:
         """Additive mask (n, 1, group * q, kv): -inf where a query must not look. Shared by the layers of a step."""
@@ -356,24 +416,6 @@ class KVCache:
             found = mask[:, None].repeat(1, 1, group, 1)
             self._masks[run.tokens.start, window, query.dtype] = found
         return found
-
-
-# As in row_attention.c.
-LOOK = struct.Struct("@iiii")
-HEADS_AT_ONCE = 4
-KINDS = {torch.float32: 0, torch.bfloat16: 1}
-# A row that computes more tokens at once is a prompt being read: PyTorch's matrix products are the faster ones then.
-MOST_QUERIES = 8
-
-
-class _Tensors(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "keys", "values", "out")),
-        *((name, ctypes.c_int64) for name in ("q_token", "q_head", "out_token")),
-        *((name, ctypes.c_int64) for name in ("key_row", "key_place", "value_row", "value_place")),
-        *((name, ctypes.c_int32) for name in ("kind", "heads", "kv_heads", "key_dim", "value_dim")),
-        ("scaling", ctypes.c_float),
-    )
 
 
 def capped_attention(
@@ -398,70 +440,6 @@ def capped_attention(
     column = sinks.view(kv_heads, group, 1).expand(kv_heads, group, queries // group).reshape(1, kv_heads, queries, 1)
     joined = torch.cat((scores, column.to(scores.dtype).expand(n, -1, -1, -1)), dim=-1)
     return torch.softmax(joined, dim=-1, dtype=torch.float32)[..., :-1].to(query.dtype) @ values
-
-
-class NativeAttention:
-    """Attends for the runs of a step that have few queries a row. `kernel` is `native.row_attention()`."""
-
-    def __init__(self, kernel: Callable[..., None], *, threads: int | None = None) -> None:
-        self._kernel = kernel
-        self._threads = threads
-        self._runs: list[Run] = []
-        self._looks: dict[int | None, tuple[ctypes.Array[ctypes.c_char], int]] = {}
-        self._scores = torch.empty(0)
-        self._room = 0
-
-    def begin(self, runs: Sequence[Run]) -> list[Run]:
-        """Take the runs of a step that are for this code; return the others."""
-        self._runs = [run for run in runs if run.query_length <= MOST_QUERIES]
-        self._looks = {}
-        self._room = max((run.kv_length for run in self._runs), default=0)
-        self._calls = self._threads or torch.get_num_threads()
-        needed = self._calls * HEADS_AT_ONCE * self._room
-        if self._scores.numel() < needed:
-            self._scores = torch.empty(2 * needed)
-        return [run for run in runs if run.query_length > MOST_QUERIES]
-
-    def attend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        out: torch.Tensor,
-        scaling: float | None,
-        window: int | None,
-    ) -> None:
-        """Write the results of the runs taken into out (T, heads, value_dim), from query (T, heads, head_dim).
-
-        `keys` and `values` are a layer's (rows, capacity, kv_heads, head_dim), those of this step included.
-        """
-        if not self._runs:
-            return
-        looks, count = self._looks.get(window) or self._look(window)
-        assert query.dtype == keys.dtype == out.dtype and query.stride(2) == 1
-        strides = (*query.stride()[:2], out.stride(0), *keys.stride()[:2], *values.stride()[:2])
-        tensors = _Tensors(
-            query.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(),
-            *(stride * query.element_size() for stride in strides), KINDS[query.dtype],
-            query.shape[1], keys.shape[2], query.shape[2], values.shape[3],
-            query.shape[2] ** -0.5 if scaling is None else scaling,
-        )  # fmt: skip
-        self._kernel(
-            ctypes.addressof(tensors), ctypes.addressof(looks), count, self._scores.data_ptr(), self._room, self._calls
-        )
-
-    def _look(self, window: int | None) -> tuple["ctypes.Array[ctypes.c_char]", int]:
-        """For each token of the runs: itself, its row, and the first and the end of the places that it sees."""
-        packed = []
-        for run in self._runs:
-            for at, (row, start) in enumerate(zip(range(run.rows.start, run.rows.stop), run.starts, strict=True)):
-                for query in range(run.query_length):
-                    end = start + query + 1
-                    token = run.tokens.start + at * run.query_length + query
-                    packed.append(LOOK.pack(token, row, 0 if window is None else max(0, end - window), end))
-        made = ctypes.create_string_buffer(b"".join(packed), len(packed) * LOOK.size), len(packed)
-        self._looks[window] = made
-        return made
 
 
 def token_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:

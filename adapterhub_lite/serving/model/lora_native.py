@@ -14,7 +14,7 @@ import torch
 from adapterhub_lite.serving.adapters.weights import Family, FamilyWeights, Parts
 from adapterhub_lite.serving.model.kv_cache import Step
 
-# As in row_products.c.
+# As in row_products.c, KINDS as in lanes.h.
 ENTRY = struct.Struct("@PPPPiiiiif")
 BLOCK = struct.Struct("@iiii")
 BLOCK_TOKENS = 4

@@ -25,26 +25,6 @@ typedef struct { /* strides in bytes: of q by token and head, of out by token, o
     float scaling;
 } Tensors;
 
-static inline V select(W where, V one, V other) { return (V)((where & (W)one) | (~where & (W)other)); }
-
-/* e^x for x <= 0, within about a unit in the last place of float32: 2^n times a polynomial of the rest. */
-static inline V exponential(V x)
-{
-    const V lowest = (V){0} - 87.0f;
-    x = select((W)(x < lowest), lowest, x);
-    V shifted = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the sum's last bits are the nearest whole number */
-    V n = shifted - 12582912.0f;
-    V r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    W power = ((W)shifted - 0x4b400000u) << 23;
-    return select((W)(x == x), (V)((W)p + power), x); /* what is not a number stays so */
-}
-
 /* LANES scores, or what is left of them and then the least there is. */
 static inline V scores_at(const float *scores, int left)
 {

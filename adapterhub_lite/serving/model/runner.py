@@ -1,4 +1,4 @@
-"""The frozen base with LoRA and state for each row: packed steps in, logits out, by one of four forward passes."""
+"""The frozen base with LoRA and state for each row: packed steps in, logits out, by one of five forward passes."""
 
 import hashlib
 from enum import StrEnum
@@ -9,14 +9,17 @@ from transformers import PreTrainedModel
 from adapterhub_lite.bases.structure import structure_of
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.serving.adapters.weights import Family, Parts, find_families
+from adapterhub_lite.serving.model.attention_native import NativeAttention
 from adapterhub_lite.serving.model.changed_modules import ChangedModules
+from adapterhub_lite.serving.model.elementwise import NativeElementwise, TorchElementwise
 from adapterhub_lite.serving.model.forward_hf import HFForward
-from adapterhub_lite.serving.model.forward_llama import LlamaForward, can_fuse, fused_groups
+from adapterhub_lite.serving.model.forward_lean import LeanForward, can_fuse, fused_groups
 from adapterhub_lite.serving.model.forward_rows import RowForward
-from adapterhub_lite.serving.model.kv_cache import KVCache, NativeAttention, RowSlice, Step, pack, token_bytes, unpack
+from adapterhub_lite.serving.model.kv_cache import KVCache, RowSlice, Step, pack, token_bytes, unpack
 from adapterhub_lite.serving.model.lora_native import NativeLora
 from adapterhub_lite.serving.model.lora_torch import LoraBank, RowAdapters, TorchLora
-from adapterhub_lite.serving.model.native import row_attention, row_products
+from adapterhub_lite.serving.model.native import compiled, row_attention, row_products
+from adapterhub_lite.serving.model.row_states import RowStates
 
 
 class ForwardKind(StrEnum):
@@ -24,6 +27,7 @@ class ForwardKind(StrEnum):
 
     LEAN = "lean"
     PACKED = "packed"
+    STACKED = "stacked"
     ROWS = "row by row"
     RECOMPUTED = "recomputed"
 
@@ -31,7 +35,7 @@ class ForwardKind(StrEnum):
 class ModelRunner:
     """A base model that only ever computes steps. Not thread-safe: one thread owns it.
 
-    `kind` None chooses the lean pass for the classes it is written for, else the packed one; `proof.prove` finds the
+    `kind` None chooses the lean pass for the families that are described for it, else the packed one; `proof.prove` finds the
     first that computes what the model does. `native` None has adapters and short attention computed by compiled code
     on a CPU where there is a compiler; False never.
 
@@ -55,9 +59,10 @@ class ModelRunner:
         self._apart: dict[int, Parts] = {}
         self._modules_pass: HFForward | None = None
         self._tensors: dict[str, torch.Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
+        self._states: RowStates | None = None
         self.cache: KVCache | RowForward
         self.lora: RowAdapters
-        self._pass: LlamaForward | HFForward | RowForward
+        self._pass: LeanForward | HFForward | RowForward
         if self.kind in (ForwardKind.ROWS, ForwardKind.RECOMPUTED):
             keeps_state = self.kind == ForwardKind.ROWS
             self._pass = self.cache = RowForward(model, self.families, rows, keeps_state=keeps_state)
@@ -67,9 +72,9 @@ class ModelRunner:
         for name in self._pass.tensors():
             self._tensors.pop(name, None)
 
-    def _packed(self, model: PreTrainedModel, native: bool | None) -> LlamaForward | HFForward:
+    def _packed(self, model: PreTrainedModel, native: bool | None) -> LeanForward | HFForward:
         lean = self.kind == ForwardKind.LEAN
-        groups = fused_groups(self.families) if lean else tuple((family,) for family in self.families)
+        groups = fused_groups(model, self.families) if lean else tuple((family,) for family in self.families)
         # float16 is computed in on a GPU only, so there is no compiled code for it.
         fits = model.device.type == "cpu" and model.dtype in (torch.float32, torch.bfloat16)
         products = row_products() if fits and native is not False else None
@@ -96,18 +101,21 @@ class ModelRunner:
             token_bytes=token_bytes(model.config.get_text_config(), model.dtype),
         )
         if lean:
-            return LlamaForward(model, lora, self.cache)
-        return HFForward(model, lora, self.cache, self.families)
+            library = compiled() if products is not None else None
+            elementwise = TorchElementwise(model.dtype) if library is None else NativeElementwise(library)
+            return LeanForward(model, lora, self.cache, elementwise)
+        self._states = RowStates(model, self.rows) if self.kind == ForwardKind.STACKED else None
+        return HFForward(model, lora, self.cache, self.families, self._states)
 
     @property
     def whole_prompts(self) -> bool:
         """Whether a prompt has to be computed in one piece: not every kind of state takes several tokens later on."""
-        return self.kind == ForwardKind.ROWS
+        return self.kind in (ForwardKind.STACKED, ForwardKind.ROWS)
 
     @property
     def repeatable(self) -> bool:
         """Whether a step may be computed again after it failed: what it stores is stored at fixed places."""
-        return self.kind != ForwardKind.ROWS
+        return self.kind not in (ForwardKind.STACKED, ForwardKind.ROWS)
 
     def set_cache_budget(self, budget: int) -> None:
         """Bound what keys and values may take, in bytes. Only when no row is in use."""
@@ -143,7 +151,7 @@ class ModelRunner:
             logits |= zip(own.rows, found.split(own.counts), strict=True)
         return torch.cat([logits[row] for row in step.rows])
 
-    def _computed(self, step: Step, by: "LlamaForward | HFForward | RowForward") -> torch.Tensor:
+    def _computed(self, step: Step, by: "LeanForward | HFForward | RowForward") -> torch.Tensor:
         self.lora.begin(step)
         if isinstance(self.cache, KVCache):
             self.cache.begin(step)
@@ -181,9 +189,25 @@ class ModelRunner:
     def move(self, source: int, target: int, parts: Parts, length: int) -> None:
         """Move a request of `length` computed tokens to another row."""
         self.cache.move(source, target, length)
+        if self._states is not None:
+            self._states.move(source, target)
         self.lora.leave(source)
         self._apart.pop(source, None)
         self._place(target, parts)
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether keys and values are all that a row keeps, so that its beginning is another row's too."""
+        return isinstance(self.cache, KVCache) and self._states is None
+
+    @property
+    def allocated(self) -> tuple[int, int]:
+        """For how many rows of how many tokens there are keys and values now."""
+        return self.cache.allocated if isinstance(self.cache, KVCache) else (0, 0)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` tokens' keys and values to another row."""
+        self.cache.move(source, target, length)
 
     def leave(self, row: int) -> None:
         """A request is over: drop its adapter, and its state where that is an object of its own."""
@@ -198,8 +222,7 @@ class ModelRunner:
         self.lora.shrink()
 
     def close(self) -> None:
-        """Leave the model as it was; impossible after the lean pass, which takes its weights."""
-        assert not isinstance(self._pass, LlamaForward), "the lean pass has taken the model's weights"
+        """Leave the model as it was."""
         self._pass.close()
 
     def base_digest(self) -> str:

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapterhub_lite.native import find_compiler
-from adapterhub_lite.serving.model.kv_cache import MOST_QUERIES, KVCache, NativeAttention, RowSlice, pack
+from adapterhub_lite.serving.model.attention_native import MOST_QUERIES, NativeAttention
+from adapterhub_lite.serving.model.kv_cache import KVCache, RowSlice, pack
 from adapterhub_lite.serving.model.native import row_attention
 
 # Not every one has only zeros beside the bits that make it one: these are those that a wrong exponential would add to.

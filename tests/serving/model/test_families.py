@@ -15,10 +15,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, set_seed
 
 from adapterhub_lite import AdapterRegistry, AdapterTrainer, AdapterTrainingArguments, merge_into_base
-from adapterhub_lite.bases import resolve_base
+from adapterhub_lite.bases import load_base_model, resolve_base
 from adapterhub_lite.errors import AdapterHubError, ConfigurationError
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
 from adapterhub_lite.serving.adapters.weights import find_families
+from adapterhub_lite.serving.model.proof import prove
 from adapterhub_lite.serving.model.runner import ForwardKind
 from tests.checkout import ROOT
 from tests.serving.model.families import FAMILIES, build
@@ -189,8 +190,10 @@ def test_a_family_is_trained_served_and_merged_as_transformers_and_peft_do(
     targets = targets_of(base)
     adapters = [plain_adapter(base, tmp_path / f"r{rank}", rank, targets) for rank in (8, 4)]
     own.take(adapters)
+    in_16_bits = prove(load_base_model(base, dtype=torch.bfloat16), rows=3)[1]
     with InferenceEngine.from_base(base, dtype="float32", end_tokens=frozenset(), device="cpu") as engine:
         found.served = engine.status().forward
+        assert in_16_bits.kind == found.served, in_16_bits.reasons
         for adapter in adapters:
             if engine.load(adapter).apart and found.served in (ForwardKind.LEAN, ForwardKind.PACKED):
                 found.served = f"{engine.status().forward}; experts apart"

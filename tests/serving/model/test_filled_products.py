@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from adapterhub_lite.serving.model.forward_llama import FusedLinear, filled_tokens
+from adapterhub_lite.serving.model.forward_lean import FusedLinear, filled_tokens
 
 
 def test_there_are_few_sizes_and_none_is_too_small() -> None:

@@ -117,38 +117,6 @@ def test_a_changed_base_has_another_digest(tiny_base: Path, kind: ForwardKind) -
     assert runner.base_digest() != before
 
 
-def _random_model(kind: str, folder: Path) -> Path:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    options: dict[str, Any] = {
-        "vocab_size": 272,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "initializer_range": 0.2,
-    }
-    if kind == "mistral":
-        options["sliding_window"] = 8
-    torch.manual_seed(1)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **options)).save_pretrained(folder)
-    return folder
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "mistral", "gemma", "olmo2"])
-def test_other_models_compute_what_they_compute_alone(kind: str, tmp_path: Path) -> None:
-    folder = _random_model(kind, tmp_path / kind)
-    plain = load_base_model(folder, dtype=torch.float32)
-    truths = [plain(input_ids=torch.tensor([ids])).logits[0, -1] for ids in IDS[:4]]
-    runner = ModelRunner(load_base_model(folder, dtype=torch.float32), rows=4)
-    assert (runner.kind == ForwardKind.LEAN) == (kind == "qwen2")
-    logits = run(runner, [RowSlice(row, 0, ids) for row, ids in enumerate(IDS[:4])])
-    torch.testing.assert_close(logits, torch.stack(truths), atol=1e-4, rtol=1e-4)
-
-
 @pytest.fixture(scope="module")
 def wider(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A base whose layers are wide enough for blocks of 64 weights, and an adapter for it."""

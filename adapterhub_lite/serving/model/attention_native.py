@@ -1,0 +1,93 @@
+"""Attention of rows with few queries in compiled code (row_attention.c), over keys and values where they lie in the cache.
+
+For a CPU with a C compiler; what it computes is what `KVCache.look` does without.
+"""
+
+import ctypes
+import struct
+from collections.abc import Callable, Sequence
+
+import torch
+
+from adapterhub_lite.serving.model.kv_cache import Run
+from adapterhub_lite.serving.model.lora_native import KINDS
+
+# As in row_attention.c.
+LOOK = struct.Struct("@iiii")
+HEADS_AT_ONCE = 4
+# A row that computes more tokens at once is a prompt being read: PyTorch's matrix products are the faster ones then.
+MOST_QUERIES = 8
+
+
+class _Tensors(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "keys", "values", "out")),
+        *((name, ctypes.c_int64) for name in ("q_token", "q_head", "out_token")),
+        *((name, ctypes.c_int64) for name in ("key_row", "key_place", "value_row", "value_place")),
+        *((name, ctypes.c_int32) for name in ("kind", "heads", "kv_heads", "key_dim", "value_dim")),
+        ("scaling", ctypes.c_float),
+    )
+
+
+class NativeAttention:
+    """Attends for the runs of a step that have few queries a row. `kernel` is `native.row_attention()`."""
+
+    def __init__(self, kernel: Callable[..., None], *, threads: int | None = None) -> None:
+        self._kernel = kernel
+        self._threads = threads
+        self._runs: list[Run] = []
+        self._looks: dict[int | None, tuple[ctypes.Array[ctypes.c_char], int]] = {}
+        self._scores = torch.empty(0)
+        self._room = 0
+
+    def begin(self, runs: Sequence[Run]) -> list[Run]:
+        """Take the runs of a step that are for this code; return the others."""
+        self._runs = [run for run in runs if run.query_length <= MOST_QUERIES]
+        self._looks = {}
+        self._room = max((run.kv_length for run in self._runs), default=0)
+        self._calls = self._threads or torch.get_num_threads()
+        needed = self._calls * HEADS_AT_ONCE * self._room
+        if self._scores.numel() < needed:
+            self._scores = torch.empty(2 * needed)
+        return [run for run in runs if run.query_length > MOST_QUERIES]
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        out: torch.Tensor,
+        scaling: float | None,
+        window: int | None,
+    ) -> None:
+        """Write the results of the runs taken into out (T, heads, value_dim), from query (T, heads, head_dim).
+
+        `keys` and `values` are a layer's (rows, capacity, kv_heads, head_dim), those of this step included.
+        """
+        if not self._runs:
+            return
+        looks, count = self._looks.get(window) or self._look(window)
+        assert query.dtype == keys.dtype == out.dtype and query.stride(2) == 1
+        strides = (*query.stride()[:2], out.stride(0), *keys.stride()[:2], *values.stride()[:2])
+        tensors = _Tensors(
+            query.data_ptr(), keys.data_ptr(), values.data_ptr(), out.data_ptr(),
+            *(stride * query.element_size() for stride in strides), KINDS[query.dtype],
+            query.shape[1], keys.shape[2], query.shape[2], values.shape[3],
+            query.shape[2] ** -0.5 if scaling is None else scaling,
+        )  # fmt: skip
+        self._kernel(
+            ctypes.addressof(tensors), ctypes.addressof(looks), count, self._scores.data_ptr(), self._room, self._calls
+        )
+
+    def _look(self, window: int | None) -> tuple["ctypes.Array[ctypes.c_char]", int]:
+        """For each token of the runs: itself, its row, and the first and the end of the places that it sees."""
+        packed = []
+        for run in self._runs:
+            for at, (row, start) in enumerate(zip(range(run.rows.start, run.rows.stop), run.starts, strict=True)):
+                for query in range(run.query_length):
+                    end = start + query + 1
+                    token = run.tokens.start + at * run.query_length + query
+                    packed.append(LOOK.pack(token, row, 0 if window is None else max(0, end - window), end))
+        made = ctypes.create_string_buffer(b"".join(packed), len(packed) * LOOK.size), len(packed)
+        self._looks[window] = made
+        return made
