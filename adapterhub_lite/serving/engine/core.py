@@ -20,6 +20,7 @@ from adapterhub_lite.errors import (
     ResourceError,
     ServingError,
 )
+from adapterhub_lite.serving.engine.prefixes import Prefixes
 from adapterhub_lite.serving.engine.sampling import token_logprob
 from adapterhub_lite.serving.engine.scheduling import Scheduler
 from adapterhub_lite.serving.engine.scoring import LabelLogprobs
@@ -29,6 +30,8 @@ from adapterhub_lite.serving.model.runner import ModelRunner
 
 logger = logging.getLogger("adapterhub.engine")
 FORGIVEN_SECONDS = 600.0
+# So long after the last request its keys and values stay for one that begins with the same tokens.
+KEPT_SECONDS = 60.0
 
 
 class EngineCore:
@@ -37,6 +40,7 @@ class EngineCore:
     def __init__(self, runner: ModelRunner, *, max_queue: int, spare_rows: int = 0) -> None:
         self._runner = runner
         self._scheduler = Scheduler(runner.rows, max_queue, spare=spare_rows, whole_prompts=runner.whole_prompts)
+        self._prefixes = Prefixes(runner)
         self._changed = threading.Condition()
         self._closed = False
         self.steps = 0
@@ -99,6 +103,9 @@ class EngineCore:
             while True:
                 try:
                     while self._wait():
+                        running = self._scheduler.running
+                        for sequence in running:
+                            self._prefixes.follow(sequence, running)
                         slices = self._scheduler.plan()
                         if slices:
                             self._step(slices)
@@ -144,10 +151,12 @@ class EngineCore:
         """Sleep until there is work, settle who is in which row; False when closed."""
         scheduler = self._scheduler
         with self._changed:
-            if not scheduler.waiting and not scheduler.running:
-                self._runner.idle()
+            seconds: float | None = KEPT_SECONDS
             while not (self._closed or scheduler.waiting or scheduler.running):
-                self._changed.wait()
+                if not self._changed.wait(seconds):
+                    self._prefixes.clear()
+                    self._runner.idle()
+                    seconds = None
             if self._closed:
                 return False
             now = time.perf_counter()
@@ -159,9 +168,12 @@ class EngineCore:
                     scheduler.waiting.remove(sequence)
                     sequence.end(error)
             admitted = scheduler.admit(self._runner.most_rows)
-        for sequence, old_row in scheduler.compact():
+        moves = scheduler.compact()
+        used = {*(sequence.row for sequence in scheduler.running), *(old_row for _, old_row in moves)}
+        for sequence, old_row in moves:
             if sequence not in admitted:
                 try:
+                    self._prefixes.make_way(sequence.row, used)
                     self._runner.move(old_row, sequence.row, sequence.route.parts, sequence.computed)
                 except Exception as error:
                     self._fail(sequence, error)
@@ -170,7 +182,9 @@ class EngineCore:
             try:
                 longest = max(one.need for one in scheduler.running)
                 self._runner.admit(sequence.row, sequence.route.parts, longest)
+                self._prefixes.take_over(sequence, scheduler.running)
             except Exception as error:
+                self._prefixes.clear()
                 self._fail(sequence, error)
             sequence.admitted = time.perf_counter()
             sequence.placing = sequence.admitted - started
@@ -219,6 +233,7 @@ class EngineCore:
         if self._scheduler.rows[row] is sequence:
             self._scheduler.leave(sequence)
             try:
+                self._prefixes.forget(row)
                 self._runner.cache.spoil(row)
                 self._runner.leave(row)
             except Exception:
@@ -226,6 +241,7 @@ class EngineCore:
         sequence.end(failure)
 
     def _leave(self, sequence: GenerationSequence) -> None:
+        self._prefixes.keep(sequence)
         self._runner.leave(sequence.row)
         self._scheduler.leave(sequence)
 

@@ -173,7 +173,7 @@ class Scheduler:
 
     def plan(self) -> list[RowSlice]:
         """Return what each row computes in the next step, in order of row."""
-        running = self.running
+        running = [sequence for sequence in self.running if sequence.leader is None]
         reading = [sequence for sequence in running if sequence.left > 1 or not sequence.output]
         writing = [sequence for sequence in running if sequence not in reading]
         self._since_alone += 1

@@ -91,6 +91,10 @@ class GenerationSequence:
     outbox: Outbox = field(default_factory=Outbox)
     ended: bool = False
     passed_over: int = 0
+    # Waits until `leader` has read the first `common` tokens, and takes them over; `cached` tokens were taken over.
+    leader: "GenerationSequence | None" = None
+    common: int = 0
+    cached: int = 0
 
     @property
     def need(self) -> int:
@@ -182,7 +186,7 @@ class GenerationSequence:
             adapter=self.route.name,
             adapter_digest=self.route.digest,
             base_fingerprint=self.base_fingerprint,
-            usage=Usage(len(self.prompt_ids), len(written)),
+            usage=Usage(len(self.prompt_ids), len(written), self.cached),
             timings=timings,
             logprobs=tuple(self.logprobs) if self.request.logprobs is not None else None,
             prompt_logprobs=None if self.prompt_logprobs is None else tuple(self.prompt_logprobs.found),

@@ -1,6 +1,6 @@
 """How fast many adapters are served from one base, side by side with the other ways to do it on this machine.
 
-    python -m scripts.bench.serve.serving [--part steps throughput many switching first_token memory cycles requests] [--base smollm2-135m]
+    python -m scripts.bench.serve.serving [--part PART...] [--base smollm2-135m]
 
 Writes results/serving_<part>.json. Every comparison is interleaved in one run; figures are medians unless named.
 """
@@ -22,8 +22,11 @@ from adapterhub_lite.serving import GenerationRequest, InferenceEngine
 from adapterhub_lite.serving.model.kv_cache import RowSlice, pack
 from scripts.bench.report import write_result
 from scripts.bench.serve.serving_adapters import write_random_adapter
+from scripts.bench.serve.serving_families import measure_families, measure_hybrids
 from scripts.bench.serve.serving_memory import measure_cycles, measure_memory, measure_requests
 from scripts.bench.serve.serving_peers import Peft, transformers_batch, transformers_continuous
+from scripts.bench.serve.serving_prefixes import measure_prefixes
+from scripts.bench.serve.serving_start import measure_start
 
 Figures = dict[str, Any]
 ROWS = 16
@@ -260,6 +263,10 @@ PARTS: dict[str, Callable[[ResolvedBase, Path], Figures]] = {
     "memory": measure_memory,
     "cycles": measure_cycles,
     "requests": measure_requests,
+    "families": measure_families,
+    "hybrids": measure_hybrids,
+    "prefixes": measure_prefixes,
+    "start": measure_start,
 }
 
 

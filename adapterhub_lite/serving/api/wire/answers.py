@@ -23,9 +23,13 @@ def envelope(kind: str, request_id: str, model: str, resolved: ResolvedModel) ->
 
 
 def usage(results: Sequence[GenerationResult], answers: int = 1) -> Json:
-    """Tokens read and written, over all of a request; each prompt was given `answers` times, and is counted once."""
-    prompt = sum(result.usage.prompt_tokens for result in results[::answers])
-    return usage_of(prompt, sum(result.usage.completion_tokens for result in results))
+    """Tokens read and written, over all of a request; each prompt was given `answers` times, and is counted once.
+
+    Of those read, `cached_tokens` were taken over from another request's beginning.
+    """
+    asked = [result.usage for result in results[::answers]]
+    used = usage_of(sum(one.prompt_tokens for one in asked), sum(one.usage.completion_tokens for one in results))
+    return used | {"prompt_tokens_details": {"cached_tokens": sum(one.cached_tokens for one in asked)}}
 
 
 def usage_of(prompt: int, completion: int) -> Json:
