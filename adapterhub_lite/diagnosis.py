@@ -11,6 +11,8 @@ from adapterhub_lite.adapter_format.strict_reading import StrictModel
 from adapterhub_lite.home import adapterhub_home
 from adapterhub_lite.installation import install_command, installer
 
+# Where the tests keep other people's clients, away from this installation.
+CLIENTS = Path("~/.cache/adapterhub-lite/test-clients").expanduser()
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -28,8 +30,26 @@ def diagnose(home: str | Path | None = None) -> list[Finding]:
     extras = [find_extra(*row) for row in EXTRAS]
     packages = [find_package(*row) for row in _PACKAGES]
     models = [find_gpu(), *runnable_presets()] if importlib.util.find_spec("torch") else []
-    tools = [find_browser(), find_converter()]
+    tools = [find_browser(), find_converter(), find_clients()]
     return [*extras, *packages, *models, *tools, check_home(adapterhub_home(home))]
+
+
+def client_python() -> Path | None:
+    """The interpreter of the environment in which the tests keep other people's clients, once it is whole."""
+    return CLIENTS / "bin" / "python" if (CLIENTS / "complete").exists() else None
+
+
+def find_clients() -> Finding:
+    """Whether the tests with other people's clients have been able to install them."""
+    found = client_python() is not None
+    return Finding(
+        what="clients for tests",
+        works=found,
+        detail=str(CLIENTS)
+        if found
+        else "not installed; the test of conformance with other clients installs them or is skipped",
+        remedy=None if found else "pytest -m slow tests/serving/api/test_clients.py, with access to a package index",
+    )
 
 
 def find_chromium() -> str | None:

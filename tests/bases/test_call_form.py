@@ -68,7 +68,8 @@ def in_pieces(form: AnswerForm, text: str, cuts: Sequence[int], tools: Sequence[
     return joined([*pieces, *reader.finish()])
 
 
-arguments = st.fixed_dictionaries({}, optional={"text": st.text(max_size=12), "count": st.integers(-9, 99)})
+awkward = st.text('"\\{}[]a ', max_size=12)
+arguments = st.fixed_dictionaries({}, optional={"text": awkward | st.text(max_size=12), "count": st.integers(-9, 99)})
 tricky = st.sampled_from(
     ["<tool_call>", "</tool_call>", '{"name": "look.up", "arguments": {', '"}', "}", "]", "[", '"', "\\", "\n", " ", "a", "é",
      "<think>", "</think>", "[TOOL_CALLS]", "look.up", "<function=look.up>", "<parameter=text>", "</function>", "<|channel|>",
@@ -111,6 +112,8 @@ def test_a_form_writes_what_its_template_writes(name: str) -> None:
     call, values = FORMS[name].call, {"text": "a"}
     if call.kind == "tagged":
         pytest.skip("its arguments are written one by one")
+    # These two write one call in an answer.
+    assert (call.following is None) == (name in ("llama", "harmony"))
     count = 1 if call.following is None else 3
     one = "look.up" + call.middle + json.dumps(values)
     text = call.opening + one + ((call.following or "") + one) * (count - 1) + call.closing
@@ -174,6 +177,13 @@ def test_the_familys_own_description_goes_first() -> None:
     assert found.calls == (ReadCall(call["function"]["name"], json.dumps(call["function"]["arguments"])),)
     assert in_pieces(form, text, range(len(text))) == found
     assert read_answer(form, TOOLS, "<do>{nothing").text == "<do>{nothing"
+    named = {"open_pattern": r"<do:(?P<name>[\w.]+)>", "close": "</do>", "repeats": True, "content": "json",
+             "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}}  # fmt: skip
+    form = answer_form(
+        HERMES, renderer(HERMES), {**template, "fields": {"tool_calls": named, "content": {"content": "text"}}}
+    )
+    assert read_answer(form, TOOLS, 'a<do:look.up>{"text": "b"}</do>').calls == (ReadCall("look.up", '{"text": "b"}'),)
+    assert read_answer(form, TOOLS, "a<do:look.up>{b").calls == (ReadCall("look.up", "{b"),), "broken JSON is no error"
 
 
 def test_a_form_that_is_not_known_says_so() -> None:

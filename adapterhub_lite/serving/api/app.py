@@ -103,7 +103,7 @@ class Api:
     async def chat(self, request: Request, body: ChatRequest, caller: Caller) -> Response:
         """POST /v1/chat/completions."""
         resolved = await self._resolve(body.model, caller, body.adapter_id)
-        plan = await self._plan(body, resolved)
+        plan = await self._plan(caller, body, resolved)
         asked = self._generation(
             caller, body, resolved, body.token_limit, logprobs=body.alternatives,
             continue_final_message=body.continue_final_message, **plan.asked(),
@@ -121,18 +121,19 @@ class Api:
         answer = head | {"choices": choices, "usage": request.state.usage} | more
         return JSONResponse(answer, headers=resolved.headers())
 
-    async def _plan(self, body: ChatRequest, resolved: ResolvedModel) -> ChatPlan:
-        """How a chat is asked and its answer read; on a thread, because templates may be laid out for it."""
+    async def _plan(self, caller: Caller, body: ChatRequest, resolved: ResolvedModel) -> ChatPlan:
+        """How a chat is asked and its answer read; on a thread and within shares, as templates may be laid out for it."""
         plan = partial(
             ChatPlan.of, self.forms, resolved, body.messages, body.tools, body.chat_template_kwargs,
             choice=body.tool_choice or "auto", several=body.parallel_tool_calls, form=body.form(),
         )  # fmt: skip
-        return await self.dispatcher.run(plan)
+        with self.dispatcher.admit(caller):
+            return await self.dispatcher.run(plan)
 
     async def responses(self, request: Request, body: ResponsesRequest, caller: Caller) -> Response:
         """POST /v1/responses."""
         resolved, chat = await self._resolve(body.model, caller), body.chat()
-        plan = await self._plan(chat, resolved)
+        plan = await self._plan(caller, chat, resolved)
         asked = self._generation(caller, chat, resolved, chat.token_limit, **plan.asked())
         told = StreamedResponse(body, request.state.id, resolved, ChatDeltas(plan))
         if body.stream:

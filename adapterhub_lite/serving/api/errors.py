@@ -111,9 +111,12 @@ async def _invalid(_: Request, error: Exception) -> JSONResponse:
     return error_response(ApiRefusal(400, text, "invalid_request", param=param))
 
 
-async def _http(_: Request, error: Exception) -> JSONResponse:
+async def _http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    status, body = error_body(ApiRefusal(error.status_code, str(error.detail), "http_error"))
+    # Of a route that is there, a handler's own refusal is told instead.
+    told = {404: "does not exist on this server", 405: f"is not for {request.method}"}.get(error.status_code)
+    text = str(error.detail) if told is None else f"{request.url.path[:200]} {told}; /docs lists what there is."
+    status, body = error_body(ApiRefusal(error.status_code, text, "http_error"))
     return JSONResponse(body, status, error.headers)
 
 
