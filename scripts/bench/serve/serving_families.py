@@ -103,8 +103,8 @@ def measure_families(_base: ResolvedBase, _scratch: Path, rounds: int = 15) -> d
                 taken[name].append(time.perf_counter() - started)
 
     def ratio(kind: str, family: str) -> float:
-        # Of the fastest: what else the machine does only adds.
-        return min(taken[kind, family]) / min(taken[kind, "llama"])
+        # Round by round: what else the machine does in a round slows both.
+        return statistics.median(a / b for a, b in zip(taken[kind, family], taken[kind, "llama"], strict=True))
 
     return {
         "forward": {family: str(runner.kind) for family, runner in runners.items()},
