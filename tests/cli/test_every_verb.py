@@ -61,7 +61,11 @@ CASES = {
     "pin": Case("sql:1", "reference digest pinned", "nothing", "nothing"),
     "unpin": Case("sql:1", "reference digest pinned", "nothing", "nothing", first=("pin sql:1",)),
     "remove": Case("sql:1", "removed", "sql", "name:3"),
-    "gc": Case("--yes", "freed versions kept freed_bytes", "--keep-newest -1", "keep_newest", dry=False),
+    "gc": Case("--yes", "freed versions kept freed_bytes", "--keep-newest -1", "--keep-newest", dry=False),
+    "backup": Case("{new}", "file versions bytes", "{base}", "is there already"),
+    "restore": Case(
+        "{new}.tar --home {new}", "home versions bytes", "{rows} --home {new}", "no backup", first=("backup {new}.tar",)
+    ),
     "push": Case("sql:1 org/sql --endpoint {hub}", "repo_id tag commit uploaded aliases", "none org/sql", "none"),
     "pull": Case(
         "org/sql --name again --endpoint {hub}", "manifest commit source", "org/sql --locked", "--locked",

@@ -11,6 +11,7 @@ from adapterhub_lite.cli.output import DryRunOption, HomeOption, JsonOption, meg
 def backup(
     file: Annotated[Path, typer.Argument(help="The file to write; must not exist yet.")],
     keys: Annotated[bool, typer.Option("--keys", help="Also save the private signing keys.")] = False,
+    dry_run: DryRunOption = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -20,9 +21,15 @@ def backup(
     Example: `adapterhub-lite backup ./adapters.tar`
     """
     from adapterhub_lite.registry import AdapterRegistry
+    from adapterhub_lite.registry.operations.backup import check_target
 
+    registry = AdapterRegistry(home)
+    if dry_run:
+        check_target(file)
+        versions = len(registry.summaries())
+        return would(f"write {versions} versions of {registry.home} into {file}", as_json, versions=versions)
     with waiting(f"writing {file}"):
-        written = AdapterRegistry(home).backup(file, keys=keys)
+        written = registry.backup(file, keys=keys)
     if as_json:
         return print_json({"file": str(file), "versions": written.versions, "bytes": written.size})
     say(f"{file}: {written.versions} versions, {len(written.files)} files, {megabytes(written.size)}, verified.")

@@ -80,8 +80,7 @@ def write_backup(store: Store, target: Path, *, keys: bool = False) -> BackupInd
         UsageError: `target` is there already, or there is nothing to save.
         IntegrityError: an object is not what its manifest says.
     """
-    if target.exists():
-        raise UsageError(f"{target} is there already; give another path.")
+    check_target(target)
     aside = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         with store.lock(exclusive=False):
@@ -97,6 +96,14 @@ def write_backup(store: Store, target: Path, *, keys: bool = False) -> BackupInd
     finally:
         aside.unlink(missing_ok=True)
     return index
+
+
+def check_target(target: Path) -> None:
+    """Raise UsageError where a backup cannot be written to `target`: something is there, or no folder for it."""
+    if target.exists():
+        raise UsageError(f"{target} is there already; give another path.")
+    if not target.absolute().parent.is_dir():
+        raise UsageError(f"There is no folder {str(target.parent)!r} to write the backup into.")
 
 
 def check_backup(source: Path) -> BackupIndex:
