@@ -167,8 +167,8 @@ def bind(
         more = [one.module for one in targets if one.kind == "pair" and one.module not in structure.linear]
         if more:
             problems.append(
-                f"{some(more)}: not a linear layer, or one that gives more than a product, so that no LoRA can be added to "
-                "what it gives; name target_modules without it"
+                f"{some(more)}: no linear layer, or one that gives more than a product, or whose weight is read without calling "
+                "it, so that a LoRA on it fails or has no effect; name target_modules without it"
             )
     wrong = [
         f"{target.holder}: {reason}"

@@ -55,7 +55,7 @@ def structure_of(model: "PreTrainedModel") -> Structure:
     for name, module in model.named_modules():
         own = {f"{name}.{key}" if name else key: tuple(p.shape) for key, p in module.named_parameters(recurse=False)}
         if isinstance(module, nn.Linear):
-            if is_product(module):
+            if takes_lora(name, module):
                 linear.add(name)
             own = {key: _dense(module, key, shape) for key, shape in own.items()}
         elif isinstance(module, Conv1D):
@@ -76,6 +76,15 @@ def structure_of(model: "PreTrainedModel") -> Structure:
         head=None if head is None else names.get(id(head)),
         tied=tied,
     )
+
+
+# Mamba, Falcon-Mamba and Jamba multiply by the weight of this layer without calling it: PEFT's LoRA on it has no effect.
+ONLY_READ = frozenset({"dt_proj"})
+
+
+def takes_lora(name: str, module: "nn.Linear") -> bool:
+    """Whether a pair on this linear layer is added to what the model computes: it is called, and gives a product."""
+    return name.rpartition(".")[2] not in ONLY_READ and is_product(module)
 
 
 def is_product(module: "nn.Linear") -> bool:

@@ -124,7 +124,7 @@ def unfit_layers(structure: Structure) -> list[str]:
     ends = {structure.head, structure.embedding, *structure.embeddings}
     others = structure.matrices.keys() - ends - (structure.linear or set())
     places = sorted({name.rpartition(".")[2] for name in others})
-    return [f"a pair on {', '.join(places)}, which give more than a product"] if places else []
+    return [f"a pair on {', '.join(places)}, which the model does not call as plain linear layers"] if places else []
 
 
 def bench(

@@ -169,6 +169,11 @@ def _by_parameter(
     """What is done to each parameter, in order: functions from float32 to float32."""
     found: dict[str, list[Callable[[torch.Tensor], torch.Tensor]]] = {}
     for change in changes:
+        if change.target.kind == "pair" and change.target.module not in (structure.linear or ()):
+            raise MergeError(
+                f"{manifest.reference} has a pair on {change.target.module!r}, which this base does not call as a linear "
+                "layer: unmerged it has no effect, merged it would have one. Train it again without that layer."
+            )
         found.setdefault(change.target.parameter, []).append(change.applied)
         if change.target.also_head is not None:
             found.setdefault(f"{change.target.also_head}.weight", []).append(change.applied)

@@ -25,7 +25,7 @@ from adapterhub_lite.adapter_format.binding import LoraPair, Pair, bind, lora_pa
 from adapterhub_lite.adapter_format.changes import LORA_A, LORA_B, Change, Structure, module_and_part, read_changes
 from adapterhub_lite.adapter_format.lora_config import LoraConfigFile
 from adapterhub_lite.adapter_format.strict_reading import read_tensor_entries
-from adapterhub_lite.bases.structure import is_product
+from adapterhub_lite.bases.structure import takes_lora
 from adapterhub_lite.errors import AdapterRejectedError, IntegrityError
 
 REPAIR = "Pull it again, or add it again from where it came; `adapterhub-lite doctor` lists all that is damaged."
@@ -48,15 +48,15 @@ def find_families(model: PreTrainedModel) -> tuple[Family, ...]:
     """Return the families of linear modules of `model` that take a LoRA, inside its layers and outside.
 
     8-bit and 4-bit layers count: bitsandbytes derives them from `nn.Linear`. So does GPT-2's `Conv1D`, whose weight is
-    transposed; its LoRA pairs are not. Left out: the output head, and layers that compute more than a product (routers
-    that return a choice of experts), to which PEFT cannot add a LoRA either.
+    transposed; its LoRA pairs are not. Left out: the output head, layers that compute more than a product (routers
+    that return a choice of experts), to which PEFT cannot add a LoRA either, and layers whose weight alone is read.
     """
     head = model.get_output_embeddings()
     found: dict[tuple[str, int, int], list[str]] = {}
     for path, module in model.named_modules():
         if module is head:
             continue
-        if isinstance(module, nn.Linear) and is_product(module):
+        if isinstance(module, nn.Linear) and takes_lora(path, module):
             shape = module.in_features, module.out_features
         elif isinstance(module, Conv1D):
             shape = module.nx, module.nf

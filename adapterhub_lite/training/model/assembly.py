@@ -41,7 +41,10 @@ class HiddenStates:
             )
         head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
         decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else None
-        if head is None or decoder is None or decoder is inner:
+        if decoder is inner:
+            # Llama 4 names a prefix that its causal model does not have.
+            decoder = getattr(inner, "model", None)
+        if head is None or decoder is None:
             raise ConfigurationError(
                 f"{type(inner).__name__} has no output head over a decoder. Load the base with AutoModelForCausalLM."
             )

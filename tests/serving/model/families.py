@@ -173,7 +173,7 @@ def build(name: str, folder: Path, tokenizer: Any) -> Path:
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **settings, **special)
     for key, value in vars(config).items():
-        if "drop" in key and isinstance(value, float):
+        if ("drop" in key or "jitter" in key) and isinstance(value, float):
             setattr(config, key, 0.0)  # two trainers draw it differently
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(1)
