@@ -100,7 +100,7 @@ def examine_base(base: str, home: str | Path | None) -> dict[str, str]:
             f"{verdict.kind}; logits within {verdict.difference:.1g} of the model's own, relative to their size; at most "
             f"{verdict.tolerance:.1g} is rounding"
         )
-        batched = verdict.kind in (ForwardKind.LEAN, ForwardKind.PACKED)
+        batched = verdict.kind not in (ForwardKind.ROWS, ForwardKind.RECOMPUTED)
         if verdict.reasons:
             answers["why no faster way"] = "; ".join(verdict.reasons)
     except AdapterHubError as error:
