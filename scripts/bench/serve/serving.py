@@ -25,8 +25,6 @@ from scripts.bench.serve.serving_adapters import write_random_adapter
 from scripts.bench.serve.serving_families import measure_families, measure_hybrids
 from scripts.bench.serve.serving_memory import measure_cycles, measure_memory, measure_requests
 from scripts.bench.serve.serving_peers import Peft, transformers_batch, transformers_continuous
-from scripts.bench.serve.serving_prefixes import measure_prefixes
-from scripts.bench.serve.serving_start import measure_start
 
 Figures = dict[str, Any]
 ROWS = 16
@@ -265,8 +263,6 @@ PARTS: dict[str, Callable[[ResolvedBase, Path], Figures]] = {
     "requests": measure_requests,
     "families": measure_families,
     "hybrids": measure_hybrids,
-    "prefixes": measure_prefixes,
-    "start": measure_start,
 }
 
 
