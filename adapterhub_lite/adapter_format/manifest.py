@@ -319,7 +319,8 @@ class OriginRecord(StrictModel):
 class AdapterManifest(StrictModel):
     """What one adapter version is. `version` counts from 1 within `name`; `created` is UTC, ISO 8601.
 
-    `name` and `version` are local labels; `origin` has those of the publisher where it was made elsewhere.
+    `name` and `version` are local labels; `origin` has those of the publisher where it was made elsewhere. Its answers
+    are JSON after `answer_schema` where there is one and a request asks for nothing else.
     """
 
     schema_version: Annotated[int, Field(ge=1, le=SCHEMA_VERSION)] = SCHEMA_VERSION
@@ -333,6 +334,7 @@ class AdapterManifest(StrictModel):
     evaluation: tuple[EvaluationRecord, ...] = ()
     task: ShortText | None = None
     examples: tuple[LongText, ...] = ()
+    answer_schema: dict[str, Any] | None = Field(default=None, exclude_if=lambda schema: schema is None)
     tags: tuple[ShortText, ...] = ()
     parents: tuple[ParentRecord, ...] = ()
     recipe: MergeRecipe | None = None

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +17,9 @@ DescriptionOption = Annotated[
 ]
 ExampleOption = Annotated[
     list[str] | None, typer.Option("--example", help="A prompt to try it with, for its card; may be repeated.")
+]
+SchemaOption = Annotated[
+    Path | None, typer.Option("--schema", help="A file with the JSON schema that its answers follow.")
 ]
 HomeOption = Annotated[
     str | None,

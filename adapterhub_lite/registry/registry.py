@@ -83,6 +83,7 @@ class AdapterRegistry:
         tags: Sequence[str] = (),
         parents: Sequence[ParentRecord] = (),
         recipe: MergeRecipe | None = None,
+        answer_schema: Mapping[str, Any] | None = None,
         verify: Literal["files", "probes"] = "files",
         convert: bool = False,
         base_differs: bool = False,
@@ -94,6 +95,8 @@ class AdapterRegistry:
         pickled weights are converted in a closed process with `convert`. `tell` hears what was done, dropped and left
         alone, in a sentence each; without it, that is logged.
 
+        With `answer_schema`, a JSON schema, the version's answers are JSON after it unless a request asks otherwise.
+
         `base` None: the one that the folder's training record names, where it is on this machine. `base_differs`: the
         configuration may name another. `verify="probes"` loads the base and replays the folder's probes, or records
         them where there are none.
@@ -103,7 +106,7 @@ class AdapterRegistry:
             BaseMismatchError: `base` is not the one it was trained on or names, or it behaves otherwise there.
             UsageError: no such folder, not a name, or no base known.
         """
-        about = About(evaluation, task, examples, tags, parents, recipe)
+        about = About(evaluation, task, examples, tags, parents, recipe, answer_schema)
         reading = Reading(convert, base_differs, tell) if tell else Reading(convert, base_differs)
         with self.store.guard(f"add {name!r}"):
             return add_adapter(

@@ -63,6 +63,25 @@ def test_a_folder_of_plain_peft_is_added(run: Run, make_adapter: MakeAdapter, ti
     assert run("add", folder, "../mine", "--base", str(tiny_base)).returncode == 2
 
 
+def test_a_schema_is_kept_with_what_is_added(
+    run: Run, make_adapter: MakeAdapter, tiny_base: Path, home: Path, tmp_path: Path
+) -> None:
+    schema = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+    file, where = tmp_path / "schema.json", ("--base", str(tiny_base), "--schema", str(tmp_path / "schema.json"))
+    folder = str(make_adapter(seed=3))
+    for text, reason in (("{", "not JSON"), ('{"not": {}}', "not"), ('{"type": "banana"}', "banana")):
+        file.write_text(text)
+        refused = run("add", folder, "people", *where)
+        assert refused.returncode == 2 and reason in refused.stderr and "Traceback" not in refused.stderr
+    file.write_text(json.dumps(schema))
+    assert run("add", folder, "people", *where).returncode == 0
+    assert AdapterRegistry(home).resolve("people").answer_schema == schema
+    assert "JSON after the schema kept with it, with name." in run("show", "people").stdout
+    assert json.loads(run("show", "people", "--json").stdout)["answer_schema"] == schema
+    missing = run("add", folder, "people", "--base", str(tiny_base), "--schema", str(tmp_path / "none.json"))
+    assert missing.returncode == 2 and "cannot be read" in missing.stderr
+
+
 def test_pins_and_removal(stocked: AdapterRegistry, run: Run) -> None:
     assert json.loads(run("pin", "sql:1", "--json").stdout)["pinned"] is True
     refused = run("remove", "sql:1")

@@ -33,6 +33,11 @@ def sentences(details: AdapterDetails) -> list[str]:
             f"It was trained for {record.steps} steps{loss} on {record.data.rows} rows of "
             f"{record.data.id}, in {record.wall_seconds:.0f} s{asked}."
         )
+    if manifest.answer_schema is not None:
+        fields = ", ".join(map(str, manifest.answer_schema.get("properties", ())))
+        said.append(
+            "Its answers are JSON after the schema kept with it" + (f", with {fields:.200}." if fields else ".")
+        )
     if manifest.parents:
         parents = ", ".join(f"{one.reference} (weight {one.weight:g})" for one in manifest.parents)
         said.append(f"It was merged from {parents}.")

@@ -8,11 +8,13 @@ from typing import Annotated
 
 import typer
 
+from adapterhub_lite.cli.answer_schema import read_answer_schema
 from adapterhub_lite.cli.output import (
     DryRunOption,
     ExampleOption,
     HomeOption,
     JsonOption,
+    SchemaOption,
     megabytes,
     print_json,
     print_table,
@@ -62,6 +64,7 @@ def add(
     ] = None,
     example: ExampleOption = None,
     tag: Annotated[list[str] | None, typer.Option(help="A tag to search by; may be repeated.")] = None,
+    schema: SchemaOption = None,
     probes: Annotated[
         bool, typer.Option("--probes", help="Also load the base and replay, or record, how the adapter behaves.")
     ] = False,
@@ -82,6 +85,7 @@ def add(
     from adapterhub_lite.bases import resolve_base
     from adapterhub_lite.registry import AdapterRegistry
 
+    answer_schema = read_answer_schema(schema)
     if dry_run:
         return would_add(folder, name, convert, as_json)
     resolved = resolve_base(base, home=home, progress=say) if base else None
@@ -94,11 +98,10 @@ def add(
             task=task,
             examples=example or (),
             tags=tag or (),
+            answer_schema=answer_schema,
             verify="probes" if probes else "files",
-            convert=convert,
-            base_differs=base_differs,
-            tell=said.append,
-        )
+            convert=convert, base_differs=base_differs, tell=said.append,
+        )  # fmt: skip
     for line in said:
         say(line)
     if as_json:

@@ -49,9 +49,9 @@ def serve(
         else:
             from adapterhub_lite.serving import InferenceEngine
 
-            engine = stack.enter_context(
-                InferenceEngine.from_base(base, registry=registry, home=home, cache_memory=cache_memory)
-            )
+            alone = InferenceEngine.from_base(base, registry=registry, home=home, cache_memory=cache_memory)
+            engine = stack.enter_context(alone)
+            alone.prepare()
         server = ApiServer(engine, registry, settings, keys)
         say(f"Serving {settings.base_name} on {server.url}/v1. Ctrl+C stops it.")
         server.run()

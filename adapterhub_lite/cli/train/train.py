@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from adapterhub_lite.adapter_format.manifest import AdapterManifest, TrainingRecord
+from adapterhub_lite.cli.answer_schema import read_answer_schema
 from adapterhub_lite.cli.options import build_settings, options_from
 from adapterhub_lite.cli.output import (
     DescriptionOption,
@@ -16,6 +17,7 @@ from adapterhub_lite.cli.output import (
     ExampleOption,
     HomeOption,
     JsonOption,
+    SchemaOption,
     print_json,
     say,
     short,
@@ -48,6 +50,7 @@ def train(
     patience: Annotated[int, typer.Option(help="Seconds to wait for the other machines.")] = 300,
     description: DescriptionOption = None,
     example: ExampleOption = None,
+    schema: SchemaOption = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file with settings; options given here win.")] = None,
     dry_run: DryRunOption = False,
     home: HomeOption = None,
@@ -57,8 +60,6 @@ def train(
 
     Example: `adapterhub-lite train sql --data questions.csv --validation-split 0.1 --steps 60`
     """
-    if strategy not in STRATEGIES:
-        raise UnknownNameError.among("strategy", strategy, list(STRATEGIES))
     with quiet_rendezvous(nodes):
         from adapterhub_lite.training.distributed.launch import Launch, is_first, launch, launched
     from adapterhub_lite.adapter_format.manifest import name_problem
@@ -70,6 +71,7 @@ def train(
     recipe = split_by(strategy, recipe)
     if problem := name_problem(name):
         raise ReferenceSyntaxError(problem)
+    kept = read_answer_schema(schema)
     with Interruptible(name, base, home) as run:
         rows, data_id = rows_for(data, task, recipe)
         if dry_run:
@@ -85,7 +87,7 @@ def train(
             return None
         run.finished = outcome.folder
         manifest = AdapterRegistry(home).add(
-            outcome.folder, name, base=resolved, task=description or task, examples=example or ()
+            outcome.folder, name, base=resolved, task=description or task, examples=example or (), answer_schema=kept
         )
     if as_json:
         return print_json(manifest.model_dump(mode="json"))
@@ -96,8 +98,11 @@ def split_by(strategy: str, recipe: TrainingRecipe) -> TrainingRecipe:
     """The settings of a run whose devices share the work by `strategy`.
 
     Raises:
+        UnknownNameError: there is no such strategy.
         ConfigurationError: a memory preset was chosen that does it otherwise.
     """
+    if strategy not in STRATEGIES:
+        raise UnknownNameError.among("strategy", strategy, list(STRATEGIES))
     if strategy == "auto":
         return recipe
     if recipe.memory_preset not in ("auto", strategy):

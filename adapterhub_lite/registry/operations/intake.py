@@ -100,6 +100,7 @@ class About:
     tags: Sequence[str] = ()
     parents: Sequence[ParentRecord] = ()
     recipe: MergeRecipe | None = None
+    answer_schema: Mapping[str, Any] | None = None
     fields: dict[str, Any] = field(init=False)  # keyword arguments of AdapterManifest
 
     def __post_init__(self) -> None:
@@ -120,6 +121,7 @@ class About:
             "tags": tuple(sorted(set(self.tags))),
             "parents": tuple(self.parents),
             "recipe": self.recipe,
+            "answer_schema": None if self.answer_schema is None else dict(self.answer_schema),
         }
         object.__setattr__(self, "fields", fields)
 

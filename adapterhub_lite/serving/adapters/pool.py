@@ -5,7 +5,7 @@ memory; nothing of requests, rows or threads of the engine.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -64,6 +64,11 @@ class FoundAdapters:
         """What the template writes when it asks and none of their answers began with; "" where they differ."""
         own = {files.asked.prefill for files in self.files}
         return own.pop() if len(own) == 1 else ""
+
+    def answer_schema(self) -> Mapping[str, Any] | None:
+        """The schema that all of them answer after; None where they differ."""
+        own = [files.asked.answer_schema for files in self.files]
+        return own[0] if own and all(schema == own[0] for schema in own) else None
 
     def template(self, of_base: str) -> str | None:
         """The chat template to ask with, None is the base's, which has the digest `of_base`.

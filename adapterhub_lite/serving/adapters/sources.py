@@ -35,16 +35,20 @@ from adapterhub_lite.registry.store.store import file_record
 class AskedAs:
     """How an adapter learned to be asked and to end. None is as the base; `template` is the text it brings along.
 
-    `prefill` is what the template writes when it asks and that the adapter's answers never began with.
+    `prefill` is what the template writes when it asks and that the adapter's answers never began with. Answers are JSON
+    after `answer_schema` where a request asks for nothing else.
     """
 
     end_tokens: frozenset[int] | None = None
     template_digest: str | None = None
     template: str | None = None
     prefill: str = ""
+    answer_schema: Mapping[str, Any] | None = None
 
 
-def asked_as(subject: str, record: TrainingRecord | None, template: Path | None) -> AskedAs:
+def asked_as(
+    subject: str, record: TrainingRecord | None, template: Path | None, schema: Mapping[str, Any] | None = None
+) -> AskedAs:
     """What an adapter's record and its template file say.
 
     Raises:
@@ -59,7 +63,7 @@ def asked_as(subject: str, record: TrainingRecord | None, template: Path | None)
     if text is not None:
         digest = digest_of(text)
     told = record.text if record is not None and record.text is not None else TextRecord()
-    return AskedAs(frozenset(told.end_tokens) or None, digest, text, told.prefill)
+    return AskedAs(frozenset(told.end_tokens) or None, digest, text, told.prefill, schema)
 
 
 @dataclass(frozen=True)
@@ -236,6 +240,7 @@ class RegistrySource:
                 name,
                 manifest.training,
                 self._registry.file(manifest, TEMPLATE_FILE) if TEMPLATE_FILE in manifest.files else None,
+                manifest.answer_schema,
             ),
             lambda: read_lora_config(self._registry.file(manifest, CONFIG_FILE).read_bytes()),
         )

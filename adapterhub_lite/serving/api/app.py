@@ -41,6 +41,22 @@ ABOUT = "OpenAI-compatible; each answer names the bytes that made it."
 PUBLIC = ("/health", "/ready")
 
 
+# Log-probabilities that the answers to one request may carry; each is some 60 bytes.
+MOST_LOGPROBS = 2_000_000
+
+
+def check_logprobs(asked: Sequence[GenerationRequest]) -> None:
+    """Refuse what might be answered with more log-probabilities than fit, with ApiRefusal."""
+    most = 0
+    for one in asked:
+        prompt = one.prompt or one.prompt_token_ids or "".join(str(m.get("content")) for m in one.messages or ())
+        for alternatives, tokens in ((one.logprobs, one.max_new_tokens), (one.prompt_logprobs, len(prompt))):
+            most += 0 if alternatives is None else (alternatives + 1) * tokens
+    if most > MOST_LOGPROBS:
+        text = f"logprobs: up to {most:,} may come of this, at most {MOST_LOGPROBS:,} can. Ask for fewer, or for less text."
+        raise ApiRefusal(400, text, "too_many_logprobs", param="logprobs")
+
+
 class Api:
     """The handlers. Each resolves the model, builds the engine's requests, and writes the answer in OpenAI's format."""
 
@@ -77,11 +93,14 @@ class Api:
         """The engine's requests for one prompt of a body. Raises ApiRefusal where it is beyond the server's limits."""
         limit = self.settings.max_new_tokens
         if (tokens or 0) > limit:
-            raise ApiRefusal(400, f"{tokens} new tokens were asked for, the limit is {limit}.", "too_many_tokens")
+            text = f"{tokens} new tokens were asked for, the limit is {limit}."
+            raise ApiRefusal(400, text, "too_many_tokens", param="max_tokens")
         options = body.options()
         if "grammar" in source:
             # Of calls, and of the text beside them.
             options = {key: value for key, value in options.items() if key not in body.form()}
+        # Calls are not of the form that an adapter's answers have by themselves.
+        options["any_form"] |= bool(source.get("tools"))
         asked = GenerationRequest(
             **options, **self._source(source), adapter=resolved.reference, tenant=caller.tenant,
             max_new_tokens=limit if tokens is None else tokens, timeout_seconds=self.settings.timeout_seconds,
@@ -183,6 +202,7 @@ class Api:
         self, request: Request, caller: Caller, resolved: ResolvedModel, asked: Sequence[GenerationRequest], each: int
     ) -> list[GenerationResult]:
         """The results, counted; each prompt is asked `each` times."""
+        check_logprobs(asked)
         with self.dispatcher.admit(caller, len(asked)):
             results = await self.dispatcher.answer(request, asked)
         self._count(request, caller, resolved, results, each)
@@ -200,6 +220,7 @@ class Api:
         self, request: Request, caller: Caller, resolved: ResolvedModel, asked: Sequence[GenerationRequest], each: int,
         told: Streamed,
     ) -> Response:  # fmt: skip
+        check_logprobs(asked)
         admission = ExitStack()
         admission.enter_context(self.dispatcher.admit(caller, len(asked)))
         pieces = self.dispatcher.stream_all(asked)

@@ -5,48 +5,23 @@ is queued, within limits of size, time and memory. Which tokens may come next is
 the model computes the logits that these are chosen from.
 """
 
-import json
-import math
-import re
 import threading
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
-from decimal import Decimal
-from typing import Any
 
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
+from llguidance import LLMatcher, LLTokenizer
 from llguidance.hf import from_tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from adapterhub_lite.errors import ConfigurationError
+from adapterhub_lite.serving.engine.forms import compile_limits, grammar_of, in_words
 from adapterhub_lite.serving.engine.request import Form
-
-# The longest text of a form, in characters. Larger regular expressions and grammars take seconds and hundreds of MB.
-MOST_CHARACTERS = {"schema": 128_000, "choices": 128_000, "regex": 4_000, "grammar": 64_000}
-# What llguidance's own limits do not stop: sizes it unrolls, objects whose every property may come next, and `multipleOf`,
-# of which all together cost a state of the lexer per unit of their product.
-LARGEST = {"minItems": 1000, "maxItems": 10_000, "minLength": 10_000, "maxLength": 1_000_000}
-MOST_PROPERTIES = 1000
-MOST_MULTIPLES = 10_000
 
 # Between two parts of JSON: a line's end and its indentation. Without a bound a model may write spaces for ever.
 MOST_SPACES = 24
 WHITE_SPACE = b" \t\n\r"
-
-
-def compile_limits() -> LLParserLimits:
-    """What a form may cost to compile and to follow: each unit of fuel is some 20 ns."""
-    return LLParserLimits(
-        initial_lexer_fuel=500_000,
-        step_lexer_fuel=100_000,
-        step_max_items=20_000,
-        max_lexer_states=20_000,
-        max_grammar_size=50_000,
-        precompute_large_lexemes=False,
-        verbose_errors=False,
-    )
 
 
 class JsonSpaces:
@@ -81,6 +56,7 @@ class Constraint:
         self._matcher, self._tokens, self._threads = matcher, tokens, threads
         self._ends = torch.tensor(sorted(ends), dtype=torch.long)
         self._spaces = JsonSpaces() if json_text else None
+        self._first = True
         self._next: Future[tuple[torch.Tensor, bool]] = threads.submit(self._compute)
 
     def allowed(self, vocabulary: int) -> torch.Tensor:
@@ -104,6 +80,10 @@ class Constraint:
 
     def take(self, token: int) -> bool:
         """Go on with a token that was allowed; False when the answer is whole and nothing can follow."""
+        without_space = self._tokens.without_space if self._first else None
+        self._first = False
+        if without_space is not None and int(without_space[token]) >= 0:
+            token = int(without_space[token])
         if not self._matcher.consume_token(token):
             raise ConfigurationError(self._too_complex())
         if self._matcher.is_stopped():
@@ -119,16 +99,22 @@ class Constraint:
             raise ConfigurationError(self._too_complex())
         allowed = torch.from_numpy(np.unpackbits(bits, bitorder="little")[: self._tokens.view.vocab_size]).bool()
         allowed[self._tokens.ends] = False
+        if self._first and self._tokens.without_space is not None:
+            allowed |= allowed[self._tokens.without_space] & (self._tokens.without_space >= 0)
         if self._spaces is not None and self._spaces.count >= MOST_SPACES:
             allowed &= ~self._tokens.spaces
         return allowed, self._matcher.is_accepting()
 
     def _too_complex(self) -> str:
-        return f"The answer cannot follow its form any further, which is too complex: {_words(self._matcher)}"
+        return f"The answer cannot follow its form any further, which is too complex: {in_words([self._matcher.get_error()])}"
 
 
 class TokenBytes:
-    """What llguidance knows of a tokenizer: its `view`, which tokens begin with white space, and what it takes for ends."""
+    """What llguidance knows of a tokenizer: its `view`, which tokens begin with white space, and what it takes for ends.
+
+    SentencePiece's decoding drops the space before a text, so that "▁yes" begins an answer as "yes" does: then
+    `without_space` has, for each token, the one with the same bytes but that space, or -1.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> None:
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -139,8 +125,14 @@ class TokenBytes:
             raise ConfigurationError(
                 f"Answers of this base cannot be given a form: which bytes its tokens stand for is not known ({error})."
             ) from error
-        starts = (self.view.decode_bytes([token])[:1] for token in range(self.view.vocab_size))
-        self.spaces = torch.tensor([start in (b" ", b"\t", b"\n", b"\r") for start in starts])
+        texts = [self.view.decode_bytes([token]) for token in range(self.view.vocab_size)]
+        self.spaces = torch.tensor([text[:1] in (b" ", b"\t", b"\n", b"\r") for text in texts])
+        self.without_space: torch.Tensor | None = None
+        spaced = next((token for token, text in enumerate(texts) if text[:1] == b" " and text.strip()), None)
+        if spaced is not None and not str(tokenizer.decode([spaced])).startswith(" "):
+            by_text = {text: token for token, text in enumerate(texts) if text}
+            ids = [by_text.get(text[1:], -1) if text[:1] == b" " else -1 for text in texts]
+            self.without_space = torch.tensor(ids, dtype=torch.long)
         self.ends = torch.tensor(sorted(self.view.eos_tokens), dtype=torch.long)
 
 
@@ -159,18 +151,11 @@ class ConstraintCompiler:
         Raises:
             ConfigurationError: the form is not valid, too large, or uses what cannot be enforced.
         """
-        if len(form.text) > MOST_CHARACTERS[form.kind]:
-            raise ConfigurationError(
-                f"{form.kind} has {len(form.text):,} characters; at most {MOST_CHARACTERS[form.kind]:,} can be compiled."
-            )
-        try:
-            grammar = _grammar(form)
-        except ValueError as error:
-            raise ConfigurationError(f"{form.kind} cannot be read: {error}") from None
-        tokens = self.tokens()
+        grammar, tokens = grammar_of(form), self.tokens()
         matcher = LLMatcher(tokens.view, grammar, log_level=0, limits=compile_limits())
-        if matcher.is_error() or matcher.get_grammar_warnings():
-            raise ConfigurationError(f"{form.kind} cannot be enforced: {_words(matcher)}")
+        problems = [matcher.get_error()] if matcher.is_error() else matcher.get_grammar_warnings()
+        if problems:
+            raise ConfigurationError(f"{form.kind} cannot be enforced: {in_words(problems)}")
         return Constraint(matcher, ends, tokens, self._threads, form.kind == "schema")
 
     def tokens(self) -> TokenBytes:
@@ -187,51 +172,3 @@ class ConstraintCompiler:
     def close(self) -> None:
         """Let the thread end."""
         self._threads.shutdown(wait=False)
-
-
-def _grammar(form: Form) -> str:
-    if form.kind == "schema":
-        _check_numbers(json.loads(form.text))
-        # `lenient` would leave out what cannot be enforced; a schema may not ask for that either.
-        return LLMatcher.grammar_from_json_schema(form.text, overrides={"lenient": False})
-    if form.kind == "regex":
-        return LLMatcher.grammar_from_regex(form.text)
-    if form.kind == "choices":
-        # One lexeme: as alternatives of a rule they would each be followed by themselves.
-        texts = (json.dumps(text, ensure_ascii=False) for text in json.loads(form.text))
-        return LLMatcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(texts))
-    for found in re.finditer(r"%json\s*", form.text):
-        _check_numbers(json.JSONDecoder().raw_decode(form.text, found.end())[0])
-    return grammar_from("grammar", form.text)
-
-
-def _check_numbers(schema: Any) -> None:  # whatever JSON holds
-    """Refuse a schema that would be compiled for too long, with a ValueError that says why."""
-    multiples = set()
-    left = [schema]
-    while left:
-        value = left.pop()
-        if isinstance(value, list):
-            left += value
-        if not isinstance(value, dict):
-            continue
-        left += value.values()
-        numbers = {key: number for key, number in value.items() if isinstance(number, int | float)}
-        for key, most in LARGEST.items():
-            if numbers.get(key, 0) > most:
-                raise ValueError(f"{key} is {value[key]}, at most {most} can be compiled")
-        if len(value) > MOST_PROPERTIES:
-            raise ValueError(f"an object has {len(value)} entries, at most {MOST_PROPERTIES} can be compiled")
-        if "multipleOf" in numbers:
-            digits = Decimal(str(numbers["multipleOf"])).as_tuple().digits
-            multiples.add(int("".join(map(str, digits))))
-    if math.prod(multiples) > MOST_MULTIPLES:
-        raise ValueError(
-            f"the multipleOf of a schema may have a product of at most {MOST_MULTIPLES}, without their point"
-        )
-
-
-def _words(matcher: LLMatcher) -> str:
-    """What llguidance says, in one line."""
-    text = matcher.get_error() or "; ".join(matcher.get_grammar_warnings())
-    return " ".join(text.replace("<non-verbose/>", "").split())[:500]

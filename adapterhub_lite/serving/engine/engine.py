@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -112,6 +113,8 @@ class InferenceEngine:
         base_ends = base_end_tokens(tokenizer, *configs)
         self._ends = base_ends if end_tokens is None else end_tokens
         self._forms = ConstraintCompiler(tokenizer, base_ends)
+        weight: torch.Tensor = runner.model.get_input_embeddings().weight  # type: ignore[assignment]
+        self._vocabulary = weight.shape[0]
         self._cache_memory = cache_memory
         if cache_memory is not None:
             runner.set_cache_budget(cache_memory)
@@ -220,14 +223,19 @@ class InferenceEngine:
         assert result.label_logprobs is not None
         return dict(zip(choices, torch.tensor(result.label_logprobs).softmax(0).tolist(), strict=True))
 
+    def prepare(self) -> None:
+        """Make ready what the first answer of a given form would wait for: a second or two for a large vocabulary."""
+        with suppress(ConfigurationError):
+            self._forms.tokens()
+
     def submit(self, request: GenerationRequest) -> GenerationHandle:
         """Queue a request and return its handle at once; the adapter is resolved, and loaded if need be, before."""
         started = time.perf_counter()
-        form = request.form
         found = self._pool.find(request.adapter)
+        form = request.form(found.answer_schema())
         prompt_ids = self._encode(request, found)
         self._check_tokens(request, prompt_ids)
-        labels = LabelLogprobs(len(prompt_ids), self._encode_labels(request.labels)) if request.labels else None
+        labels = self._labels(request, prompt_ids)
         most = request.max_new_tokens if labels is None else labels.longest
         limit = min(most, self._runner.max_length - len(prompt_ids))
         if self._runner.most_rows(len(prompt_ids) + limit) < 1:
@@ -240,7 +248,9 @@ class InferenceEngine:
         try:
             # An empty set writes every answer to its full length, an adapter's with an end of its own too.
             ends = self._ends if route.end_tokens is None or not self._ends else route.end_tokens
-            ends = (frozenset() if request.ignore_eos else ends) | frozenset(request.stop_token_ids)
+            # Those of an adapter are whatever its record says.
+            ends = frozenset() if request.ignore_eos else frozenset(token for token in ends if token < self._vocabulary)
+            ends |= frozenset(request.stop_token_ids)
             scored = request.prompt_logprobs
             sequence = GenerationSequence(
                 request=request,
@@ -254,7 +264,7 @@ class InferenceEngine:
                 submitted=started,
                 limit=limit,
                 ends=ends,
-                constraint=None if form is None else self._forms.compile(form, ends),
+                constraint=None if form is None or labels else self._forms.compile(form, ends),
                 prompt_logprobs=None if scored is None else PromptLogprobs(prompt_ids, scored),
                 labels=labels,
             )
@@ -383,26 +393,32 @@ class InferenceEngine:
 
     def _check_tokens(self, request: GenerationRequest, prompt_ids: Sequence[int]) -> None:
         """Refuse token ids that this base has not."""
-        weight: torch.Tensor = self._runner.model.get_input_embeddings().weight  # type: ignore[assignment]
         given = {
             "prompt_token_ids": prompt_ids, "stop_token_ids": request.stop_token_ids,
             "logit_bias": request.logit_bias, "allowed_token_ids": request.allowed_token_ids or (),
         }  # fmt: skip
         for name, ids in given.items():
-            wrong = next((token for token in ids if not 0 <= token < weight.shape[0]), None)
+            wrong = next((token for token in ids if not 0 <= token < self._vocabulary), None)
             if wrong is not None:
-                raise ConfigurationError(f"{name} has {wrong}; this base has the tokens 0 to {weight.shape[0] - 1}.")
+                raise ConfigurationError(f"{name} has {wrong}; this base has the tokens 0 to {self._vocabulary - 1}.")
 
-    def _encode_labels(self, labels: Sequence[str]) -> list[list[int]]:
+    def _labels(self, request: GenerationRequest, prompt_ids: Sequence[int]) -> LabelLogprobs | None:
+        if not request.labels:
+            return None
         with self._tokenizing:
-            encoded = [encode_after(self.tokenizer, label) for label in labels]
-        for (ids, label), (longer, other) in pairwise(sorted(zip(encoded, labels, strict=True))):
+            encoded = [encode_after(self.tokenizer, label) for label in request.labels]
+        tokens, most = sum(map(len, encoded)), self._runner.max_length - len(prompt_ids)
+        if tokens > most:
+            raise ConfigurationError(
+                f"The labels have {tokens} tokens together, and {most} are left after the prompt. Give fewer or shorter ones."
+            )
+        for (ids, label), (longer, other) in pairwise(sorted(zip(encoded, request.labels, strict=True))):
             if longer[: len(ids)] == ids:
                 raise ConfigurationError(
                     f"The label {label!r} is the beginning of {other!r}, so there is no probability of the one against "
                     "the other. Give labels of which none begins another."
                 )
-        return encoded
+        return LabelLogprobs(len(prompt_ids), encoded)
 
     def _encode(self, request: GenerationRequest, found: FoundAdapters | None = None) -> list[int]:
         if request.prompt_token_ids is not None:

@@ -21,6 +21,18 @@ class Form:
     text: str
 
 
+def schema_form(schema: Mapping[str, Any]) -> Form:
+    """The form of answers that are JSON after a schema.
+
+    Raises:
+        ConfigurationError: the schema is not JSON.
+    """
+    try:
+        return Form("schema", json.dumps(schema, ensure_ascii=False, separators=(",", ":")))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigurationError(f"The schema is not JSON: {error}") from None
+
+
 @dataclass(frozen=True)
 class GenerationRequest:
     """One question to the base or to an adapter.
@@ -36,7 +48,8 @@ class GenerationRequest:
     them before `min_tokens`, and after `max_new_tokens` in any case. `temperature` 0 is greedy. `logit_bias` is added to
     the logits of its tokens, `allowed_token_ids` allows no others; presence and frequency penalties are OpenAI's, the rest
     are transformers'. At most one of `schema` (a JSON schema), `regex`, `choices` and `grammar` (Lark or GBNF) gives the
-    answer's form: it then has that form, unless `max_new_tokens` or a stop string ends it before.
+    answer's form: it then has that form, unless `max_new_tokens` or a stop string ends it before. Without one, the schema
+    that was kept with the adapter is the form, but with `any_form`.
 
     With `special_tokens` the text holds those of the answer too, save the one that ends it.
 
@@ -78,6 +91,7 @@ class GenerationRequest:
     regex: str | None = None
     choices: Sequence[str] | None = None
     grammar: str | None = None
+    any_form: bool = False
     prompt_logprobs: int | None = None
     labels: Sequence[str] = ()
     special_tokens: bool = False
@@ -138,23 +152,21 @@ class GenerationRequest:
             (bool(self.labels) and self.prompt_logprobs is not None, "give labels or prompt_logprobs, not both"),
         ]
 
-    @property
-    def form(self) -> Form | None:
-        """The form of the answer, if one was asked for.
+    def form(self, of_adapter: Mapping[str, Any] | None = None) -> Form | None:
+        """The form of the answer: what was asked for, or else the schema `of_adapter`.
 
         Raises:
             ConfigurationError: the schema is not JSON.
         """
         if self.schema is not None:
-            try:
-                return Form("schema", json.dumps(self.schema, ensure_ascii=False, separators=(",", ":")))
-            except (TypeError, ValueError, RecursionError) as error:
-                raise ConfigurationError(f"The schema is not JSON: {error}") from None
+            return schema_form(self.schema)
         if self.choices is not None:
             return Form("choices", json.dumps(list(self.choices)))
         if self.regex is not None:
             return Form("regex", self.regex)
-        return None if self.grammar is None else Form("grammar", self.grammar)
+        if self.grammar is not None:
+            return Form("grammar", self.grammar)
+        return None if of_adapter is None or self.any_form else schema_form(of_adapter)
 
 
 @dataclass(frozen=True)

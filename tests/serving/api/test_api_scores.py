@@ -121,3 +121,17 @@ def test_chat_without_a_limit_takes_what_is_left(shared_server: ApiServer) -> No
     body = {"messages": [{"role": "user", "content": "x"}], "temperature": 0, "ignore_eos": True}
     usage = post(shared_server, "/v1/chat/completions", **body)["usage"]
     assert usage["total_tokens"] == 512
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ({"prompt": ["a"] * 300, "n": 128}, "at most 2048"),
+        ({"prompt": ["a"] * 200, "max_tokens": 1000, "logprobs": 20}, "at most 2,000,000"),
+        ({"prompt": ["a" * 1000] * 100, "echo": True, "logprobs": 20}, "at most 2,000,000"),
+        ({"prompt": ["a" * 1000] * 100, "prompt_logprobs": 20, "stream": True}, "at most 2,000,000"),
+    ],
+)
+def test_what_would_fill_the_memory_is_refused(shared_server: ApiServer, body: dict[str, Any], text: str) -> None:
+    got = httpx.post(f"{shared_server.url}/v1/completions", json={"model": "sql", **body})
+    assert got.status_code == 400 and text in got.text, got.text

@@ -6,9 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
+from adapterhub_lite.adapter_format.manifest import read_manifest
+from adapterhub_lite.bases import resolve_base
 from adapterhub_lite.errors import ConfigurationError
+from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
+from adapterhub_lite.serving.engine.constraints import ConstraintCompiler
+from adapterhub_lite.serving.engine.request import Form
 
 PERSON = {
     "type": "object",
@@ -96,3 +103,41 @@ def test_a_form_that_cannot_be_enforced_is_refused_before_anything_runs(
     with pytest.raises(ConfigurationError, match=reason):
         engine.submit(GenerationRequest(prompt="a", **form))
     assert engine.status().running == engine.status().waiting == 0
+
+
+def test_a_schema_kept_with_an_adapter_is_the_form_of_its_answers(
+    make_engine: Any, home: Path, tiny_base: Path, adapters: dict[str, Path]
+) -> None:
+    registry, base = AdapterRegistry(home), resolve_base(tiny_base)
+    plain = registry.add(adapters["small"], "plain", base=base)
+    kept = registry.add(adapters["small"], "people", base=base, answer_schema=PERSON)
+    assert "answer_schema" not in json.loads(plain.to_bytes()) and read_manifest(kept.to_bytes()) == kept
+    engine = make_engine(registry=registry)
+
+    def ask(adapter: str, **form: Any) -> str:
+        options: dict[str, Any] = {"max_new_tokens": 300, "seed": 3, "temperature": 1.0}
+        return engine.generate(GenerationRequest(prompt="who?", adapter=adapter, **options, **form)).text
+
+    assert set(json.loads(ask("people"))) == set(json.loads(ask("people*0.5"))) == {"name", "age"}
+    assert ask("people", choices=["a"]) == "a"
+    free = ask("plain")
+    assert ask("people", any_form=True) == free and ask("people+plain") != free
+    labels = engine.generate(GenerationRequest(prompt="who?", adapter="people", labels=["a", "b"]))
+    assert labels.label_logprobs is not None and len(labels.label_logprobs) == 2
+
+
+def test_the_space_that_sentencepiece_puts_before_a_text_is_no_part_of_its_form() -> None:
+    vocabulary = {"<unk>": 0, "</s>": 1, "▁yes": 2, "yes": 3, "▁": 4, "no": 5, "▁no": 6, "▁▁yes": 7, "▁,": 8}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+    compiler = ConstraintCompiler(fast, [1])
+    for token in (2, 3):
+        constraint = compiler.compile(Form("regex", "yes( no)?"), {1})
+        assert constraint.allowed(9).nonzero()[:, 0].tolist() == [2, 3] and not constraint.may_end
+        assert constraint.take(token) and fast.decode([token]) == "yes"
+        assert constraint.allowed(9).nonzero()[:, 0].tolist() == [1, 4, 6]
+        assert not constraint.take(6)
+    compiler.close()

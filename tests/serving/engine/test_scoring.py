@@ -65,7 +65,12 @@ def test_choices_have_a_distribution(engine: InferenceEngine, adapters: dict[str
     assert list(found) == LABELS and sum(found.values()) == pytest.approx(1.0)
     chat = engine.score([{"role": "user", "content": "which?"}], ["a", "b"])
     assert set(chat) == {"a", "b"}
-    for labels, reason in ((["no", "nothing"], "beginning"), (["a", "a"], "the same"), ([], "choices")):
+    for labels, reason in (
+        (["x" * 600], "left after the prompt"),
+        (["no", "nothing"], "beginning"),
+        (["a", "a"], "the same"),
+        ([], "choices"),
+    ):
         with pytest.raises(ConfigurationError, match=reason):
             engine.score("x", labels)
 

@@ -4,14 +4,16 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from adapterhub_lite.serving.api.wire.fields import UNUSED
+
 # By pydantic's type of error, with its context filled in.
 WANTED = {
     "missing": "is missing",
     "extra_forbidden": "is not a field of this request",
-    "greater_than_equal": "at least {ge}",
-    "greater_than": "more than {gt}",
-    "less_than_equal": "at most {le}",
-    "less_than": "less than {lt}",
+    "greater_than_equal": "at least {ge:g}",
+    "greater_than": "more than {gt:g}",
+    "less_than_equal": "at most {le:g}",
+    "less_than": "less than {lt:g}",
     "too_long": "at most {max_length} entries",
     "too_short": "at least {min_length} entries",
     "string_too_long": "at most {max_length} characters",
@@ -51,7 +53,9 @@ def refusal(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[str, str | 
         text = first["msg"].removeprefix("Value error, ")
         return f"{where}: {text}." if where and where not in text else f"{text}.", where or _named(text, body)
     same = [error for error in errors if _path(error, body) == path and error["type"] not in WHOLE]
-    if kind in WHOLE:
+    if kind == "extra_forbidden" and path[-1:] and path[-1] in UNUSED:
+        text = f"{where} is {_shown(first['input'])}, which cannot be done here; leave it out"
+    elif kind in WHOLE:
         text = f"{where} {WANTED[kind]}"
     else:
         wanted = dict.fromkeys(WANTED.get(e["type"], "another value").format(**e.get("ctx", {})) for e in same)

@@ -100,8 +100,9 @@ class CompletionRequest(Sampling):
 
     @model_validator(mode="after")
     def _bounded_prompts(self) -> Self:
-        if len(self.prompts) > MOST_PROMPTS:
-            raise ValueError(f"prompt has {len(self.prompts)} prompts, at most {MOST_PROMPTS} make a request")
+        if len(self.prompts) * self.answers > MOST_PROMPTS:
+            each = f" with {self.answers} answers each" if self.answers > 1 else ""
+            raise ValueError(f"prompt has {len(self.prompts)} prompts{each}, at most {MOST_PROMPTS} make a request")
         if self.best_of is not None and self.best_of < self.n:
             raise ValueError(f"best_of is {self.best_of}, fewer than the n = {self.n} answers that are wanted")
         if self.echo and self.truncate_prompt_tokens is not None:

@@ -32,7 +32,7 @@ class StreamOptions(WireModel):
 
 
 class TextFormat(WireModel):
-    """Any text: no form at all."""
+    """Any text, also of an adapter that was kept with a schema."""
 
     type: Literal["text"]
 
@@ -140,6 +140,7 @@ class Sampling(WireModel):
         """
         options: Json = {name: getattr(self, name) for name in AS_THEY_ARE}
         options["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
+        options["any_form"] = isinstance(self.response_format, TextFormat)
         return {**options, "stop": self.stops, **self.form()}
 
     def form(self) -> Json:
