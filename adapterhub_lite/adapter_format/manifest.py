@@ -401,9 +401,12 @@ def read_manifest(content: bytes) -> AdapterManifest:
         raise IntegrityError(f"{MANIFEST_FILE} is not a manifest of this schema: {reasons}.") from error
 
 
-def adapter_digest(deciding_config: dict[str, Any], weights_sha256: str, base_fingerprint: str) -> str:
-    """The identity of an adapter: over its weights, what decides in its configuration, and its base."""
-    decided = {"weights": weights_sha256, "config": deciding_config, "base": base_fingerprint}
+def adapter_digest(deciding_config: dict[str, Any], files: Mapping[str, FileRecord], base_fingerprint: str) -> str:
+    """The identity of an adapter: over its weights, what decides in its configuration, its base, and the chat template
+    that it brings along, if any."""
+    decided = {"weights": files[WEIGHTS_FILE].sha256, "config": deciding_config, "base": base_fingerprint}
+    if TEMPLATE_FILE in files:
+        decided["template"] = files[TEMPLATE_FILE].sha256
     return "sha256:" + hashlib.sha256(canonical_json(decided)).hexdigest()
 
 

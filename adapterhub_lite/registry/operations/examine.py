@@ -12,7 +12,6 @@ from pathlib import Path
 from adapterhub_lite.adapter_format.lora_config import ConfigProblems, read_lora_config
 from adapterhub_lite.adapter_format.manifest import (
     CONFIG_FILE,
-    WEIGHTS_FILE,
     AdapterManifest,
     adapter_digest,
     read_manifest,
@@ -107,7 +106,7 @@ def _file_problems(store: Store, manifest: AdapterManifest) -> Iterator[str]:
     except ConfigProblems as error:
         yield str(error)
         return
-    digest = adapter_digest(config.deciding(), manifest.files[WEIGHTS_FILE].sha256, manifest.base.fingerprint)
+    digest = adapter_digest(config.deciding(), manifest.files, manifest.base.fingerprint)
     if digest != manifest.digest:
         yield f"its files make the digest {digest:.19}..., the manifest says {manifest.digest:.19}..."
 

@@ -173,7 +173,7 @@ def add_adapter(
             manifest = AdapterManifest(
                 name=name,
                 version=store.next_version(connection, name),
-                digest=adapter_digest(config.deciding(), files[WEIGHTS_FILE].sha256, record.fingerprint),
+                digest=adapter_digest(config.deciding(), files, record.fingerprint),
                 files=files,
                 base=record,
                 lora=lora,
@@ -332,7 +332,7 @@ def _compare(staging: Path, manifest: AdapterManifest, found: Inspection, base: 
 
 
 def _compare_lora(manifest: AdapterManifest, config: LoraConfigFile, lora: LoraRecord, *, counted: bool) -> None:
-    digest = adapter_digest(config.deciding(), manifest.files[WEIGHTS_FILE].sha256, manifest.base.fingerprint)
+    digest = adapter_digest(config.deciding(), manifest.files, manifest.base.fingerprint)
     if digest != manifest.digest:
         raise IntegrityError(f"The manifest of {manifest.reference} claims {manifest.digest}, its files make {digest}.")
     claimed = manifest.lora

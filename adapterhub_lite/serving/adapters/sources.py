@@ -193,7 +193,9 @@ class FolderSource:
         config, lora = found.accepted()
         weights, probes, template = (folder / name for name in (WEIGHTS_FILE, PROBES_FILE, TEMPLATE_FILE))
         weights_digest = file_record(weights).sha256
+        asked = asked_as(str(folder), found.training, template if TEMPLATE_FILE in found.usable else None)
         digest = hashlib.sha256((folder / CONFIG_FILE).read_bytes() + weights_digest.encode())
+        digest.update((asked.template or "").encode())
         return AdapterFiles(
             source.name,
             f"sha256:{digest.hexdigest()}",
@@ -202,7 +204,7 @@ class FolderSource:
             found.training.base.fingerprint if found.training else None,
             probes=probes if PROBES_FILE in found.usable else None,
             sha256=weights_digest,
-            asked=asked_as(str(folder), found.training, template if TEMPLATE_FILE in found.usable else None),
+            asked=asked,
             config=lambda: config,
         )
 

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from adapterhub_lite.bases import resolve_base
 from adapterhub_lite.errors import BaseMismatchError, ConfigurationError
+from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
 
 QA = (
@@ -57,6 +58,22 @@ def test_a_template_that_an_adapter_brings_is_the_one_it_is_asked_with(
     base_like = with_record(make_adapter(seed=1), tmp_path, tiny_base, same, (), brings=False)
     asked = engine.generate(GenerationRequest(messages=MESSAGES, adapter=base_like, max_new_tokens=2))
     assert asked.usage.prompt_tokens == plain.usage.prompt_tokens
+
+
+def test_each_version_is_asked_with_its_own_template(tiny_base: Path, make_adapter: Any, tmp_path: Path) -> None:
+    """Versions of the same weights are two adapters where they are asked differently; without a template they are one."""
+    registry, base, adapter = AdapterRegistry(), resolve_base(str(tiny_base)), make_adapter(seed=3)
+    for template in (QA, QA.replace("A: ", "Answer: ")):
+        registry.add(with_record(adapter, tmp_path, tiny_base, template, (257,)), "task", base=base)
+    first, second = (registry.resolve(f"task:{version}") for version in (1, 2))
+    assert first.digest != second.digest
+    registry.add(adapter, "bare", base=base)
+    registry.add(adapter, "again", base=base)
+    assert registry.resolve("bare").digest == registry.resolve("again").digest not in (first.digest, second.digest)
+    with InferenceEngine.from_base(tiny_base, device="cpu", registry=registry) as engine:
+        for manifest, text in ((first, "Q: ping\nA: "), (second, "Q: ping\nAnswer: ")):
+            request = GenerationRequest(messages=MESSAGES, adapter=manifest.digest, max_new_tokens=1)
+            assert engine.generate(request).usage.prompt_tokens == len(text)
 
 
 def test_a_template_that_is_not_there_is_not_replaced_by_another(
