@@ -53,5 +53,6 @@ def test_a_trace_keeps_what_the_trainer_keeps(make_trainer: Any, name: str, toke
     # Ids, positions and the places of tokens are not traced; on a model of this size they show.
     places = 80 * ROWS * tokens
     assert abs(saved - kept) <= 0.01 * kept + places
-    # What comes and goes with long attention is taken for more than it is; with two layers alone that shows too.
-    assert 0.95 * peak - places <= saved + traced.working(checkpointing=again) <= 1.35 * peak + places
+    # What comes and goes with long attention, and in a norm that is compiled, is taken for more than it is; with two layers
+    # alone that shows too.
+    assert 0.95 * peak - places <= saved + traced.working(checkpointing=again) <= 1.45 * peak + places
