@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from adapterhub_lite.serving.model.kv_cache import Run
-from adapterhub_lite.serving.model.lora_native import KINDS
+from adapterhub_lite.serving.model.lora.pairs_native import KINDS
 
 # As in row_attention.c.
 LOOK = struct.Struct("@iiii")

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from adapterhub_lite.serving.model.kv_cache import Room
-from adapterhub_lite.serving.model.lora_native import KINDS
+from adapterhub_lite.serving.model.lora.pairs_native import KINDS
 
 # Of the compiled code: x * sigmoid(factor * (x + cubic * x^3)). silu, and the tanh form of gelu, whose tanh is
 # 2 sigmoid(2 z) - 1 for z = sqrt(2 / pi) (x + 0.044715 x^3), arXiv:1606.08415.

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.serving.adapters.weights import Family
 from adapterhub_lite.serving.model.kv_cache import KVCache, RowSlice, Step, pack, unpack
-from adapterhub_lite.serving.model.lora_torch import LoraBank
+from adapterhub_lite.serving.model.lora.pairs_torch import LoraBank
 from adapterhub_lite.serving.model.row_states import RowStates
 
 ATTENTION = "adapterhub_rows"

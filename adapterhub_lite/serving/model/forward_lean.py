@@ -18,7 +18,7 @@ from adapterhub_lite.serving.adapters.weights import Family
 from adapterhub_lite.serving.model.elementwise import Elementwise, Heads, Norm, Turn, activation_name
 from adapterhub_lite.serving.model.kv_cache import KVCache, Step
 from adapterhub_lite.serving.model.layer_parts import LayerParts, find_parts
-from adapterhub_lite.serving.model.lora_torch import LoraBank
+from adapterhub_lite.serving.model.lora.pairs_torch import LoraBank
 
 
 class FusedLinear:

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from adapterhub_lite.serving.adapters.weights import Family, Parts
-from adapterhub_lite.serving.model.changed_modules import ChangedModules
 from adapterhub_lite.serving.model.kv_cache import Step, token_bytes
+from adapterhub_lite.serving.model.lora.changed_modules import ChangedModules
 
 
 class RowLora:

@@ -10,14 +10,14 @@ from adapterhub_lite.bases.structure import structure_of
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.serving.adapters.weights import Family, Parts, find_families
 from adapterhub_lite.serving.model.attention_native import NativeAttention
-from adapterhub_lite.serving.model.changed_modules import ChangedModules
 from adapterhub_lite.serving.model.elementwise import NativeElementwise, TorchElementwise
 from adapterhub_lite.serving.model.forward_hf import HFForward
 from adapterhub_lite.serving.model.forward_lean import LeanForward, can_fuse, fused_groups
 from adapterhub_lite.serving.model.forward_rows import RowForward
 from adapterhub_lite.serving.model.kv_cache import KVCache, RowSlice, Step, pack, token_bytes, unpack
-from adapterhub_lite.serving.model.lora_native import NativeLora
-from adapterhub_lite.serving.model.lora_torch import LoraBank, RowAdapters, TorchLora
+from adapterhub_lite.serving.model.lora.changed_modules import ChangedModules
+from adapterhub_lite.serving.model.lora.pairs_native import NativeLora
+from adapterhub_lite.serving.model.lora.pairs_torch import LoraBank, RowAdapters, TorchLora
 from adapterhub_lite.serving.model.native import compiled, row_attention, row_products
 from adapterhub_lite.serving.model.row_states import RowStates
 

@@ -186,7 +186,7 @@ def test_a_base_that_there_is_no_memory_to_widen_is_compared_in_its_own_dtype(
 
 
 def test_an_adapter_that_is_not_added_is_seen(mistral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from adapterhub_lite.serving.model.lora_torch import TorchLora
+    from adapterhub_lite.serving.model.lora.pairs_torch import TorchLora
 
     monkeypatch.setattr(TorchLora, "add", lambda self, group, layer, x, y: y)
     verdict = proof.prove(load_base_model(mistral), rows=4, native=False)[1]

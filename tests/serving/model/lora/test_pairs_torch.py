@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
-from adapterhub_lite.serving.model.lora_torch import GroupBank
+from adapterhub_lite.serving.model.lora.pairs_torch import GroupBank
 
 
 @pytest.fixture

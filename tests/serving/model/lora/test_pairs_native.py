@@ -9,8 +9,8 @@ import torch
 from adapterhub_lite.native import find_compiler
 from adapterhub_lite.serving.adapters.weights import AdapterWeights, Family, FamilyWeights, Part, Parts
 from adapterhub_lite.serving.model.kv_cache import RowSlice, Step, pack
-from adapterhub_lite.serving.model.lora_native import NativeLora
-from adapterhub_lite.serving.model.lora_torch import LoraBank, TorchLora
+from adapterhub_lite.serving.model.lora.pairs_native import NativeLora
+from adapterhub_lite.serving.model.lora.pairs_torch import LoraBank, TorchLora
 from adapterhub_lite.serving.model.native import compiled, row_products
 
 LAYERS = 3
