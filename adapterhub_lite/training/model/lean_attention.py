@@ -47,9 +47,11 @@ class AttentionCall:
 
 
 class SegmentAttention(torch.autograd.Function):
-    """softmax(turned q . turned k * scaling) v within each segment, in fp32; keeps what it is given alone."""
+    """softmax(turned q . turned k * scaling) v within each segment, in fp32, also under autocast, which would narrow the
+    products; keeps what it is given alone."""
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)
     def forward(ctx: Any, call: AttentionCall, blocks: LeanBlocks, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
         ctx.call, ctx.blocks = call, blocks
@@ -66,10 +68,13 @@ class SegmentAttention(torch.autograd.Function):
         return made
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)
     def backward(ctx: Any, grad: Tensor) -> Any:
         call, blocks = ctx.call, ctx.blocks
-        q, k, v = call.split(ctx.saved_tensors)
-        grads = tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors)
+        # Read once: what gradient checkpointing makes again, it hands out once.
+        saved = ctx.saved_tensors
+        q, k, v = call.split(saved)
+        grads = tuple(torch.empty_like(tensor) for tensor in saved)
         to_q, to_k, to_v = call.split(grads)
         grad, still = grad.contiguous(), call.cosine[:, :0]
         for group in call.segments.groups:

@@ -89,11 +89,13 @@ class LeanBlocks:
 
     def unfold(self, x: Tensor, cosine: Tensor, sine: Tensor, places: Tensor, heads: Heads, out: Tensor) -> None:
         """The transpose of `fold`, written into `out` (tokens, heads * width)."""
+        assert x.dtype == torch.float32
         layout = _layout(out, cosine, heads)
         self._library.unfold(*_pointers(x, cosine, sine, places, out), ctypes.addressof(layout), *_how(out))
 
     def softmax(self, scores: Tensor, window: int | None, scaling: float) -> Tensor:
         """The causal softmax of scaled scores (batch, n * length, length), in their place."""
+        assert scores.dtype == torch.float32
         rows, length = scores.shape[0] * scores.shape[1], scores.shape[2]
         self._library.causal_softmax(
             *_pointers(scores), rows, length, window or length, scaling, torch.get_num_threads()
@@ -102,6 +104,7 @@ class LeanBlocks:
 
     def softmax_backward(self, weights: Tensor, grad: Tensor, scaling: float) -> Tensor:
         """The gradient of the scores, in the place of `grad`, that of the weights."""
+        assert weights.dtype == grad.dtype == torch.float32
         rows, length = weights.shape[0] * weights.shape[1], weights.shape[2]
         self._library.softmax_backward(*_pointers(weights, grad), rows, length, scaling, torch.get_num_threads())
         return grad
