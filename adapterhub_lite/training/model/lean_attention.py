@@ -51,7 +51,7 @@ class SegmentAttention(torch.autograd.Function):
     products; keeps what it is given alone."""
 
     @staticmethod
-    @torch.autocast("cpu", enabled=False)
+    @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
     def forward(ctx: Any, call: AttentionCall, blocks: LeanBlocks, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
         ctx.call, ctx.blocks = call, blocks
@@ -68,7 +68,7 @@ class SegmentAttention(torch.autograd.Function):
         return made
 
     @staticmethod
-    @torch.autocast("cpu", enabled=False)
+    @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> Any:
         call, blocks = ctx.call, ctx.blocks
         # Read once: what gradient checkpointing makes again, it hands out once.
