@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_serializer, field_validator, model_validator
 
 from adapterhub_lite.adapter_format.lora_config import values_for
 from adapterhub_lite.adapter_format.probes import PROBES_FILE as PROBES_FILE
@@ -341,6 +341,19 @@ class AdapterManifest(StrictModel):
     origin: OriginRecord | None = None
     created: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
 
+    @field_validator("answer_schema", mode="before")
+    @classmethod
+    def _schema_of_text(cls, value: Any) -> Any:  # text in the file, an object in memory
+        return (
+            strict_json(value.encode(), what="answer_schema", limit=MAX_MANIFEST_BYTES)
+            if isinstance(value, str)
+            else value
+        )
+
+    @field_serializer("answer_schema")
+    def _text_of_schema(self, schema: dict[str, Any] | None) -> str | None:
+        return None if schema is None else schema_text(schema)
+
     @model_validator(mode="after")
     def _named_well(self) -> "AdapterManifest":
         if not is_name(self.name):
@@ -401,13 +414,25 @@ def read_manifest(content: bytes) -> AdapterManifest:
         raise IntegrityError(f"{MANIFEST_FILE} is not a manifest of this schema: {reasons}.") from error
 
 
-def adapter_digest(deciding_config: dict[str, Any], files: Mapping[str, FileRecord], base_fingerprint: str) -> str:
-    """The identity of an adapter: over its weights, what decides in its configuration, its base, and the chat template
-    that it brings along, if any."""
+def adapter_digest(
+    deciding_config: dict[str, Any],
+    files: Mapping[str, FileRecord],
+    base_fingerprint: str,
+    answer_schema: Mapping[str, Any] | None,
+) -> str:
+    """The identity of an adapter: over its weights, what decides in its configuration, its base, and, if any, the chat
+    template that it brings along and the schema of its answers."""
     decided = {"weights": files[WEIGHTS_FILE].sha256, "config": deciding_config, "base": base_fingerprint}
     if TEMPLATE_FILE in files:
         decided["template"] = files[TEMPLATE_FILE].sha256
+    if answer_schema is not None:
+        decided["answer_schema"] = schema_text(answer_schema)
     return "sha256:" + hashlib.sha256(canonical_json(decided)).hexdigest()
+
+
+def schema_text(schema: Mapping[str, Any]) -> str:
+    """A schema of answers as it is kept: its order is that of the fields in the answers, so nothing is sorted."""
+    return json.dumps(schema, separators=(",", ":"), ensure_ascii=False)
 
 
 def canonical_json(value: Any) -> bytes:

@@ -7,7 +7,7 @@ import pytest
 
 from adapterhub_app.backend import PendingAnswer
 from adapterhub_app.display.answers import STOPPED, AnswerSettings, grow_answer
-from adapterhub_app.display.task import Task
+from adapterhub_app.display.task import Task, describe_form, describe_task
 from adapterhub_app.display.transcript import (
     INTERRUPTED,
     MAX_CHARACTERS,
@@ -164,3 +164,11 @@ def test_bubbles_show_code_as_written_and_markup_as_text() -> None:
     answer, receipt = chat_bubbles(turns)
     assert answer["content"][0]["text"] == "SELECT *\n  FROM a&lt;b&gt;&lt;script&gt;"
     assert receipt["metadata"]["title"].startswith("<strong>&lt;b&gt;sql")
+
+
+def test_a_task_whose_answers_have_a_form_shows_it(world: World, make_adapter: Any) -> None:
+    schema = {"properties": {"title": {"type": "string"}, "<b>": {}}}
+    assert "answers" not in describe_task("event", world.registry)
+    assert describe_form({"type": "object"}) == "JSON (object)"
+    world.registry.add(make_adapter(seed=9), "formed", base=world.base, answer_schema=schema)
+    assert describe_task("formed", world.registry).endswith("answers {title: string, <b>: any}")

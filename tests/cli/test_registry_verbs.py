@@ -77,7 +77,7 @@ def test_a_schema_is_kept_with_what_is_added(
     assert run("add", folder, "people", *where).returncode == 0
     assert AdapterRegistry(home).resolve("people").answer_schema == schema
     assert "JSON after the schema kept with it, with name." in run("show", "people").stdout
-    assert json.loads(run("show", "people", "--json").stdout)["answer_schema"] == schema
+    assert json.loads(json.loads(run("show", "people", "--json").stdout)["answer_schema"]) == schema
     missing = run("add", folder, "people", "--base", str(tiny_base), "--schema", str(tmp_path / "none.json"))
     assert missing.returncode == 2 and "cannot be read" in missing.stderr
 

@@ -106,7 +106,7 @@ def _file_problems(store: Store, manifest: AdapterManifest) -> Iterator[str]:
     except ConfigProblems as error:
         yield str(error)
         return
-    digest = adapter_digest(config.deciding(), manifest.files, manifest.base.fingerprint)
+    digest = adapter_digest(config.deciding(), manifest.files, manifest.base.fingerprint, manifest.answer_schema)
     if digest != manifest.digest:
         yield f"its files make the digest {digest:.19}..., the manifest says {manifest.digest:.19}..."
 

@@ -173,7 +173,7 @@ def add_adapter(
             manifest = AdapterManifest(
                 name=name,
                 version=store.next_version(connection, name),
-                digest=adapter_digest(config.deciding(), files, record.fingerprint),
+                digest=adapter_digest(config.deciding(), files, record.fingerprint, about.answer_schema),
                 files=files,
                 base=record,
                 lora=lora,
@@ -332,7 +332,7 @@ def _compare(staging: Path, manifest: AdapterManifest, found: Inspection, base: 
 
 
 def _compare_lora(manifest: AdapterManifest, config: LoraConfigFile, lora: LoraRecord, *, counted: bool) -> None:
-    digest = adapter_digest(config.deciding(), manifest.files, manifest.base.fingerprint)
+    digest = adapter_digest(config.deciding(), manifest.files, manifest.base.fingerprint, manifest.answer_schema)
     if digest != manifest.digest:
         raise IntegrityError(f"The manifest of {manifest.reference} claims {manifest.digest}, its files make {digest}.")
     claimed = manifest.lora

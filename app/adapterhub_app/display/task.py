@@ -4,7 +4,9 @@ The page holds a task as one line of text in the engine's own notation, so that 
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from adapterhub_app.display.escape import one_line
 from adapterhub_lite.errors import AdapterHubError, ReferenceSyntaxError
@@ -114,7 +116,20 @@ def describe_task(text: str | None, registry: AdapterRegistry) -> str:
         return "Blend of " + ", ".join(f"{m.reference} ({short_digest(m.digest)})" for m in manifests) + "."
     manifest = manifests[0]
     about = one_line(manifest.task or "No description in its manifest.")
-    return f"{about} · {manifest.reference} · {short_digest(manifest.digest)} · rank {manifest.lora.rank}"
+    known = f"{about} · {manifest.reference} · {short_digest(manifest.digest)} · rank {manifest.lora.rank}"
+    return known if manifest.answer_schema is None else f"{known} · answers {describe_form(manifest.answer_schema)}"
+
+
+def describe_form(schema: Mapping[str, Any]) -> str:
+    """The form that a JSON schema gives to answers, in one line: `{name: string, age: integer}`, the first 12 fields."""
+    properties = schema.get("properties")
+    if not isinstance(properties, Mapping) or not properties:
+        return f"JSON ({one_line(str(schema.get('title') or schema.get('type') or 'after its schema'))})"
+    fields = [
+        f"{name}: {field.get('type', 'any') if isinstance(field, Mapping) else 'any'}"
+        for name, field in list(properties.items())[:12]
+    ]
+    return one_line("{" + ", ".join(fields) + (", ..." if len(properties) > 12 else "") + "}")
 
 
 def task_examples(text: str | None, registry: AdapterRegistry, limit: int = 4) -> list[str]:

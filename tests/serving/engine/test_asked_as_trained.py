@@ -61,7 +61,7 @@ def test_a_template_that_an_adapter_brings_is_the_one_it_is_asked_with(
 
 
 def test_each_version_is_asked_with_its_own_template(tiny_base: Path, make_adapter: Any, tmp_path: Path) -> None:
-    """Versions of the same weights are two adapters where they are asked differently; without a template they are one."""
+    """Versions of the same weights are two adapters where they are asked or answer differently, else they are one."""
     registry, base, adapter = AdapterRegistry(), resolve_base(str(tiny_base)), make_adapter(seed=3)
     for template in (QA, QA.replace("A: ", "Answer: ")):
         registry.add(with_record(adapter, tmp_path, tiny_base, template, (257,)), "task", base=base)
@@ -70,6 +70,8 @@ def test_each_version_is_asked_with_its_own_template(tiny_base: Path, make_adapt
     registry.add(adapter, "bare", base=base)
     registry.add(adapter, "again", base=base)
     assert registry.resolve("bare").digest == registry.resolve("again").digest not in (first.digest, second.digest)
+    registry.add(adapter, "formed", base=base, answer_schema={"type": "object"})
+    assert registry.resolve("formed").digest != registry.resolve("bare").digest
     with InferenceEngine.from_base(tiny_base, device="cpu", registry=registry) as engine:
         for manifest, text in ((first, "Q: ping\nA: "), (second, "Q: ping\nAnswer: ")):
             request = GenerationRequest(messages=MESSAGES, adapter=manifest.digest, max_new_tokens=1)

@@ -114,6 +114,11 @@ def test_a_schema_kept_with_an_adapter_is_the_form_of_its_answers(
     plain = registry.add(adapters["small"], "plain", base=base)
     kept = registry.add(adapters["small"], "people", base=base, answer_schema=PERSON)
     assert "answer_schema" not in json.loads(plain.to_bytes()) and read_manifest(kept.to_bytes()) == kept
+    # The order of its fields is that of the answers.
+    turned = {**PERSON, "properties": dict(reversed(PERSON["properties"].items()))}
+    other = registry.add(adapters["small"], "turned", base=base, answer_schema=turned)
+    assert list(registry.resolve("turned").answer_schema["properties"]) == ["age", "name"]
+    assert other.digest != kept.digest
     engine = make_engine(registry=registry)
 
     def ask(adapter: str, **form: Any) -> str:
