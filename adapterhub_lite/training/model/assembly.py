@@ -16,7 +16,13 @@ from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.losses import LossChoice, LossOptions, choose_loss
 from adapterhub_lite.memory import MemoryPreset
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
-from adapterhub_lite.training.distributed.sharded import engine_of, join_processes, part_at_exit, splits_weights
+from adapterhub_lite.training.distributed.sharded import (
+    built_whole,
+    engine_of,
+    join_processes,
+    part_at_exit,
+    splits_weights,
+)
 from adapterhub_lite.training.model.adapters import OpenedBase, changes_the_base, kept_tensors, load_for, with_adapter
 from adapterhub_lite.training.model.before_training import check_before_training
 from adapterhub_lite.training.model.fast_lora import install_fast_lora, remove_fast_lora
@@ -138,7 +144,8 @@ def adapted(
         model = with_adapter(model, args, peft_config, opened.base)
     initial = None
     if isinstance(model, PeftModel):
-        check_before_training(model, opened.base, whole=not splits_weights(args))
+        with built_whole(args):
+            check_before_training(model, opened.base, whole=not splits_weights(args))
     if isinstance(model, PeftModel) and changes_the_base(model.active_peft_config):
         initial = {name: tensor.detach().clone() for name, tensor in kept_tensors(model).items()}
     loss = choose_loss(
