@@ -10,7 +10,7 @@ import uvicorn
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Scope
 
-from adapterhub_lite import file_locks
+from adapterhub_lite import files
 from adapterhub_lite.errors import ResourceError
 from adapterhub_lite.hub_server.app import create_app
 from adapterhub_lite.hub_server.faults import FaultLayer, Faults
@@ -100,7 +100,7 @@ def claim(data: Path) -> Callable[[], None]:
     """
     data.mkdir(parents=True, exist_ok=True)
     file = (data / "hub.lock").open("w")
-    release = file_locks.claim(file)
+    release = files.claim(file)
     if release is None:
         file.close()
         raise ResourceError(f"Another hub is running on {data}; stop it, or give another folder.")

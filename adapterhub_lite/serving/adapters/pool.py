@@ -5,9 +5,9 @@ memory; nothing of requests, rows or threads of the engine.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,18 +16,16 @@ from weakref import WeakSet
 import torch
 
 from adapterhub_lite.adapter_format.changes import Structure
-from adapterhub_lite.bases.chat_template import TEMPLATE_FILE
 from adapterhub_lite.errors import (
-    BaseMismatchError,
     ConfigurationError,
-    IntegrityError,
     QueueFullError,
     RequestTimeoutError,
     ResourceError,
 )
+from adapterhub_lite.serving.adapters.copies import AdapterCopies
+from adapterhub_lite.serving.adapters.finding import AdapterFinder, FoundAdapters
 from adapterhub_lite.serving.adapters.slots import AdapterSlots, HostTier, ResidentAdapter, SlotRequest
 from adapterhub_lite.serving.adapters.sources import AdapterFiles, AdapterSource
-from adapterhub_lite.serving.adapters.split import Splits, WeightedReference, parse_blend
 from adapterhub_lite.serving.adapters.weights import AdapterWeights, Family, Part, Parts, read_adapter_weights
 
 Tier = Literal["resident", "host", "disk"]
@@ -47,52 +45,6 @@ class Route:
     end_tokens: frozenset[int] | None = None
 
 
-@dataclass(frozen=True)
-class FoundAdapters:
-    """What an adapter argument names at one moment: the adapters of a blend with their weights, or none."""
-
-    files: tuple[AdapterFiles, ...] = ()
-    pieces: tuple[WeightedReference, ...] = ()
-    seconds: float = 0.0
-
-    def end_tokens(self) -> frozenset[int] | None:
-        """The ids that end an answer of any of them; None are the base's alone."""
-        own = [files.asked.end_tokens for files in self.files]
-        return frozenset().union(*(ends for ends in own if ends is not None)) if own and all(own) else None
-
-    def prefill(self) -> str:
-        """What the template writes when it asks and none of their answers began with; "" where they differ."""
-        own = {files.asked.prefill for files in self.files}
-        return own.pop() if len(own) == 1 else ""
-
-    def answer_schema(self) -> Mapping[str, Any] | None:
-        """The schema that all of them answer after; None where they differ."""
-        own = [files.asked.answer_schema for files in self.files]
-        return own[0] if own and all(schema == own[0] for schema in own) else None
-
-    def template(self, of_base: str) -> str | None:
-        """The chat template to ask with, None is the base's, which has the digest `of_base`.
-
-        Raises:
-            BaseMismatchError: one was trained with a template that is not here, or two with different ones.
-        """
-        others = [files for files in self.files if files.asked.template_digest not in (None, of_base)]
-        if not others:
-            return None
-        if len({files.asked.template_digest for files in self.files}) > 1:
-            raise BaseMismatchError(
-                f"{' and '.join(files.name for files in self.files)} were trained with different chat templates, so no "
-                "chat can be put to both. Ask with a prompt, laid out by hand."
-            )
-        if others[0].asked.template is None:
-            raise BaseMismatchError(
-                f"{others[0].name} was trained with another chat template than this base has, and does not bring it "
-                f"along ({TEMPLATE_FILE}), so a chat would reach it in words it never saw. Ask with a prompt, or add "
-                "the template it was trained with to its folder."
-            )
-        return others[0].asked.template
-
-
 class AdapterPool:
     """Adapters by reference for one base. Thread-safe; loading happens in the threads of those who ask."""
 
@@ -109,17 +61,14 @@ class AdapterPool:
         structure: Structure | None = None,
         free: Callable[[], int] | None = None,
     ) -> None:
-        self.source = source
+        self.finder = AdapterFinder(source, base_fingerprint)
         self._structure = structure
         self._free = free
-        self.slots = AdapterSlots(max_slots)
-        self.splits = Splits()
+        self.slots = AdapterSlots[AdapterWeights](max_slots)
         self._families = families
-        self._base_fingerprint = base_fingerprint
-        self._device = device
+        self._copies = AdapterCopies.to(device)
         self._max_rank = max_rank
         self._host = HostTier(max_host)
-        self._damaged = 0
         # A version in memory can be asked for again, so it stays in the store until its last copy here is gone.
         self._holds: WeakSet[AbstractContextManager[Any]] = WeakSet()
         self._prefetcher = ThreadPoolExecutor(1, thread_name_prefix="adapterhub-prefetch")
@@ -130,16 +79,7 @@ class AdapterPool:
         Raises:
             RequestTimeoutError, QueueFullError: no slot came free in `timeout` seconds, or in a minute.
         """
-        return self.hold(self.find(adapter), timeout)
-
-    def find(self, adapter: str | Path | None) -> FoundAdapters:
-        """Resolve an adapter argument, splits and all, without loading anything."""
-        if adapter is None:
-            return FoundAdapters()
-        started = time.perf_counter()
-        blend = parse_blend(adapter)
-        files = tuple(self.locate(self.splits.choose(piece.reference)) for piece in blend)
-        return FoundAdapters(files, tuple(blend), time.perf_counter() - started)
+        return self.hold(self.finder.find(adapter), timeout)
 
     def hold(self, found: FoundAdapters, timeout: float | None = None) -> Route:
         """Hold what was found in memory until the route is released.
@@ -183,7 +123,7 @@ class AdapterPool:
 
     def load(self, reference: str | Path, *, pin: bool = False) -> ResidentAdapter:
         """Bring an adapter into a slot; `pin` keeps it there."""
-        (entry,), _ = self.slots.acquire([self._wanted(self.locate(reference))], timeout=SLOT_WAIT_SECONDS)
+        (entry,), _ = self.slots.acquire([self._wanted(self.finder.locate(reference))], timeout=SLOT_WAIT_SECONDS)
         if pin:
             self.slots.pin(entry.digest, True)
         return self.slots.release(entry)
@@ -194,42 +134,19 @@ class AdapterPool:
 
     def unload(self, reference: str | Path, *, timeout: float | None = None) -> bool:
         """Take an adapter out of its slot and of host memory once nobody uses it; False when it was in no slot."""
-        digest = self.locate(reference).digest
+        digest = self.finder.locate(reference).digest
         self._host.drop(digest)
         return self.slots.unload(digest, timeout=timeout)
 
     def tier(self, reference: str | Path) -> Tier:
         """Say how near an adapter is."""
-        digest = self.locate(reference).digest
+        digest = self.finder.locate(reference).digest
         return "resident" if digest in self.slots else "host" if digest in self._host else "disk"
-
-    def locate(self, reference: str | Path) -> AdapterFiles:
-        """Return the files that a reference names now.
-
-        Raises:
-            BaseMismatchError: they were made for another base.
-        """
-        with self._counting_damage():
-            files = self.source.locate(reference)
-        if files.base_fingerprint not in (None, self._base_fingerprint):
-            raise BaseMismatchError(
-                f"{files.name} was made for the base {str(files.base_fingerprint)[:12]}, this engine serves "
-                f"{self._base_fingerprint[:12]}. Serve it on its own base, or train it for this one."
-            )
-        return files
 
     @property
     def damaged(self) -> int:
         """How often bytes were not the recorded ones, on disk or in host memory; they were never answered with."""
-        return self._damaged + self._host.damaged
-
-    @contextmanager
-    def _counting_damage(self) -> Iterator[None]:
-        try:
-            yield
-        except IntegrityError:
-            self._damaged += 1
-            raise
+        return self.finder.damaged + self._host.damaged
 
     def close(self) -> None:
         """Stop prefetching, and let the store have what was held."""
@@ -249,14 +166,14 @@ class AdapterPool:
                 "adapters, or try again later."
             )
 
-    def _wanted(self, files: AdapterFiles) -> SlotRequest:
+    def _wanted(self, files: AdapterFiles) -> SlotRequest[AdapterWeights]:
         def load() -> AdapterWeights:
             weights = self._host.get(files.digest)
             if weights is None:
                 self._grant(files)
                 hold = files.hold()
                 self._holds.add(hold)
-                with self._counting_damage():
+                with self.finder.counting_damage():
                     weights = read_adapter_weights(
                         files.weights,
                         self._families,
@@ -269,6 +186,6 @@ class AdapterPool:
                     )
                 weights = replace(weights, hold=hold)
                 self._host.put(files.digest, weights)
-            return weights.to(self._device)
+            return self._copies.copied(weights)
 
         return SlotRequest(files.digest, files.name, load)

@@ -12,9 +12,42 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import Generic, Protocol, TypeVar
 
 from adapterhub_lite.errors import QueueFullError
 from adapterhub_lite.serving.adapters.weights import AdapterWeights, next_load_id
+
+
+class Loaded(Protocol):
+    """An adapter that an engine has loaded, wherever it lies."""
+
+    @property
+    def load_id(self) -> int:
+        """Fresh for each load."""
+        ...
+
+    @property
+    def rank(self) -> int:
+        """The largest of its pairs."""
+        ...
+
+    @property
+    def modules(self) -> int:
+        """How many modules of the base it changes."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """The memory it takes, in bytes."""
+        ...
+
+    @property
+    def extras(self) -> Sequence[object]:
+        """What it changes more than a row of a batch can have."""
+        ...
+
+
+W = TypeVar("W", bound=Loaded)
 
 
 @dataclass(frozen=True)
@@ -36,12 +69,12 @@ class ResidentAdapter:
 
 
 @dataclass(eq=False)
-class Slot:
+class Slot(Generic[W]):
     """One load of one adapter. Only `AdapterSlots` changes it."""
 
     digest: str
     name: str
-    weights: AdapterWeights | None = None
+    weights: W | None = None
     error: BaseException | None = None
     uses: int = 0
     pinned: bool = False
@@ -49,26 +82,31 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class SlotRequest:
+class SlotRequest(Generic[W]):
     """An adapter that somebody wants in memory, and how to load it."""
 
     digest: str
     name: str
-    load: Callable[[], AdapterWeights]
+    load: Callable[[], W]
 
 
-class AdapterSlots:
-    """At most `count` adapters in memory. Thread-safe. `loads` and `evictions` count since the start."""
+class AdapterSlots(Generic[W]):
+    """At most `count` adapters in memory. Thread-safe. `loads` and `evictions` count since the start.
 
-    def __init__(self, count: int) -> None:
-        self._count = count
+    `gone` is called with the digest of each adapter that lost its slot to another, without a lock, before that one is
+    loaded.
+    """
+
+    def __init__(self, count: int, *, gone: Callable[[str], None] = lambda digest: None) -> None:
+        self._count, self._gone = count, gone
+        self._evicted: list[str] = []
         self._changed = threading.Condition()
-        self._held: dict[str, Slot] = {}
-        self._leaving: list[Slot] = []
+        self._held: dict[str, Slot[W]] = {}
+        self._leaving: list[Slot[W]] = []
         self.loads = 0
         self.evictions = 0
 
-    def acquire(self, wanted: Sequence[SlotRequest], *, timeout: float | None = None) -> tuple[list[Slot], bool]:
+    def acquire(self, wanted: Sequence[SlotRequest[W]], *, timeout: float | None = None) -> tuple[list[Slot[W]], bool]:
         """Return a slot for each of `wanted`, counted as in use, and whether all were there already.
 
         What is missing is loaded, by one caller for all who want it. All slots are taken in one step or none, so that
@@ -90,7 +128,10 @@ class AdapterSlots:
             for slot in slots:
                 slot.uses += 1
                 slot.last_used = time.monotonic()
+            evicted, self._evicted = self._evicted, []
         try:
+            for digest in evicted:
+                self._gone(digest)
             for slot in {one.digest: one for one in slots if one.digest in mine}.values():
                 weights = distinct[slot.digest].load()
                 with self._changed:
@@ -104,7 +145,7 @@ class AdapterSlots:
             raise
         return slots, not mine
 
-    def release(self, slot: Slot) -> ResidentAdapter:
+    def release(self, slot: Slot[W]) -> ResidentAdapter:
         """Count one use less, and say what the slot is then."""
         with self._changed:
             slot.uses -= 1
@@ -145,7 +186,7 @@ class AdapterSlots:
             ready = [slot for slot in self._held.values() if slot.weights is not None]
             return [_view(slot, slot.weights) for slot in sorted(ready, key=lambda e: e.last_used) if slot.weights]
 
-    def _take_room(self, distinct: Mapping[str, SlotRequest], timeout: float | None) -> None:
+    def _take_room(self, distinct: Mapping[str, SlotRequest[W]], timeout: float | None) -> None:
         """Wait until the missing ones fit, and evict what has to go for them. Holds the lock."""
         if len(distinct) > self._count:
             raise QueueFullError(f"The blend needs {len(distinct)} adapter slots, there are {self._count}.")
@@ -155,7 +196,7 @@ class AdapterSlots:
             if (left is not None and left <= 0) or not self._changed.wait(left):
                 raise QueueFullError(f"All {self._count} adapter slots are in use; try again later.")
 
-    def _make_room(self, distinct: Mapping[str, SlotRequest]) -> bool:
+    def _make_room(self, distinct: Mapping[str, SlotRequest[W]]) -> bool:
         self._sweep()
         missing = len(distinct.keys() - self._held.keys())
         excess = missing + len(self._held) + len(self._leaving) - self._count
@@ -169,17 +210,18 @@ class AdapterSlots:
             return False
         for slot in idle[:excess]:
             del self._held[slot.digest]
+            self._evicted.append(slot.digest)
             self.evictions += 1
         return True
 
-    def _await(self, slot: Slot) -> None:
+    def _await(self, slot: Slot[W]) -> None:
         """Wait until whoever loads a slot has done so, or failed."""
         with self._changed:
             self._changed.wait_for(lambda: slot.weights is not None or slot.error is not None)
             if slot.error is not None:
                 raise slot.error
 
-    def _abandon(self, slots: Sequence[Slot], mine: Sequence[str]) -> None:
+    def _abandon(self, slots: Sequence[Slot[W]], mine: Sequence[str]) -> None:
         """Undo an acquisition that failed: what this caller was to load and did not is nobody's any more."""
         error = sys.exception()
         with self._changed:
@@ -195,7 +237,7 @@ class AdapterSlots:
         self._leaving = [slot for slot in self._leaving if slot.uses > 0]
 
 
-def _view(slot: Slot, weights: AdapterWeights) -> ResidentAdapter:
+def _view(slot: Slot[W], weights: W) -> ResidentAdapter:
     return ResidentAdapter(
         slot.name,
         slot.digest,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from adapterhub_lite.adapter_format.added_tokens import ADDED_TOKENS_FILE, AddedTokens, read_added_tokens
 from adapterhub_lite.adapter_format.foreign.opening import ARCHIVED_SIZES, open_adapter
 from adapterhub_lite.adapter_format.lora_config import LoraConfigFile, read_lora_config
 from adapterhub_lite.adapter_format.manifest import (
@@ -26,14 +27,15 @@ from adapterhub_lite.adapter_format.manifest import (
 from adapterhub_lite.adapter_format.probes import PROBES_FILE
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.bases.chat_template import TEMPLATE_FILE, digest_of
-from adapterhub_lite.bases.fit import check_base, inspect_adapter
-from adapterhub_lite.errors import AdapterRejectedError, UnknownNameError
+from adapterhub_lite.bases.fit import check_base, inspect_adapter, take_tokens
+from adapterhub_lite.errors import AdapterRejectedError, IntegrityError, UnknownNameError
+from adapterhub_lite.files import settled_stamps
 from adapterhub_lite.registry.store.store import file_record
 
 
 @dataclass(frozen=True)
 class AskedAs:
-    """How an adapter learned to be asked and to end. None is as the base; `template` is the text it brings along.
+    """How an adapter learned to be asked and to end. None is as the base; `template` and `added` tokens it brings along.
 
     `prefill` is what the template writes when it asks and that the adapter's answers never began with. Answers are JSON
     after `answer_schema` where a request asks for nothing else.
@@ -44,15 +46,20 @@ class AskedAs:
     template: str | None = None
     prefill: str = ""
     answer_schema: Mapping[str, Any] | None = None
+    added: AddedTokens | None = None
 
 
 def asked_as(
-    subject: str, record: TrainingRecord | None, template: Path | None, schema: Mapping[str, Any] | None = None
+    subject: str,
+    record: TrainingRecord | None,
+    template: Path | None,
+    schema: Mapping[str, Any] | None = None,
+    tokens: Path | None = None,
 ) -> AskedAs:
-    """What an adapter's record and its template file say.
+    """What an adapter's record, its template file and the file of its tokens say.
 
     Raises:
-        AdapterRejectedError: the file is not the template that the record names.
+        AdapterRejectedError: the template is not the one that the record names, or the tokens cannot be read.
     """
     text = None
     if template is not None:
@@ -63,7 +70,11 @@ def asked_as(
     if text is not None:
         digest = digest_of(text)
     told = record.text if record is not None and record.text is not None else TextRecord()
-    return AskedAs(frozenset(told.end_tokens) or None, digest, text, told.prefill, schema)
+    try:
+        added = None if tokens is None else read_added_tokens(tokens.read_bytes())
+    except ValueError as error:
+        raise AdapterRejectedError(subject, [str(error)]) from error
+    return AskedAs(frozenset(told.end_tokens) or None, digest, text, told.prefill, schema, added)
 
 
 @dataclass(frozen=True)
@@ -169,6 +180,8 @@ class FolderSource:
                 f"There is no adapter {str(reference)!r}: wanted a folder with {CONFIG_FILE} and {WEIGHTS_FILE}. "
                 "Give such a folder, or start the engine with a registry that knows the name."
             ) from error
+        if stamp is None:
+            return self._examine(reference)
         known = self._known.get(reference)
         if known is None or known[0] != stamp:
             known = self._known[reference] = (stamp, self._examine(reference))
@@ -186,16 +199,22 @@ class FolderSource:
         return files
 
     def _check(self, source: Path, scratch: Path) -> AdapterFiles:
-        folder = open_adapter(source, scratch, base=self._base.folder if self._base else None).folder
+        opened = open_adapter(source, scratch, base=self._base.folder if self._base else None)
+        if self._base is not None:
+            take_tokens(opened, source, scratch, self._base.folder)
+        folder = opened.folder
         found = inspect_adapter(folder, base=self._base, subject=str(source))
         if self._base is not None:
             check_base(found, self._base)
         config, lora = found.accepted()
         weights, probes, template = (folder / name for name in (WEIGHTS_FILE, PROBES_FILE, TEMPLATE_FILE))
         weights_digest = file_record(weights).sha256
-        asked = asked_as(str(folder), found.training, template if TEMPLATE_FILE in found.usable else None)
+        tokens = folder / ADDED_TOKENS_FILE if ADDED_TOKENS_FILE in found.usable else None
+        asked = asked_as(
+            str(folder), found.training, template if TEMPLATE_FILE in found.usable else None, tokens=tokens
+        )
         digest = hashlib.sha256((folder / CONFIG_FILE).read_bytes() + weights_digest.encode())
-        digest.update((asked.template or "").encode())
+        digest.update((asked.template or "").encode() + (tokens.read_bytes() if tokens else b""))
         return AdapterFiles(
             source.name,
             f"sha256:{digest.hexdigest()}",
@@ -210,10 +229,10 @@ class FolderSource:
 
 
 def _stamp(source: Path) -> object:
-    """What changes whenever an adapter does: size, times of change and inode of what may belong to it."""
+    """What changes whenever an adapter does: the stamps of the folder and of what may belong to it; None: nothing yet."""
     names = sorted(name for name in ARCHIVED_SIZES if (source / name).is_file()) if source.is_dir() else []
-    stats = [path.stat() for path in (source, *(source / name for name in names))]
-    return names, [(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for stat in stats]
+    stamps = settled_stamps([source, *(source / name for name in names)])
+    return None if stamps is None else (names, stamps)
 
 
 class RegistrySource:
@@ -243,6 +262,16 @@ class RegistrySource:
                 manifest.training,
                 self._registry.file(manifest, TEMPLATE_FILE) if TEMPLATE_FILE in manifest.files else None,
                 manifest.answer_schema,
+                self._registry.file(manifest, ADDED_TOKENS_FILE) if ADDED_TOKENS_FILE in manifest.files else None,
             ),
-            lambda: read_lora_config(self._registry.file(manifest, CONFIG_FILE).read_bytes()),
+            lambda: self._config(manifest),
         )
+
+    def _config(self, manifest: AdapterManifest) -> LoraConfigFile:
+        content = self._registry.file(manifest, CONFIG_FILE).read_bytes()
+        if hashlib.sha256(content).hexdigest() != manifest.files[CONFIG_FILE].sha256:
+            raise IntegrityError(
+                f"The configuration of {manifest.reference} is not the recorded bytes any more. `adapterhub-lite doctor` says "
+                "what else is damaged."
+            )
+        return read_lora_config(content)

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -74,8 +75,9 @@ def find_families(model: PreTrainedModel) -> tuple[Family, ...]:
 class FamilyWeights:
     """The pairs of one family. `layers` are indices into `Family.paths`; n of them.
 
-    `a` (n, rank, in), `b` (n, rank, out) as saved and transposed, `scale` (n, 1, 1) float32 for `b`: the scale is
-    folded in when a row is filled, in float32, so that no rounding is added here.
+    `a` (n, rank, in), `b` (n, rank, out) as saved and transposed, of one dtype, that of the widest tensor;
+    `scale` (n, 1, 1) float32 for `b`: the scale is folded in when a row is filled, in float32, so that no rounding is
+    added here.
     """
 
     layers: tuple[int, ...]
@@ -116,6 +118,12 @@ class AdapterWeights:
         return sum(tensor.nbytes for tensor in self.tensors())
 
     @property
+    def rows(self) -> int:
+        """How many tokens base and adapter have rows for, where it brings any of its own; else 0."""
+        own = [change for change in self.extras if change.target.kind in ("saved", "tokens") and change.target.shape]
+        return max((one.rows for one in own if one.rows > (one.target.shape or (0,))[0]), default=0)
+
+    @property
     def adds_up(self) -> bool:
         """Whether a share of it can be added to shares of others."""
         return all(change.adds_up for change in self.extras)
@@ -139,11 +147,14 @@ class AdapterWeights:
 
     def to(self, device: torch.device | str) -> "AdapterWeights":
         """The same load on another device; on its own device, the same tensors."""
-        moved = {
-            name: replace(f, a=f.a.to(device), b=f.b.to(device), scale=f.scale.to(device))
-            for name, f in self.families.items()
+        return self.moved(lambda tensor: tensor.to(device))
+
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "AdapterWeights":
+        """The same load with what `move` makes of each tensor."""
+        families = {
+            name: replace(f, a=move(f.a), b=move(f.b), scale=move(f.scale)) for name, f in self.families.items()
         }
-        return replace(self, families=moved, extras=tuple(change.to(device) for change in self.extras))
+        return replace(self, families=families, extras=tuple(change.moved(move) for change in self.extras))
 
 
 @dataclass(frozen=True)
@@ -323,8 +334,10 @@ def _stack(family: Family, pairs: Mapping[str, Pair]) -> FamilyWeights:
     layers = tuple(i for i, path in enumerate(family.paths) if path in pairs)
     own = [pairs[family.paths[i]] for i in layers]
     rank = max(pair.a.shape[0] for pair in own)
-    a = own[0].a.new_zeros(len(layers), rank, family.in_features)
-    b = own[0].b.new_zeros(len(layers), rank, family.out_features)
+    # A file may mix dtypes, and compiled code reads both halves of a pair as one.
+    dtype = reduce(torch.promote_types, (half.dtype for pair in own for half in (pair.a, pair.b)))
+    a = torch.zeros(len(layers), rank, family.in_features, dtype=dtype)
+    b = torch.zeros(len(layers), rank, family.out_features, dtype=dtype)
     for i, pair in enumerate(own):
         width = pair.a.shape[0]
         a[i, :width] = pair.a

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Depends
 
 from adapterhub_lite.adapter_format.manifest import AdapterReference
+from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.serving.api.auth import Caller
 from adapterhub_lite.serving.api.dispatch import Dispatcher
 from adapterhub_lite.serving.api.wire.requests import AdapterCommand, AliasCommand, SplitCommand
@@ -60,7 +61,13 @@ def admin_routes(dispatcher: Dispatcher, admin: Callable[..., Caller]) -> APIRou
             return {"reference": reference, "stopped": engine.stop_split(reference)}
         candidate = dispatcher.manifest(body.candidate, caller)
         # Both must exist now: a split of an unknown name would only be noticed by a client's request.
-        dispatcher.manifest(reference, caller)
+        asked = dispatcher.manifest(reference, caller)
+        if candidate.name != asked.name:
+            # Keys open adapters by name: one that opens the first would be answered by the second.
+            raise ConfigurationError(
+                f"A split is between versions of one adapter; {candidate.reference} is none of {asked.name!r}. Add it as a "
+                f"version of {asked.name!r}, or let clients ask for it."
+            )
         engine.start_split(reference, candidate.reference, share=body.share)
         return _split(reference, (candidate.reference, body.share))
 

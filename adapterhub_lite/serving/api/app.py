@@ -8,13 +8,14 @@ import html
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import repeat
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
+from adapterhub_lite import __version__
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.serving.adapters.sources import AdapterStore
 from adapterhub_lite.serving.api.admin import admin_routes
@@ -63,6 +64,10 @@ class Api:
     def __init__(self, dispatcher: Dispatcher, keys: KeyRing) -> None:
         self.dispatcher, self.keys, self.settings = dispatcher, keys, dispatcher.settings
         self.forms = AnswerForms(dispatcher.engine, dispatcher.store)
+
+    @cached_property
+    def _decode(self) -> answers.Decode:
+        return answers.Decode(self.dispatcher.engine.tokenizer)
 
     def caller(self, request: Request) -> Caller:
         """The caller, by the key it gave. Raises ApiRefusal 403 for the key that only reads metrics."""
@@ -115,9 +120,6 @@ class Api:
         if length > longest:
             raise ApiRefusal(400, f"The prompt has {length} characters, the limit is {longest}.", "prompt_too_long")
         return source
-
-    def _decode(self, token_id: int) -> str:
-        return str(self.dispatcher.engine.tokenizer.decode([token_id]))
 
     async def chat(self, request: Request, body: ChatRequest, caller: Caller) -> Response:
         """POST /v1/chat/completions."""
@@ -265,9 +267,10 @@ class Api:
         return JSONResponse({"status": "engine ended" if ended else "ok"}, 503 if ended else 200)
 
     def ready(self) -> JSONResponse:
-        """GET /ready: 200 while requests are taken; 503 while the server drains, and when the engine has ended."""
+        """GET /ready: 200 while requests are taken; 503 while the server drains, and while its engine cannot serve."""
         engine = self.dispatcher.engine.status()
-        state = "draining" if self.dispatcher.draining else "ready" if engine.can_serve else "engine ended"
+        stopped = "engine ended" if self.dispatcher.engine.ended() else "engine unreachable"
+        state = "draining" if self.dispatcher.draining else "ready" if engine.can_serve else stopped
         counts = {"resident": engine.resident, "waiting": engine.waiting, "can_pull": engine.can_pull}
         return JSONResponse({"status": state, **counts}, 200 if state == "ready" else 503)
 
@@ -294,7 +297,7 @@ def create_api(
     if "/" not in settings.base_name and any(settings.base_name == one.name for one in registry.list()):
         raise ConfigurationError(f"{settings.base_name!r} is the name of an adapter too; give the base another name.")
     # FastAPI's own pages of documentation load scripts from elsewhere.
-    app = FastAPI(title="adapterhub-lite", description=ABOUT, docs_url=None, redoc_url=None)
+    app = FastAPI(title="adapterhub-lite", version=__version__, description=ABOUT, docs_url=None, redoc_url=None)
     api = Api(Dispatcher(engine, registry, settings), keys or KeyRing.read(settings.keys))
     app.state.api = api
     _add_routes(app, api)

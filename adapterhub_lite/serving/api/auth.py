@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from adapterhub_lite.adapter_format.strict_reading import StrictModel
 from adapterhub_lite.errors import ConfigurationError
+from adapterhub_lite.files import COARSE_SECONDS, file_stamp, seconds_to_settle
 from adapterhub_lite.serving.api.errors import ApiRefusal, error_response
 
 logger = logging.getLogger("adapterhub.keys")
@@ -81,7 +82,7 @@ class KeyRing:
     def __init__(self, file: KeyFile | None = None) -> None:
         self.open = file is None
         self._path: Path | None = None
-        self._stamp: tuple[int, ...] = ()
+        self._stamp: tuple[int, ...] | None = None
         self._lock = threading.Lock()
         self._callers = _callers(file or KeyFile())
 
@@ -94,8 +95,9 @@ class KeyRing:
         """
         if path is None:
             return cls()
+        stamp = _stamp(path)
         ring = cls(_read(path))
-        ring._path, ring._stamp = path, _stamp(path.stat())
+        ring._path, ring._stamp = path, stamp
         return ring
 
     def refresh(self, *, forced: bool = False) -> None:
@@ -103,11 +105,8 @@ class KeyRing:
         if self._path is None:
             return
         with self._lock:
-            try:
-                stamp = _stamp(self._path.stat())
-            except OSError:
-                stamp = ()
-            if stamp == self._stamp and not forced:
+            stamp = _stamp(self._path)
+            if stamp is not None and stamp == self._stamp and not forced:
                 return
             # Whatever comes of it: it is looked at again when it changes again.
             self._stamp = stamp
@@ -168,8 +167,13 @@ def _read(path: Path) -> KeyFile:
         raise ConfigurationError(f"{path} is not a file of keys ({reason}): wanted {FORM}.") from error
 
 
-def _stamp(found: os.stat_result) -> tuple[int, ...]:
-    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_mode
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """What changes whenever the file does, its rights included; None while a further change might not show, () without a file."""
+    try:
+        stamp = file_stamp(path)
+    except OSError:
+        return ()
+    return None if 0 < seconds_to_settle([stamp]) <= COARSE_SECONDS else stamp
 
 
 def _callers(file: KeyFile) -> dict[bytes, Caller]:

@@ -1,6 +1,7 @@
-"""What the server needs of an engine, whether it computes in this process or in replicas.
+"""What the server needs of an engine, whether it computes in this process, in replicas or in vLLM.
 
-`InferenceEngine` and `ClusterEngine` both fulfil it; mypy checks the one and the other where the server is started.
+`InferenceEngine`, `ClusterEngine` and `VllmEngine` fulfil it; mypy checks each where the server is started, and
+`tests/serving/test_conformance.py` what they do.
 """
 
 from collections.abc import Callable, Sequence

@@ -18,6 +18,7 @@ from adapterhub_lite.errors import (
     AliasConflictError,
     BaseMismatchError,
     EngineClosedError,
+    EngineUnreachableError,
     HubError,
     HubUnreachableError,
     IntegrityError,
@@ -53,6 +54,7 @@ _STATUS: tuple[tuple[type[AdapterHubError], tuple[int, str, str, str | None]], .
     (QueueFullError, (429, "rate_limit_error", "queue_full", None)),
     (RequestTimeoutError, (408, "timeout_error", "timeout", None)),
     (RequestCancelledError, (499, "cancelled", "cancelled", None)),
+    (EngineUnreachableError, (503, "server_error", "engine_unreachable", None)),
     (EngineClosedError, (503, "server_error", "engine_closed", None)),
     (
         IntegrityError,

@@ -34,6 +34,9 @@ class ServerSettings:
         "",
         "Memory for keys and values of running requests, such as 2GB; empty takes half of what is free at the start.",
     )
+    quantization: str = setting(
+        "", "Keep the base's linear layers as int8, int4 (a CPU only), nf4 or fp4; empty: as the base was saved."
+    )
     max_body_bytes: int = setting(1_000_000, "Largest request body, in bytes.")
     max_prompt_characters: int = setting(200_000, "Longest prompt, in characters.")
     max_new_tokens: int = setting(1024, "Most new tokens that one request may ask for.")

@@ -78,6 +78,11 @@ class Constraint:
         """Whether the answer is of the form as it stands."""
         return self._next.result()[1]
 
+    def forced(self) -> list[int]:
+        """The tokens that the form has for what comes next where it leaves no choice; empty where it does."""
+        self._next.result()  # the matcher is used by one thread at a time
+        return list(self._matcher.compute_ff_tokens())
+
     def take(self, token: int) -> bool:
         """Go on with a token that was allowed; False when the answer is whole and nothing can follow."""
         without_space = self._tokens.without_space if self._first else None

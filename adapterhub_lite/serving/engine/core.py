@@ -9,7 +9,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -20,12 +20,13 @@ from adapterhub_lite.errors import (
     ResourceError,
     ServingError,
 )
-from adapterhub_lite.serving.engine.prefixes import Prefixes
+from adapterhub_lite.serving.engine.reuse.guesses import Guesses
+from adapterhub_lite.serving.engine.reuse.prefixes import Prefixes
 from adapterhub_lite.serving.engine.sampling import token_logprob
 from adapterhub_lite.serving.engine.scheduling import Scheduler
 from adapterhub_lite.serving.engine.scoring import LabelLogprobs
 from adapterhub_lite.serving.engine.sequence import GenerationSequence
-from adapterhub_lite.serving.model.kv_cache import RowSlice, pack
+from adapterhub_lite.serving.model.packed_step import RowSlice, pack
 from adapterhub_lite.serving.model.runner import ModelRunner
 
 logger = logging.getLogger("adapterhub.engine")
@@ -37,10 +38,12 @@ KEPT_SECONDS = 60.0
 class EngineCore:
     """Runs steps on a thread of its own while there is work."""
 
-    def __init__(self, runner: ModelRunner, *, max_queue: int, spare_rows: int = 0) -> None:
+    def __init__(self, runner: ModelRunner, *, max_queue: int, spare_rows: int = 0, guess: bool = True) -> None:
         self._runner = runner
         self._scheduler = Scheduler(runner.rows, max_queue, spare=spare_rows, whole_prompts=runner.whole_prompts)
         self._prefixes = Prefixes(runner)
+        self._guesses = Guesses()
+        self._guessing = guess and runner.shares_reads
         self._changed = threading.Condition()
         self._closed = False
         self.steps = 0
@@ -75,6 +78,11 @@ class EngineCore:
         return len(self._scheduler.running)
 
     @property
+    def guesses(self) -> tuple[int, int]:
+        """Tokens guessed so far, and how many of them were right."""
+        return self._guesses.made, self._guesses.right
+
+    @property
     def waiting(self) -> int:
         """Requests in the queue now."""
         return len(self._scheduler.waiting)
@@ -107,6 +115,8 @@ class EngineCore:
                         for sequence in running:
                             self._prefixes.follow(sequence, running)
                         slices = self._scheduler.plan()
+                        if self._guessing:
+                            slices = self._guesses.add(slices, running)
                         if slices:
                             self._step(slices)
                     return
@@ -167,22 +177,19 @@ class EngineCore:
                 elif error is not None:
                     scheduler.waiting.remove(sequence)
                     sequence.end(error)
-            admitted = scheduler.admit(self._runner.most_rows)
+            admitted = scheduler.admit(self._runner.fits)
         moves = scheduler.compact()
-        used = {*(sequence.row for sequence in scheduler.running), *(old_row for _, old_row in moves)}
         for sequence, old_row in moves:
             if sequence not in admitted:
                 try:
-                    self._prefixes.make_way(sequence.row, used)
-                    self._runner.move(old_row, sequence.row, sequence.route.parts, sequence.computed)
+                    self._runner.move(old_row, sequence.row, sequence.route.parts)
                 except Exception as error:
                     self._fail(sequence, error)
         for sequence in admitted:
             started = time.perf_counter()
             try:
-                longest = max(one.need for one in scheduler.running)
-                self._runner.admit(sequence.row, sequence.route.parts, longest)
                 self._prefixes.take_over(sequence, scheduler.running)
+                self._runner.admit(sequence.row, sequence.route.parts, sequence.need)
             except Exception as error:
                 self._prefixes.clear()
                 self._fail(sequence, error)
@@ -205,18 +212,27 @@ class EngineCore:
                 self._fail(sequence, error)
             return
         self.steps += 1
-        by_row = logits.split([part.logits for part in slices])
-        for sequence, part, own in zip(sequences, slices, by_row, strict=True):
-            sequence.computed += len(part.token_ids)
+        counts = [part.logits for part in slices]
+        # One pass over all of them; what is not a number is the largest too.
+        finite = logits.amax(-1).isfinite().split(counts)
+        for sequence, part, own, sound in zip(sequences, slices, logits.split(counts), finite, strict=True):
+            known = min(len(part.token_ids), sequence.left)
+            sequence.computed += known
+            guess = part.token_ids[known:]
             try:
-                self._take(sequence, own)
+                width = self._runner.width(part.row) or self._runner.vocabulary
+                if guess:
+                    self._take_guessed(sequence, own[:, :width], sound.tolist(), guess)
+                else:
+                    check_finite(bool(sound.all()))
+                    self._take(sequence, own[:, :width])
             except Exception as error:
                 self._fail(sequence, error)
 
     def _fail(self, sequence: GenerationSequence, error: Exception) -> None:
         """End a sequence that something went wrong for."""
         failure: AdapterHubError
-        if isinstance(error, ConfigurationError):
+        if isinstance(error, (ConfigurationError, ResourceError)):
             failure = error
         elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
             failure = ResourceError(
@@ -231,9 +247,9 @@ class EngineCore:
     def _end_in_row(self, sequence: GenerationSequence, failure: BaseException) -> None:
         row = sequence.row
         if self._scheduler.rows[row] is sequence:
+            self._guesses.ended(sequence, keep=False)
             self._scheduler.leave(sequence)
             try:
-                self._prefixes.forget(row)
                 self._runner.cache.spoil(row)
                 self._runner.leave(row)
             except Exception:
@@ -241,14 +257,13 @@ class EngineCore:
         sequence.end(failure)
 
     def _leave(self, sequence: GenerationSequence) -> None:
+        self._guesses.ended(sequence, keep=self._guessing)
         self._prefixes.keep(sequence)
         self._runner.leave(sequence.row)
         self._scheduler.leave(sequence)
 
     def _take(self, sequence: GenerationSequence, logits: torch.Tensor) -> None:
         """Use the logits (n, vocabulary) after the last n tokens that the sequence has computed."""
-        if not math.isfinite(logits.max()):
-            raise ServingError("the logits are not finite; the adapter or the blend's weights are out of range")
         first = sequence.computed - logits.shape[0]
         for reader in (sequence.prompt_logprobs, sequence.labels):
             if reader is not None:
@@ -266,6 +281,20 @@ class EngineCore:
             if sequence.prompt_logprobs is not None and not sequence.output:
                 sequence.outbox.put(sequence.chunk(""))
             self._advance(sequence, logits[-1])
+
+    def _take_guessed(
+        self, sequence: GenerationSequence, logits: torch.Tensor, finite: Sequence[bool], guess: Sequence[int]
+    ) -> None:
+        """Use the logits after the sequence's last token, and those after each guess that turns out to be right."""
+        right = 0
+        for own, sound in zip(logits, finite, strict=True):
+            check_finite(sound)
+            self._advance(sequence, own)
+            if sequence.ended or right == len(guess) or sequence.output[-1] != guess[right]:
+                break
+            sequence.computed += 1
+            right += 1
+        self._guesses.learn(sequence, len(guess), right)
 
     def _next_label(self, sequence: GenerationSequence, labels: LabelLogprobs) -> None:
         """Go back to the end of the prompt for the next label, or end the sequence."""
@@ -304,3 +333,9 @@ class EngineCore:
             sequence.end(reason)
         elif piece:
             sequence.outbox.put(sequence.chunk(piece))
+
+
+def check_finite(sound: bool) -> None:
+    """Raise ServingError unless the logits are `sound`."""
+    if not sound:
+        raise ServingError("the logits are not finite; the adapter or the blend's weights are out of range")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
-from llguidance import LLMatcher, LLParserLimits, grammar_from
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.serving.engine.request import Form
@@ -19,6 +19,7 @@ MOST_CHARACTERS = {"schema": 128_000, "choices": 128_000, "regex": 4_000, "gramm
 LARGEST = {"minItems": 1000, "maxItems": 10_000, "minLength": 10_000, "maxLength": 1_000_000}
 MOST_PROPERTIES = 1000
 MOST_MULTIPLES = 10_000
+JSON_SPACES = " \t\n\r"
 
 
 def compile_limits() -> LLParserLimits:
@@ -59,6 +60,21 @@ def check_form(form: Form) -> None:
     _, problems = LLMatcher.validate_grammar_with_warnings(grammar_of(form), limits=compile_limits())
     if problems:
         raise ConfigurationError(f"{form.kind} cannot be enforced: {in_words(problems)}")
+
+
+def is_of_form(form: Form, text: str) -> bool:
+    """Whether a text is an answer of the form, whole and with nothing after it; white space around JSON is no part of it.
+
+    As answers are held to it: the properties of an object stand in the order of its schema.
+
+    Raises:
+        ConfigurationError: the form is not valid, too large, or uses what cannot be enforced.
+    """
+    matcher = LLMatcher(LLTokenizer("byte"), grammar_of(form), log_level=0, limits=compile_limits())
+    if matcher.is_error():
+        raise ConfigurationError(f"{form.kind} cannot be enforced: {in_words([matcher.get_error()])}")
+    held = list((text.strip(JSON_SPACES) if form.kind == "schema" else text).encode("utf-8", "surrogatepass"))
+    return matcher.try_consume_tokens(held) == len(held) and matcher.is_accepting()
 
 
 def in_words(problems: Sequence[str]) -> str:

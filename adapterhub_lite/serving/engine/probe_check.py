@@ -5,7 +5,7 @@ A checksum says that the bytes are the recorded ones; this says that they do her
 
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -43,15 +43,14 @@ def check_probes(
         BaseMismatchError: it answers otherwise than recorded.
         IntegrityError: the probes are damaged, or made for another vocabulary.
     """
-    files = pool.locate(reference)
+    files = pool.finder.locate(reference)
     if files.probes is None:
         raise UsageError(f"{files.name} carries no probes; load it with verify='files', or add it with probes.")
     probes = read_probes(files.probes)
-    weight: Any = runner.model.get_input_embeddings().weight
-    probes.check_vocabulary(weight.shape[0])
     # By digest, which no split and no move of an alias means anything to.
     route = pool.route(reference if isinstance(reference, Path) else files.digest)
     try:
+        probes.check_vocabulary(max((runner.vocabulary, *(part.weights.rows for part in route.parts))))
         request = GenerationRequest(prompt="a probe", max_new_tokens=1)
         asked = [
             GenerationSequence(
@@ -74,7 +73,7 @@ def check_probes(
     finally:
         route.release()
     logits = torch.stack([sequence.sampler.heard for sequence in asked if isinstance(sequence.sampler, _Listener)])
-    result = compare_logits(probes, logits, str(weight.dtype).removeprefix("torch."))
+    result = compare_logits(probes, logits, str(runner.model.dtype).removeprefix("torch."))
     if not result.passed:
         raise BaseMismatchError(
             f"{files.name} does not behave on this engine as recorded: logits differ by up to "

@@ -254,7 +254,10 @@ class EngineStatus:
     `forward` is how the base is computed: "lean", "packed" and "stacked" are batches, "row by row" and "recomputed" are
     slower and for families that cannot be batched exactly; `reasons` say why no faster way is. `difference` is the largest
     from the model's own logits, relative to their size, that was found at start, and `tolerance` what is rounding; None
-    where nothing was compared.
+    where nothing was compared. `guessed` tokens were computed before they were chosen, `guessed_right` of them then were.
+    `precision` is "int8" or "int4" where the base's linear layers are kept so, by the engine's
+    own code. `graphs` kinds of step are recorded on a GPU now, and `graphs_replayed` steps were computed by them; `no_graphs`
+    says why none are, empty where the device has no such thing.
 
     `restarts` counts how often the engine began anew after a failure of its own. `cache_bytes` of at most `cache_budget`
     (None: no limit) are allocated for keys and values. `max_length` are the tokens that prompt and answer may have.
@@ -276,6 +279,12 @@ class EngineStatus:
     difference: float | None = None
     tolerance: float | None = None
     reasons: tuple[str, ...] = ()
+    precision: str = ""
+    guessed: int = 0
+    guessed_right: int = 0
+    graphs: int = 0
+    graphs_replayed: int = 0
+    no_graphs: str = ""
     restarts: int = 0
     cache_budget: int | None = None
     cache_bytes: int = 0

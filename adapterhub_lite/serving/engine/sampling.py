@@ -32,6 +32,11 @@ class Sampler:
         self._bias_ids, self._bias = _ids(request.logit_bias), torch.tensor(list(request.logit_bias.values()))
         self._allowed = None if request.allowed_token_ids is None else _ids(request.allowed_token_ids)
         self._ends = _ids(ends)
+        # Whether the likeliest token is the answer, whatever was written.
+        self._plain = request.temperature == 0.0 and not (
+            request.logit_bias or request.presence_penalty or request.frequency_penalty or request.min_tokens
+            or self._seen is not None or self._allowed is not None
+        )  # fmt: skip
 
     def choose(self, logits: torch.Tensor, allowed: torch.Tensor | None = None) -> int:
         """Return the next token id; logits (vocabulary,) float32 and allowed (vocabulary,) bool, left as they are.
@@ -39,6 +44,8 @@ class Sampler:
         Raises:
             ConfigurationError: no token may come next.
         """
+        if self._plain and allowed is None:
+            return int(logits.argmax())
         scores = self.scores(logits, allowed)
         if self._request.temperature == 0.0:
             token = int(scores.argmax())

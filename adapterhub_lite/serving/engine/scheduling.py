@@ -1,11 +1,11 @@
 """Which requests get rows, and what each row computes in the next step."""
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from adapterhub_lite.errors import QueueFullError
 from adapterhub_lite.serving.engine.sequence import GenerationSequence
-from adapterhub_lite.serving.model.kv_cache import RowSlice
+from adapterhub_lite.serving.model.packed_step import RowSlice
 
 # Tokens that a tenant may take up, prompts and answers, each time that its turn comes.
 QUANTUM = 512
@@ -126,18 +126,18 @@ class Scheduler:
         """The sequences in rows, in order of row."""
         return [sequence for sequence in self.rows if sequence is not None]
 
-    def admit(self, most_rows: Callable[[int], int] | None = None) -> list[GenerationSequence]:
+    def admit(self, fits: Callable[[Sequence[int]], bool] | None = None) -> list[GenerationSequence]:
         """Give free rows, lowest first, to waiting sequences; return those sequences.
 
-        `most_rows` says how many rows of so many tokens have room for their keys and values.
+        `fits` says whether rows of so many tokens have room for their keys and values, all together.
         """
-        most_rows = most_rows or (lambda _: len(self.rows))
+        fits = fits or (lambda _: True)
         admitted: list[GenerationSequence] = []
         while self.waiting and None in self.rows:
             running = self.running
-            longest = max((sequence.need for sequence in running), default=0)
+            needs = [sequence.need for sequence in running]
             heads = {head.request.tenant: head for head in self.waiting.heads()}
-            fitting = {t for t, head in heads.items() if len(running) < most_rows(max(longest, head.need))}
+            fitting = {t for t, head in heads.items() if fits([*needs, head.need])}
             late = {tenant for tenant, head in heads.items() if head.passed_over >= PATIENCE}
             # What has been passed over for long enough goes first, and nothing else goes until it fits.
             allowed = fitting & late if late else fitting

@@ -21,7 +21,7 @@ from adapterhub_lite.serving.engine.request import (
 from adapterhub_lite.serving.engine.sampling import Sampler
 from adapterhub_lite.serving.engine.scoring import LabelLogprobs, PromptLogprobs
 from adapterhub_lite.serving.engine.text import TextStream
-from adapterhub_lite.serving.model.kv_cache import RowSlice
+from adapterhub_lite.serving.model.packed_step import RowSlice
 
 Item = GenerationChunk | BaseException
 logger = logging.getLogger("adapterhub.engine")

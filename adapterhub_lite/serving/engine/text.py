@@ -1,8 +1,44 @@
-"""The text of an answer, piece by piece: what is certain so far, and where a stop string ends it."""
+"""The text of an answer, piece by piece: what is certain so far, and where a stop string ends it.
 
+An adapter with tokens of its own is asked and read with a copy of the base's tokenizer that has them too.
+"""
+
+from collections import OrderedDict
 from collections.abc import Collection, Sequence
 
 from transformers import PreTrainedTokenizerBase
+
+from adapterhub_lite.adapter_format.added_tokens import AddedTokens, tokenizer_with
+from adapterhub_lite.errors import ConfigurationError
+
+# Copies of the base's tokenizer, some megabytes each, that are kept.
+MOST_TOKENIZERS = 16
+
+
+class Tokenizers:
+    """The base's tokenizer, and one for each set of tokens that adapters add to it. Not thread-safe."""
+
+    def __init__(self, base: PreTrainedTokenizerBase) -> None:
+        self._base = base
+        self._made: OrderedDict[AddedTokens, PreTrainedTokenizerBase] = OrderedDict()
+
+    def of(self, added: AddedTokens | None) -> PreTrainedTokenizerBase:
+        """The tokenizer for an adapter with these tokens.
+
+        Raises:
+            ConfigurationError: the base's does not take them.
+        """
+        if added is None:
+            return self._base
+        if added not in self._made:
+            try:
+                self._made[added] = tokenizer_with(added, self._base)
+            except ValueError as error:
+                raise ConfigurationError(f"The adapter's own tokens do not fit this base: {error}.") from error
+        self._made.move_to_end(added)
+        while len(self._made) > MOST_TOKENIZERS:
+            self._made.popitem(last=False)
+        return self._made[added]
 
 
 class TextStream:

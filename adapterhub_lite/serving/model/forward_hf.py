@@ -18,9 +18,10 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.serving.adapters.weights import Family
-from adapterhub_lite.serving.model.kv_cache import KVCache, RowSlice, Step, pack, unpack
+from adapterhub_lite.serving.model.cache.kv_cache import KVCache
+from adapterhub_lite.serving.model.cache.row_states import RowStates
 from adapterhub_lite.serving.model.lora.pairs_torch import LoraBank
-from adapterhub_lite.serving.model.row_states import RowStates
+from adapterhub_lite.serving.model.packed_step import RowSlice, Step, pack, unpack
 
 ATTENTION = "adapterhub_rows"
 # The cache of the step that this thread computes.

@@ -1,8 +1,8 @@
-"""The lean forward pass: the arithmetic of a family's layers, as `layer_parts` describes them, with fewer operations.
+"""The lean forward pass: the arithmetic of a family's layers, as `bases/layer_parts` describes them, with fewer operations.
 
 Linear layers with one input are one product, for the base and for the LoRA; on a CPU that has it, bfloat16 weights are
-kept in the layout that its matrix units read. What lies between the products is in `elementwise`. Knows nothing of
-requests; the plain way is `forward_hf`.
+kept in the layout that its matrix units read. What lies between the products is in `elementwise`. On a CPU with a C
+compiler `forward_native` computes the same. Knows nothing of requests; the plain way is `forward_hf`.
 """
 
 import re
@@ -14,11 +14,13 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from adapterhub_lite.bases.layer_parts import attention_parts, norm_parts, window_of
 from adapterhub_lite.serving.adapters.weights import Family
-from adapterhub_lite.serving.model.elementwise import Elementwise, Heads, Norm, Turn, activation_name
-from adapterhub_lite.serving.model.kv_cache import KVCache, Step
-from adapterhub_lite.serving.model.layer_parts import LayerParts, find_parts
+from adapterhub_lite.serving.model.cache.kv_cache import KVCache
+from adapterhub_lite.serving.model.elementwise import Elementwise, Heads, Norm, Turn
+from adapterhub_lite.serving.model.lean_families import find_parts
 from adapterhub_lite.serving.model.lora.pairs_torch import LoraBank
+from adapterhub_lite.serving.model.packed_step import Step
 
 
 class FusedLinear:
@@ -39,9 +41,11 @@ class FusedLinear:
         # Only the processor's own layout lets its matrix units read bf16 without rearranging it at each call.
         self._packed = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _mkldnn_has_bfloat16()
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, 16) if self._packed else weight
+        # What `tensors` allocates: weights in the processor's own layout are no plain ones.
+        self.copied_bytes = weight.nbytes if self._packed else 0
         if release:
             for linear in linears:
-                linear.weight.data = torch.empty(0, dtype=weight.dtype)
+                linear.weight.data = weight.new_empty(0)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return x @ W.T + bias."""
@@ -61,13 +65,19 @@ class FusedLinear:
             found |= zip((f"{name}.bias" for name in self._modules), self._bias.split(self._sizes), strict=True)
         return found
 
+    def take_again(self) -> None:
+        """Take the weights out of the modules once more, where others have put them back meanwhile."""
+        if self._released:
+            for linear in self._modules.values():
+                linear.weight.data = torch.empty(0, dtype=linear.weight.dtype)
+
     def give_back(self) -> None:
         """Put the weights back into the modules they came from; this object cannot be called any more."""
         if self._released:
             dense = self.tensors()
             for name, linear in self._modules.items():
                 linear.weight.data = dense[f"{name}.weight"].clone()
-            self._weight = torch.empty(0)
+            self._weight = self._weight.new_empty(0)
 
 
 def filled_tokens(tokens: int) -> int:
@@ -95,20 +105,9 @@ class _Layer:
     heads: Heads
     scaling: float
     softcap: float | None
-    # Whose `sliding_window` counts now: the proof at start narrows it for a while.
-    window_of: object
+    # Whose window counts now: the proof at start narrows it for a while.
+    attention: nn.Module
     turn: str | None  # the type of its rotary frequencies, "" where there is only one, None for none
-
-
-def can_fuse(model: PreTrainedModel) -> bool:
-    """Whether there is a description of the model's layers, and an activation that is known."""
-    parts = find_parts(model)
-    return parts is not None and _activation(model, parts) is not None
-
-
-def _activation(model: Any, parts: LayerParts) -> str | None:
-    names = {activation_name(layer.get_submodule(parts.activation)) for layer in model.model.layers}
-    return names.pop() if len(names) == 1 else None
 
 
 def fused_groups(model: PreTrainedModel, families: tuple[Family, ...]) -> tuple[tuple[Family, ...], ...]:
@@ -122,14 +121,13 @@ def fused_groups(model: PreTrainedModel, families: tuple[Family, ...]) -> tuple[
 class LeanForward:
     """Computes steps with the weights of `model`, which it takes: the model itself cannot be called until `close`."""
 
-    def __init__(self, model: PreTrainedModel, lora: LoraBank, cache: KVCache, elementwise: Elementwise) -> None:
+    def __init__(self, model: PreTrainedModel, lora: LoraBank, cache: KVCache) -> None:
         inner: Any = model.model
         parts = find_parts(model)
         assert parts is not None
-        activation = _activation(model, parts)
-        assert activation is not None
         self._model, self._parts = model, parts
-        self._lora, self._cache, self._elementwise, self._activation = lora, cache, elementwise, activation
+        self._lora, self._cache, self._activation = lora, cache, parts.activation
+        self._elementwise = Elementwise()
         self._embed: nn.Module = inner.embed_tokens
         self._embedding_multiplier: float = getattr(inner, "embedding_multiplier", 1.0)
         self._rotary = inner.rotary_emb
@@ -151,6 +149,16 @@ class LeanForward:
         """Give the model its weights back."""
         for linear in self._linears:
             linear.give_back()
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes that `tensors` allocates."""
+        return sum(linear.copied_bytes for linear in self._linears)
+
+    def take_again(self) -> None:
+        """Take the weights out of the modules once more."""
+        for linear in self._linears:
+            linear.take_again()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The fused weights by their names in the model, as they are used now."""
@@ -187,12 +195,11 @@ class LeanForward:
         room = self._cache.room(index, (heads.kv, heads.dim), (heads.kv, heads.dim), qkv.dtype)
         turn = None if layer.turn is None else turns[layer.turn]
         query = self._elementwise.turn_and_store(qkv, heads, turn, room)
-        window: int | None = getattr(layer.window_of, "sliding_window", None)
-        return self._cache.look(query, room, layer.scaling, window, softcap=layer.softcap)
+        return self._cache.look(query, room, layer.scaling, window_of(layer.attention), softcap=layer.softcap)
 
     def _turns(self, positions: torch.Tensor) -> dict[str, Turn]:
         """The rotary positions of a step, for each type of layer."""
-        like = torch.empty(0, dtype=self._elementwise.turn_dtype, device=positions.device)
+        like = torch.empty(0, dtype=self._model.dtype, device=positions.device)
         found = {}
         for name in {layer.turn for layer in self._layers if layer.turn is not None}:
             cos, sin = self._rotary(like, positions[None], *([name] if name else []))
@@ -204,7 +211,9 @@ class LeanForward:
         attention: Any = layer.get_submodule("self_attn")
         index, config = attention.layer_idx, self._model.config
         typed = isinstance(self._rotary.rope_type, dict)
-        dim: int = attention.head_dim
+        own = attention_parts(attention)
+        assert own is not None
+        dim = own.head_width
         query_norm, key_norm = self._norm_of(layer, parts.query_norm), self._norm_of(layer, parts.key_norm)
         return _Layer(
             linears=tuple(
@@ -217,10 +226,10 @@ class LeanForward:
             after_mlp=self._norm_of(layer, parts.after_mlp),
             heads=Heads(config.num_attention_heads, config.num_key_value_heads, dim, query_norm, key_norm),
             scaling=attention.scaling,
-            softcap=attention.attn_logit_softcapping if parts.capped else None,
-            window_of={"attention": attention, "config": config, "": None}[parts.window],
+            softcap=own.softcap,
+            attention=attention,
             # SmolLM3 turns nothing in some layers.
-            turn=(config.layer_types[index] if typed else "") if getattr(attention, "use_rope", True) else None,
+            turn=(config.layer_types[index] if typed else "") if own.rotates else None,
         )
 
     def _fused(self, modules: dict[str, nn.Linear], *, release: bool = True) -> FusedLinear:
@@ -231,9 +240,9 @@ class LeanForward:
         return self._norm_at(layer, path) if path else None
 
     def _norm_at(self, within: nn.Module, path: str) -> Norm:
-        module: Any = within.get_submodule(path)
-        epsilon = getattr(module, "variance_epsilon", None) or module.eps
-        return Norm(module.weight, epsilon, less_one=self._parts.norms_less_one)
+        norm = norm_parts(within.get_submodule(path))
+        assert norm is not None
+        return Norm(norm.weight, norm.epsilon, less_one=norm.offset == 1.0)
 
     def _linear(self, role: int, index: int, layer: _Layer, x: torch.Tensor) -> torch.Tensor:
         return self._lora.add(role, index, x, layer.linears[role](x))

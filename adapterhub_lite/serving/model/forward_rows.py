@@ -6,16 +6,19 @@ because the base is read once for every row. Where a family keeps its state in i
 computed from the whole row again.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
+from adapterhub_lite.bases.structure import token_bytes
 from adapterhub_lite.serving.adapters.weights import Family, Parts
-from adapterhub_lite.serving.model.kv_cache import Step, token_bytes
 from adapterhub_lite.serving.model.lora.changed_modules import ChangedModules
+from adapterhub_lite.serving.model.packed_step import Step
 
 
 class RowLora:
@@ -60,6 +63,12 @@ class RowLora:
         return total
 
 
+def cat_logits(logits: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The logits of rows one below the other; -inf for the tokens that only others of them have."""
+    widest = max(one.shape[-1] for one in logits)
+    return torch.cat([functional.pad(one, (0, widest - one.shape[-1]), value=-torch.inf) for one in logits])
+
+
 @dataclass
 class RowState:
     """A row's tokens so far (1, n), and what `generate` carries from step to step."""
@@ -97,7 +106,7 @@ class RowForward:
         """Nothing of its own: the model's tensors are where they were."""
         return {}
 
-    def move(self, source: int, target: int, _length: int) -> None:
+    def move(self, source: int, target: int) -> None:
         """Hand the state of row `source` to row `target`; there is none before a row's first step."""
         state = self._states.pop(source, None)
         self.spoil(target)
@@ -108,14 +117,15 @@ class RowForward:
         """Forget a row's state."""
         self._states.pop(row, None)
 
-    def most_rows(self, length: int) -> int:
-        """How many rows of at most `length` tokens fit into the budget, were their states keys and values."""
-        if self.budget is None or not self._keeps_state:
-            return self._rows
-        each = token_bytes(self._model.config.get_text_config(), self._model.dtype)
-        return min(self._rows, self.budget // max(1, length * each))
+    leave = spoil
 
-    def reserve(self, length: int) -> None:
+    def fits(self, needs: Sequence[int]) -> bool:
+        """Whether rows of so many tokens fit into the budget, were their states keys and values."""
+        if len(needs) > self._rows or self.budget is None or not self._keeps_state:
+            return len(needs) <= self._rows
+        return sum(needs) * token_bytes(self._model.config.get_text_config(), self._model.dtype) <= self.budget
+
+    def reserve(self, _row: int, _need: int) -> None:
         """Nothing: a state grows as it is written."""
 
     def shrink(self) -> None:
@@ -134,7 +144,7 @@ class RowForward:
             finally:
                 self.lora.use(None)
             start = last + 1
-        return torch.cat(logits)
+        return cat_logits(logits)
 
     def _row(self, row: int, position: int, ids: torch.Tensor, count: int) -> torch.Tensor:
         if position == 0:

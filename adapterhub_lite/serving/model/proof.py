@@ -31,27 +31,27 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from adapterhub_lite.bases.layer_parts import depends_on_length
+from adapterhub_lite.devices import free_memory
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.serving.adapters.weights import AdapterWeights, Family, FamilyWeights, Part, Parts, find_families
-from adapterhub_lite.serving.model.forward_lean import can_fuse
+from adapterhub_lite.serving.model.cache.row_states import STATE_CLASSES
+from adapterhub_lite.serving.model.compiled.kept_weights import KeptWeights
+from adapterhub_lite.serving.model.compiled.packed_weights import PanelStore, Precision
 from adapterhub_lite.serving.model.forward_rows import RowForward, greedy_settings
-from adapterhub_lite.serving.model.kv_cache import RowSlice, free_memory, pack
-from adapterhub_lite.serving.model.layer_parts import depends_on_length
-from adapterhub_lite.serving.model.row_states import STATE_CLASSES
+from adapterhub_lite.serving.model.lean_families import can_fuse
+from adapterhub_lite.serving.model.packed_step import RowSlice, pack
 from adapterhub_lite.serving.model.runner import ForwardKind, ModelRunner
+from adapterhub_lite.serving.model.tolerances import TOLERANCE, TOLERANCE_16_BITS, check_within, relative_difference
 
 logger = logging.getLogger(__name__)
-# A difference is the root mean square of it, over the tokens of a row, relative to that of the logits. float32 rounds to
-# about 1e-6 of them.
-TOLERANCE = 1e-4
 # How much further from float32 than the model's own forward a way may be in 16 bits, where that one is off by rounding
 # alone, at half of the tokens: rounding may send a token to another expert. Over 77 families, those that are right were
 # at 0.7 to 1.6 of it.
 ROUNDING = 2.0
-# For what float32 cannot be asked: quantised layers, and bases that there is no memory to widen. On SmolLM2-135M in
-# bfloat16, rounding gave 0.03 to 0.11 over four draws of prompts, a forgotten adapter 0.21 to 0.38, a wrong key or
-# position 0.24 to 1.3.
-TOLERANCE_16_BITS = 0.15
+# How far quantised weights may be from the base's own logits, at half of the tokens. SmolLM2-135M was at 0.11 in int8; in
+# int4, as far off as a base of its size gets, at 0.69 with symmetric weights. Another layout of them is at 1 or more.
+QUANTISED_DIFFERENCE: dict[Precision, float] = {"int8": 0.3, "int4": 0.8}
 # At most this part of the free memory goes into widening.
 WIDENED_SHARE = 0.5
 PROMPTS = (21, 6, 11)  # tokens
@@ -88,9 +88,18 @@ class Answer:
 
 
 def prove(
-    model: PreTrainedModel, *, rows: int, native: bool | None = None, kinds: Sequence[ForwardKind] | None = None
+    model: PreTrainedModel,
+    *,
+    rows: int,
+    native: bool | None = None,
+    kinds: Sequence[ForwardKind] | None = None,
+    precision: Precision | None = None,
+    store: PanelStore | None = None,
 ) -> tuple[ModelRunner, Verdict]:
     """Return a runner that computes what `model` does, with its verdict. `kinds` are those to try, in order.
+
+    With `precision` the lean pass alone is tried: first as the base is, then with its weights quantised, which may differ
+    by as much as `QUANTISED_DIFFERENCE` says. `store` has, or takes, what they come to.
 
     Raises:
         ConfigurationError: no way is equal to the model itself; the text says what differs.
@@ -100,17 +109,9 @@ def prove(
     exact = wide or (model.dtype in (torch.float32, torch.float64) and not getattr(model, "is_quantized", False))
     tolerance = TOLERANCE if exact else TOLERANCE_16_BITS
     with narrow_windows(model), torch.inference_mode(), quiet_transformers():
-        try:
-            with widened(model) if wide else nullcontext():
-                answers, kept = own_answers(model)
-            rounding = statistics.median(own_differences(model, answers)) if wide else None
-        except Exception as error:
-            raise ConfigurationError(
-                f"{type(model).__name__} cannot be served: transformers' own generate fails on it, with "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        answers, kept, rounding = own_truth(model, wide=wide)
         reasons: list[str] = []
-        for kind in kinds or candidates(model):
+        for kind in kinds or ([ForwardKind.LEAN] if precision else candidates(model)):
             if kind == ForwardKind.STACKED and not kinds and kept <= PLAIN_STATE:
                 continue  # the packed way with more calls
             more = kept - KEPT[kind] if kind in KEPT else set()
@@ -120,12 +121,14 @@ def prove(
             runner = None
             try:
                 worst = 0.0
-                if wide:
-                    with widened(model):
+                if wide or precision is not None:  # as the base is, before any rounding of our own
+                    with widened(model) if wide else nullcontext():
                         worst = differ_within(tolerance, model, answers, rows, kind, native)
-                runner = ModelRunner(model, rows=rows, kind=kind, native=native)
+                runner = ModelRunner(model, rows=rows, kind=kind, native=native, precision=precision, store=store)
                 found = differences(runner, answers[:rows])
-                if rounding is None:
+                if precision is not None:
+                    check_within(QUANTISED_DIFFERENCE[precision], statistics.median(itertools.chain(*found)))
+                elif rounding is None:
                     worst = check_within(tolerance, worst_row(found))
                 else:
                     check_within(ROUNDING * rounding, statistics.median(itertools.chain(*found)))
@@ -141,6 +144,23 @@ def prove(
             if runner is not None:
                 runner.close()
     raise ConfigurationError(refusal(type(model).__name__, reasons))
+
+
+def own_truth(model: PreTrainedModel, *, wide: bool) -> tuple[list[Answer], set[str], float | None]:
+    """The model's own answers, the classes of its state, and how far its own dtype is from float32 where that is known.
+
+    Raises:
+        ConfigurationError: transformers' own generate fails on the model.
+    """
+    try:
+        with widened(model) if wide else nullcontext():
+            answers, kept = own_answers(model)
+        return answers, kept, statistics.median(own_differences(model, answers)) if wide else None
+    except Exception as error:
+        raise ConfigurationError(
+            f"{type(model).__name__} cannot be served: transformers' own generate fails on it, with "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def differ_within(
@@ -159,17 +179,6 @@ def differ_within(
         runner.close()
 
 
-def check_within(tolerance: float, found: float) -> float:
-    """Return `found`.
-
-    Raises:
-        ConfigurationError: it is more than rounding.
-    """
-    if not found <= tolerance:
-        raise ConfigurationError(f"logits differ by {found:.2g} of their size, at most {tolerance:.2g} is rounding")
-    return found
-
-
 def refusal(name: str, reasons: Sequence[str]) -> str:
     """The sentence for a base that cannot be served."""
     return (
@@ -181,7 +190,7 @@ def refusal(name: str, reasons: Sequence[str]) -> str:
 def candidates(model: PreTrainedModel) -> list[ForwardKind]:
     """The ways that may be right for a base, the fastest first."""
     general = [ForwardKind.ROWS, ForwardKind.RECOMPUTED]
-    if depends_on_length(model):
+    if depends_on_length(model.config):
         return general
     return [*([ForwardKind.LEAN] if can_fuse(model) else []), ForwardKind.PACKED, ForwardKind.STACKED, *general]
 
@@ -269,18 +278,11 @@ def differences(runner: ModelRunner, answers: Sequence[Answer]) -> list[list[flo
         for hole in range(len(rows)):
             if hole not in rows:
                 last = max(rows)
-                runner.move(last, hole, rows[last].parts, computed[last])
+                runner.move(last, hole, rows[last].parts)
                 rows[hole], computed[hole] = rows.pop(last), computed[last]
         if not rows:
             return [found[id(answer)] for answer in answers]
     raise AssertionError("every row ends")
-
-
-def relative_difference(found: torch.Tensor, own: torch.Tensor) -> float:
-    """Root mean square of the difference over that of the model's logits, their mean left out; infinite for NaN."""
-    scale = (own - own.mean()).square().mean().sqrt().clamp_min(1e-12)
-    value = float((found - own).square().mean().sqrt() / scale)
-    return value if value == value else float("inf")
 
 
 def own_differences(model: PreTrainedModel, answers: Sequence[Answer]) -> list[float]:
@@ -359,22 +361,42 @@ _verdicts: dict[str, Verdict] = {}
 
 
 def proven(
-    model: PreTrainedModel, fingerprint: str, home: Path, *, rows: int, native: bool | None = None
+    model: PreTrainedModel,
+    fingerprint: str,
+    home: Path,
+    *,
+    rows: int,
+    native: bool | None = None,
+    precision: Precision | None = None,
 ) -> tuple[ModelRunner, Verdict]:
     """`prove`, or the verdict that was found before for this base, these settings and versions. Raises as `prove`."""
-    known = [fingerprint, str(model.dtype), str(model.device.type), rows > 1, native, can_fuse(model), versions()]
+    known = [
+        fingerprint,
+        str(model.dtype),
+        str(model.device.type),
+        rows > 1,
+        native,
+        can_fuse(model),
+        precision,
+        versions(),
+    ]
     quantization = getattr(model.config, "quantization_config", None)
     key = hashlib.sha256(json.dumps([*known, str(quantization)]).encode()).hexdigest()
     file = home / "verdicts" / f"{key}.json"
+    store = None if precision is None else KeptWeights(home, fingerprint, model.dtype, precision)
     verdict = _verdicts.get(key) or read_verdict(file)
     if verdict is not None and verdict.kind:
-        return ModelRunner(model, rows=rows, kind=ForwardKind(verdict.kind), native=native), verdict
-    runner, verdict = prove(model, rows=rows, native=native)
-    _verdicts[key] = verdict
-    # A home that cannot be written costs the proof at the next start, and nothing else.
-    with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(asdict(verdict)))
+        kind = ForwardKind(verdict.kind)
+        runner = ModelRunner(model, rows=rows, kind=kind, native=native, precision=precision, store=store)
+    else:
+        runner, verdict = prove(model, rows=rows, native=native, precision=precision, store=store)
+        _verdicts[key] = verdict
+        # A home that cannot be written costs the proof at the next start, and nothing else.
+        with suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(asdict(verdict)))
+    if store is not None:
+        store.save()
     return runner, verdict
 
 
@@ -394,7 +416,7 @@ def versions() -> str:
     for package in ("torch", "transformers", "bitsandbytes"):
         with suppress(PackageNotFoundError):
             digest.update(f"{package} {version(package)}".encode())
-    for source in sorted(Path(__file__).parent.glob("*.*")):
+    for source in sorted(Path(__file__).parent.rglob("*.*")):
         if source.suffix in (".py", ".c", ".h"):
             digest.update(source.read_bytes())
     return digest.hexdigest()

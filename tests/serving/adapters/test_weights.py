@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from adapterhub_lite.bases import load_base_model
 from adapterhub_lite.errors import AdapterRejectedError, ReferenceSyntaxError, UnknownNameError
+from adapterhub_lite.serving import GenerationRequest
 from adapterhub_lite.serving.adapters.sources import FolderSource
 from adapterhub_lite.serving.adapters.split import parse_blend
 from adapterhub_lite.serving.adapters.weights import AdapterWeights, Family, find_families, read_adapter_weights
@@ -69,6 +70,34 @@ def test_scaled_products_are_pefts_deltas(name: str, adapters: dict[str, Path], 
             torch.testing.assert_close(delta, module.get_delta_weight("a0"))
             seen += 1
     assert seen == weights.modules > 0
+
+
+@pytest.mark.parametrize(
+    "dtype_of",
+    [
+        lambda name: torch.float16 if "lora_A" in name else torch.float32,
+        lambda name: torch.bfloat16 if "lora_B" in name else torch.float32,
+        lambda name: torch.float16 if "lora_A" in name else torch.bfloat16,
+        lambda name: torch.bfloat16 if "layers.0" in name else torch.float32,
+    ],
+    ids=["half A", "bfloat16 B", "half A, bfloat16 B", "one layer"],
+)
+def test_a_file_may_mix_dtypes(
+    dtype_of: Callable[[str], torch.dtype], changed: Any, families: Any, alone: Any, make_engine: Any
+) -> None:
+    """Compiled code reads both halves of a pair as one dtype: one of them was read as other numbers, beyond its end."""
+    folder = changed(lambda tensors: tensors.update({name: t.to(dtype_of(name)) for name, t in tensors.items()}))
+    weights = read(folder, families)
+    stored = load_file(folder / "adapter_model.safetensors")
+    for family in families:
+        pair = weights.families[family.name]
+        assert pair.a.dtype == pair.b.dtype
+        for at, layer in enumerate(pair.layers):
+            half = f"base_model.model.{family.paths[layer]}.lora_"
+            assert torch.equal(pair.a[at].float(), stored[f"{half}A.weight"].float())
+            assert torch.equal(pair.b[at].T.float(), stored[f"{half}B.weight"].float())
+    asked = GenerationRequest(prompt="mixed", adapter=folder, max_new_tokens=8)
+    assert make_engine().generate(asked).token_ids == alone.tokens("mixed", folder, new=8)
 
 
 def test_bytes_in_memory_are_those_of_the_file(adapters: dict[str, Path], families: Any) -> None:

@@ -11,6 +11,7 @@ import httpx
 import openai
 import pytest
 
+from adapterhub_lite import __version__
 from adapterhub_lite.errors import (
     AdapterHubError,
     ConfigurationError,
@@ -238,6 +239,19 @@ def test_what_is_wrong_is_said_in_words_with_its_field(
     assert param in error["message"] or "new tokens" in error["message"]
     for word in ("Input", "constrained", "tuple", "should", "field required", "pydantic"):
         assert word not in error["message"]
+
+
+def test_a_body_that_is_not_there_is_said_to_be_missing(shared_server: ApiServer) -> None:
+    answer = httpx.post(f"{shared_server.url}/v1/completions", headers={"content-type": "application/json"})
+    assert answer.status_code == 400 and answer.json()["error"]["message"] == "The body is missing."
+    assert httpx.get(f"{shared_server.url}/openapi.json").json()["info"]["version"] == __version__
+
+
+def test_a_name_that_does_not_fit_is_told_what_would(shared_server: ApiServer) -> None:
+    tool = {"type": "function", "function": {"name": "a b"}}
+    body = {"model": "sql", "messages": [{"role": "user", "content": "a"}], "tools": [tool]}
+    told = httpx.post(f"{shared_server.url}/v1/chat/completions", json=body).json()["error"]["message"]
+    assert "tools.0.function.name" in told and "wanted text that fits ^[a-zA-Z0-9_.-]{1,64}$" in told
 
 
 def test_json_that_ends_too_early_names_no_parameter(shared_server: ApiServer) -> None:

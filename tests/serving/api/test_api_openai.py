@@ -90,6 +90,17 @@ def test_logprobs_in_both_forms(client: openai.OpenAI) -> None:
     assert all(item.logprob == item.top_logprobs[0].logprob for item in content)
 
 
+def test_bytes_of_tokens_are_those_of_the_text_also_where_a_character_has_several(client: openai.OpenAI) -> None:
+    """A client joins them to get a character that several tokens make; pieces were told as the bytes of "\N{REPLACEMENT CHARACTER}"."""
+    form = {"guided_choice": ["é☃", "☃é"]}
+    chat = client.chat.completions.create(
+        model="sql", messages=[{"role": "user", "content": "x"}], max_tokens=9, logprobs=True, extra_body=form
+    )
+    content = chat.choices[0].logprobs.content
+    assert len(content) >= 5 and any(item.token == "\N{REPLACEMENT CHARACTER}" for item in content)
+    assert b"".join(bytes(item.bytes) for item in content[:5]).decode() == chat.choices[0].message.content
+
+
 def test_a_seed_repeats_and_sampling_is_on_by_default(client: openai.OpenAI) -> None:
     options: Any = {"model": "sql", "prompt": PROMPT, "max_tokens": 16}
     texts = {client.completions.create(**options, seed=7).choices[0].text for _ in range(2)}

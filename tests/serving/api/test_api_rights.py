@@ -104,6 +104,8 @@ def test_a_split_gets_its_share_of_what_http_asks_for(serve: Serve, registry: Ad
     for wish in ({"candidate": "/etc"}, {"reference": "../x"}, {"reference": registry.resolve("sql:1").digest}):
         assert call(0.5, **wish).status_code == 400
     assert call(1.5).status_code == 400
+    other = call(0.5, candidate="event")
+    assert other.status_code == 400 and "between versions of one adapter" in other.text, "a key for sql opens no event"
     assert (
         httpx.post(f"{server.url}/admin/splits", json={}, headers={"Authorization": "Bearer sk-sql"}).status_code == 403
     )

@@ -9,7 +9,7 @@ from adapterhub_lite.serving.api.settings import ServerSettings
 from tests.journeys import files_entered
 from tests.serving.api.conftest import open_client
 
-AT_MOST = 29
+AT_MOST = 33
 
 
 def test_a_request_passes_through_few_files(registry: AdapterRegistry, tiny_base: Path) -> None:

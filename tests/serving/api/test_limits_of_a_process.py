@@ -39,7 +39,7 @@ def test_one_long_prompt_where_memory_is_short_ends_itself_and_nobody_else(long_
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=300) as neighbour:
             lines = neighbour.iter_lines()
             next(lines)  # it has its row and its memory
-            server.allow(300_000_000)
+            server.allow(60_000_000)
             refused = ask(server.url, prompt="y" * 120_000)
             assert refused.status_code in (400, 503), refused.text
             assert "data: [DONE]" in list(lines)

@@ -120,9 +120,15 @@ def test_a_moved_alias_and_a_split_hold_for_both(
         assert httpx.post(f"{server.url}/admin/splits", json=wish, headers=admin, timeout=60).status_code == 200
         assert many().count("sql:1") == 8
         httpx.post(f"{server.url}/admin/splits", json={**wish, "share": 0}, headers=admin, timeout=60)
+        # Ray asks who answers first how much it has to do; on a busy machine that may be the same one for a while.
+        for _ in range(20):
+            if all(status.tokens > before[process] for process, status, _ in cluster.look()):
+                break
+            many()
+        else:
+            pytest.fail("one replica did it all")
     finally:
         registry.remove_alias("sql", "moving")
-    assert all(status.tokens > before[process] for process, status, _ in cluster.look()), "one replica did it all"
 
 
 def test_a_killed_replica_loses_no_other_request(

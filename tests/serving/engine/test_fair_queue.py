@@ -1,6 +1,7 @@
 """Whose turn it is: deficit round robin over tenants, spare rows for newcomers, memory granted before a row is."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -85,28 +86,29 @@ def test_spare_rows_are_for_who_has_none() -> None:
 
 
 def test_what_has_no_room_for_its_keys_and_values_waits_and_lets_others_pass() -> None:
-    made = scheduler(job("a"), job("long", need=5000), job("b"), rows=4)
+    made = scheduler(job("a", need=400), job("long", need=5000), job("b", need=400), rows=4)
 
-    def most_rows(length: int) -> int:
-        return 4 if length <= 1000 else 1
+    def fits(needs: Sequence[int]) -> bool:
+        return sum(needs) <= 5500
 
-    assert {one.request.tenant for one in made.admit(most_rows)} == {"a", "b"}
+    assert {one.request.tenant for one in made.admit(fits)} == {"a", "b"}
     for one in made.running:
         made.leave(one)
-    assert [one.request.tenant for one in made.admit(most_rows)] == ["long"]
-    made.add(job("a"))
-    assert made.admit(most_rows) == [], "beside the long one there is no room"
+    assert [one.request.tenant for one in made.admit(fits)] == ["long"]
+    made.add(job("a", need=400))
+    made.add(job("b", need=501))
+    assert [one.request.tenant for one in made.admit(fits)] == ["a"], "a short one has room beside the long one"
 
 
 def test_what_waits_for_memory_is_not_passed_over_for_ever() -> None:
     made = scheduler(job("long", need=5000), rows=2)
     made.add(job("a"))
 
-    def most_rows(length: int) -> int:
-        return 2 if length <= 1000 else 1
+    def fits(needs: Sequence[int]) -> bool:
+        return sum(needs) <= 5000
 
     passed = 0
-    while not any(one.request.tenant == "long" for one in made.admit(most_rows) or made.running):
+    while not any(one.request.tenant == "long" for one in made.admit(fits) or made.running):
         for one in made.running[:1]:
             made.leave(one)
         made.add(job("a"))

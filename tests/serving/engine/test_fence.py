@@ -13,7 +13,8 @@ import torch
 from adapterhub_lite.errors import AdapterHubError, ConfigurationError, EngineClosedError, ResourceError, ServingError
 from adapterhub_lite.serving import GenerationRequest, GenerationResult, InferenceEngine
 from adapterhub_lite.serving.engine import core as core_module
-from adapterhub_lite.serving.model.kv_cache import KVCache
+from adapterhub_lite.serving.model.cache.kv_cache import KVCache
+from tests.step_gate import StepGate
 
 Make = Callable[..., InferenceEngine]
 SHORT = GenerationRequest(prompt="one", max_new_tokens=6, tenant="b")
@@ -61,7 +62,7 @@ def test_a_failure_at_admission_ends_that_request_alone(
     truth = fenced.generate(SHORT).token_ids
     runner = fenced._runner
     if step == "reserve":
-        failing_once(monkeypatch, runner.cache, "reserve", error, when=lambda length: length > 400)
+        failing_once(monkeypatch, runner.cache, "reserve", error, when=lambda row, need: need > 400)
     elif step == "place":
         failing_once(monkeypatch, runner.lora, "place", error)
     else:
@@ -100,6 +101,7 @@ def test_a_row_that_cannot_be_computed_does_not_end_the_others(
 @pytest.mark.parametrize("part", ["sampler", "stream", "finish", "listener"])
 def test_a_failure_at_sampling_or_handing_out_ends_that_request_alone(fenced: InferenceEngine, part: str) -> None:
     truth = fenced.generate(SHORT).token_ids
+    gate = StepGate(fenced)  # nothing is computed until the part is broken
     broken, other = fenced.submit(LONG), fenced.submit(SHORT)
 
     def fail(*_: Any) -> Any:
@@ -114,6 +116,7 @@ def test_a_failure_at_sampling_or_handing_out_ends_that_request_alone(fenced: In
         sequence.stream.finish = fail  # type: ignore[method-assign]
     else:
         broken.listen(fail)
+    gate.allow(10_000)
     if part != "listener":
         with pytest.raises(ServingError, match="broken"):
             broken.result()
@@ -200,7 +203,7 @@ def test_keys_and_values_have_a_budget_that_is_granted_before_a_row(long_base: P
 
 def test_a_cache_whose_growth_fails_half_way_still_holds_what_it_held(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layer by layer: where the memory ends at the second layer, every row reads what it wrote."""
-    from adapterhub_lite.serving.model.kv_cache import RowSlice, pack
+    from adapterhub_lite.serving.model.packed_step import RowSlice, pack
 
     cache = KVCache(3, 2)
     generator = torch.Generator().manual_seed(0)
@@ -213,7 +216,12 @@ def test_a_cache_whose_growth_fails_half_way_still_holds_what_it_held(monkeypatc
             cache.attend(layer, torch.randn(count, 2, 4, generator=generator), key, key, None)
 
     write([RowSlice(0, 0, [1] * 20), RowSlice(1, 0, [1] * 5)])
-    before = [tensor[:, :20].clone() for tensor in cache._keys if tensor is not None]
+
+    def held() -> list[torch.Tensor]:
+        rows = [slice(cache.region(row).begin, cache.region(row).begin + length) for row, length in ((0, 20), (1, 5))]
+        return [tensor[row].clone() for tensor in cache._keys if tensor is not None for row in rows]
+
+    before = held()
     real, calls = torch.Tensor.new_empty, [0]
 
     def short_of_memory(self: torch.Tensor, *shape: Any, **options: Any) -> torch.Tensor:
@@ -225,12 +233,10 @@ def test_a_cache_whose_growth_fails_half_way_still_holds_what_it_held(monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "new_empty", short_of_memory)
         with pytest.raises(RuntimeError, match="allocate"):
-            cache.reserve(5000)
-    after = [tensor[:, :20] for tensor in cache._keys if tensor is not None]
-    for old, new in zip(before, after, strict=True):
-        torch.testing.assert_close(new[0], old[0])
-        torch.testing.assert_close(new[1, :5], old[1, :5])
+            cache.reserve(1, 5000)
+    torch.testing.assert_close(held(), before, rtol=0, atol=0)
     write([RowSlice(0, 20, [1]), RowSlice(1, 5, [1])])
-    cache.reserve(5000)
+    cache.reserve(1, 5000)
+    torch.testing.assert_close(held(), before, rtol=0, atol=0)
     write([RowSlice(0, 21, [1]), RowSlice(1, 6, [1])])
-    assert {tensor.shape[1] for tensor in cache._keys if tensor is not None} == {8192}
+    assert {tensor.shape[0] for tensor in cache._keys if tensor is not None} == {cache.places}

@@ -9,7 +9,8 @@ import pytest
 
 from adapterhub_lite.errors import RequestCancelledError
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
-from adapterhub_lite.serving.engine.prefixes import shared
+from adapterhub_lite.serving.engine.reuse.prefixes import shared
+from tests.step_gate import StepGate
 
 SYSTEM = "You answer in one word, and never in more than that, whatever it is that is asked. "
 QUESTIONS = ("Is it day?", "Is it night? Look outside.", "Who asks?", "And now?")
@@ -71,9 +72,19 @@ def test_who_waits_for_a_request_that_is_cancelled_reads_on_by_itself(
     make_engine: Callable[..., InferenceEngine], alone: Any
 ) -> None:
     engine = make_engine(max_rows=4)
+    gate = StepGate(engine)
     prompts = [SYSTEM * 4 + question for question in QUESTIONS]
-    handles = [engine.submit(GenerationRequest(prompt, max_new_tokens=12)) for prompt in prompts]
+    handles = [engine.submit(GenerationRequest(prompt, max_new_tokens=12)) for prompt in prompts[:1]]
+    assert gate.begun.acquire(timeout=300)
+    handles += [engine.submit(GenerationRequest(prompt, max_new_tokens=12)) for prompt in prompts[1:]]
+    gate.allow(1)
+    assert gate.begun.acquire(timeout=300)
+    first, *others = [handle._sequence for handle in handles]
+    read, leaders = first.computed, {one.leader for one in others}
     handles[0].cancel()
+    gate.allow(10_000)
+    # It was cancelled while the others waited for a beginning that it had read half of.
+    assert 0 < read < 4 * len(SYSTEM) and leaders == {first}
     with pytest.raises(RequestCancelledError):
         handles[0].result()
     for prompt, handle in zip(prompts[1:], handles[1:], strict=True):

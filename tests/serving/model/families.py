@@ -1,13 +1,16 @@
 """Tiny random bases of the families that transformers has: some layers of each kind, a byte tokenizer, float32, no dropout.
 
-Biases and norms are moved off their neutral values, so that leaving one out is seen in the answers.
+Biases, scales and norms are moved off their neutral values, so that leaving one out is seen in the answers.
 """
 
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from adapterhub_lite.bases import load_tokenizer
 
 VOCABULARY = 300
 COMMON: dict[str, Any] = {
@@ -159,7 +162,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "num_experts_per_tok": 2, "moe_intermediate_size": 48, "num_dense_layers": 1}),
     "vaultgemma": ("vaultgemma", {**HEADS, "sliding_window": 16, "query_pre_attn_scalar": 16}),
     "minimax_m2": ("minimax_m2", {**HEADS, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    "deepseek_v4": ("deepseek_v4", {**COMMON}),
+    "deepseek_v4": ("deepseek_v4", {**HEADS, "num_hidden_layers": 3, "num_key_value_heads": 1, "layer_types":
+        ["heavily_compressed_attention", "compressed_sparse_attention", "sliding_attention"], "compress_rates":
+        {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}, "mlp_layer_types": ["hash_moe", "moe",
+        "moe"], "sliding_window": 16, "partial_rotary_factor": 0.5, "q_lora_rank": 16, "o_lora_rank": 16, "o_groups": 2,
+        "index_n_heads": 2, "index_head_dim": 16, "index_topk": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48}),
     "kimi_linear": ("kimi_linear", {**COMMON}),
     "ministral3": ("ministral3", {**HEADS}),
 }
@@ -179,11 +187,23 @@ def build(name: str, folder: Path, tokenizer: Any) -> Path:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for path, parameter in model.named_parameters():
-            neutral_bias = path.endswith("bias") and bool((parameter == 0).all())
-            if neutral_bias or (parameter.dim() == 1 and "norm" in path.lower() and path.endswith("weight")):
+            neutral = parameter.dim() == 1 and bool((parameter == 0).all())
+            if neutral or (parameter.dim() == 1 and "norm" in path.lower() and path.endswith("weight")):
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def small_base(family: str, folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Any]:
+    """A base with as many rows as its tokenizer, beside it, has tokens, so that every new one lies behind them."""
+    more = family == "qwen2"  # transformers gives this family's tokenizer an end of text of its own
+    kind, settings = FAMILIES[family]
+    own = {"tie_word_embeddings": family != "llama"} if family != "bloom" else {}
+    monkeypatch.setitem(FAMILIES, family, (kind, {**settings, **own, "vocab_size": len(tokenizer) + more}))
+    base = build(family, folder, tokenizer)
+    loaded = load_tokenizer(base)
+    assert len(loaded) == len(tokenizer) + more
+    return base, loaded

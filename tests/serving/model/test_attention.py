@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapterhub_lite.native import find_compiler
-from adapterhub_lite.serving.model.attention_native import MOST_QUERIES, NativeAttention
-from adapterhub_lite.serving.model.kv_cache import KVCache, RowSlice, pack
-from adapterhub_lite.serving.model.native import row_attention
+from adapterhub_lite.serving.model.cache.kv_cache import KVCache
+from adapterhub_lite.serving.model.compiled.attention_native import MOST_QUERIES, NativeAttention
+from adapterhub_lite.serving.model.compiled.library import row_attention
+from adapterhub_lite.serving.model.packed_step import RowSlice, pack
 
 # Not every one has only zeros beside the bits that make it one: these are those that a wrong exponential would add to.
 ODD_NAN = struct.unpack("f", struct.pack("I", 0x7FC001FF))[0]

@@ -38,19 +38,23 @@ ALL = "all-linear"
 
 
 def targets_of(base: Path) -> str | list[str]:
-    """What PEFT itself chooses, or, where it refuses or cannot run its own choice, each layer that it can.
+    """What PEFT itself chooses, or, where it refuses or cannot run its own choice, each layer that it can train.
 
-    It refuses some of Mamba's layers, and adds to routers what returns more than a product.
+    It refuses some of Mamba's layers, and adds to routers what returns more than a product. DeepSeek's indexer only chooses
+    what is attended to, so that no gradient reaches it.
     """
     paths = [p for f in find_families(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)) for p in f.paths]
-    for targets in (ALL, paths, [path for path in paths if path.split(".")[-1] != "out_proj"]):
+    fewer = [[path for path in paths if name not in path.split(".")] for name in ("out_proj", "indexer")]
+    for targets in (ALL, paths, *fewer):
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         try:
             wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
-            wrapped(torch.arange(3, 9)[None], use_cache=False)
+            wrapped(torch.arange(3, 43)[None], use_cache=False).logits.sum().backward()
             on = [name for name, m in wrapped.named_modules() if isinstance(getattr(m, "base_layer", None), nn.Linear)]
             if not {name.removeprefix("base_model.model.") for name in on} <= set(paths):
                 continue  # a layer whose weight alone is read, without the LoRA
+            if any(parameter.requires_grad and parameter.grad is None for parameter in wrapped.parameters()):
+                continue
         except (ValueError, AttributeError, RuntimeError):
             continue
         return targets
@@ -82,11 +86,12 @@ def rows() -> list[dict[str, list[int]]]:
     return made
 
 
-def plain_losses(base: Path, targets: str | list[str]) -> list[float]:
+def plain_losses(base: Path, targets: str | list[str], dtype: torch.dtype = torch.float32) -> list[float]:
     """Transformers, PEFT and torch's AdamW: the loss of each step, the model's own, over all that the batch learns."""
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     set_seed(0)
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")).train()
+    model.to(dtype)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
     losses = []
     for step in range(STEPS):
@@ -109,24 +114,26 @@ def plain_losses(base: Path, targets: str | list[str]) -> list[float]:
 
 
 def our_losses(base: Path, targets: str | list[str], folder: Path) -> list[float]:
-    """The same by the trainer."""
+    """The same by the trainer, with all that it checks before and in its first steps."""
     args = AdapterTrainingArguments(
         output_dir=str(folder), memory_preset="lora-fp32", show_progress=False, max_steps=STEPS, warmup_steps=0,
         per_device_train_batch_size=2, learning_rate=1e-3, lr_scheduler_type="constant", seed=0, report_to="none",
-        save_strategy="no", use_cpu=True, max_grad_norm=1.0, target_modules=targets, proof=False, preflight=False,
+        save_strategy="no", use_cpu=True, max_grad_norm=1.0, target_modules=targets,
         router_aux_loss_coef=None, train_sampling_strategy="sequential",
     )  # fmt: skip
     losses: list[float] = []
+    trainer: Any = AdapterTrainer(str(base), args, Dataset.from_list(rows()))
+    step = trainer.training_step
 
-    class Listening(AdapterTrainer):
-        def training_step(self, *given: Any, **named: Any) -> Any:
-            made = super().training_step(*given, **named)
-            losses.append(float(made))
-            return made
+    def listening(*given: Any, **named: Any) -> Any:
+        made = step(*given, **named)
+        losses.append(float(made))
+        return made
 
-    trainer = Listening(str(base), args, Dataset.from_list(rows()))
+    # Of this trainer alone: a class with a step of its own is given padded rows.
+    trainer.training_step = listening
     trainer.train()
-    return losses
+    return losses[-STEPS:]  # before them, the pre-flight made one and undid it
 
 
 class Own:
@@ -225,7 +232,11 @@ def trained_as(base: Path, targets: str | list[str], folder: Path) -> str:
         losses = our_losses(base, targets, folder)
     except AdapterHubError as error:
         return f"no: {str(error).splitlines()[0]}"[:160]
-    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=3e-7, atol=3e-7)
+    if not torch.allclose(torch.tensor(losses), torch.tensor(expected), rtol=3e-7, atol=3e-7):
+        # On some processors float32 itself is further off than that: then neither may be further from float64.
+        truth = torch.tensor(plain_losses(base, targets, torch.float64), dtype=torch.float64)
+        ours, theirs = ((torch.tensor(one, dtype=torch.float64) - truth).abs() for one in (losses, expected))
+        assert (ours <= 2 * theirs + 3e-7 * truth.abs() + 3e-7).all(), (losses, expected, truth.tolist())
     if targets == ALL:
         return "equal"
     with pytest.raises(ConfigurationError, match=r"LoRA does not fit|more than a product"):

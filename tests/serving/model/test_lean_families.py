@@ -9,9 +9,8 @@ from torch import nn
 
 from adapterhub_lite.bases import load_base_model
 from adapterhub_lite.native import find_compiler
-from adapterhub_lite.serving.model.forward_lean import can_fuse
-from adapterhub_lite.serving.model.kv_cache import RowSlice, pack
-from adapterhub_lite.serving.model.layer_parts import FAMILIES as DESCRIBED
+from adapterhub_lite.serving.model.lean_families import LEAN_FAMILIES, can_fuse
+from adapterhub_lite.serving.model.packed_step import RowSlice, pack
 from adapterhub_lite.serving.model.runner import ForwardKind, ModelRunner
 from tests.serving.model.families import FAMILIES as BUILT
 from tests.serving.model.families import build
@@ -73,11 +72,11 @@ def test_it_is_the_models_own_forward(family: str, native: bool, tmp_path: Path,
     assert ours <= 1.1 * theirs, (float(ours), float(theirs))
 
 
-def test_every_description_is_tried() -> None:
+def test_every_lean_family_is_tried() -> None:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     kinds = [type(AutoConfig.for_model(BUILT[name][0], **BUILT[name][1])) for name in FAMILIES]
-    assert {MODEL_FOR_CAUSAL_LM_MAPPING[kind].__name__ for kind in kinds} == DESCRIBED.keys()
+    assert {MODEL_FOR_CAUSAL_LM_MAPPING[kind].__name__ for kind in kinds} == LEAN_FAMILIES
 
 
 def test_a_layer_with_a_weight_that_the_description_leaves_out_is_not_lean(tiny_base: Path) -> None:

@@ -10,12 +10,14 @@ import torch
 from adapterhub_lite.bases import load_base_model
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
-from adapterhub_lite.serving.model import proof
-from adapterhub_lite.serving.model.elementwise import NativeElementwise, Turn
+from adapterhub_lite.serving.model import forward_native, proof
+from adapterhub_lite.serving.model.cache.kv_cache import KVCache
+from adapterhub_lite.serving.model.cache.row_states import RowStates
+from adapterhub_lite.serving.model.elementwise import Turn
 from adapterhub_lite.serving.model.forward_lean import LeanForward
+from adapterhub_lite.serving.model.forward_native import NativeForward
 from adapterhub_lite.serving.model.forward_rows import RowForward
-from adapterhub_lite.serving.model.kv_cache import KVCache
-from adapterhub_lite.serving.model.row_states import RowStates
+from adapterhub_lite.serving.model.packed_step import Step
 from adapterhub_lite.serving.model.runner import ForwardKind
 from tests.serving.model.families import build
 
@@ -69,6 +71,14 @@ def test_a_window_that_is_forgotten_is_seen(mistral: Path, monkeypatch: pytest.M
         return own(self, *arguments[:3], None, **options)
 
     monkeypatch.setattr(KVCache, "look", everything)
+    fill = NativeForward._fill
+
+    def everything_in_c(self: NativeForward, index: int, layer: Any, positions: int) -> object:
+        room = fill(self, index, layer, positions)
+        layer.window = 0
+        return room
+
+    monkeypatch.setattr(NativeForward, "_fill", everything_in_c)
     model = load_base_model(mistral)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     verdict = proof.prove(model, rows=4)[1]
@@ -93,6 +103,9 @@ def test_a_base_that_nothing_reproduces_is_refused_with_what_differs(
 ) -> None:
     monkeypatch.setattr(KVCache, "look", lambda self, query, *_, **__: torch.zeros_like(query))
     monkeypatch.setattr(RowForward, "_row", lambda self, row, position, ids, count: torch.zeros(1, 300))
+    monkeypatch.setattr(
+        NativeForward, "forward", lambda self, step: torch.zeros(len(step.wanted), self._model.config.vocab_size)
+    )
     with pytest.raises(
         ConfigurationError, match=r"LlamaForCausalLM is not served: .*lean: logits differ by .* rounding.*recomputed: "
     ):
@@ -108,6 +121,14 @@ def edge_off_by_one(patch: pytest.MonkeyPatch) -> None:
         return own(self, query, room, scaling, window and window + 1, **options)
 
     patch.setattr(KVCache, "look", wider)
+    fill = NativeForward._fill
+
+    def wider_in_c(self: NativeForward, index: int, layer: Any, positions: int) -> object:
+        room = fill(self, index, layer, positions)
+        layer.window += layer.window > 0
+        return room
+
+    patch.setattr(NativeForward, "_fill", wider_in_c)
 
 
 def late_tokens_turned_too_far(patch: pytest.MonkeyPatch) -> None:
@@ -117,6 +138,13 @@ def late_tokens_turned_too_far(patch: pytest.MonkeyPatch) -> None:
         return own(self, positions + (positions > 14).long())
 
     patch.setattr(LeanForward, "_turns", further)
+    reach = forward_native._Turns.reach
+
+    def further_in_c(self: Any, positions: int) -> None:
+        reach(self, positions)
+        self.cos[15:-1], self.sin[15:-1] = self.cos[16:].clone(), self.sin[16:].clone()
+
+    patch.setattr(forward_native._Turns, "reach", further_in_c)
 
 
 def one_sink_missing(patch: pytest.MonkeyPatch) -> None:
@@ -165,14 +193,16 @@ def test_widening_changes_no_bit(mistral: Path) -> None:
 
 
 def test_a_fault_of_16_bits_alone_is_seen(mistral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What float32 does not show: here a norm that is rounded to four bits."""
-    own = NativeElementwise.add_and_norm
+    """What float32 does not show: here logits that lose four bits more."""
+    own = NativeForward.forward
 
-    def coarse(self: NativeElementwise, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
-        out = own(self, x, *arguments)
-        return out if x.dtype == torch.float32 else (out.view(torch.int16) & -16).view(torch.bfloat16)
+    def coarse(self: NativeForward, step: Step) -> torch.Tensor:
+        out = own(self, step)
+        return (
+            out if self._model.dtype == torch.float32 else (out.bfloat16().view(torch.int16) & -16).view(torch.bfloat16)
+        )
 
-    monkeypatch.setattr(NativeElementwise, "add_and_norm", coarse)
+    monkeypatch.setattr(NativeForward, "forward", coarse)
     verdict = proof.prove(load_base_model(mistral, dtype=torch.bfloat16), rows=4)[1]
     assert verdict.kind == "packed" and verdict.tolerance == proof.TOLERANCE
 

@@ -12,7 +12,8 @@ from adapterhub_lite.native import find_compiler
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
 from adapterhub_lite.serving.adapters.sources import FolderSource
 from adapterhub_lite.serving.adapters.weights import AdapterWeights, Part, read_adapter_weights
-from adapterhub_lite.serving.model.kv_cache import FIRST_CAPACITY, RowSlice, pack
+from adapterhub_lite.serving.model.cache.regions import SMALLEST
+from adapterhub_lite.serving.model.packed_step import RowSlice, pack
 from adapterhub_lite.serving.model.runner import ForwardKind, ModelRunner
 
 IDS = [[7, 8, 9], [40, 41], list(range(60, 90)), [5], [9, 8, 7, 6, 5, 4], [100] * 9, [3, 4]]
@@ -64,7 +65,7 @@ def test_a_moved_row_goes_on_as_before(runner: ModelRunner, alone: Any, adapters
     part = (Part(read(runner, adapters["small"])),)
     runner.lora.place(3, part)
     run(runner, [RowSlice(row, 0, IDS[2]) for row in range(4)])
-    runner.cache.move(3, 0, len(IDS[2]))
+    runner.cache.move(3, 0)
     runner.lora.place(0, part)
     runner.lora.leave(3)
     got = run(runner, [RowSlice(0, len(IDS[2]), [11])])
@@ -77,13 +78,13 @@ def test_rows_far_apart_in_length_and_a_growing_cache(
 ) -> None:
     long = [i % 250 for i in range(480)]
     run(runner, [RowSlice(0, 0, IDS[0])])
-    runner.cache.reserve(2000)
+    runner.cache.reserve(1, 2000)
     run(runner, [RowSlice(1, 0, long)])
     both = run(runner, [RowSlice(0, 3, [1]), RowSlice(1, 480, [2])])
     torch.testing.assert_close(both[0], alone.logits([*IDS[0], 1]), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(both[1], alone.logits([*long, 2]), atol=1e-4, rtol=1e-4)
     runner.idle()
-    assert runner.cache.capacity == FIRST_CAPACITY
+    assert runner.cache.places == runner.rows * SMALLEST
 
 
 @torch.inference_mode()
@@ -152,12 +153,12 @@ def wider(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_bank_over_quantised_layers(kind: str, wider: tuple[Path, Path]) -> None:
     from peft import PeftModel
 
-    from adapterhub_lite.serving.engine.engine import _quantization
+    from adapterhub_lite.adapter_format.quantization import Quantization
 
     base, adapter = wider
 
     def load() -> Any:
-        return load_base_model(base, dtype=torch.float32, quantization_config=_quantization(kind))
+        return load_base_model(base, dtype=torch.float32, quantization_config=Quantization(kind).bitsandbytes())
 
     peft = PeftModel.from_pretrained(load(), adapter).eval()
     runner = ModelRunner(load(), rows=2)

@@ -19,7 +19,7 @@ from adapterhub_lite.bases.bounded_template import render_bounded
 from adapterhub_lite.bases.call_form import AnswerForm, Tools, answer_form, may_reason, without_tools
 from adapterhub_lite.bases.chat_template import Turn, render_chat, template_digest, template_of
 from adapterhub_lite.errors import ConfigurationError
-from adapterhub_lite.serving.adapters.pool import FoundAdapters
+from adapterhub_lite.serving.adapters.finding import FoundAdapters
 from adapterhub_lite.serving.adapters.sources import AdapterStore, RegistrySource
 from adapterhub_lite.serving.adapters.split import parse_blend
 from adapterhub_lite.serving.api.chat.messages import ChatMessage, Tool, ToolChoice, conversation

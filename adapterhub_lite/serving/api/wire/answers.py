@@ -3,16 +3,37 @@
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
+from adapterhub_lite.bases.encoding import token_bytes
 from adapterhub_lite.serving.api.chat.tool_calls import ChatDeltas
 from adapterhub_lite.serving.api.dispatch import ResolvedModel
 from adapterhub_lite.serving.engine.request import GenerationResult, TokenLogprob
 
 Json = dict[str, Any]
-Decode = Callable[[int], str]
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Spells tokens, each alone: its text, and the bytes it stands for, which a piece of a character has too."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, token_id: int) -> str:
+        """The text of a token; a piece of a character is shown as "\N{REPLACEMENT CHARACTER}"."""
+        # Tokens of an adapter's own are the base's tokenizer none.
+        known = token_id < len(self.tokenizer)
+        return str(self.tokenizer.decode([token_id])) if known else f"token_id:{token_id}"
+
+    def bytes_of(self, token_id: int) -> list[int] | None:
+        """The bytes of a token; None where they cannot be told."""
+        spelt = token_bytes(self.tokenizer, token_id) if token_id < len(self.tokenizer) else None
+        return None if spelt is None else list(spelt)
 
 
 def envelope(kind: str, request_id: str, model: str, resolved: ResolvedModel) -> Json:
@@ -70,8 +91,7 @@ def chat_logprobs(logprobs: Sequence[TokenLogprob] | None, decode: Decode) -> Js
         return None
 
     def entry(token_id: int, logprob: float | None) -> Json:
-        token = decode(token_id)
-        return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+        return {"token": decode(token_id), "logprob": logprob, "bytes": decode.bytes_of(token_id)}
 
     content = [
         entry(item.token_id, item.logprob) | {"top_logprobs": [entry(*other) for other in item.top]}

@@ -22,7 +22,7 @@ WANTED = {
     "union_tag_invalid": "the type {expected_tags}",
     "union_tag_not_found": "an object with a type",
     "string_type": "text",
-    "string_pattern_mismatch": "a token id",
+    "string_pattern_mismatch": "text that fits {pattern}",
     "int_type": "an integer",
     "int_parsing": "an integer",
     "int_from_float": "an integer",
@@ -56,7 +56,7 @@ def refusal(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[str, str | 
     if kind == "extra_forbidden" and path[-1:] and path[-1] in UNUSED:
         text = f"{where} is {_shown(first['input'])}, which cannot be done here; leave it out"
     elif kind in WHOLE:
-        text = f"{where} {WANTED[kind]}"
+        text = f"{where or 'The body'} {WANTED[kind]}"
     else:
         wanted = dict.fromkeys(WANTED.get(e["type"], "another value").format(**e.get("ctx", {})) for e in same)
         text = f"{where or 'The body'} is {_shown(first['input'])}, wanted {' or '.join(wanted)}"

@@ -2,7 +2,8 @@
 
 A LoRA on linear layers is added row by row beside the base. What changes norms, the head, embeddings, experts or the
 length of weights (DoRA) is put into the modules themselves, for a step in which every row has that adapter, and taken
-out again. The base's own tensors are never written: a changed one stands in their place for the call.
+out again. The base's own tensors are never written: a changed one stands in their place for the call. Of an adapter with
+tokens of its own, the logits are as much wider.
 """
 
 from collections import OrderedDict
@@ -58,7 +59,12 @@ class ChangedModules:
             # Of two on one parameter, the later one is taken out first.
             undo.callback(module.register_forward_hook(changed.take, prepend=True, always_call=True).remove)
         elif target.kind == "tokens":
-            self._hook(target.module, undo, _rows(change))
+            if isinstance(module, nn.Embedding):
+                looked_up = _Rows(change)
+                undo.callback(module.register_forward_pre_hook(looked_up.within).remove)
+                self._hook(target.module, undo, looked_up.exchange)
+            else:
+                self._hook(target.module, undo, _columns(change))
             if target.also_head is not None:
                 self._hook(target.also_head, undo, _columns(change))
         elif target.kind == "embedding":
@@ -144,19 +150,28 @@ def _looked_up(change: Change, factor: float) -> Any:
     return add
 
 
-def _rows(change: Change) -> Any:
-    assert change.value is not None
-    value = change.value
+class _Rows:
+    """The rows of an embedding that a change has, in place of the base's or behind them."""
 
-    def exchange(module: nn.Module, inputs: tuple[torch.Tensor, ...], y: torch.Tensor) -> torch.Tensor:
-        if not isinstance(module, nn.Embedding):
-            return _exchanged(change, inputs[0], y)
-        changed = y.clone()
-        for row, token in enumerate(change.target.tokens):
-            changed[inputs[0] == token] = (value[row].to(y.dtype) * _embed_scale(module)).to(y.dtype)
-        return changed
+    def __init__(self, change: Change) -> None:
+        assert change.value is not None
+        order = sorted(range(len(change.target.tokens)), key=change.target.tokens.__getitem__)
+        device = change.value.device
+        self._tokens = torch.tensor(change.target.tokens, device=device)[order]
+        self._value = change.value[torch.tensor(order, device=device)]
+        self._ids = self._tokens[:0]
 
-    return exchange
+    def within(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """The ids that the base has rows for; those that it has not are looked up as any other."""
+        self._ids = inputs[0]
+        assert isinstance(module.weight, torch.Tensor)
+        return (self._ids.clamp(max=module.weight.shape[0] - 1), *inputs[1:])
+
+    def exchange(self, module: nn.Module, _inputs: object, y: torch.Tensor) -> torch.Tensor:
+        """What was looked up, with the rows of the change for its tokens."""
+        places = torch.searchsorted(self._tokens, self._ids).clamp(max=len(self._tokens) - 1)
+        own = (self._tokens[places] == self._ids)[..., None]
+        return torch.where(own, (self._value[places].to(y.dtype) * _embed_scale(module)).to(y.dtype), y)
 
 
 def _columns(change: Change) -> Any:
@@ -167,9 +182,10 @@ def _columns(change: Change) -> Any:
 
 
 def _exchanged(change: Change, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """The outputs y (..., vocabulary) with those of the changed rows of the head computed anew."""
+    """The outputs y (..., vocabulary) with those of the changed rows of the head computed anew, and of new ones."""
     assert change.value is not None
-    changed = y.clone()
+    changed = functional.pad(y, (0, max(0, change.rows - y.shape[-1])))
+    changed = y.clone() if changed is y else changed
     changed[..., list(change.target.tokens)] = functional.linear(x, change.value.to(x.dtype)).to(y.dtype)
     return changed
 

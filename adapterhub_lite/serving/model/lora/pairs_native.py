@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from adapterhub_lite.serving.adapters.weights import Family, FamilyWeights, Parts
-from adapterhub_lite.serving.model.kv_cache import Step
+from adapterhub_lite.serving.model.packed_step import Step
 
-# As in row_products.c, KINDS as in lanes.h.
+# As in compiled/row_products.h, KINDS as in compiled/lanes.h.
 ENTRY = struct.Struct("@PPPPiiiiif")
 BLOCK = struct.Struct("@iiii")
 BLOCK_TOKENS = 4
@@ -85,6 +85,11 @@ class NativeLora:
             )  # fmt: skip
         return y
 
+    def routing(self, group: int) -> tuple[int, int, int, int]:
+        """Of a group in this step: addresses of entries and blocks, the number of blocks, the largest rank."""
+        layout = self._layouts[group]
+        return (0, 0, 0, 0) if layout is None else (*layout.pointers, layout.widest)
+
     def _lay_out(self, step: Step, group: Sequence[Family]) -> _Layout | None:
         entries, blocks, widest = b"", b"", 1
         for run in step.runs:
@@ -109,6 +114,7 @@ class NativeLora:
                 pair = part.weights.families.get(family.name)
                 if pair is not None:
                     a, b, rank = pair.a, pair.b, pair.a.shape[1]
+                    assert a.dtype == b.dtype, "the entry names one dtype for both"
                     packed = ENTRY.pack(
                         a.data_ptr(), b.data_ptr(), pair.scale.data_ptr(), self._index(pair, len(family.paths)),
                         rank, family.in_features, family.out_features, column, KINDS[a.dtype], part.factor,

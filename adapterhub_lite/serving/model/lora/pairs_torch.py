@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from adapterhub_lite.serving.adapters.weights import Family, Parts
-from adapterhub_lite.serving.model.kv_cache import Run, Step
+from adapterhub_lite.serving.model.packed_step import Run, Step
 
 # A blend or a single large adapter widens every row; when nothing runs the rows go back to at most this.
 USUAL_RANK = 16
@@ -92,7 +92,10 @@ class GroupBank:
 
 
 class TorchLora:
-    """`rows` rows of LoRA pairs for each group of families. `dtype` is what the products are computed in."""
+    """`rows` rows of LoRA pairs for each group of families. `dtype` is what the products are computed in.
+
+    `allocations` counts how often memory was taken or given back.
+    """
 
     def __init__(
         self,
@@ -115,6 +118,7 @@ class TorchLora:
         self._routes: list[list[tuple[int, slice]]] = [[] for _ in groups]
         self._runs: tuple[tuple[Run, slice], ...] = ()
         self.rank = 0
+        self.allocations = 0
 
     def place(self, row: int, parts: Parts) -> None:
         """Route `row` to the sum of `parts`; no parts is the base. What an idle place holds already is not copied."""
@@ -139,15 +143,16 @@ class TorchLora:
         """Forget rows that a large rank made wide. Only when no row is in use."""
         if self.rank > USUAL_RANK:
             self.rank = 0
+            self.allocations += 1
             self._banks = [None] * len(self._groups)
             self._held = [_key(())] * len(self._rows)
 
     def begin(self, step: Step) -> None:
         """Compute the routing of a step, for all its layers: which runs and which families have any adapter at all."""
         runs = [run for run in step.runs if any(self._rows[row] for row in range(run.rows.start, run.rows.stop))]
-        if not all(self._side_by_side(run) for run in runs):
+        if not all(self._side_by_side(run.rows) for run in runs):
             self._set_straight({*self._used, *step.rows})
-        self._runs = tuple((run, self._places(run)) for run in runs)
+        self._runs = tuple((run, self._places(run.rows)) for run in runs)
         active = {name for row in step.rows for part in self._rows[row] for name in part.weights.families}
         for group, route in zip(self._groups, self._routes, strict=True):
             route.clear()
@@ -155,6 +160,32 @@ class TorchLora:
             for place, family in enumerate(group):
                 if family.name in active:
                     route.append((place, slice(offset, offset + family.out_features)))
+                offset += family.out_features
+
+    def line_up(self, rows: slice) -> int | None:
+        """The first of the places of neighbouring rows, which follow each other then; None: none has an adapter."""
+        if not any(self._rows[rows]):
+            return None
+        if not self._side_by_side(rows):
+            self._set_straight({*self._used, *range(rows.start, rows.stop)})
+        return self._place[rows.start]
+
+    def begin_places(self, first: int | None, count: int) -> None:
+        """The following calls are of `count` tokens, one for each place from `first` on, with all pairs that there are.
+
+        `first` None is for the base alone. What a place holds may change between two calls, where it lies may not.
+        """
+        self._runs = ()
+        for route in self._routes:
+            route.clear()
+        if first is None:
+            return
+        whole = slice(0, count)
+        self._runs = ((Run(whole, whole, 1, 1, (0,) * count), slice(first, first + count)),)
+        for group, route, bank in zip(self._groups, self._routes, self._banks, strict=True):
+            offset = 0
+            for place, family in enumerate(group if bank is not None else ()):
+                route.append((place, slice(offset, offset + family.out_features)))
                 offset += family.out_features
 
     def add(self, group: int, layer: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -182,14 +213,14 @@ class TorchLora:
         self._place[other], self._place[row] = self._place[row], place
         self._last_used[place] = max(self._last_used) + 1
 
-    def _places(self, run: Run) -> slice:
-        first = self._place[run.rows.start]
-        return slice(first, first + run.count)
+    def _places(self, rows: slice) -> slice:
+        first = self._place[rows.start]
+        return slice(first, first + rows.stop - rows.start)
 
-    def _side_by_side(self, run: Run) -> bool:
-        """Whether the places of a run's rows follow each other, so that one slice of the bank serves it."""
-        places = self._places(run)
-        return self._place[run.rows.start : run.rows.stop] == list(range(places.start, places.stop))
+    def _side_by_side(self, rows: slice) -> bool:
+        """Whether the places of neighbouring rows follow each other, so that one slice of the bank serves them."""
+        places = self._places(rows)
+        return self._place[rows] == list(range(places.start, places.stop))
 
     def _set_straight(self, rows: set[int]) -> None:
         """Give each row its own place again, and fill those that held another row's task."""
@@ -200,6 +231,7 @@ class TorchLora:
 
     def _grow(self, rank: int) -> None:
         self.rank = rank
+        self.allocations += 1
         self._banks = [None] * len(self._groups)
         self._held = [_key(())] * len(self._rows)
         for row, parts in enumerate(self._rows):
@@ -212,6 +244,7 @@ class TorchLora:
         for number, group in enumerate(self._groups):
             bank = self._banks[number]
             if bank is None and any(family.name in wanted for family in group):
+                self.allocations += 1
                 bank = GroupBank(group, len(self._rows), self.rank, self._dtype, self._device)
                 self._banks[number] = bank
             if bank is not None:

@@ -8,10 +8,10 @@ import torch
 
 from adapterhub_lite.native import find_compiler
 from adapterhub_lite.serving.adapters.weights import AdapterWeights, Family, FamilyWeights, Part, Parts
-from adapterhub_lite.serving.model.kv_cache import RowSlice, Step, pack
+from adapterhub_lite.serving.model.compiled.library import compiled, row_products
 from adapterhub_lite.serving.model.lora.pairs_native import NativeLora
 from adapterhub_lite.serving.model.lora.pairs_torch import LoraBank, TorchLora
-from adapterhub_lite.serving.model.native import compiled, row_products
+from adapterhub_lite.serving.model.packed_step import RowSlice, Step, pack
 
 LAYERS = 3
 # Sizes that no vector width divides; the families of a group share their input.

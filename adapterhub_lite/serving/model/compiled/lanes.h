@@ -22,6 +22,7 @@ static inline uint16_t narrow(float value)
 
 /* Sixteen numbers at a time, in what the compiler makes of it on this processor. */
 #define LANES 16
+#define ALWAYS static inline __attribute__((always_inline))
 typedef float V __attribute__((vector_size(64)));
 typedef uint32_t W __attribute__((vector_size(64)));
 typedef uint16_t H __attribute__((vector_size(32)));
@@ -47,6 +48,8 @@ static inline V many_f16(const _Float16 *p)
     memcpy(&h, p, sizeof h);
     return __builtin_convertvector(h, V);
 }
+
+static inline void put_f32(float *p, V v) { memcpy(p, &v, sizeof v); }
 
 static inline float one_f32(float value) { return value; }
 static inline float one_bf16(uint16_t bits) { return wide(bits); }
@@ -74,13 +77,32 @@ static inline float total(V v)
 #endif
 }
 
-static inline V select(W where, V one, V other) { return (V)((where & (W)one) | (~where & (W)other)); }
+static inline V pick(W where, V one, V other) { return (V)((where & (W)one) | (~where & (W)other)); }
+
+/* Of numbers that are float32 or bfloat16; `kind` is a constant wherever these are called. */
+ALWAYS int64_t size_of(int kind) { return kind == FLOAT32 ? 4 : 2; }
+
+ALWAYS V some(const char *at, int kind)
+{
+    return kind == FLOAT32 ? many_f32((const float *)at) : many_bf16((const uint16_t *)at);
+}
+
+ALWAYS float one(const char *at, int kind)
+{
+    return kind == FLOAT32 ? *(const float *)at : wide(*(const uint16_t *)at);
+}
+
+ALWAYS void put(char *at, float value, int kind)
+{
+    if (kind == FLOAT32) *(float *)at = value;
+    else *(uint16_t *)at = narrow(value);
+}
 
 /* e^x for x <= 0, within about a unit in the last place of float32: 2^n times a polynomial of the rest. */
 static inline V exponential(V x)
 {
     const V lowest = (V){0} - 87.0f;
-    x = select((W)(x < lowest), lowest, x);
+    x = pick((W)(x < lowest), lowest, x);
     V shifted = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the sum's last bits are the nearest whole number */
     V n = shifted - 12582912.0f;
     V r = x - n * 0.693359375f + n * 2.12194440e-4f;
@@ -91,7 +113,7 @@ static inline V exponential(V x)
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
     W power = ((W)shifted - 0x4b400000u) << 23;
-    return select((W)(x == x), (V)((W)p + power), x); /* what is not a number stays so */
+    return pick((W)(x == x), (V)((W)p + power), x); /* what is not a number stays so */
 }
 
 /* Rounded to nearest, ties to even, as `narrow`. */
@@ -101,4 +123,10 @@ static inline void put_bf16(uint16_t *p, V v)
     W number = (W)((w & 0x7fffffff) <= 0x7f800000);
     H h = __builtin_convertvector((sum & number) | (0x7fc0 & ~number), H);
     memcpy(p, &h, sizeof h);
+}
+
+ALWAYS void put_some(char *at, V v, int kind)
+{
+    if (kind == FLOAT32) put_f32((float *)at, v);
+    else put_bf16((uint16_t *)at, v);
 }

@@ -4,72 +4,50 @@
  * waits for every key. Scores, softmax and sums are in float32; the result is rounded once. cache.py computes the same
  * without.
  */
+#include "attention.h"
+
 #include <math.h>
 
 #include "lanes.h"
 
-#define GROUP 4  /* of the heads that share keys, so many are computed together at most */
 #define AHEAD 16 /* places that are asked for before they are used: the processor does not foresee such strides */
 #define LINE 64
-#define ALWAYS static inline __attribute__((always_inline))
 
-typedef struct { /* a query token, its row of the cache, and the places in it that it sees: from, and up to `to` */
-    int32_t token, row, from, to;
-} Look;
-
-typedef struct { /* strides in bytes: of q by token and head, of out by token, of the cache by row and by place */
-    const char *q, *keys, *values;
-    char *out;
-    int64_t q_token, q_head, out_token, key_row, key_place, value_row, value_place;
-    int32_t kind, heads, kv_heads, key_dim, value_dim;
-    float scaling;
-} Tensors;
-
-/* LANES scores, or what is left of them and then the least there is. */
-static inline V scores_at(const float *scores, int left)
+/* The last scores where they fill no vector, and then the least there is. */
+static inline V last_scores(const float *scores, int left)
 {
-    V some = (V){0} - INFINITY;
-    memcpy(&some, scores, (left < LANES ? left : LANES) * sizeof(float));
-    return some;
+    V v = (V){0} - INFINITY;
+    memcpy(&v, scores, left * sizeof(float));
+    return v;
 }
 
 /* In place of the scores their exponentials, the largest being 1; returns their sum. */
-static float exponentials(float *scores, int count)
+float exponentials(float *scores, int count)
 {
     V largest = (V){0} - INFINITY, sum = {0};
-    for (int i = 0; i < count; i += LANES) {
-        V s = scores_at(scores + i, count - i);
-        largest = select((W)(s > largest), s, largest);
+    int whole = count / LANES * LANES;
+    for (int i = 0; i < whole; i += LANES) {
+        V s = many_f32(scores + i);
+        largest = pick((W)(s > largest), s, largest);
     }
+    V last = last_scores(scores + whole, count - whole);
+    largest = pick((W)(last > largest), last, largest);
     float top = largest[0];
     for (int j = 1; j < LANES; j++) top = largest[j] > top ? largest[j] : top;
-    for (int i = 0; i < count; i += LANES) {
-        V e = exponential(scores_at(scores + i, count - i) - top);
-        memcpy(scores + i, &e, (count - i < LANES ? count - i : LANES) * sizeof(float));
-        sum += e; /* what stands for no score adds nothing */
+    for (int i = 0; i < whole; i += LANES) {
+        V e = exponential(many_f32(scores + i) - top);
+        put_f32(scores + i, e);
+        sum += e;
+    }
+    if (count > whole) { /* what stands for no score adds nothing */
+        V e = exponential(last - top);
+        memcpy(scores + whole, &e, (count - whole) * sizeof(float));
+        sum += e;
     }
     return total(sum);
 }
 
 /* `kind`, and below `count` and `blocks`, are constants wherever these are called: sums stay in registers. */
-ALWAYS int64_t size_of(int kind) { return kind == FLOAT32 ? 4 : 2; }
-
-ALWAYS V many(const char *at, int kind)
-{
-    return kind == FLOAT32 ? many_f32((const float *)at) : many_bf16((const uint16_t *)at);
-}
-
-ALWAYS float one(const char *at, int kind)
-{
-    return kind == FLOAT32 ? *(const float *)at : wide(*(const uint16_t *)at);
-}
-
-ALWAYS void put(char *at, int kind, float value)
-{
-    if (kind == FLOAT32) *(float *)at = value;
-    else *(uint16_t *)at = narrow(value);
-}
-
 static void fetch(const char *place, int64_t bytes)
 {
     for (int64_t at = 0; at < bytes; at += LINE) __builtin_prefetch(place + at);
@@ -84,7 +62,7 @@ ALWAYS void dots(const float *q, const char *key, const char *value, int64_t pla
         V sums[GROUP] = {0};
         int d = 0;
         for (; d + LANES <= dim; d += LANES) {
-            V k = many(key + d * size_of(kind), kind);
+            V k = some(key + d * size_of(kind), kind);
             for (int g = 0; g < count; g++) sums[g] += k * many_f32(q + g * dim + d);
         }
         for (int g = 0; g < count; g++) {
@@ -104,8 +82,8 @@ ALWAYS int weigh(const float *weights, int room, const char *value, int64_t plac
         const char *v = value + at * size_of(kind);
         for (int p = 0; p < places; p++, v += place)
             for (int j = 0; j < blocks; j++) {
-                V some = many(v + j * LANES * size_of(kind), kind);
-                for (int g = 0; g < count; g++) s[g][j] += some * weights[(size_t)g * room + p];
+                V v16 = some(v + j * LANES * size_of(kind), kind);
+                for (int g = 0; g < count; g++) s[g][j] += v16 * weights[(size_t)g * room + p];
             }
         for (int g = 0; g < count; g++) memcpy(sums + g * dim + at, s[g], blocks * sizeof(V));
     }
@@ -117,17 +95,20 @@ ALWAYS void attend(const Tensors *t, const Look *look, int kv_head, int first, i
                    int room)
 {
     int places = look->to - look->from, key_dim = t->key_dim, value_dim = t->value_dim;
-    int64_t size = size_of(kind);
+    int64_t size = size_of(kind), io = size_of(t->io_kind);
     float q[count * key_dim], sums[count * value_dim];
     const char *from = t->q + look->token * t->q_token + first * t->q_head;
     for (int g = 0; g < count; g++)
-        for (int d = 0; d < key_dim; d++) q[g * key_dim + d] = one(from + g * t->q_head + d * size, kind) * t->scaling;
-    const char *key = t->keys + look->row * t->key_row + look->from * t->key_place + kv_head * key_dim * size;
-    const char *value = t->values + look->row * t->value_row + look->from * t->value_place + kv_head * value_dim * size;
+        for (int d = 0; d < key_dim; d++) q[g * key_dim + d] = one(from + g * t->q_head + d * io, t->io_kind) * t->scaling;
+    const char *key = t->keys + ((int64_t)look->begin + look->from) * t->key_place + kv_head * key_dim * size;
+    const char *value = t->values + ((int64_t)look->begin + look->from) * t->value_place + kv_head * value_dim * size;
     int fresh = kv_head == 0 && first == 0 && t->key_place == t->value_place;
     dots(q, key, fresh ? value : NULL, t->key_place, places, key_dim, kind, count, scores, room);
     for (int g = 0; g < count; g++) {
-        float *own = scores + (size_t)g * room, share = 1 / exponentials(own, places);
+        float *own = scores + (size_t)g * room;
+        if (t->softcap > 0)
+            for (int p = 0; p < places; p++) own[p] = t->softcap * tanhf(own[p] / t->softcap);
+        float share = 1 / exponentials(own, places);
         for (int p = 0; p < places; p++) own[p] *= share;
     }
     int d = weigh(scores, room, value, t->value_place, places, 0, value_dim, kind, count, 2, sums);
@@ -139,8 +120,8 @@ ALWAYS void attend(const Tensors *t, const Look *look, int kv_head, int first, i
                 sum += scores[(size_t)g * room + p] * one(value + p * t->value_place + d * size, kind);
             sums[g * value_dim + d] = sum;
         }
-    char *to = t->out + look->token * t->out_token + first * value_dim * size;
-    for (int i = 0; i < count * value_dim; i++) put(to + i * size, kind, sums[i]);
+    char *to = t->out + look->token * t->out_token + first * value_dim * io;
+    for (int i = 0; i < count * value_dim; i++) put(to + i * io, sums[i], t->io_kind);
 }
 
 ALWAYS void some_heads(const Tensors *t, const Look *look, int kv_head, int first, int count, int kind, float *scores,
@@ -152,21 +133,23 @@ ALWAYS void some_heads(const Tensors *t, const Look *look, int kv_head, int firs
     else attend(t, look, kv_head, first, kind, 1, scores, room);
 }
 
+/* All heads of a token that share the keys of `kv_head`; `scores` has room for GROUP * room numbers. */
+void attend_for(const Tensors *t, const Look *look, int kv_head, float *scores, int room)
+{
+    int group = t->heads / t->kv_heads, end = (kv_head + 1) * group;
+    for (int first = kv_head * group; first < end; first += GROUP) {
+        int count = end - first < GROUP ? end - first : GROUP;
+        if (t->kind == FLOAT32) some_heads(t, look, kv_head, first, count, FLOAT32, scores, room);
+        else some_heads(t, look, kv_head, first, count, BFLOAT16, scores, room);
+    }
+}
+
 /* No look sees more places than `room`; `scores` has room for GROUP * room numbers for each thread. */
 void attend_rows(const Tensors *t, const Look *looks, int count, float *scores, int room, int threads)
 {
-    int group = t->heads / t->kv_heads, tasks = count * t->kv_heads;
+    int tasks = count * t->kv_heads;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int part = 0; part < threads; part++) {
-        float *own = scores + (size_t)part * GROUP * room;
-        for (int task = (int)((int64_t)tasks * part / threads); task < (int64_t)tasks * (part + 1) / threads; task++) {
-            const Look *look = looks + task / t->kv_heads;
-            int kv_head = task % t->kv_heads, end = (kv_head + 1) * group;
-            for (int first = kv_head * group; first < end; first += GROUP) {
-                int some = end - first < GROUP ? end - first : GROUP;
-                if (t->kind == FLOAT32) some_heads(t, look, kv_head, first, some, FLOAT32, own, room);
-                else some_heads(t, look, kv_head, first, some, BFLOAT16, own, room);
-            }
-        }
-    }
+    for (int part = 0; part < threads; part++)
+        for (int task = (int)((int64_t)tasks * part / threads); task < (int64_t)tasks * (part + 1) / threads; task++)
+            attend_for(t, looks + task / t->kv_heads, task % t->kv_heads, scores + (size_t)part * GROUP * room, room);
 }

@@ -19,7 +19,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from adapterhub_lite.serving.model.kv_cache import Run
+from adapterhub_lite.serving.model.packed_step import Run
 
 
 class _KeysElsewhere(DynamicLayer):
@@ -58,6 +58,11 @@ class RowStates:
         self._stores: dict[tuple[int, int, str], torch.Tensor] = {}
         takes = inspect.signature(type(model).forward).parameters
         self.argument = "cache_params" if "cache_params" in takes else "past_key_values"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows' states; 0 before the first step."""
+        return sum(store.nbytes for store in self._stores.values())
 
     def move(self, source: int, target: int) -> None:
         """Copy the states of row `source` to row `target`."""

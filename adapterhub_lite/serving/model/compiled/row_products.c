@@ -4,21 +4,11 @@
  * the weights are in, and y is rounded once, after all adapters of a token. Which rows there are and what they are
  * routed to is laid out once a step (direct.py) and shared by all layers.
  */
+#include "row_products.h"
+
 #include "lanes.h"
 
 #define TOKENS 4 /* neighbouring tokens of one row share each read of its weights */
-
-typedef struct { /* one family of one adapter: a (layers, rank, in), b (layers, rank, out), scale (layers) */
-    const void *a, *b;
-    const float *scale;
-    const int32_t *layer_at; /* where a layer stands in a and b, -1 for nowhere; NULL when all are there in order */
-    int32_t rank, in, out, column, kind;
-    float factor;
-} Entry;
-
-typedef struct { /* up to TOKENS neighbouring tokens of one row, and its entries, those of one column together */
-    int32_t token, count, entry, entries;
-} Block;
 
 /* What a thread reads next, all its blocks over, asked for a little ahead of its use: else it waits as long again. */
 #define LINE 64
@@ -86,8 +76,8 @@ static inline void fetch(Ahead *ahead, int lines)
 #define DOWN(name, type)                                                                                              \
     DOWN_SOME(name, type, 4, 1, 2)                                                                                    \
     DOWN_SOME(name, type, 1, 1, 2)                                                                                    \
-    DOWN_SOME(name, type, 2, 4, 1)                                                                                    \
-    DOWN_SOME(name, type, 1, 4, 1)                                                                                    \
+    DOWN_SOME(name, type, 2, 4, 2)                                                                                    \
+    DOWN_SOME(name, type, 1, 4, 2)                                                                                    \
     static void down_##name(const float *x, int count, const type *a, int rank, int in, float *u, Ahead *ahead)       \
     {                                                                                                                 \
         int k = 0;                                                                                                    \
@@ -199,15 +189,20 @@ static void block(const Entry *entries, const Block *b, int layer, const void *x
 }
 
 /* x (tokens, in) and y (tokens, outs side by side) are of `kind`; no entry has more outs than `out`, nor a rank above
- * `widest`. */
+ * `widest`. Part `part` of `parts` of the blocks. */
+void add_row_products_part(const Entry *entries, const Block *blocks, int count, int layer, const void *x, size_t x_stride,
+                           void *y, size_t y_stride, int kind, int in, int out, int widest, int part, int parts)
+{
+    const Block *b = blocks + (size_t)count * part / parts, *end = blocks + (size_t)count * (part + 1) / parts;
+    Ahead ahead = {entries, b, end, layer, 0, NULL, NULL};
+    for (int i = 0; i < LEAD; i++) fetch(&ahead, 1);
+    for (; b < end; b++) block(entries, b, layer, x, x_stride, y, y_stride, kind, in, out, widest, &ahead);
+}
+
 void add_row_products(const Entry *entries, const Block *blocks, int count, int layer, const void *x, size_t x_stride,
                       void *y, size_t y_stride, int kind, int in, int out, int widest, int threads)
 {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int part = 0; part < threads; part++) {
-        const Block *b = blocks + (size_t)count * part / threads, *end = blocks + (size_t)count * (part + 1) / threads;
-        Ahead ahead = {entries, b, end, layer, 0, NULL, NULL};
-        for (int i = 0; i < LEAD; i++) fetch(&ahead, 1);
-        for (; b < end; b++) block(entries, b, layer, x, x_stride, y, y_stride, kind, in, out, widest, &ahead);
-    }
+    for (int part = 0; part < threads; part++)
+        add_row_products_part(entries, blocks, count, layer, x, x_stride, y, y_stride, kind, in, out, widest, part, threads);
 }

@@ -1,0 +1,1 @@
+"""The compiled code of the forward pass, and what it is handed."""
