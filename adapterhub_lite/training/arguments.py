@@ -10,9 +10,10 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
+from adapterhub_lite import devices
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.training.porting import ANSWERS, packing_of, translated
-from adapterhub_lite.training.settings import TARGET_GROUPS, TYPICAL_LENGTH, RunSettings, problems_of
+from adapterhub_lite.training.settings import TARGET_GROUPS, TYPICAL_LENGTH, RunSettings, problems_of, token_texts
 
 logger = logging.getLogger(__name__)
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
@@ -87,12 +88,13 @@ class AdapterTrainingArguments(RunSettings, TrainingArguments):
             self.use_liger_kernel = False
         if self.alpha is None:
             self.alpha = 2 * self.rank
+        self.added_tokens = token_texts(self.added_tokens)
         problems = problems_of({one.name: getattr(self, one.name) for one in fields(RunSettings)})
         if self.base_dtype is not None and not isinstance(getattr(torch, self.base_dtype, None), torch.dtype):
             problems.append(f"base_dtype is {self.base_dtype!r}, expected a dtype of torch such as float32")
         if problems:
             raise ConfigurationError("The training arguments cannot be used: " + "; ".join(problems) + ".")
-        if not torch.cuda.is_available():
+        if not devices.pins_memory():
             # Pinning speeds up the copy to a GPU; without one torch warns in every epoch.
             self.dataloader_pin_memory = False
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():

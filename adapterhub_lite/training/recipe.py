@@ -9,17 +9,21 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from adapterhub_lite.adapter_format.manifest import TrainingRecord, read_record
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import ConfigurationError, RunStoppedError
+from adapterhub_lite.runs.state import RunKeeper, RunState, keeping, note, now
 from adapterhub_lite.tasks import get_task
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
 from adapterhub_lite.training.data.held_out import row_digests, split_rows, without_rows_of
+from adapterhub_lite.training.data.reading.tables import Dataset
 from adapterhub_lite.training.data.rows import columns_of, is_checked, load_rows
+from adapterhub_lite.training.distributed.launch import is_first
+from adapterhub_lite.training.report import write_report
+from adapterhub_lite.training.run.progress import StateCallback
 from adapterhub_lite.training.samples import SampleCallback
 from adapterhub_lite.training.settings import REPORTERS, RowSettings, TrainingRecipe
 from adapterhub_lite.training.trainer import AdapterTrainer
@@ -52,7 +56,7 @@ def rows_for(data: str | None, task: str | None, recipe: TrainingRecipe) -> tupl
     # By epochs, a task is as long as its rows are drawn.
     count = TASK_ROWS if recipe.steps < 0 else recipe.steps * recipe.batch_size * recipe.accumulation
     example = get_task(str(task))
-    return example.rows(min(count, MOST_TASK_ROWS), seed=recipe.seed), f"adapterhub-lite/tasks/{example.name}"
+    return example.rows(min(count, MOST_TASK_ROWS), seed=recipe.seed), example.data_id
 
 
 def read_rows(data: str, settings: RowSettings) -> Dataset:
@@ -61,8 +65,10 @@ def read_rows(data: str, settings: RowSettings) -> Dataset:
     return load_rows(data, split=settings.data_split, config=config, columns=columns_of(settings))
 
 
-def held_out_rows(rows: Dataset, recipe: TrainingRecipe) -> tuple[Dataset, Dataset | None]:
-    """The rows to train on and those to evaluate on, None without; no text is among both."""
+def held_out_rows(rows: Any, recipe: TrainingRecipe) -> tuple[Dataset, Dataset | None]:
+    """The rows to train on and those to evaluate on, None without; no text is among both. `rows` is as `load_rows` takes it."""
+    if not (isinstance(rows, Dataset) and is_checked(rows)):
+        rows = load_rows(rows, columns=columns_of(recipe))
     if recipe.validation_split:
         return split_rows(rows, recipe.validation_split, recipe.seed)
     if not recipe.eval_data:
@@ -81,24 +87,53 @@ def train_adapter(
     *,
     data_id: str | None = None,
     show_progress: bool = True,
+    command: Sequence[str] = (),
 ) -> TrainingOutcome:
     """Train on `rows` (anything `load_rows` takes) and return the adapter, in a run folder of its own under `folder`.
 
     The same base, rows and settings are the same run: a finished one is returned as it is, an interrupted one goes on
-    from its last checkpoint.
+    from its last checkpoint. How far it is stands in `run.json` there (see `adapterhub_lite.runs`); `command` are the
+    words of the command line that go on with it.
 
     Raises:
         DataError: a row cannot be used.
         RunStoppedError: SIGTERM came before the last step.
         KeyboardInterrupt: by Ctrl-C, saved after one; by a second, at once.
         TrainingError: the run stopped because going on would be wrong.
+        RegistryError: another process is at this run.
     """
-    rows, held_out = _both_sets(rows, recipe)
+    rows, held_out = held_out_rows(rows, recipe)
     run = Path(folder) / run_key(base, rows, recipe, held_out)
     finished = read_record(run / "adapter")
     if finished is not None:
+        note(run, stage="finished")
         return TrainingOutcome(run / "adapter", finished)
+    if not is_first():
+        return _train(base, rows, held_out, run, recipe, None, data_id, show_progress)
+    state = RunState(
+        name=run.parent.name, stage="preparing", created=now(), changed=now(), command=tuple(command),
+        cwd=str(Path.cwd()), base=base.name, base_fingerprint=base.fingerprint, data=data_id or "rows in memory",
+        rows=len(rows), held_out=len(held_out) if held_out is not None else 0, settings=asdict(recipe),
+    )  # fmt: skip
+    with keeping(run, state) as keeper:
+        return _train(base, rows, held_out, run, recipe, keeper, data_id, show_progress)
+
+
+def _train(
+    base: ResolvedBase,
+    rows: Dataset,
+    held_out: Dataset | None,
+    run: Path,
+    recipe: TrainingRecipe,
+    keeper: RunKeeper | None,
+    data_id: str | None,
+    show_progress: bool,
+) -> TrainingOutcome:
     trainer = trainer_for(base, rows, held_out, run, recipe, data_id=data_id, show_progress=show_progress)
+    if keeper is not None:
+        predicted = trainer.memory_choice.predicted
+        keeper.update(preset=trainer.memory_choice.preset.name, predicted_bytes=predicted.total if predicted else None)
+        trainer.add_callback(StateCallback(keeper))
     last = get_last_checkpoint(str(run)) if run.is_dir() else None
     trainer.train(resume_from_checkpoint=last)
     done, wanted = trainer.state.global_step, trainer.state.max_steps
@@ -106,11 +141,17 @@ def train_adapter(
         raise RunStoppedError(
             f"The run was asked to stop: {done} of {wanted} steps are done and saved. The same call goes on from there."
         )
+    if keeper is not None:
+        keeper.update(stage="reporting")
     if held_out is not None:
-        trainer.evaluate()
+        measured = trainer.evaluate()
+        if recipe.report:
+            write_report(trainer, held_out, recipe.report, run, loss=measured["eval_loss"])
     adapter = trainer.save_adapter(run / "adapter")
     record = read_record(adapter)
     assert record is not None, "save_adapter writes the record"
+    if keeper is not None:
+        keeper.update(stage="finished", data_fingerprint=record.data.fingerprint)
     return TrainingOutcome(adapter, record)
 
 
@@ -156,14 +197,8 @@ def trainer_for(
 
 def run_folder(base: ResolvedBase, rows: Any, folder: str | Path, recipe: TrainingRecipe) -> Path:
     """Where `train_adapter` puts the run with these arguments."""
-    rows, held_out = _both_sets(rows, recipe)
+    rows, held_out = held_out_rows(rows, recipe)
     return Path(folder) / run_key(base, rows, recipe, held_out)
-
-
-def _both_sets(rows: Any, recipe: TrainingRecipe) -> tuple[Dataset, Dataset | None]:
-    if not (isinstance(rows, Dataset) and is_checked(rows)):
-        rows = load_rows(rows, columns=columns_of(recipe))
-    return held_out_rows(rows, recipe)
 
 
 def _reporters(wanted: str) -> list[str]:
@@ -180,7 +215,7 @@ def run_key(base: ResolvedBase, rows: Dataset, recipe: TrainingRecipe, held_out:
     """Twelve hex digits that name a run: the same base, rows and settings give the same run, anything else another."""
     settings = asdict(recipe)
     # Who is told of a run, and what it is asked on the way, does not change what it does.
-    del settings["report_to"], settings["samples"]
+    del settings["report_to"], settings["samples"], settings["report"]
     digest = hashlib.sha256(json.dumps([base.fingerprint, settings], sort_keys=True).encode())
     digest.update((recipe.chat_template_text() or "").encode())
     for table in (rows, held_out):

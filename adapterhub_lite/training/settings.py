@@ -93,6 +93,9 @@ class RunSettings:
     chat_template_path: str | None = setting(None, "Chat template instead of the base's: a Jinja file or a folder.")
     eos_token: str | None = setting(None, "Token that ends an answer, where it is not the tokenizer's own.")
     pad_token: str | None = setting(None, "Token that fills padded batches, where it is not the tokenizer's own.")
+    added_tokens: None | str | list[str] = setting(  # noqa: RUF036
+        None, "Tokens of the adapter's own that its base has not, whose rows are trained; several with commas."
+    )
     pad_to_multiple_of: int | None = setting(None, "Pad each batch to a multiple of so many tokens.")
     shuffle_dataset: bool = setting(False, "Shuffle the rows by the seed before anything else.")
     loss_type: str = setting(
@@ -127,6 +130,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
 LOSS_TYPES = ("nll", "dft")
 
 
+def token_texts(given: str | list[str] | None) -> list[str] | None:
+    """The texts of `added_tokens`, each alone; None without any."""
+    texts = given.split(",") if isinstance(given, str) else given or []
+    return [text for one in texts if (text := one.strip())] or None
+
+
 def problems_of(values: Mapping[str, Any], shown: Mapping[str, str] | None = None) -> list[str]:
     """What is wrong with `values`, settings by their names in `RunSettings`, one clause each; `shown` renames them."""
 
@@ -149,6 +158,9 @@ def problems_of(values: Mapping[str, Any], shown: Mapping[str, str] | None = Non
         problems.append("packing fills rows up to max_length, expected a number there")
     if not re.fullmatch(INITS, given.get("init_lora", "default")):
         problems.append(clause("init_lora", "default, gaussian, orthogonal, pissa or pissa_niter_N"))
+    texts = token_texts(given.get("added_tokens")) or []
+    if len(set(texts)) < len(texts):
+        problems.append(clause("added_tokens", "each token once"))
     if not 0.0 <= given.get("lora_dropout", 0.0) < 1.0:
         problems.append(clause("lora_dropout", "at least 0 and less than 1"))
     return problems
@@ -278,10 +290,14 @@ class TrainingRecipe(DataSettings):
     loraplus_lr_ratio: float | None = same_as("loraplus_lr_ratio")
     report_to: str = same_as("report_to")
     init_lora: str = same_as("init_lora")
+    added_tokens: str | None = same_as("added_tokens")
     early_stopping: int = setting(
         0, "Stop after so many evaluations in a row without a lower loss, and keep the best; 0 goes on to the end."
     )
     samples: int = setting(0, "Held-out rows to answer at each evaluation: shown, and kept in samples.jsonl.")
+    report: int = setting(
+        0, "Held-out rows that base and adapter answer at the end; with their losses it is kept in report.json."
+    )
     eval_data: str = setting("", "Rows to evaluate on during the run: a file, a folder or a data set's id on the Hub.")
     validation_split: float = setting(0.0, "Share of the rows to hold out and evaluate on, such as 0.1.")
 
@@ -297,7 +313,7 @@ class TrainingRecipe(DataSettings):
             problems.append(f"validation_split is {self.validation_split}, expected at least 0 and less than 1")
         if self.eval_data and self.validation_split:
             problems.append("eval_data and validation_split both say what is evaluated on, expected one of them")
-        for name in ("early_stopping", "samples"):
+        for name in ("early_stopping", "samples", "report"):
             if getattr(self, name) < 0:
                 problems.append(f"{name} is {getattr(self, name)}, expected 0 or more")
             if getattr(self, name) and not (self.eval_data or self.validation_split):

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from datasets import Dataset
 
 from adapterhub_lite.adapter_format.manifest import read_record
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import ConfigurationError, DataError
 from adapterhub_lite.installation import missing_extra
+from adapterhub_lite.training.data.reading.tables import Dataset
 from adapterhub_lite.training.recipe import TrainingOutcome, held_out_rows, run_key, trainer_for
 from adapterhub_lite.training.run.search_trainer import FIXED, read_trials
 from adapterhub_lite.training.settings import TrainingRecipe
@@ -129,7 +129,7 @@ def number(value: Any) -> Any:
     return value
 
 
-def checked(rows: Dataset, recipe: TrainingRecipe, ranges: Mapping[str, Range], trials: int) -> tuple[Dataset, Dataset]:
+def checked(rows: Any, recipe: TrainingRecipe, ranges: Mapping[str, Range], trials: int) -> tuple[Dataset, Dataset]:
     """(the rows to learn, those to compare trials by) of a sweep that can be run.
 
     Raises:
@@ -140,6 +140,10 @@ def checked(rows: Dataset, recipe: TrainingRecipe, ranges: Mapping[str, Range], 
         raise missing_extra("A sweep", "search")
     if trials < 1:
         raise ConfigurationError(f"trials is {trials}, expected 1 or more.")
+    if recipe.report:
+        raise ConfigurationError(
+            "report compares base and adapter after one run. Leave it out, and use eval on the best."
+        )
     for name, one in ranges.items():
         for value in one.choices or (one.low, one.high):
             # A value that no recipe takes is found before the first trial.

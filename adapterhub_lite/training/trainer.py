@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -18,15 +18,15 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from adapterhub_lite.adapter_format.manifest import TrainingRecord
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.bases.encoding import padding_id
+from adapterhub_lite.devices import keep_little_code
 from adapterhub_lite.errors import ConfigurationError, NonFiniteLossError, OutOfMemoryError
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
 from adapterhub_lite.training.data.collation import PaddedCollator
 from adapterhub_lite.training.data.rows import Formatting
 from adapterhub_lite.training.data.tokenization import WEIGHTS_COLUMN, row_lengths
-from adapterhub_lite.training.data.vocabulary import check_vocabulary
 from adapterhub_lite.training.distributed import sharded
 from adapterhub_lite.training.evaluation import GeneratedMetrics
-from adapterhub_lite.training.model.adapters import loraplus_optimizer, open_base
+from adapterhub_lite.training.model.adapters import loraplus_optimizer, open_base, to_be_planned
 from adapterhub_lite.training.model.assembly import assemble
 from adapterhub_lite.training.model.master_weights import MasterWeights
 from adapterhub_lite.training.model.segments import PackingChoice
@@ -37,10 +37,18 @@ from adapterhub_lite.training.run.progress import PLOT_FILE, MetricsCallback, Pr
 from adapterhub_lite.training.run.record import make_record, save_adapter
 from adapterhub_lite.training.run.rows_trainer import preparation_for, sorted_out, with_words
 from adapterhub_lite.training.run.search_trainer import SearchTrainer
-from adapterhub_lite.training.run.step_loss import EvaluationSums, PerRow, StepLoss, without_repeats
+from adapterhub_lite.training.run.step_loss import (
+    EvaluationSums,
+    PerRow,
+    StepLoss,
+    needs_round_lengths,
+    without_repeats,
+)
 from adapterhub_lite.training.settings import DataSettings
 
 logger = logging.getLogger(__name__)
+# Methods of the `Trainer` that a subclass may write anew, and that then see batches as they were collated.
+GIVEN_A_BATCH = ("compute_loss", "training_step", "prediction_step")
 
 
 class AdapterTrainer(SearchTrainer):
@@ -81,13 +89,16 @@ class AdapterTrainer(SearchTrainer):
             raise ConfigurationError("Give either a model or a model_init, which makes one.")
         self._user_init, self._peft_config = model_init, peft_config
         model = super().call_model_init() if model is None and model_init is not None else model
+        if args.device.type == "cpu":
+            keep_little_code()
         before = PeakMemory.before(args.device, model)
-        self.opened = opened = open_base(model, base, processing_class)
-        with_words(opened.tokenizer, args)
-        if processing_class is not None or opened.model is not None:
-            check_vocabulary(opened.tokenizer, opened.base, opened.model)
-        self.preparation = preparation_for(opened, args, data_settings or DataSettings(), formatting_func)
+        self.opened = opened = with_words(
+            open_base(model, base, processing_class), args, checked=processing_class is None
+        )
         own_batches = trainer_keywords.get("data_collator") is None
+        self.preparation = preparation_for(
+            opened, args, data_settings or DataSettings(), formatting_func, own_batches=own_batches
+        )
         self.rows = self.preparation.training_rows(train_dataset, args, own_batches=own_batches)
         self.generated_metrics = generated_metrics
         args = self._plan(args, trainer_keywords.get("compute_loss_func"), before)
@@ -95,7 +106,9 @@ class AdapterTrainer(SearchTrainer):
         self.assembly = assembly = assemble(opened, args, peft_config, preset, attention, self.rows_read_by)
         self.base, self.step_loss, self.meter = opened.base, StepLoss(assembly, args), RunMeter(PeakMemory(args.device))
         self.data_name = Path(train_dataset).name if isinstance(train_dataset, str | Path) else "rows in memory"
-        self.padded = PaddedCollator(padding_id(opened.tokenizer), args.pad_to_multiple_of or 1)
+        # Batches that the step does not make itself cannot be lengthened there.
+        rounds = self.rows_read_by is not None and needs_round_lengths(assembly.model, args)
+        self.padded = PaddedCollator(padding_id(opened.tokenizer), args.pad_to_multiple_of or 1, rounds=rounds)
         if own_batches:
             trainer_keywords["data_collator"] = self.own_collator = self.packed_or_padded()
         self._evaluated: EvaluationSums | None = None
@@ -120,13 +133,13 @@ class AdapterTrainer(SearchTrainer):
         """Choose the memory preset, where the process holds `held` bytes already; return the arguments of the run."""
         if loss is not None and not isinstance(loss, PerRow):
             self.rows_read_by = "compute_loss_func is given a row per sequence"
-        elif type(self).compute_loss is not AdapterTrainer.compute_loss:
-            self.rows_read_by = "compute_loss of a subclass is given a row per sequence"
-        lengths, adapter = row_lengths(self.rows.table), self._peft_config
-        if adapter is None and isinstance(self.opened.model, PeftModel):
-            adapter = self.opened.model.active_peft_config
+        for name in GIVEN_A_BATCH:
+            if getattr(type(self), name) is not getattr(AdapterTrainer, name):
+                self.rows_read_by = f"{name} of a subclass is given a row per sequence"
         with sharded.built_whole(args):
-            self.memory_choice = choose_memory(self.opened.source, args, lengths, adapter=adapter, overhead=held)
+            source, adapter = to_be_planned(self.opened.source, self.opened.added, args, self._peft_config)
+            lengths = row_lengths(self.rows.table)
+            self.memory_choice = choose_memory(source, args, lengths, adapter=adapter, overhead=held)
         return self.memory_choice.applied(args)
 
     @property
@@ -184,15 +197,20 @@ class AdapterTrainer(SearchTrainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make the optimizer as the `Trainer` does, or with LoRA+ learning rates when they are asked for.
 
-        What is trained in 16 bits gets fp32 copies for it to step, unless `master_weights` is off or an engine keeps them.
+        What is trained in 16 bits gets fp32 copies for it to step, unless `master_weights` is off or an engine keeps them;
+        accumulated gradients are then summed in fp32 too.
         """
         if self.args.loraplus_lr_ratio is None or self.optimizer is not None:
             made = super().create_optimizer(model)
         else:
             made = self.optimizer = loraplus_optimizer(self.model, self.args)
         if self.args.master_weights and sharded.engine_of(self.args) is None:
+            if self.masters is not None:
+                self.masters.sum_no_more()
             # transformers hands back what Accelerate has wrapped, when it trains again.
             self.masters = MasterWeights.put_into(getattr(made, "optimizer", made))
+            if self.args.gradient_accumulation_steps > 1:
+                self.masters.sum_in_fp32(lambda: bool(self.accelerator.sync_gradients))
         return made
 
     def compute_loss(
@@ -251,6 +269,10 @@ class AdapterTrainer(SearchTrainer):
     ) -> tuple[Tensor | None, Any, Any]:
         """Evaluate one batch: sums alone, without logits, unless a metric asks for predictions."""
         own = type(self).compute_loss is AdapterTrainer.compute_loss and self.compute_loss_func is None
+        # What a metric is to see beside the labels is in padded batches, and nobody looks into packed ones.
+        names = self.label_names or ["labels"]
+        if not prediction_loss_only and any(inputs.get(name) is None for name in names):
+            own = False
         if inputs.get("labels") is None or not own:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
@@ -261,11 +283,21 @@ class AdapterTrainer(SearchTrainer):
             loss = (total / valid.clamp(min=1)).float()
             if prediction_loss_only:
                 return loss, None, None
-            return loss, outputs.logits, inputs["labels"]
+            labels = tuple(inputs[name] for name in names)
+            return loss, outputs.logits, labels if len(labels) > 1 else labels[0]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate as the `Trainer` does, with means over tokens instead of over batches."""
+        """Evaluate as the `Trainer` does, with means over tokens instead of over batches; a metric of the user's stays."""
         self._evaluated, prefix = EvaluationSums(), kwargs.get("metric_key_prefix", "eval")
+        compute, own = self.compute_metrics, set[str]()
+
+        def noted(*found: Any, **named: Any) -> Any:
+            assert compute is not None, "it stands in for one"
+            metrics = compute(*found, **named)
+            own.update(metrics or ())
+            return metrics
+
+        self.compute_metrics = noted if compute is not None else None
         try:
             output = super().evaluation_loop(*args, **kwargs)
             # Every process takes part, also one whose rows were all repeats.
@@ -273,13 +305,16 @@ class AdapterTrainer(SearchTrainer):
             self._evaluated.sums = gathered.sum(0).cpu()
             assert output.metrics is not None, "the loop always reports its time"
             if self._evaluated.sums[0] > 0:
-                output.metrics.update(self._evaluated.metrics(prefix))
+                # The `Trainer` has put its mean over batches under one of these names itself.
+                theirs = set(output.metrics) - ({f"{prefix}_loss"} if "loss" not in own else set())
+                ours = self._evaluated.metrics(prefix)
+                output.metrics.update({name: value for name, value in ours.items() if name not in theirs})
             if self.generated_metrics is not None:
                 model = self.accelerator.unwrap_model(self.model)
                 output.metrics.update(self.generated_metrics.measure(model, self.processing_class, prefix))
             return output
         finally:
-            self._evaluated = None
+            self._evaluated, self.compute_metrics = None, compute
 
     def save_adapter(self, folder: str | Path) -> Path:
         """Write the adapter to `folder`: PEFT's two files, the training record and the probes; whole or not at all.

@@ -12,7 +12,7 @@ from adapterhub_lite.training import AdapterTrainingArguments, TrainingRecipe
 from adapterhub_lite.training.settings import CHOICES, RunSettings
 
 # The command line takes fewer values than a Python caller may give.
-NARROWER = {"target_modules", "report_to"}
+NARROWER = {"target_modules", "report_to", "added_tokens"}
 
 
 def test_a_recipe_is_a_selection_of_the_arguments() -> None:

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from adapterhub_lite.bases.bounded_template import render_bounded
 from adapterhub_lite.bases.chat_template import GENERATION_MARK, render_chat, render_marked, template_of, words_of
 from adapterhub_lite.errors import DataError
-from adapterhub_lite.training.data.shapes import Turn, short, weight_of
+from adapterhub_lite.training.data.reading.shapes import SHAREGPT_ROLES, Turn, short, weight_of
 
 WEIGHTS = frozenset({"weight", "train", "training"})
 # Keys that keep books of a chat; a template need not read them.
@@ -153,6 +153,10 @@ class ChatLayout:
 
     def read_turn(self, turn: Turn, words: frozenset[str], here: str, where: str) -> Turn:
         """The keys of a turn that the template reads."""
+        speaker = turn["role"]
+        meant = SHAREGPT_ROLES.get(speaker.lower(), speaker)
+        if meant != speaker and (meant == "assistant" or (meant in ("user", "system") and speaker not in words)):
+            raise DataError(f"{here}: {speaker!r} is no role that the chat template knows. Say {meant!r}.")
         kept: Turn = {}
         for key, value in turn.items():
             if key in WEIGHTS or (value in (None, "", [], {}) and key != "content"):
@@ -312,7 +316,9 @@ class ChatLayout:
                 stripped = text.strip()
                 if key in self.ignore or any(stripped in one for one in texts):
                     continue
-                quoted = json.dumps(stripped)[1:-1], json.dumps(stripped, ensure_ascii=False)[1:-1]
+                # As JSON, or as Python where a template writes an object down as it is.
+                json_forms = json.dumps(stripped), json.dumps(stripped, ensure_ascii=False)
+                quoted = [form[1:-1] for form in (*json_forms, repr(stripped))]
                 if not any(form in one for one in texts for form in quoted):
                     yield index, key, stripped
 
@@ -342,6 +348,16 @@ def texts_of(turn: Turn) -> Iterator[tuple[str, str]]:
         function = call.get("function", call) if isinstance(call, Mapping) else {}
         if isinstance(function, Mapping) and isinstance(function.get("name"), str):
             yield "tool_calls.name", function["name"]
+            yield from (("tool_calls.arguments", text) for text in leaves(function.get("arguments")))
+
+
+def leaves(value: Any) -> Iterator[str]:
+    """The texts in a JSON value, but for keys."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from leaves(one)
 
 
 def with_parsed_arguments(turn: Turn) -> Turn:
@@ -356,6 +372,8 @@ def with_parsed_arguments(turn: Turn) -> Turn:
                 parsed = {**inner, "arguments": json.loads(inner["arguments"] or "{}")}
             except ValueError as error:
                 raise ValueError(f"the arguments of a tool call are not JSON ({error})") from error
+            if not isinstance(parsed["arguments"], Mapping):
+                raise ValueError(f"the arguments of a tool call are no object, but {short(inner['arguments'])}")
             call = {**call, "function": parsed} if "function" in call else parsed
         calls.append(call)
     return {**turn, "tool_calls": calls}

@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adapterhub_lite.errors import DataError
+from adapterhub_lite.memory.stand_ins import rounded_tokens
 from adapterhub_lite.training.data.tokenization import IGNORED, WEIGHTS_COLUMN
 
+PADDED_COLUMNS = ("input_ids", "attention_mask", "labels")
 Rows = collections.abc.Sequence[Mapping[str, Any]]  # rows of a tokenised table
 
 
@@ -48,7 +50,8 @@ def sequences_of(rows: Iterable[Mapping[str, Any]], *, learn_ids: bool = True) -
 
 @dataclass(frozen=True)
 class PaddedCollator:
-    """Pads on the right to the longest sequence of the batch, or to the next multiple of `multiple` tokens.
+    """Pads on the right to the longest sequence of the batch, or to the next multiple of `multiple` tokens, or where it
+    `rounds` to the next of the lengths that 16-bit products are asked for (`rounded_tokens`).
 
     Returns `input_ids`, `attention_mask` and `labels`, each (batch, longest), and `token_weights` where a row has them;
     padding is masked by length, never by token id, because a tokenizer may pad with the end token that has to be learned.
@@ -58,10 +61,13 @@ class PaddedCollator:
     pad_token_id: int
     multiple: int = 1
     learn_ids: bool = True
+    rounds: bool = False
 
     def __call__(self, rows: Rows) -> dict[str, Tensor]:
         sequences = list(sequences_of(rows, learn_ids=self.learn_ids))
         longest = max(len(one.ids) for one in sequences)
+        if self.rounds and self.multiple == 1:
+            longest = rounded_tokens(longest, len(sequences))
         shape = (len(sequences), -(-longest // self.multiple) * self.multiple)
         batch = {
             "input_ids": torch.full(shape, self.pad_token_id, dtype=torch.long),

@@ -5,11 +5,9 @@ import json
 import random
 from collections.abc import Iterator
 
-from datasets import Dataset
-
 from adapterhub_lite.errors import DataError
+from adapterhub_lite.training.data.reading.tables import Dataset, column_batches
 from adapterhub_lite.training.data.rows import SOURCE_COLUMN
-from adapterhub_lite.training.data.tables import column_batches
 
 ROWS_AT_A_TIME = 1000
 

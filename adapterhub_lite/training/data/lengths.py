@@ -1,5 +1,6 @@
 """How long the rows of a data set are for a base's tokenizer: what a plan can know of data before any weights are read."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -13,6 +14,7 @@ from adapterhub_lite.errors import UnknownNameError
 from adapterhub_lite.home import adapterhub_home
 from adapterhub_lite.training.data.preparation import Preparation
 from adapterhub_lite.training.data.tokenization import row_lengths
+from adapterhub_lite.training.data.vocabulary import with_tokens
 from adapterhub_lite.training.settings import DataSettings
 
 
@@ -34,14 +36,25 @@ class RowLengths:
         return f"{len(self.tokens)} rows: longest {max(self.tokens)} tokens, median {median(self.tokens):.0f}{cut}"
 
 
-def measure_rows(base: str, data: Any, *, max_length: int | None, settings: DataSettings | None = None) -> RowLengths:
+def measure_rows(
+    base: str,
+    data: Any,
+    *,
+    max_length: int | None,
+    settings: DataSettings | None = None,
+    added_tokens: Sequence[str] = (),
+) -> RowLengths:
     """Tokenise `data` (as `load_rows` takes it) for `base` (a name, a folder or a Hub id) and count; longer rows are cut.
+
+    `added_tokens` are those that the base has not.
 
     Raises:
         DataError: the rows cannot be used.
         UnknownNameError: there is no tokenizer under that name.
+        ConfigurationError: it has one of the added tokens already.
     """
     tokenizer, ends = tokenizer_of(base)
+    tokenizer = with_tokens(tokenizer, added_tokens) if added_tokens else tokenizer
     chosen = replace(settings or DataSettings(), unlearnable="drop")
     preparation = Preparation.for_run(tokenizer, chosen, max_length=max_length, overlong="truncate", ends=ends)
     found = preparation.rows(data)

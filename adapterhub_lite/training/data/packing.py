@@ -7,10 +7,8 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from datasets import Dataset, Features, IterableDataset, List, Value
-
 from adapterhub_lite.errors import ConfigurationError, DataError
-from adapterhub_lite.training.data.tables import TableWriter
+from adapterhub_lite.training.data.reading.tables import Dataset, Features, IterableDataset, List, TableWriter, Value
 from adapterhub_lite.training.data.tokenization import COLUMNS, IGNORED, WEIGHTS, WEIGHTS_COLUMN
 
 POSITIONS = {"position_ids": List(Value("int32"))}

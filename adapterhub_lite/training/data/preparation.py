@@ -1,31 +1,32 @@
 """What the trainer is given, made ready for it: rows are tokenised, tables of tokens cut to the limits, streams as they come."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from datasets import (
-    Dataset,
-    DatasetDict,
-    Features,
-    IterableDataset,
-    IterableDatasetDict,
-    are_progress_bars_disabled,
-)
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
 from adapterhub_lite.errors import ConfigurationError, DataError
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
-from adapterhub_lite.training.data.files import without_none
 from adapterhub_lite.training.data.packing import pack
+from adapterhub_lite.training.data.reading.files import without_none
+from adapterhub_lite.training.data.reading.shapes import Columns, normalized
+from adapterhub_lite.training.data.reading.tables import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    IterableDatasetDict,
+    TableWriter,
+    are_progress_bars_disabled,
+    table_of,
+)
 from adapterhub_lite.training.data.rows import Formatting, columns_of, is_checked, load_rows
-from adapterhub_lite.training.data.shapes import Columns, normalized
-from adapterhub_lite.training.data.tables import TableWriter
 from adapterhub_lite.training.data.tokenization import (
     COLUMNS,
     IGNORED,
@@ -50,6 +51,7 @@ PER_TOKEN = ("labels", "attention_mask", WEIGHTS_COLUMN, *MASKS)
 READ_COLUMNS = frozenset({"input_ids", "position_ids", "seq_lengths", "length", *PER_TOKEN})
 
 
+Collated = Literal["here", "elsewhere", "raw"]
 # Fewer rows are tokenised before a bar could be read.
 MANY_ROWS = 5_000
 
@@ -70,7 +72,8 @@ def progress_of(rows: int) -> Iterator[Callable[[int], None] | None]:
 class Preparation:
     """How rows become tokens in one run. `arguments` go to the chat template with every row.
 
-    `bounded_template` is a chat template of a stranger, such as an adapter's, in place of the tokenizer's.
+    `bounded_template` is a chat template of a stranger, such as an adapter's, in place of the tokenizer's. `collated` says who
+    makes the batches: "elsewhere" is a collator of the user's, and "raw" one that is given rows as they are.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -81,6 +84,7 @@ class Preparation:
     formatting_func: Formatting | None = None
     learning: Learning = field(default_factory=Learning)
     bounded_template: str | None = None
+    collated: Collated = "here"
 
     @classmethod
     def for_run(
@@ -102,6 +106,11 @@ class Preparation:
         arguments = settings.template_arguments()
         columns = columns_of(settings)
         return cls(tokenizer, limits, ends, arguments, columns, formatting_func, learning or Learning())
+
+    @property
+    def masks(self) -> frozenset[str]:
+        """The masks of tokenised rows that are heeded: where prompts are learned, a completion's is not."""
+        return MASKS - {"completion_mask"} if self.learning.prompts else MASKS
 
     def maker(self) -> RowTokenizer:
         """What makes examples of rows here."""
@@ -125,8 +134,18 @@ class Preparation:
         """
         if isinstance(rows, DatasetDict | IterableDatasetDict):
             rows = train_split(rows)
+        if isinstance(rows, Iterator):
+            rows = list(rows)
+        if self.collated == "raw" and isinstance(rows, Dataset | IterableDataset | list | tuple):
+            first = next(iter(rows), None)
+            if not (isinstance(first, Mapping) and "input_ids" in first):
+                return TokenizedRows(rows)
+        if self.collated == "here" and rows is not None and not holds_rows(rows):
+            rows = rows_of_a_class(rows)
         if rows is None or not holds_rows(rows):
             return TokenizedRows(rows)
+        if isinstance(rows, list | tuple) and rows and isinstance(rows[0], Mapping) and "input_ids" in rows[0]:
+            rows = table_of_tokens(rows)
         if isinstance(rows, IterableDataset):
             return TokenizedRows(self.tokenized_stream(rows))
         if isinstance(rows, Dataset) and "input_ids" in rows.column_names:
@@ -210,9 +229,8 @@ class Preparation:
         before = 0
         for batch in table.iter(batch_size=1000):
             rows = [{name: values[i] for name, values in batch.items()} for i in range(len(batch["input_ids"]))]
-            found = list(
-                fitted.fit((f"row {before + i}", tokens_of(row, f"row {before + i}")) for i, row in enumerate(rows))
-            )
+            named = [(f"row {before + i}", row) for i, row in enumerate(rows)]
+            found = list(fitted.fit((where, tokens_of(row, where, self.masks)) for where, row in named))
             values = token_columns(found)
             writer.write({name: values[name] for name in writer.names})
             before += len(rows)
@@ -231,7 +249,7 @@ class Preparation:
                     f"A packed row holds a sequence of {longest} tokens, expected at most {most}. Raise max_length, or "
                     "cut the rows before they are packed."
                 )
-            labels = tokens_of(row).labels
+            labels = tokens_of(row, masks=self.masks).labels
             return {"position_ids": positions, "labels": labels}
 
         drop = [name for name in ("seq_lengths", *MASKS) if name in table.column_names]
@@ -252,7 +270,9 @@ class Preparation:
                 for i, number in enumerate(numbers)
             ]
             if tokenized:
-                examples: Iterable[tuple[str, Tokens]] = ((where, tokens_of(row, where)) for where, row in rows)
+                examples: Iterable[tuple[str, Tokens]] = (
+                    (where, tokens_of(row, where, self.masks)) for where, row in rows
+                )
             else:
                 examples = maker.examples([(where, self.checked_row(where, row, told)) for where, row in rows])
             found = list(fitted.fit(examples))
@@ -274,8 +294,44 @@ class Preparation:
         return made
 
 
-def tokens_of(row: Mapping[str, Any], where: str = "a row") -> Tokens:
-    """The tokens of a row that was tokenised elsewhere: without padding, and without labels that its masks leave out.
+def rows_of_a_class(data: Any) -> Any:
+    """A data set of the user's own class as it is, where it gives tokens; its rows where they are not tokens yet.
+
+    Raises:
+        DataError: it is no data set, or does not give rows.
+    """
+    kind = type(data).__name__
+    if isinstance(data, Mapping | bytes) or not (hasattr(data, "__getitem__") or hasattr(data, "__iter__")):
+        raise DataError(f"The rows are given as a {kind}, expected a list of rows, a table, or a file of them.")
+    if not (hasattr(data, "__getitem__") and hasattr(data, "__len__") and len(data)):
+        return data
+    first = data[0]
+    if not isinstance(first, Mapping):
+        raise DataError(
+            f"The rows are given as a {kind} of {type(first).__name__}, expected a mapping for each row. Give a "
+            "data_collator that makes batches of them, or rows."
+        )
+    return data if "input_ids" in first else [data[index] for index in range(len(data))]
+
+
+def table_of_tokens(rows: Sequence[Any]) -> Dataset:
+    """The table of rows that were tokenised elsewhere and lie in a list, as the `Trainer` takes them too.
+
+    Raises:
+        DataError: one of them is no such row, or a column holds values of several kinds.
+    """
+    for index, row in enumerate(rows):
+        if not isinstance(row, Mapping) or "input_ids" not in row:
+            found = ", ".join(map(repr, row)) if isinstance(row, Mapping) else type(row).__name__
+            raise DataError(f"row {index}: expected 'input_ids' as in the rows before, found {found or 'nothing'}.")
+    try:
+        return table_of(rows)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise DataError(f"The tokenised rows are no table: {error}. Give each column one kind of value.") from error
+
+
+def tokens_of(row: Mapping[str, Any], where: str = "a row", masks: frozenset[str] = MASKS) -> Tokens:
+    """The tokens of a row that was tokenised elsewhere: without padding, and without labels that its `masks` leave out.
 
     Raises:
         DataError: a column of it has another length than `input_ids`.
@@ -288,7 +344,7 @@ def tokens_of(row: Mapping[str, Any], where: str = "a row") -> Tokens:
             f"{where}: {wrong!r} has {len(columns[wrong])} values, expected one for each of {len(ids)} tokens."
         )
     labels = columns.get("labels", ids)
-    for name in MASKS & set(columns):
+    for name in masks & set(columns):
         labels = [label if kept else IGNORED for label, kept in zip(labels, columns[name], strict=True)]
     weights = columns.get(WEIGHTS_COLUMN, [1.0] * len(ids))
     kept = [index for index, real in enumerate(columns.get("attention_mask", [1] * len(ids))) if real]

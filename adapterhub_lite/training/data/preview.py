@@ -7,14 +7,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from adapterhub_lite.errors import DataError
 from adapterhub_lite.training.data.lengths import tokenizer_of
 from adapterhub_lite.training.data.preparation import Preparation
+from adapterhub_lite.training.data.reading.tables import Dataset, column_batches
 from adapterhub_lite.training.data.rows import columns_of, load_rows
-from adapterhub_lite.training.data.tables import column_batches
 from adapterhub_lite.training.data.tokenization import (
     IGNORED,
     Fitted,

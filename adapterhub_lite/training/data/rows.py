@@ -1,18 +1,24 @@
 """Training rows: from whatever holds them to one table in one of three shapes, checked row by row. Knows no tokenizer."""
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, IterableDataset, Json, Value
-
 from adapterhub_lite.errors import DataError
-from adapterhub_lite.training.data.files import Found, read_hub, read_path, read_table
-from adapterhub_lite.training.data.shapes import CHAT_KEYS, WANTED, Columns, normalized
-from adapterhub_lite.training.data.tables import TableWriter
+from adapterhub_lite.installation import missing_extra
+from adapterhub_lite.training.data.reading.files import Found, read_hub, read_path, read_table
+from adapterhub_lite.training.data.reading.shapes import CHAT_KEYS, WANTED, Columns, as_json, normalized
+from adapterhub_lite.training.data.reading.tables import (
+    DATASETS,
+    Dataset,
+    Features,
+    IterableDataset,
+    Json,
+    TableWriter,
+    Value,
+)
 from adapterhub_lite.training.settings import RowSettings
 
 logger = logging.getLogger(__name__)
@@ -72,6 +78,8 @@ def find_rows(source: Any, split: str, config: str | None) -> tuple[Found, str]:
             raise DataError(f"There is no file {path}. Give a JSONL, CSV or parquet file with {WANTED}.")
         return read_hub(str(source), config, split), str(source)
     if hasattr(source, "to_dict") and hasattr(source, "columns"):
+        if DATASETS is None:
+            raise missing_extra("Reading a data frame", "train")
         return read_table(Dataset.from_pandas(source, preserve_index=False)), "the data frame"
     return ((f"row {i}", row) for i, row in enumerate(source)), "the list of rows"
 
@@ -97,13 +105,13 @@ def as_table(rows: Found, name: str, columns: Columns) -> Dataset:
     if first is None:
         raise DataError(f"There are no rows in {name}. Give at least one, with {WANTED}.")
     keys = [*shape_of(first[1]), *(CHAT_KEYS if not isinstance(first[1].get("text"), str) else ())]
-    as_json = {key for key in keys if key in CHAT_KEYS or not isinstance(first[1][key], str)}
-    features = {key: Json() if key in as_json else Value("string") for key in keys} | {SOURCE_COLUMN: Value("string")}
+    in_json = {key for key in keys if key in CHAT_KEYS or not isinstance(first[1][key], str)}
+    features = {key: Json() if key in in_json else Value("string") for key in keys} | {SOURCE_COLUMN: Value("string")}
     writer, seen = TableWriter(Features(features), DESCRIPTION), set(first[1])
     rest = chain([first], made)
     while batch := list(islice(rest, ROWS_AT_A_TIME)):
         seen.update(*(row for _, row in batch))
-        values = {key: [_text(row.get(key)) if key in as_json else row[key] for _, row in batch] for key in keys}
+        values = {key: [_text(row.get(key)) if key in in_json else row[key] for _, row in batch] for key in keys}
         writer.write({**values, SOURCE_COLUMN: [where for where, _ in batch]})
     if unused:
         listed = "; ".join(f"{key!r} (first in {where})" for key, where in sorted(unused.items())[:10])
@@ -112,7 +120,7 @@ def as_table(rows: Found, name: str, columns: Columns) -> Dataset:
 
 
 def _text(value: Any) -> str | None:
-    return None if value is None else json.dumps(value, ensure_ascii=False)
+    return None if value is None else as_json(value)
 
 
 def same_shape(rows: Found, columns: Columns, unused: dict[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from adapterhub_lite.bases.encoding import (
@@ -25,8 +24,17 @@ from adapterhub_lite.bases.encoding import (
 )
 from adapterhub_lite.errors import DataError
 from adapterhub_lite.training.data.chats import ChatLayout, Example, Span
+from adapterhub_lite.training.data.reading.shapes import short
+from adapterhub_lite.training.data.reading.tables import (
+    Dataset,
+    Features,
+    List,
+    TableWriter,
+    Value,
+    column_batches,
+    says,
+)
 from adapterhub_lite.training.data.rows import SOURCE_COLUMN
-from adapterhub_lite.training.data.tables import TableWriter, column_batches, says
 
 logger = logging.getLogger(__name__)
 IGNORED = -100
@@ -205,6 +213,13 @@ class RowTokenizer:
         )
         self.ways: dict[str, int] = {}
         self.prefills: dict[str, str] = {}
+        # Some families call their end token the unknown one too, which says nothing.
+        unknown, known = (
+            tokenizer.unk_token_id,
+            (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id),
+        )
+        self.unknown = None if unknown in known else unknown
+        self.first_unknown = ""
         self.chats = self.without_prefill = 0
 
     def prefill(self) -> str:
@@ -216,6 +231,11 @@ class RowTokenizer:
         if self.layout.unread:
             named = "; ".join(f"{key!r} (first in {where})" for key, where in sorted(self.layout.unread.items()))
             logger.warning(f"The chat template does not read these keys of turns: {named}.")
+        if self.first_unknown:
+            logger.warning(
+                f"The tokenizer has no token for some of the text of these rows, which it reads as {self.tokenizer.unk_token!r} "
+                f"(first {self.first_unknown})."
+            )
         if self.prefill():
             logger.warning(
                 f"Asked for an answer, the chat template begins it with {self.prefill()!r}, and no answer of these rows "
@@ -250,6 +270,9 @@ class RowTokenizer:
             if example.prefill:
                 self.prefills.setdefault(example.prefill, where)
                 self.without_prefill += 1
+            if not self.first_unknown and self.unknown is not None and self.unknown in found.ids:
+                at = found.ids.index(self.unknown)
+                self.first_unknown = f"{short(example.text[found.starts[at] : found.ends[at]])} in {where}"
             if example.way == "text":
                 yield where, self._document([], missing_front(self.front, found.ids) + found.ids)
             elif example.way == "completion":

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
+from adapterhub_lite import devices
 from adapterhub_lite.errors import ConfigurationError, RunStoppedError, TrainingError
 
 GROUP = "adapterhub-lite"
@@ -81,13 +82,12 @@ def launch(wanted: Launch, arguments: Sequence[str]) -> None:
         RunStoppedError: SIGTERM, SIGHUP or SIGQUIT came.
         KeyboardInterrupt: by Ctrl-C, when all processes have stopped: after they saved, or at once by a second.
     """
-    import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    gpus = torch.cuda.device_count()
+    gpus = devices.count()
     if 0 < gpus < wanted.devices:
         raise ConfigurationError(f"{wanted.devices} devices were asked for; this machine has {gpus}.")
     # Its own account of a failure is a page long; ours is a sentence.

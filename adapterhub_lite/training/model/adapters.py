@@ -26,25 +26,31 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
+from adapterhub_lite.adapter_format.added_tokens import AddedTokens
 from adapterhub_lite.adapter_format.manifest import CONFIG_FILE, WEIGHTS_FILE
 from adapterhub_lite.bases import ResolvedBase, load_base_model, load_tokenizer, resolve_base
 from adapterhub_lite.bases.encoding import end_tokens
 from adapterhub_lite.bases.load import no_progress_bars
 from adapterhub_lite.errors import ConfigurationError, ResourceError
-from adapterhub_lite.memory import TARGETS, MemoryPreset, give_back_freed_memory, prepare_for_training
+from adapterhub_lite.memory import TARGETS, MemoryPreset, build_model, give_back_freed_memory, prepare_for_training
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
 from adapterhub_lite.training.distributed.sharded import gathered, whole
+from adapterhub_lite.training.model.new_rows import grow, grown_config, training_rows
 
 HALF_OF_A_PAIR = re.compile(r"\.lora_[AB]\.weight$")
 
 
 @dataclass(frozen=True)
 class OpenedBase:
-    """A base before its weights are read: a model in memory, or where they lie; with its tokenizer."""
+    """A base before its weights are read: a model in memory, or where they lie; with the run's tokenizer.
+
+    `added` are the tokens of that tokenizer which the base has not.
+    """
 
     model: Any
     base: ResolvedBase | None
     tokenizer: PreTrainedTokenizerBase
+    added: AddedTokens | None = None
 
     @property
     def source(self) -> Any:
@@ -64,7 +70,7 @@ def open_base(model: Any, base: ResolvedBase | None, tokenizer: PreTrainedTokeni
     """Find the base of a run; `model` is a name, a folder, or a model in memory already.
 
     Raises:
-        ConfigurationError: there is no model, or no tokenizer.
+        ConfigurationError: there is no model, or no tokenizer, or what was given for one is none.
         UnknownNameError: there is no such base.
     """
     if model is None:
@@ -80,15 +86,41 @@ def open_base(model: Any, base: ResolvedBase | None, tokenizer: PreTrainedTokeni
             base = resolve_base(origin)
     if tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
         # A processor of several kinds of input: text is what is learned here.
-        tokenizer = getattr(tokenizer, "tokenizer", None)
+        found = getattr(tokenizer, "tokenizer", None)
+        if found is None:
+            raise ConfigurationError(
+                f"processing_class is a {type(tokenizer).__name__}, expected a tokenizer, or a processor that has one: "
+                "AutoTokenizer.from_pretrained(...)."
+            )
+        tokenizer = found
     tokenizer = tokenizer or (load_tokenizer(base.folder) if base else None)
     if tokenizer is None:
         raise ConfigurationError("The trainer wants a tokenizer. Give it as processing_class.")
     return OpenedBase(model, base, tokenizer)
 
 
-def load_for(opened: OpenedBase, preset: MemoryPreset, attention: str) -> Any:
-    """Return the base's model as `preset` wants it, frozen where it does not train."""
+def to_be_planned(
+    source: Any, added: AddedTokens | None, args: AdapterTrainingArguments, given: PeftConfig | None
+) -> tuple[Any, PeftConfig | None]:
+    """What a run is planned by: its base with the rows of `added` tokens, and its adapter where that says more than `args`.
+
+    `source` is a model in memory or what `estimate_memory` takes, `given` the configuration that came along.
+    """
+    if given is None and isinstance(source, PeftModel):
+        return source, source.active_peft_config
+    if added is None:
+        return source, given
+    model = source
+    if not isinstance(source, nn.Module):
+        source = grown_config(source, added)
+        with torch.device("meta"):
+            model = build_model(source, dtype=torch.float32)
+    config = given or lora_config_of(model, args)
+    return source, training_rows(config, added, model, args, own=given is None)
+
+
+def load_for(opened: OpenedBase, preset: MemoryPreset, attention: str, seed: int) -> Any:
+    """Return the base's model as `preset` wants it, frozen where it does not train; rows of new tokens drawn by `seed`."""
     model = opened.model
     if isinstance(model, PeftModel):
         return model
@@ -100,6 +132,12 @@ def load_for(opened: OpenedBase, preset: MemoryPreset, attention: str) -> Any:
             quantization_config=preset.quantization_config(),
             attn_implementation=attention,
         )
+    config = model.config.get_text_config()
+    if getattr(model, "is_quantized", False) and getattr(config, "altup_coef_clip", None) is not None:
+        # Gemma 3n clamps frozen weights in each step of training, which packed ones cannot be; those it was released with lie
+        # within. The model asks for None, which the field's type leaves out.
+        vars(config)["altup_coef_clip"] = None
+    grow(model, opened.added, seed)
     prepare_for_training(model, preset)
     if next(model.parameters()).device.type == "cpu":
         give_back_freed_memory(model, preset)
@@ -109,18 +147,25 @@ def load_for(opened: OpenedBase, preset: MemoryPreset, attention: str) -> Any:
 
 
 def with_adapter(
-    model: Any, args: AdapterTrainingArguments, peft_config: PeftConfig | None, base: ResolvedBase | None
+    model: Any, args: AdapterTrainingArguments, peft_config: PeftConfig | None, opened: OpenedBase
 ) -> PeftModel:
-    """Put a fresh LoRA on `model`, drawn with `args.seed`; a model that has one already is returned as it is.
+    """Put a fresh LoRA on the base's `model`, drawn with `args.seed`; one that has one already is returned as it is.
 
     Raises:
-        ConfigurationError: no layer is called like `target_modules`, or nothing of the adapter can be trained.
+        ConfigurationError: no layer is called like `target_modules`, nothing of the adapter can be trained, or it is another
+            than `peft_config` describes.
     """
     refuse_prompts(model.active_peft_config if isinstance(model, PeftModel) else peft_config)
     if isinstance(model, PeftModel):
+        if peft_config is not None and peft_config.to_dict() != model.active_peft_config.to_dict():
+            raise ConfigurationError(
+                "The model has an adapter already, and peft_config describes another. Leave peft_config out to train the "
+                "one that is there; for a new one on top of it, give model.merge_and_unload() as the model."
+            )
         _require_trainable(model)
         return model
     config = copy.copy(peft_config) if peft_config is not None else lora_config_of(model, args)
+    config = training_rows(config, opened.added, model, args, own=peft_config is None)
     # The base is a causal one; without a task type, PEFT writes the name of a class to import.
     config.task_type = "CAUSAL_LM"
     # Before the adapter is drawn: the Trainer's own seeding comes too late for A.
@@ -130,9 +175,9 @@ def with_adapter(
         adapted = get_peft_model(model, config, autocast_adapter_dtype=True)
     except (ValueError, TypeError, AttributeError, KeyError, ImportError, NotImplementedError, RuntimeError) as error:
         raise ConfigurationError(f"The LoRA does not fit {type(model).__name__}: {error}") from error
-    if base is not None:
-        config.base_model_name_or_path = base.model_id
-        config.revision = base.revision
+    if opened.base is not None:
+        config.base_model_name_or_path = opened.base.model_id
+        config.revision = opened.base.revision
     _require_trainable(adapted)
     return adapted
 
@@ -216,8 +261,10 @@ def write_adapter(
 
 
 def save_peft(model: PeftModel, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-    """Write PEFT's two files of the active adapter into `folder` itself, and nothing of the base."""
+    """Write PEFT's two files of the active adapter into `folder` itself, and nothing of the base; a card there stays."""
     name = model.active_adapter
+    card = folder / "README.md"
+    before = card.read_bytes() if card.is_file() else None
     if state_dict is not None:
         state_dict = named_as_in_memory(model, state_dict)
     # "auto" would ask the hub whether the vocabulary was resized.
@@ -228,7 +275,10 @@ def save_peft(model: PeftModel, folder: Path, state_dict: dict[str, torch.Tensor
         for file in nested.iterdir():
             file.replace(folder / file.name)
         nested.rmdir()
-    (folder / "README.md").unlink(missing_ok=True)
+    if before is None:
+        card.unlink(missing_ok=True)
+    else:
+        card.write_bytes(before)
 
 
 def named_as_in_memory(model: PeftModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

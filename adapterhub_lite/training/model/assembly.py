@@ -127,7 +127,7 @@ def assemble(
     """
     join_processes(args)
     part_at_exit()
-    return adapted(load_for(opened, preset, attention), opened, args, peft_config, preset, rows_read_by)
+    return adapted(load_for(opened, preset, attention, args.seed), opened, args, peft_config, preset, rows_read_by)
 
 
 def adapted(
@@ -141,7 +141,7 @@ def adapted(
     """Put the adapter on a loaded base, and decide how its steps are made; see `assemble`."""
     hidden_states = HiddenStates(model)
     if preset.trains == "lora":
-        model = with_adapter(model, args, peft_config, opened.base)
+        model = with_adapter(model, args, peft_config, opened)
     initial = None
     if isinstance(model, PeftModel):
         with built_whole(args):

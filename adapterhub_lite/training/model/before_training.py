@@ -1,6 +1,7 @@
 """Law 15 on the trainer's side: a model with its adapter is asked, before its first step, whether it could be kept."""
 
 import logging
+from typing import Any
 
 from peft import PeftModel
 
@@ -44,7 +45,9 @@ def check_before_training(model: PeftModel, base: ResolvedBase | None, *, whole:
                 for n, s in shapes.items()
                 if HALF_OF_A_PAIR.search(n)
             }
-        problems = problems_of_untrained(config, shapes, structure)
+        resized: Any = model  # a model of transformers inside, which PEFT asks
+        rows = None if base is None else len(resized.get_input_embeddings().weight)
+        problems = problems_of_untrained(config, shapes, structure, rows)
     if problems:
         raise ConfigurationError(
             f"This adapter would be refused once it is trained, so it is not trained: {'; '.join(problems)}."

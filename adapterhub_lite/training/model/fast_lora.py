@@ -1,8 +1,10 @@
 """PEFT's LoRA linear layer with a leaner step: the same numbers from fewer passes over memory.
 
 With W (out, in) frozen, A (r, in), B (out, r) and scaling s, a layer computes y = x W^T + b + s (x A^T) B^T
-(LoRA, arXiv:2106.09685). For the backward pass only x and h = x A^T are kept; the update is added into y in place, and
-A and B are cast to the dtype of x instead of x to theirs, so that fp32 adapters train beside a bf16 base.
+(LoRA, arXiv:2106.09685). For the backward pass only h = x A^T and x are kept, and x only where it cannot be made again
+(`remade`). The update is added into y in place, and A and B are cast to the dtype of x instead of x to theirs, so that
+fp32 adapters train beside a bf16 base. On a CPU with a C compiler the products of low rank are our own (`low_rank`),
+which keep A, B and h in fp32.
 
 PEFT's own forward stays the reference: an instance changes its class to a subclass and back, and whatever the fast
 path does not cover falls through to the parent.
@@ -17,11 +19,16 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from adapterhub_lite.training.model.lean_blocks import blocks_for, passing
+from adapterhub_lite.training.model.low_rank import LowRank, low_rank_for
+from adapterhub_lite.training.model.remade import Maker, Recipe, recipe_of
+
 
 class FusedLora(torch.autograd.Function):
     """y = x W^T + bias + scaling (x A^T) B^T for x (tokens, in); gradients of x, A and B alone.
 
-    With `packed` (bitsandbytes' quantisation state) W is in 4 bits, and is unpacked for each of the two passes.
+    With `packed` (bitsandbytes' quantisation state) W is in 4 bits, and is unpacked for each of the two passes. With a
+    `recipe` x is not kept.
     """
 
     @staticmethod
@@ -34,47 +41,84 @@ class FusedLora(torch.autograd.Function):
         lora_b: Tensor,
         scaling: float,
         packed: Any,
+        recipe: Recipe | None,
     ) -> Tensor:
-        narrow_a, narrow_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
         ctx.packed = packed
-        result = F.linear(x, _unpacked(weight, packed), bias)
-        reduced = F.linear(x, narrow_a)
-        result.addmm_(reduced, narrow_b.t(), alpha=scaling)
-        ctx.save_for_backward(x, weight, narrow_a, narrow_b, reduced)
-        ctx.scaling, ctx.master = scaling, lora_a.dtype
+        weights = _unpacked(weight, packed)
+        if bias is None and (recipe is None or recipe.ends_block) and blocks_for(x) is not None:
+            result = torch.mm(x, weights.t(), out=passing((len(x), len(weights)), x.dtype))
+        else:
+            result = F.linear(x, weights, bias)
+        ctx.save_for_backward(weight, *_add_update(ctx, result, x, lora_a, lora_b, scaling, recipe))
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight, lora_a, lora_b, reduced = ctx.saved_tensors
+        weight, *kept = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_reduced = (grad @ lora_b).mul_(ctx.scaling)
-        grad_a = (grad_reduced.t() @ x).to(ctx.master)
-        grad_b = (grad.t() @ reduced).to(ctx.master).mul_(ctx.scaling)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad @ _unpacked(weight, ctx.packed)).addmm_(grad_reduced, lora_a)
-        return grad_x, None, None, grad_a, grad_b, None, None
+        grad_x = grad @ _unpacked(weight, ctx.packed) if ctx.needs_input_grad[0] else None
+        grad_a, grad_b = _gradients(ctx, grad, grad_x, *kept)
+        return grad_x, None, None, grad_a, grad_b, None, None, None
 
 
 class LowRankUpdate(torch.autograd.Function):
-    """scaling (x A^T) B^T for x (tokens, in), where the base's product is another's work; keeps x and x A^T alone."""
+    """scaling (x A^T) B^T for x (tokens, in), where the base's product is another's work, which keeps x too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-        narrow_a, narrow_b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-        reduced = F.linear(x, narrow_a)
-        ctx.save_for_backward(x, narrow_a, narrow_b, reduced)
-        ctx.scaling, ctx.master = scaling, lora_a.dtype
-        return F.linear(reduced, narrow_b).mul_(scaling)
+        made = x.new_zeros(len(x), len(lora_b))
+        ctx.save_for_backward(*_add_update(ctx, made, x, lora_a, lora_b, scaling, None))
+        return made
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, lora_a, lora_b, reduced = ctx.saved_tensors
-        grad_reduced = (grad @ lora_b).mul_(ctx.scaling)
-        grad_a = (grad_reduced.t() @ x).to(ctx.master)
-        grad_b = (grad.t() @ reduced).to(ctx.master).mul_(ctx.scaling)
-        return grad_reduced @ lora_a if ctx.needs_input_grad[0] else None, grad_a, grad_b, None
+        down, *_ = kept = ctx.saved_tensors
+        grad_x = grad.new_zeros(len(grad), down.shape[1]) if ctx.needs_input_grad[0] else None
+        grad_a, grad_b = _gradients(ctx, grad.contiguous(), grad_x, *kept)
+        return grad_x, grad_a, grad_b, None
+
+
+def _add_update(
+    ctx: Any, result: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, recipe: Recipe | None
+) -> tuple[Tensor, ...]:
+    """Add scaling (x A^T) B^T to `result` (tokens, out); what `_gradients` wants of the step."""
+    ctx.scaling, ctx.master, ctx.maker = scaling, lora_a.dtype, recipe and recipe.maker
+    ctx.compiled = compiled = low_rank_for(x, len(lora_a))
+    if compiled is not None:
+        x = x.contiguous()
+        down, up = lora_a.float().contiguous(), lora_b.float().t().contiguous()
+        reduced = compiled.reduce(x, down)
+        compiled.update(result, up, reduced, scaling)
+    else:
+        down, up = lora_a.to(x.dtype), lora_b.to(x.dtype)
+        reduced = F.linear(x, down)
+        result.addmm_(reduced, up.t(), alpha=scaling)
+    if recipe is None:
+        return down, up, reduced, x
+    recipe.maker.add_reader()
+    return down, up, reduced, *recipe.parts
+
+
+def _gradients(
+    ctx: Any, grad: Tensor, grad_x: Tensor | None, down: Tensor, up: Tensor, reduced: Tensor, *parts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of A and B; that of x, which is in `parts` or made of them, is added to `grad_x`."""
+    maker: Maker | None = ctx.maker
+    x = parts[0] if maker is None else maker.again(parts).reshape(-1, down.shape[1])
+    compiled: LowRank | None = ctx.compiled
+    if compiled is not None:
+        grad_reduced = compiled.reduce(grad, up, ctx.scaling)
+        grad_a = compiled.gradient(x, grad_reduced).to(ctx.master)
+        grad_b = compiled.gradient(grad, reduced, ctx.scaling).t().to(ctx.master)
+        if grad_x is not None:
+            compiled.update(grad_x, down, grad_reduced)
+        return grad_a, grad_b
+    grad_reduced = (grad @ up).mul_(ctx.scaling)
+    grad_a = (grad_reduced.t() @ x).to(ctx.master)
+    grad_b = (grad.t() @ reduced).to(ctx.master).mul_(ctx.scaling)
+    if grad_x is not None:
+        grad_x.addmm_(grad_reduced, down)
+    return grad_a, grad_b
 
 
 def _unpacked(weight: Tensor, packed: Any) -> Tensor:
@@ -133,7 +177,8 @@ def _fused(layer: Any, name: str, x: Tensor, packed: Any) -> Tensor:
     base, lora_a, lora_b = layer.base_layer, layer.lora_A[name], layer.lora_B[name]
     flat = x.reshape(-1, x.shape[-1])
     bias = None if base.bias is None else base.bias.to(x.dtype)
-    result = FusedLora.apply(flat, base.weight, bias, lora_a.weight, lora_b.weight, layer.scaling[name], packed)
+    scaling, recipe = layer.scaling[name], recipe_of(x)
+    result = FusedLora.apply(flat, base.weight, bias, lora_a.weight, lora_b.weight, scaling, packed, recipe)
     return result.view(*x.shape[:-1], result.shape[-1])
 
 

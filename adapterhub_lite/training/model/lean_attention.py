@@ -13,7 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from adapterhub_lite.bases.layer_parts import AttentionParts, attention_parts
+from adapterhub_lite.bases.layer_parts import AttentionParts
+from adapterhub_lite.bases.layer_parts import attention_parts as every_attention
 from adapterhub_lite.training.model.lean_blocks import Heads, LeanBlocks, blocks_for
 from adapterhub_lite.training.model.lean_modules import put_before, take_away
 from adapterhub_lite.training.model.segments import Group, Segments, WatchedSegments, segment_inputs
@@ -119,6 +120,12 @@ def attend(
     scaling = float(cast(Any, module).scaling)
     call = AttentionCall(segments, heads, kv_heads, width, scaling, parts.window, cosine, sine)
     return cast(Tensor, parts.out(SegmentAttention.apply(call, blocks, *tensors)[None]))
+
+
+def attention_parts(module: nn.Module) -> AttentionParts | None:
+    """The parts of an attention that the lean way computes: one that caps no scores."""
+    parts = every_attention(module)
+    return parts if parts is not None and parts.softcap is None else None
 
 
 class _Attention(nn.Module):

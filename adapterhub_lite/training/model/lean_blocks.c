@@ -46,7 +46,7 @@ static inline float exponential(float x)
     /* ln 2 in two parts, so that nothing of the difference is lost. */
     float rest = (t - whole * 0.693359375f) + whole * 2.12194440e-4f;
     float p = 1.0f + rest * (1.0f + rest * (0.5f + rest * (0.16666667f + rest * (0.041666667f + rest * (0.0083333333f + rest * 0.0013888889f)))));
-    int32_t bits = ((int32_t)whole + 127) << 23;
+    uint32_t bits = ((uint32_t)(int32_t)whole + 127u) << 23;
     float power;
     memcpy(&power, &bits, 4);
     return p * power;
@@ -257,6 +257,7 @@ void causal_softmax(float *scores, long rows, long length, long window, float sc
     for (long r = 0; r < rows; r++) {
         float *s = scores + r * length, most = -INFINITY, sum = 0;
         long last = r % length, first = last - window + 1 > 0 ? last - window + 1 : 0;
+#pragma omp simd reduction(max : most)
         for (long i = first; i <= last; i++) most = s[i] > most ? s[i] : most;
 #pragma omp simd reduction(+ : sum)
         for (long i = first; i <= last; i++) sum += s[i] = exponential((s[i] - most) * scaling);

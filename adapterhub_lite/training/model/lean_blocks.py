@@ -5,6 +5,8 @@ Every function here has a plain one in torch that it is compared with: those of 
 
 import ctypes
 import functools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +55,7 @@ class LeanBlocks:
 
     def norm(self, x: Tensor, factor: Tensor, epsilon: float, *, once: bool) -> tuple[Tensor, Tensor]:
         """(factor * x / rms(x), 1 / rms(x) in fp32) of x (..., D); factor (D,) in fp32; rounded `once` or before it too."""
-        out, scale = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+        out, scale = passing(x.shape, x.dtype), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
         self._library.norm_forward(
             *_pointers(x, factor, out, scale), scale.numel(), x.shape[-1], epsilon, once, *_how(x)
         )
@@ -67,7 +69,7 @@ class LeanBlocks:
 
     def gate(self, gate: Tensor, up: Tensor, *, gelu: bool) -> Tensor:
         """act(gate) * up of (tokens, width), both with the same stride from row to row."""
-        out = torch.empty(gate.shape, dtype=gate.dtype)
+        out = passing(gate.shape, gate.dtype)
         self._library.gate_forward(*_pointers(gate, up, out), *gate.shape, gate.stride(0), gelu, *_how(gate))
         return out
 
@@ -82,7 +84,7 @@ class LeanBlocks:
     def fold(self, x: Tensor, cosine: Tensor, sine: Tensor, places: Tensor, heads: Heads) -> Tensor:
         """x (tokens, heads * width) turned, in fp32, as (segments * kv heads, heads of each * length, width)."""
         shape = heads.segments * heads.kv_heads, heads.heads // heads.kv_heads * heads.length, heads.width
-        out = torch.empty(shape, dtype=torch.float32)
+        out = passing(shape, torch.float32)
         layout = _layout(x, cosine, heads)
         self._library.fold(*_pointers(x, cosine, sine, places, out), ctypes.addressof(layout), *_how(x))
         return out
@@ -108,6 +110,15 @@ class LeanBlocks:
         rows, length = weights.shape[0] * weights.shape[1], weights.shape[2]
         self._library.softmax_backward(*_pointers(weights, grad), rows, length, scaling, torch.get_num_threads())
         return grad
+
+
+def passing(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An empty tensor on the CPU for what is freed while tensors made after it are kept for the backward pass.
+
+    A little room behind it lets one of these have its place: before 2.38 glibc gives none that is aligned a hole of just its
+    size, and the heap of a step was a third holes.
+    """
+    return torch.empty(math.prod(shape) + 128, dtype=dtype).resize_(*shape)
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from adapterhub_lite.bases.layer_parts import Activation, GateParts, NormParts, gate_parts, norm_parts
 from adapterhub_lite.training.model.lean_blocks import blocks_for
+from adapterhub_lite.training.model.remade import remember
 
 PROBE_ROWS = 4
 
@@ -28,19 +29,21 @@ def plain_norm(x: Tensor, weight: Tensor, epsilon: float, offset: float, wide: b
     return (offset + weight if offset else weight) * normed.to(x.dtype), scale
 
 
+def normed(x: Tensor, weight: Tensor, epsilon: float, offset: float, wide: bool) -> tuple[Tensor, Tensor]:
+    """`plain_norm` by the compiled form where there is one; x is contiguous for it."""
+    blocks = blocks_for(x, weight)
+    if blocks is not None:
+        return blocks.norm(x, weight.float() + offset, epsilon, once=wide)
+    return plain_norm(x, weight, epsilon, offset, wide)
+
+
 class LeanNorm(torch.autograd.Function):
     """`plain_norm` of a frozen weight; keeps x and one number per row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, offset: float = 0.0, wide: bool = False) -> Tensor:
-        factor = weight.float() + offset
-        blocks = blocks_for(x, weight)
-        if blocks is not None:
-            x = x.contiguous()
-            made, scale = blocks.norm(x, factor, epsilon, once=wide)
-        else:
-            made, scale = plain_norm(x, weight, epsilon, offset, wide)
-        ctx.save_for_backward(x, factor, scale)
+        made, scale = normed(x, weight, epsilon, offset, wide)
+        ctx.save_for_backward(x, weight.float() + offset, scale)
         return made
 
     @staticmethod
@@ -69,6 +72,12 @@ def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
     return made.view(gate.shape)
 
 
+def gated_halves(both: Tensor, activation: Activation) -> Tensor:
+    """`gated` of the halves of (..., 2 * width)."""
+    gate, up = both.chunk(2, -1)
+    return gated(gate, up, activation)
+
+
 def gated_backward(grad: Tensor, gate: Tensor, up: Tensor, to_gate: Tensor, to_up: Tensor, act: Activation) -> None:
     """Write the gradients of `gated` into `to_gate` and `to_up`, which lie as gate and up do."""
     blocks = blocks_for(grad, gate, up)
@@ -93,7 +102,6 @@ class LeanGate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation = "silu") -> Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
         return gated(gate, up, activation)
@@ -111,11 +119,9 @@ class LeanJoinedGate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, both: Tensor, activation: Activation) -> Tensor:
-        both = both.contiguous()
         ctx.save_for_backward(both)
         ctx.activation = activation
-        gate, up = both.chunk(2, -1)
-        return gated(gate, up, activation)
+        return gated_halves(both, activation)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -135,8 +141,10 @@ class _Norm(nn.Module):
         module = cast(Any, self)
         if module.weight.requires_grad:
             return cast(Tensor, super().forward(hidden_states))
-        parts = self.parts
-        return LeanNorm.apply(hidden_states, module.weight, parts.epsilon, parts.offset, parts.wide)
+        x, constants = hidden_states.contiguous(), (self.parts.epsilon, self.parts.offset, self.parts.wide)
+        made = LeanNorm.apply(x, module.weight, *constants)
+        remember(made, lambda x, weight: normed(x, weight, *constants)[0], x, module.weight)
+        return made
 
 
 class _Gated(nn.Module):
@@ -146,10 +154,16 @@ class _Gated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         module = cast(Any, self)
-        joined = getattr(module, "gate_up_proj", None)
+        joined, activation = getattr(module, "gate_up_proj", None), self.activation
         if joined is not None:
-            return cast(Tensor, module.down_proj(LeanJoinedGate.apply(joined(x), self.activation)))
-        return cast(Tensor, module.down_proj(LeanGate.apply(module.gate_proj(x), module.up_proj(x), self.activation)))
+            both = joined(x).contiguous()
+            made = LeanJoinedGate.apply(both, activation)
+            remember(made, lambda both: gated_halves(both, activation), both, ends_block=True)
+        else:
+            gate, up = module.gate_proj(x).contiguous(), module.up_proj(x).contiguous()
+            made = LeanGate.apply(gate, up, activation)
+            remember(made, lambda gate, up: gated(gate, up, activation), gate, up, ends_block=True)
+        return cast(Tensor, module.down_proj(made))
 
 
 def install_lean_modules(model: nn.Module) -> int:

@@ -3,16 +3,21 @@
 A bf16 weight has 8 significant bits: a step smaller than 2^-9 of it is rounded away, and a fine-tuning step mostly is. So
 the optimizer is given fp32 copies, with its moments in fp32 too. Before each of its steps the gradients are copied to
 them, and after it the weights are rounded from them. Any torch optimizer takes part: all it sees is other parameters.
+
+Gradients of batches that are accumulated would be lost the same way, each in the sum of those before. They are summed in
+fp32, and the sum is rounded once, as the gradient of one large batch is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from adapterhub_lite import devices
 from adapterhub_lite.errors import IntegrityError
 
 MASTERS_FILE = "master_weights.safetensors"
@@ -26,6 +31,8 @@ class MasterWeights:
 
     def __init__(self, pairs: list[tuple[nn.Parameter, nn.Parameter]]) -> None:
         self.pairs = pairs
+        self._sums: dict[Tensor, Tensor] = {}
+        self._hooks: list[RemovableHandle] = []
 
     @classmethod
     def put_into(cls, optimizer: torch.optim.Optimizer) -> "MasterWeights":
@@ -57,16 +64,54 @@ class MasterWeights:
             made._follow_modes(optimizer)
         return made
 
+    def sum_in_fp32(self, last: Callable[[], bool]) -> None:
+        """Sum the gradients of accumulated batches in fp32, from now on; `last` tells whether this batch is the last.
+
+        Until then a weight has no gradient of its own; then it has the sum, for clipping, DDP and whoever looks.
+        """
+        self.sum_no_more()
+
+        def add(weight: Tensor) -> None:
+            assert weight.grad is not None
+            so_far = self._sums.pop(weight, None)
+            if so_far is not None:
+                so_far.add_(weight.grad)
+            if not last():
+                self._sums[weight] = weight.grad.float() if so_far is None else so_far
+                weight.grad = None
+            elif so_far is not None:
+                # In its place: DDP may have a view of it.
+                weight.grad.copy_(so_far)
+
+        self._hooks = [
+            weight.register_post_accumulate_grad_hook(add) for weight, _ in self.pairs if weight.requires_grad
+        ]
+
+    def sum_no_more(self) -> None:
+        """Leave gradients alone again, and forget a sum that was not finished."""
+        self._sums.clear()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
     # The arguments of both are torch's, for any hook on a step.
     @torch.no_grad()
     def before_step(self, *_: Any) -> None:
         """Hand the gradients to the copies; a weight that somebody has changed since the last step counts as it is."""
-        for weight, master in self.pairs:
-            rounded = master.to(weight.dtype)
-            if not torch.equal(rounded, weight):
-                master.copy_(torch.where(rounded == weight, master, weight.float()))
+        for (weight, master), changed in zip(self.pairs, self._changed(), strict=True):
+            if changed:
+                master.copy_(torch.where(master.to(weight.dtype) == weight, master, weight.float()))
             # One of the two at a time: together they would be the peak of the run.
             master.grad, weight.grad = None if weight.grad is None else weight.grad.float(), None
+
+    def _changed(self) -> list[bool]:
+        """Which weights are not their copies, rounded; a device is waited for once, not once a weight."""
+        first = self.pairs[0][0].device
+        if not devices.is_accelerator(first):
+            return [not torch.equal(master.to(weight.dtype), weight) for weight, master in self.pairs]
+        found = [(master.to(weight.dtype) != weight).any().to(first) for weight, master in self.pairs]
+        changed: list[bool] = torch.stack(found).tolist()
+        return changed
 
     @torch.no_grad()
     def after_step(self, *_: Any) -> None:

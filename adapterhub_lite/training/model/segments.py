@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from adapterhub_lite.memory.stand_ins import SHORT_TOKENS
+from adapterhub_lite.memory.stand_ins import SHORT_TOKENS, rounded_tokens
 from adapterhub_lite.memory.tracing import has_special_attention
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
 from adapterhub_lite.training.distributed.sharded import splits_weights
@@ -56,7 +56,7 @@ class Segments:
     @classmethod
     def of(cls, position_ids: Tensor) -> "Segments":
         """Read them off `position_ids` (1, tokens), which begin at 0 in each sequence."""
-        starts = [*(position_ids[0] == 0).nonzero()[:, 0].tolist(), position_ids.shape[1]]
+        starts = [*(position_ids[0] == 0).cpu().nonzero()[:, 0].tolist(), position_ids.shape[1]]
         lengths = tuple(end - start for start, end in itertools.pairwise(starts))
         return cls(lengths, position_ids.device)
 
@@ -271,6 +271,28 @@ def segment_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
     position_ids: Tensor = inputs["position_ids"]
     mask = torch.ones(NO_MASK_SHAPE, device=position_ids.device)
     return {"segments": Segments.of(position_ids), **inputs, "attention_mask": mask}
+
+
+def with_filler(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Lengthen a batch (rows, tokens) to `rounded_tokens`, where nobody looks at the states.
+
+    Rows laid end to end get one more sequence, padded ones more padding. What holds other tensors is left as it is, and so
+    is a batch without a mask: it has no padding, so that its length will hardly change.
+    """
+    rows, tokens = inputs["input_ids"].shape
+    more = rounded_tokens(tokens, rows) - tokens
+    packed = inputs.keys() == {"input_ids", "position_ids"}
+    mask = inputs.get("attention_mask")
+    padded = mask is not None and mask.dim() == 2 and inputs.keys() <= {"input_ids", "position_ids", "attention_mask"}
+    if not more or not (packed or padded):
+        return inputs
+    longer = {name: F.pad(tensor, (0, more)) for name, tensor in inputs.items()}
+    # Any token of the vocabulary.
+    longer["input_ids"][:, tokens:] = inputs["input_ids"][:1, :1]
+    if packed:
+        places = longer["position_ids"]
+        places[:, tokens:] = torch.arange(more, device=places.device)
+    return longer
 
 
 def _attention(inner: Any) -> str:

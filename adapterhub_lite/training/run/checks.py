@@ -11,17 +11,18 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
-from pyarrow import compute
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
+from adapterhub_lite import devices
 from adapterhub_lite.errors import DataError, OutOfMemoryError, ProofFailedError
+from adapterhub_lite.training.data.reading.tables import Dataset, FlatLists, flat_batches
 from adapterhub_lite.training.data.tokenization import IGNORED
 from adapterhub_lite.training.model.master_weights import masters_of
 from adapterhub_lite.training.run.memory_choice import is_out_of_memory
@@ -41,11 +42,13 @@ def check_rows(
     ends: frozenset[int] | None = None,
     *,
     tokenized_elsewhere: bool = False,
+    truncated: int = 0,
 ) -> None:
     """Check every row of a tokenised table: as many labels as tokens, in the vocabulary, some of them to be learned.
 
     `ends` are the ids that end an answer; the tokenizer's EOS where they are not given. Rows that were
     `tokenized_elsewhere` may be pieces of a longer text, which end nowhere: that is said, not refused.
+    `truncated` is how many were cut.
 
     Raises:
         DataError: tokens and labels differ in number, or one of them is outside the vocabulary.
@@ -55,8 +58,7 @@ def check_rows(
         return
     ends = ends or frozenset([tokenizer.eos_token_id])
     learned_end, before = False, 0
-    for part in table.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=ROWS_AT_A_TIME):
-        ids, labels = (_Flat.of(part[name]) for name in ("input_ids", "labels"))
+    for ids, labels in flat_batches(table, ["input_ids", "labels"], ROWS_AT_A_TIME):
         uneven = (ids.ends != labels.ends).nonzero()[0]
         if len(uneven):
             raise DataError(
@@ -81,28 +83,18 @@ def check_rows(
             f"No row teaches the end token {tokenizer.eos_token!r}: the model will go on writing until it is cut."
         )
     elif not learned_end:
-        raise ProofFailedError(
-            f"No row teaches the end token {tokenizer.eos_token!r}, so the model would never stop. Let the chat "
-            "template end each assistant turn with it, or set tokenizer.eos_token to the token that does."
+        advice = (
+            "Let the chat template end each assistant turn with it, or set tokenizer.eos_token to the token that does."
         )
+        if tokenizer.eos_token is None:
+            advice = "The tokenizer has no end token: set tokenizer.eos_token to the token that ends an answer."
+        if truncated:
+            advice = f"{truncated} rows were cut before their end: raise max_length, or say overlong='truncate_start'."
+        named = "an end token" if tokenizer.eos_token is None else f"the end token {tokenizer.eos_token!r}"
+        raise ProofFailedError(f"No row teaches {named}, so the model would never stop. {advice}")
 
 
-class _Flat(NamedTuple):
-    """Lists of numbers laid end to end: `values` (total,), and where each list starts and ends."""
-
-    # numpy arrays of integers, whose width is the table's.
-    values: Any
-    starts: Any
-    ends: Any
-
-    @classmethod
-    def of(cls, column: Any) -> "_Flat":
-        """Read it off an arrow column of lists."""
-        ends = compute.list_value_length(column).to_numpy().cumsum()
-        return cls(compute.list_flatten(column).to_numpy(), np.concatenate([[0], ends[:-1]]), ends)
-
-
-def _in_vocabulary(kind: str, flat: _Flat, counted: Any, vocabulary: int, before: int) -> None:
+def _in_vocabulary(kind: str, flat: FlatLists, counted: Any, vocabulary: int, before: int) -> None:
     wrong = (counted & ((flat.values < 0) | (flat.values >= vocabulary))).nonzero()[0]
     if len(wrong):
         row = before + np.searchsorted(flat.ends, wrong[0], side="right")
@@ -164,6 +156,31 @@ def check_loss(model: nn.Module, batch: Mapping[str, Tensor], loss: Any, precisi
         )
 
 
+def read_while_training(model: nn.Module) -> list[str]:
+    """The LoRA layers that `model` calls when it answers, and whose own weight it reads instead when it trains.
+
+    A clamp of the weight in training is such a place (Gemma 3n's AltUp): under PEFT's own training too, their pairs get
+    no gradient and stay without effect. Both passes are over a few tokens, and leave random numbers as they were.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    tokens = torch.ones(1, 4, dtype=torch.long, device=next(model.parameters()).device)
+    called: dict[bool, set[str]] = {False: set(), True: set()}
+    was_training, randomness, on_device = model.training, torch.get_rng_state(), devices.random_states()
+    hooks = [
+        layer.register_forward_pre_hook(lambda *_, name=name: called[model.training].add(name))
+        for name, layer in layers.items()
+    ]
+    with torch.no_grad():
+        for training in called:
+            model.train(training)(input_ids=tokens)
+    for hook in hooks:
+        hook.remove()
+    model.train(was_training)
+    torch.set_rng_state(randomness)
+    devices.set_random_states(on_device)
+    return sorted(called[False] - called[True])
+
+
 class GradientProof:
     """Watches the gradients of the first two steps (law: none missing, none but finite, every pair moved)."""
 
@@ -172,6 +189,17 @@ class GradientProof:
         self.unmoved = {_pair(name) for name in names if "trainable_tokens_delta" not in name}
         self._heard: dict[str, Tensor] | None = None
         self._hooks: list[Any] = []
+        self._left_out: tuple[str, ...] = ()
+
+    def leave_out(self, layers: Sequence[str]) -> None:
+        """Ask nothing of the pairs on these layers, whose weight is read in training (`read_while_training`); say so."""
+        self._left_out = tuple(f"{layer}." for layer in layers)
+        self.unmoved = {pair for pair in self.unmoved if not pair.startswith(self._left_out)}
+        if layers:
+            logger.warning(
+                f"The LoRA on {len(layers)} layers ({_some(layers)}) learns nothing and has no effect: in training this model "
+                "reads their weights without calling them. PEFT trains it so too."
+            )
 
     def listen(self, model: nn.Module) -> None:
         """Catch the gradients as they are made, for engines that take them away before the step can be looked at."""
@@ -201,7 +229,7 @@ class GradientProof:
         missing, wild = [], []
         for name, gradient in gradients:
             if gradient is None:
-                missing.append(name)
+                missing += [] if name.startswith(self._left_out) else [name]
             elif not bool(torch.isfinite(gradient).all()):
                 wild.append(name)
             elif bool((gradient != 0).any()):
@@ -269,8 +297,7 @@ def fly(step: Step, rows: Sequence[dict[str, Any]], accumulation: int, describe_
                 raise
         else:
             break
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        devices.empty_cache()
         count //= 2
     if count == len(rows):
         return
@@ -311,7 +338,7 @@ def nothing_happened(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iter
     same: dict[int, Any] = {id(one): one for one in own}
     kept = copy.deepcopy(vars(optimizer), same)
     randomness = (random.getstate(), np.random.get_state(), torch.get_rng_state())
-    on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    on_device = devices.random_states()
     try:
         yield
     finally:
@@ -328,5 +355,4 @@ def nothing_happened(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iter
         random.setstate(randomness[0])
         np.random.set_state(randomness[1])
         torch.set_rng_state(randomness[2])
-        if on_gpu is not None:
-            torch.cuda.set_rng_state_all(on_gpu)
+        devices.set_random_states(on_device)

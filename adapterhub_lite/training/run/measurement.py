@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from adapterhub_lite import devices
 from adapterhub_lite.errors import ResourceError
 from adapterhub_lite.memory import record_peak
 from adapterhub_lite.memory.estimate import GIB
-from adapterhub_lite.memory.preparation import trim_heap
 from adapterhub_lite.training.run.memory_choice import MemoryChoice
 
 
 class PeakMemory:
-    """Measures the peak from its construction on: allocated bytes on a GPU, resident bytes of the process on a CPU."""
+    """Measures the peak from its construction on: allocated bytes on a device that counts them, else resident bytes of the process."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -31,18 +31,18 @@ class PeakMemory:
     @staticmethod
     def before(device: torch.device, model: object) -> int:
         """Bytes that count towards the peak and are no part of a run on `model`: on a CPU, the process as it is now."""
-        if device.type == "cuda":
+        if devices.counts_peak(device):
             return 0
         # An earlier run, or the conversion of a base, leaves several hundred MB that are free and will be used again.
         gc.collect()
-        trim_heap()
+        devices.trim_heap()
         footprint = getattr(model, "get_memory_footprint", lambda: 0)
         return max(0, resident_bytes() - int(footprint()))
 
     def reset(self) -> None:
         """Forget the peak so far."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        if devices.counts_peak(self.device):
+            devices.reset_peak(self.device)
         else:
             # Linux forgets the old peak on this write; elsewhere the peak since the process began is what there is.
             with contextlib.suppress(OSError):
@@ -50,8 +50,9 @@ class PeakMemory:
 
     def peak_bytes(self) -> int:
         """The peak so far, in bytes."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
+        counted = devices.peak_bytes(self.device)
+        if counted is not None:
+            return counted
         status = Path("/proc/self/status")
         if status.exists():
             found = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
@@ -72,8 +73,8 @@ def resident_bytes() -> int:
 
 def describe_hardware(device: torch.device) -> dict[str, str | int | float]:
     """Say what the run ran on: the device's name, its count, threads, system."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    name = devices.name_of(device) or processor_name()
+    count = devices.count() if devices.is_accelerator(device) else 1
     return {
         "device": device.type,
         "device_name": name,

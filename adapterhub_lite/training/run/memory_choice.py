@@ -35,7 +35,7 @@ from adapterhub_lite.training.arguments import AdapterTrainingArguments
 from adapterhub_lite.training.distributed.sharded import engine_of, least
 
 # What libraries add to a process between the choice and the second step.
-GROWTH_BYTES = {"cpu": 112 * 2**20}
+GROWTH_BYTES = {"cpu": 64 * 2**20}
 CHECKPOINTING = frozenset({"activation_checkpointing", "gradient_checkpointing"})
 
 
@@ -269,6 +269,8 @@ def contradictions(preset: MemoryPreset, args: AdapterTrainingArguments, adapter
         (args.bf16 and preset.mixed_precision == "fp16", "it computes in fp16, and bf16=True was given"),
         (preset.quantization and args.base_dtype is not None, "it packs the weights, and base_dtype was given"),
         ("deepspeed" in hand and not preset.strategy.startswith("zero"), "it does not use DeepSpeed, and deepspeed was given"),
+        (preset.trains != "lora" and args.world_size > 1 and engine_of(args) is not None,
+         f"it trains whole weights, which {engine_of(args)} would split: start it without that engine"),
         ("fsdp" in hand and preset.strategy != "fsdp", "it does not use FSDP, and fsdp was given"),
         (preset.strategy == "zero3" and args.auto_find_batch_size, "ZeRO-3 cannot change its batch size in a run"),
         (preset.trains != "lora" and (args.use_dora or args.use_rslora or args.loraplus_lr_ratio or args.init_lora != "default"),

@@ -1,6 +1,7 @@
 """What a run shows while it goes and leaves behind: the progress bar, `metrics.jsonl` and `loss.png`."""
 
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from adapterhub_lite import devices
+from adapterhub_lite.runs.folder import METRICS_FILE
+from adapterhub_lite.runs.state import RunKeeper
 from adapterhub_lite.training.run.measurement import RunMeter
 
-METRICS_FILE = "metrics.jsonl"
+logger = logging.getLogger(__name__)
 PLOT_FILE = "loss.png"
 
 
@@ -54,9 +58,20 @@ class MetricsCallback(TrainerCallback, ExportableState):
 
 
 def draw_losses(history: list[dict[str, Any]], path: Path) -> None:
-    """Plot training loss and each evaluation loss of `history` over the steps into `path` (PNG)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """Plot training loss and each evaluation loss of `history` over the steps into `path` (PNG).
+
+    Where matplotlib is not installed there is no picture: a trained adapter is not lost for want of it.
+    """
+    # What the steps have freed goes back first: matplotlib's own memory on top of it would be the peak of a small run.
+    devices.trim_heap()
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warning(
+            "matplotlib is not installed, so there is no %s; the figures are in %s.", path.name, METRICS_FILE
+        )
+        return
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -72,6 +87,33 @@ def draw_losses(history: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+class StateCallback(TrainerCallback):
+    """Keeps `run.json` up to date while the run trains: the step it is at, and how long the rest will take."""
+
+    def __init__(self, keeper: RunKeeper) -> None:
+        self.keeper = keeper
+        self._began, self._first = time.monotonic(), 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say where it begins: at 0, or at the checkpoint it goes on from."""
+        self._began, self._first = time.monotonic(), state.global_step
+        self.keeper.update(stage="training", step=state.global_step, steps=state.max_steps)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Count one step."""
+        seconds_a_step = (time.monotonic() - self._began) / max(1, state.global_step - self._first)
+        left = seconds_a_step * (state.max_steps - state.global_step)
+        self.keeper.update(soon=True, step=state.global_step, seconds_left=round(left, 1))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say where it ended."""
+        self.keeper.update(step=state.global_step, seconds_left=None)
+
+
 class ProgressCallback(TrainerCallback):
     """A rich bar on the terminal: steps, loss, tokens per second, peak memory, time left.
 
@@ -82,7 +124,7 @@ class ProgressCallback(TrainerCallback):
         self.meter = meter
         self.console = console or Console(stderr=True)
         self.bar: Progress | None = None
-        self.seconds_between_lines, self._last_line = 20.0, 0.0
+        self.seconds_between_lines, self._last_line = 10.0, 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
 
 from adapterhub_lite.adapter_format.manifest import (
@@ -27,8 +26,9 @@ from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.bases.chat_template import template_digest
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
+from adapterhub_lite.training.data.reading.tables import Dataset
 from adapterhub_lite.training.data.tokenization import rows_fingerprint
-from adapterhub_lite.training.data.vocabulary import write_template
+from adapterhub_lite.training.data.vocabulary import write_words
 from adapterhub_lite.training.distributed.sharded import splits_weights
 from adapterhub_lite.training.model.adapters import whole_tensors, write_adapter, write_plain
 from adapterhub_lite.training.model.assembly import plain
@@ -161,7 +161,7 @@ def save_adapter(trainer: RunTrainer, folder: Path) -> Path:
         if trainer.assembly.initial is not None:
             write_plain(aside, trainer.assembly.initial)
         write_record(make_record(trainer), aside)
-        write_template(trainer.processing_class, trainer.base, aside)
+        write_words(trainer.processing_class, trainer.base, trainer.opened.added, aside)
         write_probes(adapted, trainer.processing_class, aside)
 
     with plain(trainer.assembly) as adapted:

@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import AutoTokenizer, Trainer, TrainingArguments
 
-from adapterhub_lite.errors import ConfigurationError
+from adapterhub_lite.errors import ConfigurationError, DataError
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
-from adapterhub_lite.training.data.collation import PackedCollator, PaddedCollator
+from adapterhub_lite.training.data.collation import PADDED_COLUMNS, PackedCollator, PaddedCollator
 from adapterhub_lite.training.data.preparation import Preparation
 from adapterhub_lite.training.data.rows import Formatting
 from adapterhub_lite.training.data.tokenization import WEIGHTS_COLUMN, Learning
+from adapterhub_lite.training.data.vocabulary import check_vocabulary, with_tokens
 from adapterhub_lite.training.model.adapters import OpenedBase
+from adapterhub_lite.training.model.new_rows import check_can_bring, grow
 from adapterhub_lite.training.porting import translated
 from adapterhub_lite.training.run.run_trainer import RunTrainer
 from adapterhub_lite.training.settings import MAX_TEMPLATE_BYTES, DataSettings
@@ -38,8 +40,14 @@ class RowsTrainer(RunTrainer):
         return PackedCollator() if self.assembly.packing.packs else self.padded
 
     def _ready(self, rows: Any) -> Any:
-        by_name = isinstance(rows, str) and isinstance(self.eval_dataset, dict) and rows in self.eval_dataset
-        return rows if rows is None or by_name else self.preparation.sets(rows)
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        if rows is None or (isinstance(rows, str) and rows in sets):
+            return rows
+        if isinstance(rows, str) and sets and "/" not in rows and not Path(rows).exists():
+            raise DataError(
+                f"There is no evaluation set {rows!r}, and no such file. The sets are {', '.join(map(repr, sets))}."
+            )
+        return self.preparation.sets(rows)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """The loader of an evaluation; `eval_dataset` is the name of a set given before, or any rows."""
@@ -86,6 +94,12 @@ def sorted_out(
             "The third argument of AdapterTrainer is the training rows. Give a collator by its name: data_collator=..."
         )
     made = AdapterTrainingArguments.of(args)
+    lost = [name for name in made.label_names or () if name not in PADDED_COLUMNS]
+    if lost and keywords.get("data_collator") is None:
+        raise ConfigurationError(
+            f"label_names has {', '.join(map(repr, lost))}, and the batches made here hold {', '.join(PADDED_COLUMNS)}. "
+            "Give a data_collator that keeps what else a metric is to see."
+        )
     tokenizer = keywords.pop("tokenizer", None)
     own = {name: value for name, value in keywords.items() if name in TRAINER_KEYWORDS}
     foreign = {name: value for name, value in keywords.items() if name not in own}
@@ -98,9 +112,14 @@ def sorted_out(
 
 
 def preparation_for(
-    opened: OpenedBase, args: AdapterTrainingArguments, settings: DataSettings, formatting_func: Formatting | None
+    opened: OpenedBase,
+    args: AdapterTrainingArguments,
+    settings: DataSettings,
+    formatting_func: Formatting | None,
+    *,
+    own_batches: bool,
 ) -> Preparation:
-    """How rows become tokens in a run with these arguments."""
+    """How rows become tokens in a run with these arguments; without `own_batches` a collator was given."""
     column = args.dataset_text_field
     if formatting_func is None and column not in (None, "text"):
 
@@ -108,7 +127,7 @@ def preparation_for(
             return {"text": row[column]} if column in row else row
 
     answers_only = bool(args.completion_only_loss or args.assistant_only_loss)
-    return Preparation.for_run(
+    made = Preparation.for_run(
         opened.tokenizer,
         settings,
         # What is cut into rows may be of any length.
@@ -118,24 +137,39 @@ def preparation_for(
         formatting_func=formatting_func,
         learning=Learning(args.assistant_only_loss is False, args.completion_only_loss is False, answers_only),
     )
+    if own_batches:
+        return made
+    # As in the `Trainer`: who keeps every column, and collates them, may tokenise them there.
+    return replace(made, collated="elsewhere" if args.remove_unused_columns else "raw")
 
 
-def with_words(tokenizer: PreTrainedTokenizerBase, args: AdapterTrainingArguments) -> None:
-    """Give the tokenizer the chat template and the tokens that the arguments name.
+def with_words(opened: OpenedBase, args: AdapterTrainingArguments, *, checked: bool) -> OpenedBase:
+    """Give the run's tokenizer the chat template and the tokens that the arguments name.
+
+    `checked` says that it is the base's own. What it then has beyond that is what the adapter brings along.
 
     Raises:
-        ConfigurationError: a token is not in the vocabulary, or there is no such template.
+        ConfigurationError: a token is not in the vocabulary, or there already; there is no such template; or the tokenizer
+            cannot be used on that base.
     """
+    before, added = opened.tokenizer, None
+    tokenizer = with_tokens(before, args.added_tokens) if args.added_tokens else before
     for name in ("eos_token", "pad_token"):
         token = getattr(args, name)
         if token is not None and token not in tokenizer.get_vocab():
             raise ConfigurationError(
-                f"{name}={token!r} is not in the tokenizer's vocabulary. Give one that is: an adapter cannot bring tokens."
+                f"{name}={token!r} is not in the tokenizer's vocabulary. Give one that is, or name it in added_tokens too."
             )
         if token is not None:
             setattr(tokenizer, name, token)
     if args.chat_template_path is not None:
         tokenizer.chat_template = template_at(args.chat_template_path)
+    if not checked or opened.model is not None or args.added_tokens:
+        added = check_vocabulary(tokenizer, opened.base, opened.model, before)
+        check_can_bring(added, args)
+    if opened.model is not None:
+        grow(opened.model, added, args.seed)
+    return replace(opened, tokenizer=tokenizer, added=added)
 
 
 def template_at(path: str) -> str:

@@ -22,7 +22,7 @@ from adapterhub_lite.training.arguments import AdapterTrainingArguments
 from adapterhub_lite.training.data.preparation import Preparation
 from adapterhub_lite.training.data.tokenization import TokenizedRows
 from adapterhub_lite.training.distributed import sharded
-from adapterhub_lite.training.model.adapters import save_kept, whole_tensors
+from adapterhub_lite.training.model.adapters import OpenedBase, save_kept, whole_tensors
 from adapterhub_lite.training.model.assembly import Assembly
 from adapterhub_lite.training.model.master_weights import MasterWeights
 from adapterhub_lite.training.run import checkpoints, optimizer_state
@@ -45,6 +45,7 @@ class RunTrainer(Trainer):
     rows: TokenizedRows
     data_name: str
     base: ResolvedBase | None
+    opened: OpenedBase
     assembly: Assembly
     memory_choice: MemoryChoice
     meter: RunMeter
@@ -181,6 +182,13 @@ class RunTrainer(Trainer):
         self._save(output_dir, whole_tensors(self.bare_model()))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    # The rest is transformers' own.
+    def create_model_card(self, *args: Any, dataset_name: str | list[str] | None = None, **kwargs: Any) -> None:
+        """Draft a model card as the `Trainer` does; `dataset_name` is what TRL's scripts call its `dataset`."""
+        if dataset_name is not None:
+            kwargs.setdefault("dataset", dataset_name)
+        super().create_model_card(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:

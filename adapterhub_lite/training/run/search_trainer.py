@@ -6,6 +6,7 @@ Knows how an adapter is made anew and which trial was the best; the search itsel
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers.trainer_utils import TrainOutput, default_compute_objective
 
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.installation import missing_extra
-from adapterhub_lite.training.model.adapters import OpenedBase, open_base
+from adapterhub_lite.training.model.adapters import open_base
 from adapterhub_lite.training.model.assembly import adapted_again, assemble
 from adapterhub_lite.training.run.record import save_adapter
 from adapterhub_lite.training.run.rows_trainer import RowsTrainer
@@ -66,7 +67,6 @@ class SearchTrainer(RowsTrainer):
     output folder has a line for each.
     """
 
-    opened: OpenedBase
     best_adapter: Path | None = None
     _peft_config: PeftConfig | None = None
     # The user's `model_init`, with or without a parameter for the trial; None where the resident base is used.
@@ -101,7 +101,7 @@ class SearchTrainer(RowsTrainer):
 
     def _assemble(self, model: Any) -> None:
         choice = self.memory_choice
-        self.opened = open_base(model, None, self.processing_class)
+        self.opened = replace(open_base(model, None, self.processing_class), added=self.opened.added)
         self.base = self.opened.base
         self.assembly = assemble(
             self.opened,

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import TrainingArguments
 
 from adapterhub_lite.losses import Head, causal_lm_loss, head_of, lm_loss_of_logits
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
 from adapterhub_lite.training.data.collation import count_rows, learn_only_first
 from adapterhub_lite.training.data.tokenization import IGNORED, WEIGHTS_COLUMN
 from adapterhub_lite.training.model.assembly import Assembly
-from adapterhub_lite.training.model.segments import segment_inputs
+from adapterhub_lite.training.model.segments import segment_inputs, with_filler
 
 TILE_TOKENS = 128
 
@@ -118,6 +119,7 @@ class StepLoss:
 
     def __init__(self, assembly: Assembly, args: AdapterTrainingArguments) -> None:
         self.assembly, self.args = assembly, args
+        self._rounds = needs_round_lengths(assembly.model, args)
 
     def router(self, outputs: Any) -> Tensor | None:
         """The router loss of a mixture of experts as it enters the loss, as in transformers; None without one."""
@@ -129,22 +131,29 @@ class StepLoss:
     ) -> tuple[Tensor, Head | None, Any]:
         """Run `model` on `inputs`; return its hidden states, the head that reads them, and the model's output.
 
-        Without a head, the states are finished logits. With `logits`, the output has them too.
+        States may go on behind the tokens of `inputs`, where nothing is learned. Without a head, they are finished logits.
+        With `logits`, the output has those of the tokens.
         """
         rest = {name: value for name, value in inputs.items() if name not in ("labels", WEIGHTS_COLUMN)}
+        if self._rounds and "input_ids" in rest:
+            rest = with_filler(rest)
         if self.assembly.packing.packs and "position_ids" in rest and "attention_mask" not in rest:
             rest = segment_inputs(rest)
         # A model whose logits are more than its head gives is asked for them: the states are those logits then.
         own = self.assembly.loss.name == "model"
         hidden, outputs = self.assembly.hidden_states.of(model, rest, logits=own or logits)
-        return (outputs.logits, None, outputs) if own else (hidden, head_of(self.assembly.model), outputs)
+        states, head = (outputs.logits, None) if own else (hidden, head_of(self.assembly.model))
+        if (own or logits) and "input_ids" in inputs:
+            outputs.logits = outputs.logits[:, : inputs["input_ids"].shape[1]]
+        return states, head, outputs
 
     def by_row(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[RowLosses, Any]:
         """Return the losses of each row of a batch, padded or packed, and the model's output without its logits."""
         states, head, outputs = self.states(model, inputs)
-        goals = F.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
-        weights = F.pad(inputs[WEIGHTS_COLUMN][:, 1:], (0, 1)) if WEIGHTS_COLUMN in inputs else None
+        goals, weights = goals_of(inputs, states.shape[1])
         losses = self._losses(head, states, goals, weights, self.args.label_smoothing_factor, "none")
+        tokens = inputs["labels"].shape[1]
+        losses, goals = losses.view(goals.shape)[:, :tokens].flatten(), goals[:, :tokens]
         rows = rows_of_tokens(inputs)
         count = int(rows.max()) + 1
         sums = losses.new_zeros(count).index_add(0, rows, losses)
@@ -192,13 +201,10 @@ class StepLoss:
         nothing is learned. With `sums`, accuracy and entropy are taken on the way, and there is no gradient.
         `smoothing` None is that of the arguments.
         """
-        labels = inputs["labels"]
         states, head, outputs = self.states(model, inputs, logits=logits)
-        # The labels move, not the states: the states' slice would be a copy.
-        goals = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        # An evaluation counts each token once, whatever its weight.
+        goals, weights = goals_of(inputs, states.shape[1])
         valid = (goals != IGNORED).sum()
-        # Of a turn that counts more or less than others; an evaluation counts each token once.
-        weights = F.pad(inputs[WEIGHTS_COLUMN][:, 1:], (0, 1)) if WEIGHTS_COLUMN in inputs else None
         if sums is not None:
             router = self.router(outputs)
             if router is not None:
@@ -210,6 +216,22 @@ class StepLoss:
             return (each * (-each.detach()).exp()).sum(), valid, outputs
         smoothing = self.args.label_smoothing_factor if smoothing is None else smoothing
         return self._losses(head, states, goals, weights, smoothing), valid, outputs
+
+
+def needs_round_lengths(model: Any, args: TrainingArguments) -> bool:
+    """Whether batches are lengthened to `rounded_tokens`: products are in 16 bits on a CPU, and no noise depends on it."""
+    narrow = model.dtype != torch.float32 or args.bf16 or args.fp16
+    return model.device.type == "cpu" and narrow and args.neftune_noise_alpha is None
+
+
+def goals_of(batch: dict[str, Any], tokens: int) -> tuple[Tensor, Tensor | None]:
+    """What each of (batch, tokens) states is to predict, -100 for nothing, and its weight where tokens have weights.
+
+    The labels move, not the states: the states' slice would be a copy.
+    """
+    behind = tokens - batch["labels"].shape[1] + 1
+    goals = F.pad(batch["labels"][:, 1:], (0, behind), value=IGNORED)
+    return goals, F.pad(batch[WEIGHTS_COLUMN][:, 1:], (0, behind)) if WEIGHTS_COLUMN in batch else None
 
 
 def rows_of_tokens(batch: dict[str, Any]) -> Tensor:

@@ -1,6 +1,7 @@
 """Tables and streams of the user's own making: what is wrong in them is said, what is odd in them is understood."""
 
 import logging
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -42,6 +43,13 @@ def test_a_bad_row_is_named_wherever_it_is(row: Any, words: str, byte_tokenizer:
         check_rows(rows, byte_tokenizer, 272)
     # Rows that were left out are no reason to refuse the others.
     check_rows(rows.select([*range(1500), *range(1501, 2101)]), byte_tokenizer, 272)
+
+
+def test_a_tokenizer_without_an_end_token_is_named_as_the_reason(byte_tokenizer: Any) -> None:
+    tokenizer = deepcopy(byte_tokenizer)
+    tokenizer.eos_token = None
+    with pytest.raises(ProofFailedError, match=r"No row teaches an end token, .*set tokenizer\.eos_token to the token"):
+        check_rows(table(([1, 2, 3], [-100, 2, 3])), tokenizer, 272)
 
 
 def test_one_row_that_teaches_the_end_is_enough(byte_tokenizer: Any) -> None:

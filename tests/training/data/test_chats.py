@@ -1,5 +1,6 @@
 """Law: the tokens and the mask that are trained equal what the template itself renders for that row."""
 
+import json
 from typing import Any
 
 import pytest
@@ -146,6 +147,38 @@ def test_what_a_template_reads_and_leaves_out_is_refused() -> None:
     row = {"messages": [user("a"), assistant("<think>because</think>b")]}
     with pytest.raises(DataError, match=r"turn 2: the chat template leaves out content \('because'\)"):
         trained(tokenizer, row, "deepseek")
+    names_alone = CHATML.replace("m['content']", "m.content + (m.tool_calls[0].function.name if m.tool_calls else '')")
+    row = {"messages": [user("rain?"), assistant("", tool_calls=[CALL])]}
+    with pytest.raises(DataError, match=r"turn 2: the chat template leaves out tool_calls.arguments \('Oslo'\)"):
+        trained(make_tokenizer("bytes", names_alone), row)
+    as_python = names_alone.replace("function.name", "function | string")
+    text = CALL["function"] | {"arguments": {"city": "Oslo's \u2603\n"}}
+    row = {"messages": [user("rain?"), assistant("", tool_calls=[{"type": "function", "function": text}])]}
+    assert len(trained(make_tokenizer("bytes", as_python), row).table) == 1
+
+
+@pytest.mark.parametrize(
+    ("role", "meant"), [("human", "user"), ("User", "user"), ("gpt", "assistant"), ("Assistant", "assistant")]
+)
+def test_a_speaker_by_another_name_is_refused(role: str, meant: str) -> None:
+    """A template that writes roles down as they are took it, with a mark that no question has, and an answer unlearned."""
+    row = {"messages": [*TWO_TURNS, {"role": role, "content": "e"}]}
+    with pytest.raises(DataError, match=f"turn {len(TWO_TURNS) + 1}: '{role}' is no role .*Say '{meant}'"):
+        trained(make_tokenizer("bytes", CHATML), row)
+    own = CHATML.replace("m['role']", "('human' if m['role'] in ('user', 'human') else m['role'])")
+    row = {"messages": [{"role": "human", "content": "a"}, assistant("b")]}
+    assert len(trained(make_tokenizer("bytes", own), row).table) == 1
+
+
+def test_text_that_the_tokenizer_has_no_token_for_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"prompt": "a", "completion": text} for text in ("b", "c \u4e16", "d \u754c")]
+    tokenizer = make_tokenizer("wordpiece")
+    tokenizer.unk_token = "[UNK]"
+    tokenize_rows(load_rows(rows), tokenizer, max_length=99)
+    assert caplog.text.count("has no token for some of the text") == 1 and "row 1" in caplog.text
+    caplog.clear()
+    tokenize_rows(load_rows(rows), make_tokenizer("bytes"), max_length=99)
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(
@@ -216,11 +249,11 @@ def test_an_answer_that_ends_with_the_mark_of_the_next_speaker_ends_so_in_the_la
     tokenizer = make_tokenizer("bytes", GLM)
     ends = [tokenizer.convert_tokens_to_ids(end) for end in ("</s>", "<|end|>", "<|im_end|>")]
     result = {"role": "tool", "content": "yes"}
-    call = assistant("", tool_calls=[CALL])
+    call, written = assistant("", tool_calls=[CALL]), f"<call>weather{json.dumps(CALL['function']['arguments'])}"
     for turns, text in (
         (TWO_TURNS, "yes<|end|>no<|end|>"),
-        ([user("rain?"), call], "<call>weather<|im_end|>"),
-        ([user("rain?"), call, result, assistant("it rains")], "<call>weather<|im_end|>it rains<|end|>"),
+        ([user("rain?"), call], f"{written}<|im_end|>"),
+        ([user("rain?"), call, result, assistant("it rains")], f"{written}<|im_end|>it rains<|end|>"),
     ):
         row = tokenize_rows(load_rows([{"messages": turns}]), tokenizer, max_length=999, ends=ends).table[0]
         assert learned(tokenizer, row["labels"]) == text

@@ -1,6 +1,7 @@
 """Any common file gives its rows as they are written; whatever is wrong in it is named with its line."""
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ from datasets import Dataset, DatasetDict
 
 from adapterhub_lite.errors import DataError
 from adapterhub_lite.training.data.held_out import row_digests, split_rows, without_rows_of
+from adapterhub_lite.training.data.reading.shapes import Columns
+from adapterhub_lite.training.data.reading.tables import TableWriter
 from adapterhub_lite.training.data.rows import load_rows
-from adapterhub_lite.training.data.shapes import Columns
-from adapterhub_lite.training.data.tables import TableWriter
 
 PAIR = {"prompt": "é", "completion": "ü"}
+SYSTEM = {"role": "system", "content": "s"}
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 def rows_of(table: Dataset) -> list[dict[str, Any]]:
@@ -100,6 +103,8 @@ def test_a_frame_and_a_function_give_rows() -> None:
         ({"instruction": "a", "input": "c", "output": "b", "history": [["x", "y"]]}, ["user", "assistant"] * 2),
         ({"question": "a", "answer": "b"}, ["user", "assistant"]),
         ({"prompt": "a", "response": "b"}, ["user", "assistant"]),
+        # LLaMA-Factory writes so that a row has no tools.
+        ({"question": "a", "answer": "b", "tools": "[]"}, ["user", "assistant"]),
         (
             {"messages": json.dumps([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])},
             ["user", "assistant"],
@@ -142,6 +147,21 @@ def test_columns_are_named_where_their_names_say_nothing() -> None:
         ),
         ({"conversations": [{"from": "narrator", "value": "a"}]}, "'narrator'"),
         ({"question": "", "answer": "b"}, "'question'"),
+        (
+            {"messages": [{"role": "assistant", "content": "a", "tool_calls": "f()"}]},
+            "turn 1: expected a list of calls",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "a", "tool_calls": {"name": "f"}}]},
+            "expected a list of calls",
+        ),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"tool": "f"}}]}]}, "a function's 'name'"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": [1]}]}]},
+            "expected an object, or the JSON text of one, under 'arguments'",
+        ),
+        ({"prompt": "\ud83d", "completion": "b"}, r"'prompt' holds half a character \(\\ud83d\)"),
+        ({"messages": [{"role": "assistant", "content": "\ude00"}]}, "'messages' holds half a character"),
         ({"messages": [{"role": "assistant", "content": "a", "weight": -1}]}, "'weight' is '-1'"),
     ],
 )
@@ -156,6 +176,7 @@ def test_what_cannot_be_learned_is_refused_by_row_and_key(row: dict[str, Any], w
         ("a.csv", "prompt,completion\na,b,c\n", "line 2: expected 2 cells"),
         ("a.csv", 'prompt,completion\na,"b\n', "not the CSV"),
         ("a.csv", "prompt,prompt\na,b\n", "two columns are called 'prompt'"),
+        ("a.csv", "prompt,completion\na,b\n\ufeffprompt,completion\nc,d\n", "line 3: the names of the columns stand"),
         ("a.jsonl", '{"prompt": "a", "completion": "b"},\n', "line 1"),
         ("a.json", '[{"prompt": "a"', "not the JSON array"),
         ("a.xlsx", "x", "spreadsheet"),
@@ -163,7 +184,7 @@ def test_what_cannot_be_learned_is_refused_by_row_and_key(row: dict[str, Any], w
     ],
 )
 def test_a_broken_file_is_named_with_its_line(name: str, content: str, words: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(DataError, match=words):
         load_rows(tmp_path / name)
 
@@ -173,8 +194,39 @@ def test_columns_that_are_not_used_are_named_once(caplog: pytest.LogCaptureFixtu
     assert caplog.text.count("these columns are not used: 'id' (first in row 0)") == 1 and "empty" not in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("row", "unused"),
+    [
+        ({"messages": [SYSTEM, *TURNS], "system": "another"}, "'system'"),
+        ({"messages": [SYSTEM, *TURNS], "system": "s"}, ""),
+        ({"messages": TURNS, "system": ["s"]}, "'system'"),
+        ({"messages": TURNS, "system": "s"}, ""),
+        ({"instruction": "a", "input": "b", "context": "c", "output": "d"}, "'context'"),
+        ({"instruction": "a", "input": "", "context": "c", "output": "d"}, ""),
+    ],
+)
+def test_a_column_that_another_took_the_place_of_is_named(
+    row: dict[str, Any], unused: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_rows([row])
+    assert ("not used" in caplog.text) == bool(unused) and unused in caplog.text
+
+
+def test_several_calls_in_one_turn_of_sharegpt_are_calls() -> None:
+    calls = [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]
+    row = {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": json.dumps(calls)}]}
+    (made,) = rows_of(load_rows([row]))
+    assert [call["function"] for call in made["messages"][-1]["tool_calls"]] == calls
+
+
+def test_dates_in_turns_are_read_as_text() -> None:
+    turn = {"role": "user", "content": "a", "timestamp": datetime(2026, 1, 2, tzinfo=UTC)}
+    (made,) = rows_of(load_rows([{"messages": [turn, {"role": "assistant", "content": "b"}]}]))
+    assert made["messages"][0]["timestamp"].startswith("2026-01-02")
+
+
 def test_a_large_table_lies_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adapterhub_lite.training.data.tables.MOST_BYTES_IN_MEMORY", 1 << 12)
+    monkeypatch.setattr("adapterhub_lite.training.data.reading.tables.MOST_BYTES_IN_MEMORY", 1 << 12)
     rows = [{"text": f"row {n}"} for n in range(3000)]
     table = load_rows(rows)
     assert table.cache_files and table["text"] == [row["text"] for row in rows]

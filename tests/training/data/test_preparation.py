@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset, IterableDataset, disable_progress_bars, enable_progress_bars
 from rich.progress import Progress
 
 from adapterhub_lite.errors import DataError
 from adapterhub_lite.training.data import preparation
 from adapterhub_lite.training.data.preparation import Preparation, progress_of
+from adapterhub_lite.training.data.reading import tables
 from adapterhub_lite.training.data.rows import load_rows
 from adapterhub_lite.training.data.tokenization import IGNORED, Limits, tokenize_rows
 from tests.training.data.tokenizers import make_tokenizer
@@ -52,6 +54,52 @@ def test_a_cut_at_the_start_keeps_what_every_text_begins_with() -> None:
     more = load_rows([{"prompt": "a long question:", "completion": "yes"}, {"prompt": "a", "completion": "b"}])
     kept = tokenize_rows(more, tokenizer, max_length=6, overlong="truncate", unlearnable="drop")
     assert (len(kept.table), kept.truncated, kept.dropped) == (1, 0, 1)
+
+
+def test_a_list_of_tokens_is_the_table_of_them() -> None:
+    rows = [
+        {"input_ids": IDS, "completion_mask": [0] * 5 + [1] * 3},
+        {"input_ids": IDS[:6], "completion_mask": [1] * 6},
+    ]
+    for given in (rows, tuple(rows), [{key: torch.tensor(value) for key, value in row.items()} for row in rows]):
+        found, table = prepared(given, 6, "truncate"), prepared(Dataset.from_list(rows), 6, "truncate")
+        assert list(found.table) == list(table.table) and found.truncated == table.truncated == 1
+    for wrong, words in (({"text": "a"}, "row 1: expected 'input_ids'.*'text'"), ("a", "row 1: .*found str")):
+        with pytest.raises(DataError, match=words):
+            prepared([rows[0], wrong])
+    with pytest.raises(DataError, match="one kind of value"):
+        prepared([rows[0], {"input_ids": ["a", 1]}])
+
+
+class Texts(torch.utils.data.Dataset[Any]):
+    """A data set of a user's own class whose rows are no tokens yet."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> Any:
+        if index >= len(self):
+            raise IndexError(index)
+        return {"text": "abc"[: index + 1]}
+
+
+def test_rows_of_a_class_and_of_a_generator_are_rows() -> None:
+    wanted = list(prepared([Texts()[index] for index in range(3)]).table)
+    for given in (Texts(), (Texts()[index] for index in range(3)), map(Texts().__getitem__, range(3))):
+        assert list(prepared(given).table) == wanted
+    assert len(prepared(iter([{"input_ids": IDS}] * 2)).table) == 2
+
+
+@pytest.mark.parametrize("given", [5, True, b"abc", {"text": ["a"]}, torch.zeros(3, 4), torch.zeros(3, 4).numpy()])
+def test_what_is_no_data_set_is_refused(given: Any) -> None:
+    with pytest.raises(DataError, match=f"The rows are given as a {type(given).__name__}"):
+        prepared(given)
+
+
+def test_tensors_in_rows_become_lists_without_datasets_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "DATASETS", None)
+    made = tables.table_of([{"input_ids": torch.tensor(IDS)}, {"input_ids": IDS, "labels": IDS}])
+    assert list(made) == [{"input_ids": IDS, "labels": None}, {"input_ids": IDS, "labels": IDS}]
 
 
 def test_a_stream_of_rows_gives_what_the_table_of_them_gives() -> None:

@@ -57,7 +57,8 @@ CHANNELS = (
 # The end of an answer is the mark of the next speaker, so the last one has none.
 GLM = (
     "{% for m in messages %}{{ {'user': '<|end|>', 'tool': '<|im_end|>'}.get(m.role, '<|' + m.role + '|>') + '\n' }}"
-    "{{ m.content or '' }}{% for call in m.tool_calls or [] %}{{ '<call>' + call.function.name }}{% endfor %}{% endfor %}"
+    "{{ m.content or '' }}{% for call in m.tool_calls or [] %}"
+    "{{ '<call>' + call.function.name + (call.function.arguments | tojson) }}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 MARKED = CHATML.replace(

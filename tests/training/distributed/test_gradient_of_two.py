@@ -30,10 +30,13 @@ base, folder, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 rows = [{"messages": [{"role": "user", "content": "y" * (i * 5 % 11 + 1)}, {"role": "assistant", "content": "x" * (i * 7 % 13 + 1)}]}
         for i in range(16)]
 args = AdapterTrainingArguments(output_dir=folder, show_progress=False, use_cpu=True, rank=4, max_steps=2, save_strategy="no",
-                                base_dtype="float32", max_grad_norm=0.0, **settings)
+                                **{"base_dtype": "float32", "max_grad_norm": 0.0, **settings})
 trainer = AdapterTrainer(base, args, rows, callbacks=[Gradients()])
 trainer.train()
 if args.should_save:
+    if trainer.masters and trainer.masters.pairs:
+        names = {weight: name for name, weight in trainer.model.named_parameters()}
+        save_file({names[weight]: copy.detach() for weight, copy in trainer.masters.pairs}, f"{folder}-masters.safetensors")
     print(json.dumps({"losses": [line["loss"] for line in trainer.state.log_history if "loss" in line]}))
 """
 
@@ -61,3 +64,25 @@ def test_two_processes_make_the_gradient_of_one(tiny_base: Path, tmp_path: Path)
         found, theirs = run(2, tiny_base, tmp_path / f"two-{times}", **settings)
         assert found == pytest.approx(losses, rel=1e-5), name
         torch.testing.assert_close(theirs, gradients, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["full", "head-only"])
+def test_whole_weights_with_fp32_copies_move_as_in_one_process(preset: str, tiny_base: Path, tmp_path: Path) -> None:
+    settings = {"memory_preset": preset, "base_dtype": None, "optim": "sgd", "learning_rate": 1e-2, "warmup_steps": 0}
+    losses, gradients = run(1, tiny_base, tmp_path / "one", per_device_train_batch_size=8, **settings)
+    begun = load_file(tiny_base / "model.safetensors")
+    masters = load_file(tmp_path / "one-masters.safetensors")
+    assert len(masters) == (len(begun) if preset == "full" else 1)
+    for name, (rows, times) in {"4 rows each": (4, 1), "2 rows each, twice": (2, 2)}.items():
+        batches = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": times}
+        found, theirs = run(2, tiny_base, tmp_path / f"two-{times}", **batches, **settings)
+        assert found == pytest.approx(losses, rel=1e-2), name
+        for ours, wanted in zip(theirs, gradients, strict=True):
+            assert ours.keys() == wanted.keys()
+            for part, gradient in wanted.items():
+                # Each process rounds its own part to bf16.
+                assert (ours[part] - gradient).float().norm() <= 2e-2 * gradient.float().norm(), (name, part)
+        for part, copy in load_file(tmp_path / f"two-{times}-masters.safetensors").items():
+            moved = (masters[part] - begun[part].float()).norm()
+            assert moved > 0 and (copy - masters[part]).norm() <= 2e-2 * moved, (name, part)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from adapterhub_lite.errors import ConfigurationError, DataError
@@ -214,6 +214,49 @@ def test_what_is_learned_is_what_was_asked(bench: Bench) -> None:
         [{"q": "1", "a": "2"}] * 8, keywords={"formatting_func": lambda row: f"{row['q']}:{row['a']}"}
     )
     assert learned(formatted) == f"1:2{end}"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("asked", [None, True, False])
+def test_a_completion_mask_is_heeded_unless_prompts_are_learned(bench: Bench, asked: bool | None, stream: bool) -> None:
+    ids = [*range(70, 78), bench.tokenizer.eos_token_id]
+    table = Dataset.from_list([{"input_ids": ids, "completion_mask": [0] * 5 + [1] * 4}] * 8)
+    trainer = bench.ours(table.to_iterable_dataset() if stream else table, completion_only_loss=asked)
+    row = next(iter(trainer.train_dataset))
+    assert row["labels"] == (ids if asked is False else [-100] * 5 + ids[5:])
+
+
+def test_an_adapter_beside_another_is_refused_and_beside_itself_is_one(bench: Bench) -> None:
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(bench.base, dtype=torch.float32), config)
+    once = bench.ours(model=model, keywords={"peft_config": config})
+    assert once.model.active_peft_config.r == 4
+    other = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    with pytest.raises(ConfigurationError, match="peft_config describes another"):
+        bench.ours(keywords={"peft_config": other})
+    # What the sentence advises.
+    again = bench.ours(model=bench.model().merge_and_unload(), keywords={"peft_config": other})
+    again.train()
+    assert again.model.active_peft_config.r == 2 and len(losses(again)) == 3
+
+
+@pytest.mark.parametrize("given", ["a name", object()])
+def test_what_is_no_tokenizer_is_refused(bench: Bench, given: Any) -> None:
+    args = AdapterTrainingArguments(**bench.settings())
+    with pytest.raises(ConfigurationError, match=f"processing_class is a {type(given).__name__}, expected a tokenizer"):
+        AdapterTrainer(bench.model(), args, bench.rows, processing_class=given)
+
+
+def test_a_card_names_the_data_as_trl_is_told_them(bench: Bench) -> None:
+    trainer = bench.ours()
+    trainer.train()
+    trainer.create_model_card(model_name="mine", dataset_name="trl-lib/Capybara", tags=["sft"])
+    card = (Path(str(trainer.args.output_dir)) / "README.md").read_text()
+    assert "trl-lib/Capybara" in card and "# mine" in card
+    trainer.save_model()
+    assert (Path(str(trainer.args.output_dir)) / "README.md").read_text() == card
+    trainer.save_model(str(bench.folder / "other"))
+    assert not (bench.folder / "other" / "README.md").exists()
 
 
 def test_tokens_templates_and_order_may_be_given(bench: Bench) -> None:

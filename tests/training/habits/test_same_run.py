@@ -198,6 +198,21 @@ def test_collators_are_called_as_the_trainer_calls_them(bench: Bench) -> None:
         assert_same_run(bench.plain(rows, keywords=keywords, **given), bench.ours(rows, keywords=keywords, **given))
 
 
+def test_a_collator_may_tokenise_the_rows_itself(bench: Bench) -> None:
+    from datasets import Dataset
+
+    def collate(rows: list[dict[str, Any]]) -> Any:
+        batch = bench.tokenizer([row["words"] + "<|im_end|>" for row in rows], padding=True, return_tensors="pt")
+        return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+
+    listed = [{"words": text} for text in ["one two", "three four five", "six"] * 8]
+    given = {"remove_unused_columns": False, "keywords": {"data_collator": collate}}
+    for rows in (Dataset.from_list(listed), listed):
+        plain, ours = bench.plain(rows, **given), bench.ours(rows, **given)
+        assert_same_run(plain, ours)
+        assert ours.evaluate(rows)["eval_tokens"] > 0
+
+
 def test_blocks_without_an_end_and_tables_that_transform(bench: Bench) -> None:
     text = bench.tokenizer("the quick brown fox jumps over the lazy dog " * 40)["input_ids"]
     blocks = [text[start : start + 32] for start in range(0, len(text) - 32, 32)]
@@ -218,7 +233,7 @@ def test_blocks_without_an_end_and_tables_that_transform(bench: Bench) -> None:
     assert ours.record().data.fingerprint == "not countable"
 
 
-@pytest.mark.parametrize("kind", ["stream of rows", "stream of tokens", "torch map", "torch stream"])
+@pytest.mark.parametrize("kind", ["stream of rows", "stream of tokens", "torch map", "torch stream", "list"])
 def test_data_sets_of_every_kind(bench: Bench, kind: str) -> None:
     class Mapped(torch.utils.data.Dataset[Any]):
         def __len__(self) -> int:
@@ -238,10 +253,18 @@ def test_data_sets_of_every_kind(bench: Bench, kind: str) -> None:
         ours.train()
         assert ours.state.global_step == 3 and ours.evaluate([{"text": "number 5"}])["eval_loss"] > 0
         return
-    rows = {"stream of tokens": bench.rows.to_iterable_dataset(), "torch map": Mapped(), "torch stream": Streamed()}[
-        kind
-    ]
-    assert_same_run(bench.plain(rows), bench.ours(rows))
+    rows: Any = {
+        "stream of tokens": bench.rows.to_iterable_dataset(),
+        "torch map": Mapped(),
+        "torch stream": Streamed(),
+        "list": list(bench.rows),
+    }[kind]
+    ours = bench.ours(rows)
+    assert_same_run(bench.plain(rows), ours)
+    if kind == "list":
+        table = bench.ours(bench.rows)
+        assert ours.evaluate(rows)["eval_tokens"] == table.evaluate(bench.rows)["eval_tokens"]
+        assert ours.predict(rows).predictions.shape == table.predict(bench.rows).predictions.shape
 
 
 def test_bf16_costs_nothing_where_all_is_in_its_dtype_already(bench: Bench) -> None:

@@ -1,12 +1,14 @@
 """Weights that are trained in 16 bits are stepped in fp32, by any optimizer, and go on exactly where they stopped."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
 from adapterhub_lite.errors import IntegrityError
 from adapterhub_lite.training.model.master_weights import MASTERS_FILE, MasterWeights, masters_of
@@ -136,6 +138,72 @@ def test_copies_of_other_weights_are_refused(make_trainer: Any, tmp_path: Path) 
     (mixed / "hashes.json").unlink()
     with pytest.raises(IntegrityError, match="fp32 copy"):
         make_trainer("third", **{**WHOLE, "max_steps": 8}).train(resume_from_checkpoint=str(mixed))
+
+
+def test_the_sum_of_accumulated_gradients_is_rounded_once() -> None:
+    weight = torch.nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+    kept = MasterWeights.put_into(torch.optim.SGD([weight], lr=1e-3))
+    last = False
+    for _ in range(2):
+        kept.sum_in_fp32(lambda: last)
+    parts = torch.rand(200, 64).bfloat16()
+    for part in parts:
+        last = part is parts[-1] or bool(torch.equal(part, parts[-1]))
+        (weight * part).sum().backward()
+        assert (weight.grad is None) != last
+    assert weight.grad is not None and torch.equal(weight.grad, parts.float().sum(0).bfloat16())
+    # In bf16, what is below half a unit of the sum's last place is lost.
+    lossy = torch.zeros(64, dtype=torch.bfloat16)
+    for part in parts:
+        lossy += part
+    assert not torch.equal(lossy, weight.grad)
+
+
+def test_a_sum_that_was_broken_off_is_forgotten() -> None:
+    weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    kept = MasterWeights.put_into(torch.optim.SGD([weight], lr=1e-3))
+    last = False
+    kept.sum_in_fp32(lambda: last)
+    weight.sum().backward()
+    kept.sum_in_fp32(lambda: last)
+    last = True
+    weight.sum().backward()
+    assert weight.grad is not None and weight.grad.tolist() == [1.0] * 4
+    kept.sum_no_more()
+    last = False
+    weight.sum().backward()
+    assert weight.grad.tolist() == [2.0] * 4
+
+
+class Gradients(TrainerCallback):
+    """Keeps what the backward passes of a step gave, one by one, and the gradient that is stepped with."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, list[Tensor]] = {}
+        self.whole: dict[str, Tensor] = {}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.parts.clear()
+        if state.global_step == 0:
+            for name, parameter in model.named_parameters():
+                parameter.register_hook(partial(self.hear, name))
+
+    def hear(self, name: str, gradient: Tensor) -> None:
+        self.parts.setdefault(name, []).append(gradient.detach().clone())
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.whole = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def test_a_run_sums_its_accumulated_batches_in_fp32(make_trainer: Any) -> None:
+    heard = Gradients()
+    settings = {**WHOLE, "max_steps": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+    trainer = make_trainer("sums", **settings, max_grad_norm=0.0, keywords={"callbacks": [heard]})
+    trainer.train()
+    assert len(heard.parts) == len(heard.whole) > 10
+    for name, parts in heard.parts.items():
+        assert len(parts) == 8
+        assert torch.equal(heard.whole[name], torch.stack(parts).float().cumsum(0)[-1].bfloat16()), name
 
 
 def test_small_steps_add_up_in_a_run_with_accumulation(make_trainer: Any) -> None:

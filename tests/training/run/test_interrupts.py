@@ -185,7 +185,7 @@ def test_a_program_without_checkpoints_keeps_one_and_hears_the_interrupt(tiny_ba
 import os, signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from adapterhub_lite.training import AdapterTrainer, AdapterTrainingArguments
-rows = [{{"prompt": str(n), "completion": str(n)}} for n in range(8)]
+rows = [{{"prompt": str(n), "completion": f"is {{n}}"}} for n in range(8)]
 args = AdapterTrainingArguments(output_dir={str(tmp_path / "run")!r}, max_steps=5, save_strategy="no", use_cpu=True,
                                 preflight=False, show_progress=False, report_to="none")
 class Interrupted(AdapterTrainer):

@@ -8,7 +8,6 @@ from datasets import Dataset
 
 from adapterhub_lite.memory import MEMORY_PRESETS, Machine, Workload, facts_of, refusal
 from adapterhub_lite.memory.tracing import LiveBytes
-from adapterhub_lite.training.model.segments import segment_inputs
 
 ROWS = 2
 SINGLE = [name for name, preset in MEMORY_PRESETS.items() if preset.strategy == "single"]
@@ -24,8 +23,7 @@ def run_a_step(trainer: Any) -> tuple[int, int]:
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(ROWS)])
     batch.pop("labels")
     with live:
-        inputs = segment_inputs(batch) if trainer.packing.packs else batch
-        states, output = trainer.assembly.hidden_states.of(model, inputs)
+        states, _, output = trainer.step_loss.states(model, batch)
         del output
         kept = live.now
         states.backward(torch.zeros_like(states))

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from matplotlib.image import imread
 from rich.console import Console
 from transformers import TrainerCallback
 
+from adapterhub_lite import devices
 from adapterhub_lite.errors import NonFiniteLossError
 from adapterhub_lite.training.run import progress
+from adapterhub_lite.training.run.measurement import resident_bytes
 
 
 class Shot(TrainerCallback):
@@ -66,6 +69,25 @@ def test_the_plot_has_a_line_for_each_loss(tmp_path: Path) -> None:
     one, two = imread(tmp_path / "one.png"), imread(tmp_path / "two.png")
     assert one.shape == two.shape and (one != two).any()
     assert progress.draw_losses([], tmp_path / "none.png") is None
+
+
+def test_without_matplotlib_there_is_no_picture_and_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    progress.draw_losses([{"step": 1, "loss": 3.0}], tmp_path / "one.png")
+    assert not (tmp_path / "one.png").exists() and "matplotlib is not installed" in caplog.text
+
+
+@pytest.mark.skipif(not devices.trim_heap(), reason="the heap is not glibc's")
+def test_the_plot_is_no_part_of_a_runs_peak(tmp_path: Path) -> None:
+    """What a run has freed is given back before the plot is drawn, whose own memory would come on top of it."""
+    blocks = [bytes(4_000) for _ in range(50_000)]
+    kept = bytes(4_000)  # above the others in the heap, so that they are not given back when they are freed
+    before = resident_bytes()
+    del blocks
+    progress.draw_losses([{"step": 1, "loss": 3.0}], tmp_path / "one.png")
+    assert resident_bytes() < before - 100_000_000 and kept
 
 
 def test_a_run_that_was_stopped_leaves_its_plot(make_trainer: Any, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 
 from adapterhub_lite.errors import DataError, ProofFailedError
-from adapterhub_lite.training.run.checks import GradientProof, check_loss, check_rows
+from adapterhub_lite.training.run.checks import GradientProof, check_loss, check_rows, read_while_training
 
 NAMES = ["a.lora_A.default.weight", "a.lora_B.default.weight", "b.lora_A.default.weight", "b.lora_B.default.weight"]
 ONE, ZERO = torch.ones(2), torch.zeros(2)
@@ -48,6 +48,14 @@ def test_rows_that_teach_nothing_or_no_end_or_the_impossible_are_refused(byte_to
         check_rows(table([-100, 272, end]), byte_tokenizer, 272)
 
 
+def test_where_the_end_was_cut_off_the_advice_keeps_it(make_trainer: Any) -> None:
+    rows = [{"text": "abcdefghij" * 3}] * 8
+    with pytest.raises(ProofFailedError, match=r"8 rows were cut before their end.*overlong='truncate_start'"):
+        make_trainer(train_dataset=rows, max_length=20, overlong="truncate").train()
+    for folder, advised in enumerate(({"max_length": 20, "overlong": "truncate_start"}, {"max_length": 64})):
+        make_trainer(str(folder), train_dataset=rows, **advised).train()
+
+
 def test_a_loss_that_is_not_the_models_is_refused(make_trainer: Any) -> None:
     model = make_trainer().model
     batch = {"input_ids": torch.tensor([[1, 2, 3, 4]]), "labels": torch.tensor([[-100, 2, 3, 4]])}
@@ -66,6 +74,51 @@ def test_training_stops_when_a_pair_is_cut_off(make_trainer: Any) -> None:
     with pytest.raises(ProofFailedError, match=r"got no gradient \(base_model.*layers.0.self_attn.q_proj"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def read_up_proj(trainer: Any, in_training: bool) -> Any:
+    """Have a layer's MLP read the weight of `up_proj` without calling it, always or only in training."""
+    mlp = trainer.model.get_base_model().model.layers[1].mlp
+
+    def forward(x: torch.Tensor) -> Any:
+        calls = in_training and not mlp.training
+        up = mlp.up_proj(x) if calls else torch.nn.functional.linear(x, mlp.up_proj.weight)
+        return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * up)
+
+    mlp.forward = forward
+    return mlp.up_proj
+
+
+def test_a_layer_that_is_read_in_training_alone_is_named_and_learns_nothing(
+    make_trainer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in PEFT, which trains the others; Gemma 3n has such layers."""
+    trainer = make_trainer()
+    layer = read_up_proj(trainer, in_training=True)
+    trainer.train()
+    assert trainer.state.global_step == trainer.args.max_steps > 1
+    said = [record.getMessage() for record in caplog.records if "learns nothing" in record.getMessage()]
+    assert len(said) == 1 and "on 1 layers (base_model.model.model.layers.1.mlp.up_proj)" in said[0]
+    assert not layer.lora_B["default"].weight.any()
+
+
+def test_training_stops_when_a_layer_is_never_called(make_trainer: Any) -> None:
+    trainer = make_trainer()
+    read_up_proj(trainer, in_training=False)
+    with pytest.raises(ProofFailedError, match=r"2 trainable tensors got no gradient \(.*layers.1.mlp.up_proj.lora_A"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_finding_such_layers_draws_no_random_numbers_and_leaves_the_mode(make_trainer: Any) -> None:
+    trainer = make_trainer(lora_dropout=0.5)
+    read_up_proj(trainer, in_training=True)
+    for training in (True, False):
+        model = trainer.model.train(training)
+        before = torch.get_rng_state()
+        assert read_while_training(model) == ["base_model.model.model.layers.1.mlp.up_proj"]
+        assert torch.equal(torch.get_rng_state(), before)
+        assert model.training == training and not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_training_stops_when_a_pair_never_moves(make_trainer: Any) -> None:

@@ -24,7 +24,7 @@ args = AdapterTrainingArguments(output_dir=folder, max_steps=4, per_device_train
                                 hub_strategy="checkpoint", hub_always_push=True)
 trainer = AdapterTrainer(base, args, rows)
 trainer.train()
-trainer.push_to_hub()
+trainer.push_to_hub(dataset_name="org/rows")  # as the scripts of TRL end
 """
 
 
@@ -44,6 +44,7 @@ def test_checkpoints_and_the_adapter_are_pushed(hub_server: HubServer, tiny_base
     )
     assert done.returncode == 0, done.stderr[-3000:]
     api = HfApi(endpoint=hub_server.url, token=False)
+    assert "org/rows" in Path(api.hf_hub_download("org/pushed", "README.md", cache_dir=tmp_path / "cache")).read_text()
     names = set(api.list_repo_files("org/pushed"))
     assert {"adapter_model.safetensors", "adapter_config.json", "last-checkpoint/hashes.json"} <= names
     assert {name for name in names if name.endswith("optimizer.pt")} == {"last-checkpoint/optimizer.pt"}

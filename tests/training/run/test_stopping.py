@@ -12,7 +12,7 @@ import pytest
 
 from tests.checkout import ROOT
 
-STEPS = 150
+STEPS = 500  # far more than are done while the test looks for the first
 
 
 def started(home: Path, base: Path, rows: Path) -> "subprocess.Popen[str]":

@@ -12,10 +12,18 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_dataset_builder, load_from_disk
-
-from adapterhub_lite.errors import DataError
-from adapterhub_lite.training.data.shapes import WANTED, short
+from adapterhub_lite.errors import DataError, MissingExtraError
+from adapterhub_lite.installation import missing_extra
+from adapterhub_lite.training.data.reading.shapes import WANTED, short
+from adapterhub_lite.training.data.reading.tables import (
+    DATASETS,
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
 
 Found = Iterator[tuple[str, Any]]
 TEXT_FILES = {".jsonl": ",", ".json": ",", ".ndjson": ",", ".csv": ",", ".tsv": "\t"}
@@ -128,6 +136,11 @@ def read_csv(path: Path) -> Found:
                 where, line = f"{path}, line {line}", reader.line_num + 1
                 if not any(cells):
                     continue  # spreadsheets export empty rows below their table
+                if [cells[0].removeprefix("\ufeff"), *cells[1:]] == names:
+                    raise DataError(
+                        f"{where}: the names of the columns stand here again, as where two files were put together. Remove "
+                        "the line."
+                    )
                 if len(cells) != len(names):
                     raise DataError(
                         f"{where}: expected {len(names)} cells as in the first line, found {len(cells)}. "
@@ -149,6 +162,8 @@ def delimiter_of(head: list[str]) -> str:
 
 def read_parquet(path: Path) -> Found:
     """Yield (where, row) of a parquet file."""
+    if DATASETS is None:
+        raise missing_extra("Reading a parquet file", "train")
     from pyarrow import ArrowInvalid
     from pyarrow.parquet import ParquetFile
 
@@ -172,6 +187,8 @@ def read_folder(path: Path, split: str) -> Found:
         return
     try:
         files = load_dataset_builder(str(path)).config.data_files or {}
+    except MissingExtraError:
+        raise
     except Exception as error:  # whatever its builders raise for a folder
         raise DataError(f"No rows could be found in the folder {path}: {error}") from error
     if split not in files:
@@ -188,6 +205,8 @@ def read_hub(name: str, config: str | None, split: str) -> Found:
     """
     try:
         table = load_dataset(name, config, split=split)
+    except MissingExtraError:
+        raise
     except Exception as error:  # its loaders raise what they meet
         raise DataError(
             f"{name!r} is no file here, and as a data set (split {split!r}) it could not be loaded: {error} "

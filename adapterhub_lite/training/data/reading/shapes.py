@@ -20,6 +20,8 @@ WANTED = (
 )
 # What goes along with a chat, for its template.
 CHAT_KEYS = ("tools", "documents", "chat_template_kwargs")
+# What a cell of these says where there are none.
+NOTHING: tuple[Any, ...] = (None, "", [], {}, "[]", "{}", "null")
 MEDIA = frozenset({"images", "image", "audio", "audios", "video", "videos"})
 SHAREGPT_ROLES = {
     "human": "user",
@@ -75,10 +77,12 @@ def normalized(where: str, row: Any, columns: Columns) -> tuple[dict[str, Any], 
         )
     kept = {str(key): value for key, value in row.items() if key not in columns.ignore}
     made, used = by_columns(where, kept, columns) or by_name(where, kept)
-    extras = {key: kept[key] for key in CHAT_KEYS if kept.get(key)} if "text" not in made else {}
+    extras = {key: kept[key] for key in CHAT_KEYS if kept.get(key) not in NOTHING} if "text" not in made else {}
     for key, value in extras.items():
         made[key] = _json_value(where, key, value, dict if key == "chat_template_kwargs" else list)
     check_row(where, made, columns.ignore)
+    for key, value in made.items():
+        check_text(where, key, value if isinstance(value, str) else as_json(value))
     unused = {key for key in kept if key not in used and key not in CHAT_KEYS and kept[key] not in (None, "", [], {})}
     return made, unused
 
@@ -114,10 +118,12 @@ def by_name(where: str, row: Row) -> tuple[dict[str, Any], set[str]]:
         if key in row:
             turns = _json_value(where, key, row[key], list)
             made = [from_sharegpt(where, turn) for turn in turns]
-            system = row.get("system")
-            if isinstance(system, str) and system and (not made or made[0].get("role") != "system"):
+            system, first = row.get("system"), made[0] if isinstance(made[0], Mapping) else {}
+            if isinstance(system, str) and system and first.get("role") != "system":
                 made.insert(0, {"role": "system", "content": system})
-            return {"messages": made}, {key, "system"}
+            # One that is no text, or that the chat has its own instead of, is not used, and is named as such.
+            said = isinstance(made[0], Mapping) and made[0].get("content") == system
+            return {"messages": made}, {key, "system"} if said else {key}
     if "prompt" in row and "completion" in row:
         pair = {key: list(row[key]) if isinstance(row[key], list) else row[key] for key in ("prompt", "completion")}
         return pair, {"prompt", "completion"}
@@ -150,7 +156,7 @@ def question_and_answer(
         if not isinstance(value, str) or not value:
             raise DataError(f"{where}: expected text under {name!r}, found {short(value)}.")
     turns += [{"role": "user", "content": "\n\n".join(parts)}, {"role": "assistant", "content": row[answer]}]
-    return {"messages": turns}, {asked, *also, answer, "system", "history"}
+    return {"messages": turns}, {asked, answer, "system", "history", *([more] if more else [])}
 
 
 def from_sharegpt(where: str, turn: Any) -> Turn:
@@ -165,8 +171,11 @@ def from_sharegpt(where: str, turn: Any) -> Turn:
     rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
     if role != "function_call":
         return {"role": role, "content": turn.get("value"), **rest}
-    call = _json_value(where, "value", turn.get("value"), dict)
-    return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}], **rest}
+    value = turn.get("value")
+    several = isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("["))
+    calls = _json_value(where, "value", value, list) if several else [_json_value(where, "value", value, dict)]
+    made = [{"type": "function", "function": call} for call in calls]
+    return {"role": "assistant", "content": "", "tool_calls": made, **rest}
 
 
 def _json_value(where: str, key: str, value: Any, kind: type) -> Any:
@@ -219,6 +228,8 @@ def _check_turns(where: str, turns: Any, ignore: frozenset[str]) -> None:
             if key != "content":
                 del turn[key]
         check_content(here, turn, ignore)
+        if turn.get("tool_calls"):
+            check_calls(here, turn["tool_calls"])
         if "weight" in turn:
             weight = turn["weight"]
             good = isinstance(weight, int | float) and math.isfinite(weight) and 0 <= weight <= 100
@@ -227,6 +238,22 @@ def _check_turns(where: str, turns: Any, ignore: frozenset[str]) -> None:
         for key in ("train", "training"):
             if key in turn and not isinstance(turn[key], bool):
                 raise DataError(f"{here}: {key!r} is {short(turn[key])}, expected true or false.")
+
+
+def check_calls(here: str, calls: Any) -> None:
+    """Refuse calls of tools that are none: what a template would make of them is not what was meant."""
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function", call) if isinstance(calls, list) and isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise DataError(
+                f"{here}: expected a list of calls under 'tool_calls', each with a function's 'name' and 'arguments', found "
+                f"{short(call)}."
+            )
+        arguments = function.get("arguments")
+        if arguments is not None and not isinstance(arguments, str | Mapping):
+            raise DataError(
+                f"{here}: expected an object, or the JSON text of one, under 'arguments', found {short(arguments)}."
+            )
 
 
 def check_content(here: str, turn: Turn, ignore: frozenset[str]) -> None:
@@ -253,6 +280,22 @@ def check_content(here: str, turn: Turn, ignore: frozenset[str]) -> None:
         turn.pop("content", None)
     elif not isinstance(content, str):
         raise DataError(f"{here}: expected text under 'content', found {short(content)}.")
+
+
+def as_json(value: Any) -> str:
+    """A list or an object as JSON; dates, which parquet files hold, as text."""
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def check_text(where: str, key: str, text: str) -> None:
+    """Refuse a text with half a character, as JSON can write it ("\\ud83d") and no file or tokenizer can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start].encode("unicode_escape").decode()
+        raise DataError(
+            f"{where}: {key!r} holds half a character ({half}). Write the whole of it, or remove it."
+        ) from error
 
 
 def weight_of(turn: Mapping[str, Any]) -> float:
