@@ -50,9 +50,9 @@ def causal_lm_loss(
     if name in KERNELS:
         return run_kernel(name, states, head, targets, options, weights)
     by_tiles = partial(tiled_cross_entropy, triton=name == OWN_KERNEL)
-    if name != "full" and not head.low_rank():
+    if name != "full" and not head.widens:
         return by_tiles(states, head.weight, targets, options, bias=head.bias, token_weights=weights)
-    # The head's own module, or A and its dropout, only for the tokens that count. Called even if there are none: weights
+    # The head's own module, or A and its dropout, or rows of tokens, only for the tokens that count. Called even if there are none: weights
     # that are split over processes are gathered by all of them or by none.
     valid = targets != options.ignore_index
     index = valid.nonzero().squeeze(1)

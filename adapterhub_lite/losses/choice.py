@@ -162,6 +162,7 @@ def _reason(name: str, situation: Situation) -> str:
         count = situation.tokens * rows_shape(situation.head.weight)[0] if not situation.unreadable else 0
         return situation.unreadable or f"{count} logits are so few that tiles would not be faster"
     if name == "tiled":
-        low = "with the LoRA on the head trained" if situation.head.low_rank() else "any device, every option"
+        rows = "with the rows of tokens trained" if situation.head.token_rows() else "any device, every option"
+        low = "with the LoRA on the head trained" if situation.head.low_rank() else rows
         return f"tiles over the valid tokens: {low}"
     return "its kernel runs on this GPU, covers every option asked for, and agrees with the tiles"

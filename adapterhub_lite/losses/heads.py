@@ -53,6 +53,8 @@ class Head:
         if isinstance(copies, nn.ModuleDict):
             active = [name for name in module.active_adapters if name in copies]
             module = module.original_module if module.disable_adapters or not active else copies[active[0]]
+        tokens = getattr(module, "token_adapter", None)
+        module = module if tokens is None else tokens
         while hasattr(module, "base_layer"):
             module = module.base_layer
         assert isinstance(module, nn.Module)
@@ -85,6 +87,7 @@ class Head:
     def _parameters(self) -> list[Tensor]:
         """Weight, bias and the matrices of the LoRA pairs."""
         pairs = [x for pair in self.low_rank() for x in (pair.down_weight, pair.up_weight)]
+        pairs += [values for _, values in self.token_rows()]
         return [x for x in (getattr(self.plain, "weight", None), self.bias, *pairs) if isinstance(x, Tensor)]
 
     def low_rank(self) -> tuple["LowRankPair", ...]:
@@ -97,6 +100,19 @@ class Head:
             for name in layer.active_adapters
             if name in layer.lora_A
         )
+
+    def token_rows(self) -> tuple[tuple[list[int], Tensor], ...]:
+        """Rows that stand in place of the weight's own (PEFT's `trainable_token_indices`): numbers, values (k, D)."""
+        layer: Any = getattr(self.module, "token_adapter", None)  # a layer of PEFT, known by its attributes
+        if layer is None or layer.disable_adapters or layer.merged:
+            return ()
+        values = layer.trainable_tokens_delta
+        return tuple((layer.token_indices[name], values[name]) for name in layer.active_adapters if name in values)
+
+    @property
+    def widens(self) -> bool:
+        """Whether `widened` gives the head more columns."""
+        return bool(self.low_rank() or self.token_rows())
 
     def unreadable(self) -> str | None:
         """Why the tiles cannot compute these logits from weight, bias and LoRA pairs; None when they can."""
@@ -117,6 +133,11 @@ class Head:
                 return "a LoRA variant such as DoRA on the head is more than a low-rank sum"
             if any(pair.up_module.bias is not None for pair in self.low_rank()):
                 return "a LoRA on the head has a bias of its own"
+        elif rows := self.token_rows():
+            if self.bias is not None:
+                return "PEFT leaves the head's bias out where some of its rows are trained"
+            if sum(len(numbers) for numbers, _ in rows) > self.weight.shape[-1]:
+                return "more rows of tokens are trained than a row has numbers"
         elif hasattr(layer, "base_layer") and not _is_lora(layer):
             return f"the head is wrapped by {type(layer).__name__}, which is no LoRA"
         weight = getattr(plain, "weight", None)
@@ -160,10 +181,20 @@ class Head:
     def widened(
         self, hidden: Tensor, matrices: list[tuple[Tensor, Tensor]] | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Hidden states (n, D + r) and more columns of the head (V, r), so that LoRA pairs are one linear map.
+        """Hidden states (n, D + r) and more columns of the head (V, r), so that LoRA pairs, or rows of tokens, are one
+        linear map: what a token's row became less what it was is a column for it alone.
 
         `matrices` are those of the pairs, where they were gathered before: then nothing is dropped out."""
         pairs = self.low_rank()
+        if rows := self.token_rows():
+            numbers = torch.tensor([number for some, _ in rows for number in some], device=hidden.device)
+            values, own = torch.cat([values for _, values in rows]), self.weight.detach()[numbers]
+            # Rounded as PEFT rounds them, and subtracted before they are rounded again.
+            moved = values.to(own.dtype).float() - own.float()
+            column = nn.functional.linear(hidden.float(), moved).to(hidden.dtype)
+            places = hidden.new_zeros(self.weight.shape[0], len(numbers))
+            places[numbers, torch.arange(len(numbers), device=hidden.device)] = 1.0
+            return torch.cat([hidden, column], 1), places
         if not pairs:
             return hidden, None
         inputs = [hidden if matrices else pair.dropped(hidden) for pair in pairs]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapterhub_lite import devices
 from adapterhub_lite.losses.heads import Head
 from adapterhub_lite.losses.reference import LossOptions, reduce_losses
 from adapterhub_lite.losses.rows import is_quantised, is_sharded, is_zero3, rows_shape
@@ -32,9 +33,11 @@ TRIAL_TOKENS = 64
 
 def refuse_kernel(name: str, head: Head, device: torch.device, options: LossOptions) -> str | None:
     """Why the kernel cannot compute this loss; None when it can, which a trial has then shown."""
-    if device.type not in ("cuda", "xpu") or (device.type == "xpu" and name != OWN_KERNEL):
+    capability = devices.compute_capability(device)
+    # Those of others are written for CUDA, and ROCm where it is called so.
+    if not devices.runs_triton(device) or (name != OWN_KERNEL and not devices.is_cuda(device)):
         return f"its kernels need a GPU, and the head is on {device.type}"
-    too_old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    too_old = capability is not None and capability < (8, 0)
     if too_old and name in ("cut_cross_entropy", OWN_KERNEL):
         return "its kernels need compute capability 8.0 or newer"
     if name == OWN_KERNEL:
@@ -43,8 +46,8 @@ def refuse_kernel(name: str, head: Head, device: torch.device, options: LossOpti
         if head.weight.dtype == torch.float64:
             return "its kernels have no sums in fp64"
         return disagreement(name, head, options)
-    if head.low_rank():
-        return "it would leave the LoRA on the head untrained"
+    if head.widens:
+        return "it would leave what is trained of the head untrained"
     if is_quantised(head.weight) or is_sharded(head.weight) or is_zero3(head.weight):
         return "it reads only a plain weight"
     asked = {

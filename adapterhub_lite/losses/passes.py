@@ -113,7 +113,7 @@ class _Sums:
     def begin_block(self, block: Block) -> None:
         """Take from the rows of the head what is not taken tile by tile."""
         targets, columns = self.problem.targets, block.columns
-        inside = ((targets >= columns.start) & (targets < columns.stop)).nonzero().squeeze(1)
+        inside = self.problem.tokens_of(columns)
         self.target_rows[inside] = block.weight[targets[inside] - columns.start]
         if self.problem.options.label_smoothing and self.hidden_gradient is not None:
             self.rows += block.weight.sum(0, dtype=self.rows.dtype)
@@ -215,10 +215,11 @@ def second_pass(
         of_block = Gradients(found.hidden, of_rows, None if found.bias is None else found.bias[columns])
         if kernels:
             kernels.add(block, of_block, inputs)
-        for part in spans(len(problem.targets), by.buffers.shape.tokens):
-            if not kernels:
+        else:
+            for part in spans(len(problem.targets), by.buffers.shape.tokens):
                 by.add_tile(block, part, of_block)
-            by.add_targets(block, part, of_block)
+        for here in problem.tokens_of(columns).split(by.buffers.shape.tokens):
+            by.add_targets(block, here, of_block)
         if of_rows is not None and found.rows is not None:
             found.rows[columns] = of_rows
     return found
@@ -247,11 +248,9 @@ class _SecondPass:
         if found.rows is not None:
             buffers.add_product(found.rows, narrow.t(), self.inputs[part])
 
-    def add_targets(self, block: Block, part: slice, found: Gradients) -> None:
-        """Add those of the targets of the tokens `part` that lie in the block."""
-        targets, columns = self.problem.targets[part], block.columns
-        here = ((targets >= columns.start) & (targets < columns.stop)).nonzero().squeeze(1) + part.start
-        local, of_target = self.problem.targets[here] - columns.start, self.of_targets[here]
+    def add_targets(self, block: Block, here: Tensor, found: Gradients) -> None:
+        """Add those of the targets of the tokens `here`, which lie in the block."""
+        local, of_target = self.problem.targets[here] - block.columns.start, self.of_targets[here]
         if found.bias is not None:
             found.bias.index_add_(0, local, of_target)
         if found.hidden is not None:

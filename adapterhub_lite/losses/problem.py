@@ -1,7 +1,9 @@
 """What the passes of a loss are given and give: a problem, blocks of its head, gradients. Knows torch only."""
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -58,6 +60,18 @@ class Problem:
         """Buffers for one pass over all tokens."""
         shape = tile_shape(len(self.targets), self.vocabulary, self.device.type, self.options.chunk_tokens)
         return TileBuffers(shape, self.hidden.dtype, self.device)
+
+    @cached_property
+    def _by_target(self) -> tuple[Tensor, list[int]]:
+        """The tokens in the order of their targets, and those targets. The only wait for the device in a pass: asking
+        each block of the head for its targets would be one per block."""
+        order = self.targets.argsort(stable=True)
+        return order, self.targets[order].tolist()
+
+    def tokens_of(self, columns: slice) -> Tensor:
+        """Which tokens have their target among these rows of the head."""
+        order, ascending = self._by_target
+        return order[bisect_left(ascending, columns.start) : bisect_left(ascending, columns.stop)]
 
     def zeros(self, *shape: int) -> Tensor:
         """A sum that begins."""

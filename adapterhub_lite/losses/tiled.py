@@ -154,7 +154,7 @@ def check_targets(targets: Tensor, vocabulary: int) -> None:
         UsageError: a target, not ignored, is outside the vocabulary.
     """
     if targets.numel():
-        low, high = (int(x) for x in torch.aminmax(targets))
+        low, high = torch.stack(torch.aminmax(targets)).tolist()
         if low < 0 or high >= vocabulary:
             raise UsageError(f"targets must be in [0, {vocabulary}) or ignore_index, not {low if low < 0 else high}.")
 

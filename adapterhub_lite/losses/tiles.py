@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from adapterhub_lite import devices
 from adapterhub_lite.loss_sizes import TileShape
 from adapterhub_lite.losses.reference import LossOptions
 
@@ -29,7 +30,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype the products take. CPU products of fp16 come back in fp16, which overflows: they are done in fp32."""
-    return torch.float32 if dtype == torch.float16 and device.type != "cuda" else dtype
+    return torch.float32 if dtype == torch.float16 and not devices.multiplies_into_fp32(device) else dtype
 
 
 class TileBuffers:
@@ -37,7 +38,7 @@ class TileBuffers:
 
     def __init__(self, shape: TileShape, dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
-        self.narrow_products = dtype != wide_dtype(dtype) and device.type != "cuda"
+        self.narrow_products = dtype != wide_dtype(dtype) and not devices.multiplies_into_fp32(device)
         self._wide = torch.empty(0, dtype=wide_dtype(dtype), device=device)
         self._narrow = torch.empty(0, dtype=dtype, device=device)
         self._partial = torch.empty(0, dtype=dtype, device=device)

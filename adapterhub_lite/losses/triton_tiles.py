@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from adapterhub_lite import devices
 from adapterhub_lite.losses.problem import Block, Gradients, Problem, TokenStatistics
 from adapterhub_lite.losses.tiles import HALF_LIFT
 
@@ -326,9 +327,10 @@ class BlockGradients:
 
 def share_count(tokens: int, columns: int, device: torch.device) -> int:
     """Into how many shares the vocabulary is split so that few tokens, too, keep every multiprocessor busy."""
-    if device.type != "cuda":
+    processors = devices.multiprocessors(device)
+    if processors is None:
         return 1
-    wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    wanted = 2 * processors
     programs = -(-tokens // TILE.tokens)
     return max(1, min(wanted // programs, MOST_PARTIAL // max(1, tokens * columns)))
 
@@ -364,10 +366,8 @@ class _Call:
 
 
 def _step(hidden: Tensor) -> int:
-    if hidden.device.type != "cuda" or hidden.dtype == torch.float32:
-        return TILE.columns
-    shared: int = torch.cuda.get_device_properties(hidden.device).shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return TILE.roomy_columns if shared >= ROOMY else TILE.columns
+    shared = devices.shared_memory_bytes(hidden.device) if hidden.dtype != torch.float32 else None
+    return TILE.roomy_columns if shared is not None and shared >= ROOMY else TILE.columns
 
 
 def _rows_in_line(matrix: Tensor) -> Tensor:

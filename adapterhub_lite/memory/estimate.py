@@ -14,6 +14,7 @@ from adapterhub_lite.home import adapterhub_home
 from adapterhub_lite.loss_sizes import LossSize, frozen_head_bytes, trained_head_bytes
 from adapterhub_lite.memory.preparation import SLACK_BYTES
 from adapterhub_lite.memory.presets import MemoryPreset, find_preset
+from adapterhub_lite.memory.stand_ins import rounded_tokens
 from adapterhub_lite.memory.tracing import (
     LoraShape,
     ModelShape,
@@ -29,7 +30,7 @@ GIB = 2**30
 OVERHEAD_BYTES = {"cpu": 650 * 2**20, "cuda": 600 * 2**20}
 # Of a CPU's activations, what the C heap keeps in holes between what is in use: the slope of measured peaks over 0.1 to 2.2 GB
 # of activations, in bf16 and fp32. Presets that save memory trim the heap.
-HEAP_SHARE = 0.45
+HEAP_SHARE = 0.55
 # The proof before the first step computes the model's own logits of so many tokens.
 PROVEN_TOKENS = 96
 NF4_CONSTANTS = 1 / 64 + 4 / (64 * 256)
@@ -178,8 +179,11 @@ class ModelFacts:
 def traced_step(preset: MemoryPreset, workload: Workload) -> TracedStep:
     """One row of `workload` under `preset`, as it is traced."""
     trains_lora, whole = preset.trains == "lora", preset.strategy not in ("zero3", "fsdp")
+    tokens = workload.sequence_length
+    if workload.device == "cpu" and preset.torch_dtype.itemsize == 2:
+        tokens = rounded_tokens(tokens, workload.batch_size)
     return TracedStep(
-        sequence_length=workload.sequence_length,
+        sequence_length=tokens,
         # Another dtype of the same size keeps as many bytes.
         dtype=torch.bfloat16 if preset.torch_dtype.itemsize == 2 else preset.torch_dtype,
         trains=preset.trains,
@@ -188,6 +192,8 @@ def traced_step(preset: MemoryPreset, workload: Workload) -> TracedStep:
         # What a layer is dequantised into does not grow with rows, and is added apart.
         packed=False,
         lean=whole,
+        # A layer that is trained itself keeps its input, and so does LLM.int8's product.
+        remade=trains_lora and preset.quantization != "int8",
         # LLM.int8 looks for outliers in all rows at once, so that they are not alone when they lie end to end.
         end_to_end=whole and preset.quantization != "int8",
         device=workload.device,
@@ -303,11 +309,12 @@ class EstimateParts:
             "quantization": constants,
             "adapter": self.trained if self.preset.trains == "lora" else 0,
             "optimizer": 0 if self.preset.offload else self.optimizer // self.split,
-            "overhead": OVERHEAD_BYTES.get(self.workload.device, 0),
+            "overhead": OVERHEAD_BYTES["cpu" if self.workload.device == "cpu" else "cuda"],
             **worst,
         }
         # DDP's buckets are a second copy of the gradients.
-        buckets = self.gradients if self.preset.strategy == "ddp" else 0
+        copies = self.preset.strategy in ("single", "ddp") and self.workload.world_size > 1
+        buckets = self.gradients if copies else 0
         components["temporary"] += gathered + buckets + self.heap()
         return MemoryEstimate(self.preset.name, self.workload, components, unpredicted)
 
@@ -319,7 +326,8 @@ class EstimateParts:
         # A quantised layer is dequantised whole, one at a time, in the dtype it is computed in.
         dequantised = shape.largest_linear * size if preset.quantization else 0
         working = self.step.working(checkpointing=checkpointing) + dequantised
-        held = self.gradients if workload.accumulation > 1 else 0
+        # Between accumulated batches; beside copies their sums are in fp32.
+        held = (self.masters or self.gradients) if workload.accumulation > 1 else 0
         # The head's gradient is there from the start of the backward pass on; that of a tied head as the embedding is added.
         head = shape.head_parameters * preset.trained_bytes if preset.trains != "lora" else 0
         embedding = head if shape.tied else 0
@@ -329,7 +337,7 @@ class EstimateParts:
         return (
             {"activations": saved, "loss": self.loss(), "gradients": held},
             {"activations": saved, "temporary": working, "gradients": max(held, head)},
-            {"temporary": working + embedding, "gradients": self.gradients},
+            {"temporary": working + embedding, "gradients": max(held, self.gradients)},
             # The optimizer's step; where it has copies, they have the gradients then.
             {"temporary": copied, "gradients": self.masters or self.gradients},
             {"temporary": proof},
@@ -347,9 +355,9 @@ class EstimateParts:
         """What the C heap of a CPU keeps as well as the activations, whichever moment is the worst."""
         if self.workload.device != "cpu":
             return 0
-        kept = int(HEAP_SHARE * self.step.saved(checkpointing=False))
+        saved = self.step.saved(checkpointing=False)
         # Between two trims, up to all of the slack may lie there when the peak comes.
-        return min(kept, SLACK_BYTES // 2) if self.preset.trims_heap else kept
+        return min(saved, SLACK_BYTES // 2) if self.preset.trims_heap else int(HEAP_SHARE * saved)
 
 
 def read_config(base: Any) -> Any:  # whatever `estimate_memory` takes, to a config of transformers

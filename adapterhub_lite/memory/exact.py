@@ -54,7 +54,8 @@ def _peak_of_two_steps(model: Any, parts: EstimateParts) -> int:
     in_8_bits: list[torch.Tensor] = []
     with live:
         for _ in range(2):
-            ids = torch.zeros((parts.workload.batch_size, parts.workload.sequence_length), dtype=torch.long)
+            tokens = traced_step(parts.preset, parts.workload).sequence_length
+            ids = torch.zeros((parts.workload.batch_size, tokens), dtype=torch.long)
             states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
             buffers = torch.empty(parts.loss(), dtype=torch.uint8)
             del buffers

@@ -94,6 +94,9 @@ def accelerate_config(
     if nodes > 1 and not main_address:
         raise ConfigurationError(f"{nodes} nodes need the address of the first one: give --main-address.")
     kind = DISTRIBUTED_TYPES.get(preset.strategy, "DEEPSPEED")
+    if kind == "NO" and devices * nodes > 1:
+        # Whole weights are copied to each device.
+        kind = "MULTI_GPU"
     if device == "cpu" and kind == "MULTI_GPU":
         kind = "MULTI_CPU"
     settings: dict[str, Any] = {

@@ -3,15 +3,14 @@
 Knows transformers, not PEFT. What is freed is returned to the system on a CPU with glibc alone.
 """
 
-import ctypes
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from adapterhub_lite import devices
 from adapterhub_lite.memory.presets import Machine, MemoryPreset
 
 # The heap is trimmed each time the process has grown by so much.
@@ -53,8 +52,8 @@ def best_attention(preset: MemoryPreset, machine: Machine, supported: frozenset[
     """
     if "flash_attention_2" not in supported:
         reason = "the model has no flash attention"
-    elif machine.device != "cuda":
-        reason = f"flash attention needs a GPU, and the run is on {machine.device}"
+    elif not devices.runs_flash_attn(machine.device):
+        reason = f"flash attention needs a GPU of CUDA or ROCm, and the run is on {machine.device}"
     elif preset.dtype == "float32":
         reason = "flash attention needs fp16 or bf16"
     elif machine.capability is not None and machine.capability < (8, 0):
@@ -76,7 +75,7 @@ def give_back_freed_memory(model: Any, preset: MemoryPreset) -> None:
     # Not at the top: estimates, which import this room, need no layers of transformers.
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    if trim_heap() and preset.trims_heap:
+    if devices.trim_heap() and preset.trims_heap:
         trim = _Trim()
         for layer in model.modules():
             if isinstance(layer, GradientCheckpointingLayer):
@@ -87,15 +86,6 @@ def give_back_freed_memory(model: Any, preset: MemoryPreset) -> None:
                     # Attention and feed-forward; a norm or a dropout has nothing in it.
                     if any(True for _ in block.children()):
                         block.register_forward_pre_hook(trim)
-
-
-def trim_heap() -> bool:
-    """Return what is free in the C heap to the system now; False where the heap is not glibc's."""
-    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
-    if not hasattr(libc, "malloc_trim"):
-        return False
-    libc.malloc_trim(0)  # type: ignore[union-attr]
-    return True
 
 
 class _Trim:
@@ -117,7 +107,7 @@ class _Trim:
 
     def _trim(self) -> None:
         if _resident_bytes() - self._resident >= SLACK_BYTES:
-            trim_heap()
+            devices.trim_heap()
             self._resident = _resident_bytes()
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from adapterhub_lite import devices
 from adapterhub_lite.adapter_format.quantization import Quantization
 from adapterhub_lite.errors import UnknownNameError
 
@@ -180,17 +181,17 @@ class Machine:
         Processes on a CPU share its memory: each has its part, of as many as the launcher started here.
         """
         packages = frozenset(name for name in ("bitsandbytes", "deepspeed", "flash_attn") if find_spec(name))
-        if torch.cuda.is_available() and device != "cpu":
-            free, _ = torch.cuda.mem_get_info()
-            capability = torch.cuda.get_device_capability()
-            return cls("cuda", memory_bytes or free, world_size, capability, packages)
+        kind = devices.accelerator()
+        if kind is not None and device != "cpu":
+            free = memory_bytes or devices.free_bytes(kind) or available_memory()
+            return cls(kind.type, free, world_size, devices.compute_capability(), packages)
         sharing = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
         return cls("cpu", memory_bytes or available_memory() // sharing, world_size, None, packages)
 
     @property
     def has_bf16(self) -> bool:
         """Whether bf16 is computed in hardware (a CPU emulates it where it is not)."""
-        return self.device != "cuda" or self.capability is None or self.capability >= (8, 0)
+        return self.capability is None or self.capability >= (8, 0)
 
 
 def available_memory() -> int:
@@ -214,7 +215,11 @@ def refusal(preset: MemoryPreset, machine: Machine, *, model_quantized: bool = F
         (preset.mixed_precision == "fp16" and machine.device == "cpu", "loss scaling in fp16 needs a GPU"),
         (preset.dtype == "bfloat16" and not machine.has_bf16, "bf16 needs compute capability 8.0 or newer"),
         (split and not preset.offload and machine.world_size < 2, alone),
-        (not split and machine.world_size > 1, f"it is for one process, and there are {machine.world_size}"),
+        # A LoRA has presets for several; whole weights are copied to each device, as by DDP.
+        (
+            not split and preset.trains == "lora" and machine.world_size > 1,
+            f"it is for one process, and there are {machine.world_size}",
+        ),
         (lacks_deepspeed, "deepspeed is not installed"),
         (preset.strategy == "fsdp" and machine.device == "cpu", "Accelerate leaves FSDP out on a CPU"),
         (preset.offload and machine.device == "cpu", "there is no device to leave"),

@@ -22,11 +22,27 @@ from adapterhub_lite.errors import ConfigurationError
 # the matrix costs more than the kernel's slow backward. The trainer uses this limit too.
 SHORT_TOKENS = 128
 
+# Up to this rank an adapter's products with bf16 activations are compiled ones on a CPU, as fast as oneDNN's; beyond it they
+# are slower. The trainer uses this limit too.
+MOST_COMPILED_RANK = 8
+
 TARGETS: dict[str, tuple[str, ...]] = {
     "attention": ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "out_proj", "query_key_value", "dense"),
     "mlp": ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "dense_h_to_4h", "dense_4h_to_h"),
 }
 """Names of linear layers behind the two short names that `target_modules` may be besides PEFT's `all-linear`."""
+
+
+def rounded_tokens(tokens: int, rows: int = 1) -> int:
+    """The least length, at least `tokens`, that batches of `rows` rows are given for products with 16-bit weights on a CPU.
+
+    oneDNN makes code for each number of rows of a product, which is that of all tokens, and keeps it, about half a megabyte
+    for each product of a layer's parts: with every batch a length of its own, a run would grow by 10 MB a step. So does torch's
+    attention for each length of padded rows.
+    """
+    grain = next(grain for beyond, grain in ((1024, 64), (256, 32), (0, 16)) if rows * tokens > beyond)
+    step = grain if rows == 1 else max(8, -(-grain // rows))
+    return -(-tokens // step) * step
 
 
 @dataclass(frozen=True)
@@ -71,6 +87,47 @@ class KeepsInputs(torch.autograd.Function):
         return None, *(next(found) if w else None for w in wanted)
 
 
+class KeepsParts(torch.autograd.Function):
+    """`step(states, *others)`, of which the others are kept, and the `count` parts that `make` makes the states of."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, step: Callable[..., Tensor], make: Callable[..., Tensor], count: int, states: Tensor, *kept: Tensor
+    ) -> Tensor:
+        ctx.step, ctx.make, ctx.count = step, make, count
+        ctx.save_for_backward(*kept)
+        return step(states, *kept[count:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        # Read once: what gradient checkpointing makes again, it hands out once.
+        saved = ctx.saved_tensors
+        parts, others = saved[: ctx.count], saved[ctx.count :]
+        wanted = [ctx.needs_input_grad[3], *ctx.needs_input_grad[4 + ctx.count :]]
+        inputs = [x.detach().requires_grad_(w) for x, w in zip((ctx.make(*parts), *others), wanted, strict=True)]
+        with torch.enable_grad():
+            made = ctx.step(*inputs)
+        found = iter(torch.autograd.grad(made, [x for x in inputs if x.requires_grad], grad))
+        to_states, *to_others = (next(found) if w else None for w in wanted)
+        return None, None, None, to_states, *[None] * ctx.count, *to_others
+
+
+def keeping(step: Callable[..., Tensor], states: Tensor, *others: Tensor) -> Tensor:
+    """`step(states, *others)`, for which `states` are kept, or what they can be made of again."""
+    make, parts = getattr(states, "made_of", (None, ()))
+    if make is None:
+        return cast(Tensor, KeepsInputs.apply(step, states, *others))
+    return cast(Tensor, KeepsParts.apply(step, make, len(parts), states, *parts, *others))
+
+
+def made_of(step: Callable[..., Tensor], *parts: Tensor, remade: bool) -> Tensor:
+    """`step(*parts)`, of which the parts alone are kept; with `remade` also by what reads it as `keeping` does."""
+    made = cast(Tensor, KeepsInputs.apply(step, *parts))
+    if remade:
+        cast(Any, made).made_of = step, tuple(part.detach() for part in parts)
+    return made
+
+
 class FusedLora(nn.Module):
     """A linear layer with a LoRA in fp32, as the trainer's fused step runs it; `packed` weights are dequantised per pass."""
 
@@ -80,19 +137,28 @@ class FusedLora(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
-        down, up = self.down.to(states.dtype), self.up.to(states.dtype)
 
         def product(states: Tensor, weight: Tensor) -> Tensor:
             # With a bias it is a view, which autograd would not let anyone add to.
             made = states.new_empty(*states.shape[:-1], len(weight))
             return made.copy_(F.linear(states, weight.clone(), self.bias))
 
-        result = (
-            cast(Tensor, KeepsInputs.apply(product, states, self.weight))
-            if self.packed
-            else F.linear(states, self.weight, self.bias)
-        )
-        return result.add_(F.linear(F.linear(states, down), up))
+        packed = self.packed
+        result = keeping(product, states, self.weight) if packed else F.linear(states, self.weight, self.bias)
+        return result.add_(self.update(states))
+
+    def update(self, states: Tensor) -> Tensor:
+        """What the adapter adds; on a CPU its products are compiled ones, which keep fp32 beside bf16."""
+        dtype, rank = states.dtype, len(self.down)
+        compiled = dtype == torch.bfloat16 and states.device.type == "cpu" and rank <= MOST_COMPILED_RANK
+        held = torch.float32 if compiled else dtype
+
+        def step(states: Tensor, down: Tensor, up: Tensor, reduced: Tensor) -> Tensor:
+            return F.linear(F.linear(states, down.to(dtype)), up.t().to(dtype))
+
+        reduced = torch.empty(states.shape[:-1].numel(), rank, dtype=held)
+        up = self.up.to(held).t()
+        return keeping(step, states, self.down.to(held), up.contiguous() if compiled else up, reduced)
 
 
 def put_peft(model: Any, rank: int, target_modules: Any) -> Any:
@@ -147,17 +213,17 @@ def put_rank_one(model: Any) -> None:
             setattr(model.get_submodule(parent), last, FusedLora(linear, down, up, packed=False))
 
 
-def put_lean_blocks(model: nn.Module) -> None:
-    """Let frozen RMSNorms and gated MLPs keep only what they are given."""
+def put_lean_blocks(model: nn.Module, *, remade: bool) -> None:
+    """Let frozen RMSNorms and gated MLPs keep only what they are given; `remade` as in `TracedStep`."""
     for module in model.modules():
         norm, gate = norm_parts(module), gate_parts(module)
         if norm is not None and not norm.weight.requires_grad:
-            module.forward = partial(lean_norm, module)
+            module.forward = partial(lean_norm, module, remade=remade)
         elif gate is not None:
-            module.forward = partial(lean_gate, gate)
+            module.forward = partial(lean_gate, gate, remade=remade)
 
 
-def lean_norm(module: nn.Module, x: Tensor) -> Tensor:
+def lean_norm(module: nn.Module, x: Tensor, *, remade: bool) -> Tensor:
     """An RMSNorm, of which the input alone is kept."""
     # Not before: a module on the meta device gets other weights before it runs.
     parts = norm_parts(module)
@@ -168,10 +234,10 @@ def lean_norm(module: nn.Module, x: Tensor) -> Tensor:
         scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + parts.epsilon)
         return (parts.weight + parts.offset) * (wide * scale).to(x.dtype)
 
-    return cast(Tensor, KeepsInputs.apply(step, x))
+    return made_of(step, x, remade=remade)
 
 
-def lean_gate(parts: GateParts, x: Tensor) -> Tensor:
+def lean_gate(parts: GateParts, x: Tensor, *, remade: bool) -> Tensor:
     """A gated MLP, of which the inputs of the gate are kept."""
 
     def step(gate: Tensor, up: Tensor) -> Tensor:
@@ -179,10 +245,10 @@ def lean_gate(parts: GateParts, x: Tensor) -> Tensor:
         return act * up
 
     if parts.joined is not None:
-        made = KeepsInputs.apply(lambda both: step(*both.chunk(2, -1)), parts.joined(x))
+        made = made_of(lambda both: step(*both.chunk(2, -1)), parts.joined(x), remade=remade)
     else:
         assert parts.gate is not None and parts.up is not None, "a gate is joined or has both"
-        made = KeepsInputs.apply(step, parts.gate(x), parts.up(x))
+        made = made_of(step, parts.gate(x), parts.up(x), remade=remade)
     return cast(Tensor, parts.down(made))
 
 

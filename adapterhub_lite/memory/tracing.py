@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from adapterhub_lite.bases.structure import check_causal
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.memory.stand_ins import (
     SHORT_TOKENS,
@@ -96,8 +97,9 @@ class StepBytes:
 class TracedStep:
     """What a trace depends on: a row of `sequence_length` tokens, what is trained, and how the trainer runs it.
 
-    `packed` weights are dequantised for each pass; `lean` says whether the trainer's leaner blocks may be used, and
-    `end_to_end` whether rows may be laid out without padding.
+    `packed` weights are dequantised for each pass; `lean` says whether the trainer's leaner blocks may be used, `remade`
+    whether linear layers then keep no input that these can make again, and `end_to_end` whether rows may be laid out
+    without padding.
     """
 
     sequence_length: int
@@ -107,13 +109,17 @@ class TracedStep:
     target_modules: Any  # as in PEFT's LoraConfig: a name, a pattern or a tuple of names
     packed: bool
     lean: bool
+    remade: bool
     end_to_end: bool
     device: str
 
 
 @dataclass(frozen=True)
 class LoraShape:
-    """A LoRA of some rank as PEFT makes it: its parameters, and the columns (its rank) of the one on the head, 0 for none."""
+    """A LoRA of some rank as PEFT makes it: its parameters, and the columns (its rank) of the one on the head, 0 for none.
+
+    Rows of tokens on the head are a column each.
+    """
 
     parameters: int
     head_columns: int
@@ -153,7 +159,11 @@ def lora_shape(config: Any, target_modules: Any, rank: int) -> LoraShape:
         adapted = put_peft(build_model(config, dtype=torch.float32), rank, target_modules)
     head = adapted.get_base_model().get_output_embeddings()
     columns = sum(up.weight.shape[1] for up in getattr(head, "lora_B", {}).values())
-    if any(p.requires_grad and p.dim() == 2 and "lora_" not in name for name, p in head.named_parameters()):
+    columns += sum(
+        len(numbers) for numbers in getattr(getattr(head, "token_adapter", None), "token_indices", {}).values()
+    )
+    parts = ("lora_", "trainable_tokens_")
+    if any(p.requires_grad and p.dim() == 2 and not any(x in n for x in parts) for n, p in head.named_parameters()):
         columns = head.weight.shape[1]  # trained whole
     return LoraShape(parameters=sum(p.numel() for p in adapted.parameters() if p.requires_grad), head_columns=columns)
 
@@ -354,7 +364,7 @@ def as_trained(model: Any, step: TracedStep) -> Any:
     elif step.trains == "head":
         model.get_output_embeddings().requires_grad_(True)
     if step.lean:
-        put_lean_blocks(model)
+        put_lean_blocks(model, remade=step.remade)
     special = has_special_attention(model.config.get_text_config())
     if step.end_to_end and model._supports_attention_backend and not special:
         put_attention(model, short=step.device == "cpu" and step.sequence_length <= SHORT_TOKENS)
@@ -425,9 +435,14 @@ def grouped_product(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
 
 
 def build_model(config: Any, *, dtype: torch.dtype) -> Any:
-    """A causal language model with all its layers, on the device of the context it is called in."""
+    """A causal language model with all its layers, on the device of the context it is called in.
+
+    Raises:
+        ConfigurationError: the configuration describes another kind of model.
+    """
     from transformers import AutoModelForCausalLM
 
+    check_causal(config)
     config = copy.deepcopy(config)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config

@@ -110,11 +110,33 @@ def test_dora_on_the_head_takes_the_models_own(tiny_base: Path) -> None:
     assert_trained_alike(model, "lm_head.lora_B", "lm_head.lora_magnitude_vector")
 
 
-def test_trained_tokens_of_a_tied_head_take_the_models_own(tiny_base: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny_base)
-    config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 5], task_type="CAUSAL_LM")
+@pytest.mark.parametrize("rows", [[3, 5], {"embed_tokens": [3, 5], "lm_head": [271, 7, 5]}, list(range(40))])
+def test_rows_of_tokens_on_the_head_are_trained(tiny_base: Path, rows: Any) -> None:
+    """Of a tied head with the embedding, of another by themselves; of more than a row has numbers by the head's module."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, tie_word_embeddings=isinstance(rows, list))
+    if isinstance(rows, dict):
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(272, 32) * 0.2)
+    config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=rows, task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
-    assert choose_loss(model, tokens=10**6).name == "full"
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.add_(torch.randn(parameter.shape) * 0.2)
+    choice = choose_loss(model, tokens=10**6)
+    assert (choice.name, "rows of tokens" in choice.reason) == ("full" if len(rows) == 40 else "tiled", True)
+    assert_trained_alike(model, "trainable_tokens_delta")
+    with model.disable_adapter():
+        assert not head_of(model).widens
+
+
+def test_rows_of_tokens_on_a_head_with_a_bias_take_the_models_own(tiny_base: Path) -> None:
+    """Which PEFT computes without that bias."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, tie_word_embeddings=False)
+    model.lm_head = torch.nn.Linear(32, 272)
+    config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"lm_head": [3]}, task_type="CAUSAL_LM")
+    model = get_peft_model(model, config)
+    choice = choose_loss(model, tokens=10**6)
+    assert choice.name == "full" and "bias" in choice.reason
     assert_trained_alike(model, "trainable_tokens_delta")
 
 

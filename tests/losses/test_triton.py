@@ -99,10 +99,14 @@ def test_a_confident_token_keeps_its_small_gradient(case: Any, head_trained: boo
 
 
 def test_the_same_tokens_give_the_same_bits_wherever_they_stand(case: Any) -> None:
-    """Law 2 where nothing is added atomically: tokens moved to other programs have the gradients they had."""
-    problem = case.random(3, 50, 90, 24, trained=("hidden",), reduction="none")
+    """Law 2 where nothing is added atomically: tokens moved to other programs have the gradients they had.
+
+    They keep their places within a program's tile: the interpreter's products are NumPy's, whose BLAS may round the rows of
+    a matrix differently by where they stand in it.
+    """
+    problem = case.random(3, 48, 90, 24, masked=0.0, trained=("hidden",), reduction="none")
     before = problem.run(tiled=True, triton=True)
-    order = torch.randperm(50)
+    order = torch.arange(48).view(3, triton_tiles.TILE.tokens)[[2, 0, 1]].flatten()
     problem.hidden, problem.targets = problem.hidden[order], problem.targets[order]
     after = problem.run(tiled=True, triton=True)
     for name, value in before.items():

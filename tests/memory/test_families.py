@@ -127,9 +127,8 @@ def test_a_handed_configuration_is_counted_as_peft_makes_it(given: dict[str, Any
     config = config_of("qwen3_moe")
     found = lora_shape(config, GivenAdapter.of(LoraConfig(r=4, **given)), rank=64)
     assert found.parameters == trained_by_peft(config, **given)
-    assert found.head_columns == (
-        SIZES["hidden_size"] if "modules_to_save" in given or "trainable" in str(given) else 0
-    )
+    tokens = given.get("trainable_token_indices", {}).get("lm_head", [])
+    assert found.head_columns == (SIZES["hidden_size"] if "modules_to_save" in given else len(tokens))
 
 
 class TestWhatCannotBeForeseen:

@@ -1,5 +1,6 @@
 """A plan says what it takes, why, and why nothing else."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -101,6 +102,19 @@ def test_an_estimate_adds_up_and_grows_as_it_should(small_config: Any) -> None:
     order = ["lora-fp32", "lora-bf16", "lora-bf16-gc", "qlora-nf4-gc"]
     totals = [need(name).total for name in order]
     assert totals == sorted(totals, reverse=True)
+
+
+def test_sums_of_accumulated_gradients_and_a_second_copy_for_other_processes_are_counted(small_config: Any) -> None:
+    def need(preset: Any, **changed: Any) -> Any:
+        # So many rows that activations are the worst moment.
+        return estimate_memory(small_config, preset, **{"batch_size": 64, "sequence_length": 128, **changed}).components
+
+    full = MEMORY_PRESETS["full"]
+    weights = need(full)["weights"]
+    # In fp32 beside fp32 copies of the weights, else as the weights are.
+    assert need(full, accumulation=2)["gradients"] == 2 * weights
+    assert need(replace(full, master_weights=False), accumulation=2)["gradients"] == weights
+    assert need(full, world_size=2)["temporary"] == need(full)["temporary"] + weights
 
 
 @pytest.mark.parametrize("name", sorted(MEMORY_PRESETS))

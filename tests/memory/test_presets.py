@@ -84,8 +84,8 @@ def test_what_is_legal_is_not_refused(machine: Any) -> None:
 
 # Of each preset: c a CPU, o a GPU without bf16, g a newer one; 1 or 2 processes; Q a base that is quantised already.
 MATRIX = {
-    "full": "c1 g1",
-    "head-only": "c1 g1 c1Q g1Q",
+    "full": "c1 g1 c2 g2",
+    "head-only": "c1 g1 c2 g2 c1Q g1Q c2Q g2Q",
     "lora-fp32": "c1 o1 g1 c1Q o1Q g1Q",
     "lora-fp16": "o1 g1 o1Q g1Q",
     "lora-bf16": "c1 g1 c1Q g1Q",
