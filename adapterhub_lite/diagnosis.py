@@ -13,6 +13,8 @@ from adapterhub_lite.installation import install_command, installer
 
 # Where the tests keep other people's clients, away from this installation.
 CLIENTS = Path("~/.cache/adapterhub-lite/test-clients").expanduser()
+# Where the tests keep a vLLM, likewise.
+VLLM = Path("~/.cache/adapterhub-lite/test-vllm").expanduser()
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -30,7 +32,7 @@ def diagnose(home: str | Path | None = None) -> list[Finding]:
     extras = [find_extra(*row) for row in EXTRAS]
     packages = [find_package(*row) for row in _PACKAGES]
     models = [find_gpu(), *runnable_presets()] if importlib.util.find_spec("torch") else []
-    tools = [find_browser(), find_converter(), find_clients()]
+    tools = [find_browser(), find_converter(), find_clients(), find_vllm()]
     return [*extras, *packages, *models, *tools, check_home(adapterhub_home(home))]
 
 
@@ -52,24 +54,49 @@ def find_clients() -> Finding:
     )
 
 
+def vllm_python() -> Path | None:
+    """The interpreter of an environment with vLLM: `$ADAPTERHUB_VLLM_PYTHON`, or the one that the tests made."""
+    named = os.environ.get("ADAPTERHUB_VLLM_PYTHON")
+    found = Path(named) if named else VLLM / "bin" / "python"
+    return found if found.exists() and (named or (VLLM / "complete").exists()) else None
+
+
+def find_vllm() -> Finding:
+    """Whether `serve --engine vllm` finds a vLLM by itself, and the tests one of their own."""
+    program, tested = shutil.which("vllm"), vllm_python()
+    found = program or tested
+    missing = "no `vllm` on the path for --engine vllm, and none for its test, which installs one or is skipped"
+    return Finding(
+        what="vLLM",
+        works=found is not None,
+        detail=(str(found) if found else missing)
+        + ("" if shutil.which("setpriv") else "; no setpriv, so one outlives us if we are killed"),
+        remedy=None
+        if found
+        else "install vLLM in an environment of its own, and give its Python with --vllm-python; "
+        "pytest -m slow tests/serving/vllm/test_real_vllm.py makes one for the test",
+    )
+
+
 def find_chromium() -> str | None:
     """The path of an installed Chromium, or None; browser tests need one."""
     return next((path for name in CHROMIUM_NAMES if (path := shutil.which(name))), None)
 
 
 def find_gpu() -> Finding:
-    """Whether torch sees a CUDA device."""
-    import torch
+    """Whether torch sees an accelerator."""
+    from adapterhub_lite import devices
 
-    if torch.cuda.is_available():
-        count = torch.cuda.device_count()
+    kind = devices.accelerator()
+    if kind is not None:
+        count = devices.count()
         alone = "" if count > 1 else "; the tests of FSDP, which need two, are skipped"
-        return Finding(what="GPU", works=True, detail=f"{count} x {torch.cuda.get_device_name()}{alone}")
+        return Finding(what="GPU", works=True, detail=f"{count} x {devices.name_of(kind) or kind.type}{alone}")
     return Finding(
         what="GPU",
         works=False,
         detail=f"none; {os.cpu_count()} CPU cores are used. GPU-only tests and presets are skipped",
-        remedy="a machine with an NVIDIA GPU and the CUDA build of torch",
+        remedy="a machine with a GPU and the build of torch for it",
     )
 
 

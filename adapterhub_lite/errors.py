@@ -27,6 +27,7 @@ AdapterHubError                   what any caller may catch; its text is one sen
 │   ├── QueueFullError            the bounded queue is full: try later (429)
 │   ├── RequestTimeoutError       the request ran past its own limit
 │   ├── RequestCancelledError     the caller cancelled it
+│   ├── EngineUnreachableError    the engine behind the server does not answer now (503)
 │   └── EngineClosedError         the engine was closed
 └── ResourceError                 a resource of the machine is missing: disk full, port in use, read-only folder
 """
@@ -238,6 +239,13 @@ class RequestCancelledError(ServingError):
     """The caller cancelled the request.
 
     To do: nothing: somebody wanted it to end.
+    """
+
+
+class EngineUnreachableError(ServingError):
+    """The engine that the server asks, another process, does not answer now.
+
+    To do: send the request again in a moment; the server's log says what became of the engine.
     """
 
 

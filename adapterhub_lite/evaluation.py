@@ -22,7 +22,7 @@ from adapterhub_lite.errors import ConfigurationError, DataError
 from adapterhub_lite.installation import missing_extra
 from adapterhub_lite.registry import AdapterManifest, AdapterRegistry
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
-from adapterhub_lite.serving.adapters.pool import FoundAdapters
+from adapterhub_lite.serving.adapters.finding import FoundAdapters
 from adapterhub_lite.serving.adapters.sources import RegistrySource
 from adapterhub_lite.tasks import Row, get_task
 from adapterhub_lite.training.settings import RowSettings
@@ -41,6 +41,16 @@ class Comparison:
     metric: str
     base: float
     adapter: float
+
+
+@dataclass(frozen=True)
+class AnsweredRow:
+    """One row with the answer it wants and those of base and adapter."""
+
+    prompt: str
+    wanted: str
+    base: str
+    adapter: str
 
 
 def evaluation_rows(
@@ -112,10 +122,13 @@ def measure(
     max_new_tokens: int,
     home: str | None = None,
     settings: RowSettings | None = None,
+    answered_rows: list[AnsweredRow] | None = None,
+    tell: Callable[[int], None] | None = None,
 ) -> list[Comparison]:
     """Compare base and adapter on `rows` by each of `metrics`, loading the base as often as they need it.
 
-    Of `settings` the arguments of the chat template are taken, and the keys that may be lost.
+    `answered_rows` takes every row with its answers, where a metric asked for answers; `tell` hears how many there are,
+    of both together. Of `settings` the arguments of the chat template are taken, and the keys that may be lost.
 
     Raises:
         ConfigurationError: no such metric, or a user's function did not return a finite number.
@@ -124,7 +137,9 @@ def measure(
     if answered:
         with InferenceEngine.from_base(base, registry=registry, home=home) as engine:
             asked = settings.template_arguments() if settings is not None else None
-            measured += compare_answers(engine, manifest.reference, rows, answered, max_new_tokens, asked)
+            measured += compare_answers(
+                engine, manifest.reference, rows, answered, max_new_tokens, asked, answered_rows, tell
+            )
     if set(metrics) & set(LOSSES):
         found = compare_losses(registry, manifest, resolve_base(base, home=home), rows, settings)
         measured += [one for one in found if one.metric in metrics]
@@ -155,16 +170,25 @@ def compare_answers(
     metrics: Sequence[str],
     max_new_tokens: int,
     arguments: Mapping[str, Any] | None = None,
+    answered_rows: list[AnsweredRow] | None = None,
+    tell: Callable[[int], None] | None = None,
 ) -> list[Comparison]:
     """Score the greedy answers of both by each of `metrics`, averaged over `rows`.
 
-    `arguments` go to the chat template with every row.
+    `arguments` go to the chat template with every row; `answered_rows` and `tell` are those of `measure`.
 
     Raises:
         ConfigurationError: no such metric, or a user's function did not return a finite number.
     """
     functions = {name: found for name in metrics if (found := find_metric(name)) is not None}
-    base, adapter = (greedy_answers(engine, model, rows, max_new_tokens, arguments) for model in (None, reference))
+    told = (tell, (lambda done: tell(len(rows) + done)) if tell else None)
+    base, adapter = (
+        greedy_answers(engine, model, rows, max_new_tokens, arguments, hear)
+        for model, hear in zip((None, reference), told, strict=True)
+    )
+    if answered_rows is not None:
+        for row, (wanted, of_base), (_, of_adapter) in zip(rows, base, adapter, strict=True):
+            answered_rows.append(AnsweredRow(question_text(row), wanted, of_base, of_adapter))
     return [Comparison(name, _mean(name, of, base), _mean(name, of, adapter)) for name, of in functions.items()]
 
 
@@ -183,7 +207,7 @@ def compare_losses(
     """
     from adapterhub_lite.bases.encoding import end_tokens
     from adapterhub_lite.training.data.preparation import Preparation
-    from adapterhub_lite.training.data.shapes import Columns
+    from adapterhub_lite.training.data.reading.shapes import Columns
     from adapterhub_lite.training.data.tokenization import Limits
 
     chosen = settings or RowSettings()
@@ -254,6 +278,7 @@ def greedy_answers(
     rows: Rows,
     tokens: int,
     arguments: Mapping[str, Any] | None = None,
+    tell: Callable[[int], None] | None = None,
 ) -> list[tuple[str, str]]:
     """(expected, answer) for each row, asked as training learns it: a `prompt` verbatim, turns by the chat template.
 
@@ -282,7 +307,18 @@ def greedy_answers(
     found: list[str] = []
     for start in range(0, len(requests), ROWS_AT_A_TIME):
         found += [result.text for result in engine.generate_many(requests[start : start + ROWS_AT_A_TIME])]
+        if tell is not None:
+            tell(len(found))
     return list(zip(wanted, found, strict=True))
+
+
+def question_text(row: Row | Mapping[str, Any]) -> str:
+    """What a row asks, for people: its raw prompt, or the last turn before the answer."""
+    from adapterhub_lite.training.evaluation import question_of
+
+    if isinstance(row.get("prompt"), str):
+        return str(row["prompt"])
+    return str(question_of(row)[0][-1].get("content"))
 
 
 def _mean(name: str, metric: Metric, pairs: list[tuple[str, str]]) -> float:

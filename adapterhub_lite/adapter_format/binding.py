@@ -4,6 +4,7 @@ Binding needs the headers of both files alone. Torch is imported where values ar
 """
 
 import json
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,12 +126,17 @@ Modules = Mapping[str, tuple[int, ...]]
 
 @dataclass
 class Binding:
-    """An adapter on its base: the configuration without patterns and the record, unless `problems` left nothing."""
+    """An adapter on its base: the configuration without patterns and the record, unless `problems` left nothing.
+
+    `rows` are those of tokens, of the base and, where it `brings_tokens`, its own; None where that is not known.
+    """
 
     config: LoraConfigFile
     lora: LoraRecord | None = None
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    rows: int | None = None
+    brings_tokens: bool = False
 
 
 def bind(
@@ -163,6 +169,34 @@ def bind(
     except PatternError as error:
         problems.append(f"adapter_config.json: {error}")
         return found
+    problems += _module_problems(targets, structure)
+    wrong = [
+        f"{target.holder}: {reason}"
+        for target in targets
+        if target.holder in groups
+        for reason in _target_problems(target, groups[target.holder], ranks[target], config, structure)
+    ]
+    grown = {} if wrong else _rows_with_new(targets, groups)
+    wrong += _token_problems(targets, grown, structure)
+    known = structure.shape_of(f"{structure.embedding}.weight") or structure.shape_of("lm_head.weight")
+    found.brings_tokens = bool(grown)
+    found.rows = max(grown.values()) if grown else known[0] if known else None
+    if wrong:
+        problems.append(f"{len(wrong)} shapes are wrong: {some(wrong)}")
+    wanted = {target.holder for target in targets}
+    bound = wanted & groups.keys()
+    problems += _holder_problems([target.holder for target in targets], groups.keys())
+    if bound:
+        also = sorted({ALSO[target.kind] for target in targets if target.kind in ALSO})
+        found.lora = _record(found.config, bound=len(bound), total=len(wanted), also=tuple(also))
+    else:
+        problems.append(f"no tensor binds to any module of the base (0 of {len(wanted)} modules)")
+    return found
+
+
+def _module_problems(targets: Sequence[Target], structure: Structure) -> list[str]:
+    """What is wrong with the modules that are changed, whatever the tensors are."""
+    problems = []
     if structure.linear is not None:
         more = [one.module for one in targets if one.kind == "pair" and one.module not in structure.linear]
         if more:
@@ -170,29 +204,19 @@ def bind(
                 f"{some(more)}: no linear layer, or one that gives more than a product, or whose weight is read without calling "
                 "it, so that a LoRA on it fails or has no effect; name target_modules without it"
             )
-    wrong = [
-        f"{target.holder}: {reason}"
-        for target in targets
-        if target.holder in groups
-        for reason in _target_problems(config, target, groups[target.holder], ranks[target])
-    ]
-    if wrong:
-        problems.append(f"{len(wrong)} shapes are wrong: {some(wrong)}")
-    wanted = {target.holder for target in targets}
-    bound = wanted & groups.keys()
-    problems += _holder_problems([target.holder for target in targets], groups.keys())
+    biased = structure.head if structure.shape_of(f"{structure.head}.bias") else None
+    if any(one.kind == "tokens" and biased and biased in (one.module, one.also_head) for one in targets):
+        problems.append(
+            f"{biased}: PEFT leaves its bias out of the logits where rows of it are trained, so that all of them change; "
+            "name it in modules_to_save, or train the rows of the embedding alone"
+        )
     heads = {target.also_head for target in targets} & {target.module for target in targets}
     if heads:
         problems.append(
             f"{some(sorted(filter(None, heads)))}: its rows change with those of the embedding, which it shares, and are "
             "changed by themselves too; leave one of the two out"
         )
-    if bound:
-        also = sorted({ALSO[target.kind] for target in targets if target.kind in ALSO})
-        found.lora = _record(found.config, bound=len(bound), total=len(wanted), also=tuple(also))
-    else:
-        problems.append(f"no tensor binds to any module of the base (0 of {len(wanted)} modules)")
-    return found
+    return problems
 
 
 def _holder_problems(wanted: Sequence[str], found: Collection[str]) -> list[str]:
@@ -214,8 +238,15 @@ def beyond_files(config: LoraConfigFile, entries: Iterable[TensorEntry], modules
     """Whether the names and shapes in a base's files do not say what an adapter changes: its model has to be asked."""
     found = [parts for entry in entries if (parts := module_and_part(entry.name))]
     return config.beyond_pairs or any(
-        part == EMBEDDING_A or name_in_base(module, modules) is None for module, part in found
+        # A name that the files lack may be the model's own for a layer, or that of another model.
+        part == EMBEDDING_A or module not in modules or not LINEAR.search(module)
+        for module, part in found
     )
+
+
+# Linear layers wherever they are called so. What else has a matrix may be a router, an expert, which is one only in the files,
+# or read without being called.
+LINEAR = re.compile(r"^(?!.*\bexperts\b).*\b(q|k|v|o|qkv|gate|up|down|gate_up)_proj$")
 
 
 def _structure_of(known: Modules | None, groups: Mapping[str, LoraPair], config: LoraConfigFile) -> Structure:
@@ -239,11 +270,15 @@ def _structure_of(known: Modules | None, groups: Mapping[str, LoraPair], config:
 
 
 def problems_of_untrained(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None, structure: Structure
+    config: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]] | None,
+    structure: Structure,
+    rows: int | None = None,
 ) -> list[str]:
     """Why an adapter with this configuration (as PEFT writes it) could not be kept, or neither served nor merged.
 
-    `shapes` are those of the tensors that it will be saved as, by name; None where they cannot be known yet.
+    `shapes` are those of the tensors that it will be saved as, by name; None where they cannot be known yet. `rows` are
+    those of the embedding that it is trained on, where they may be more than the base's: all have to be kept.
     """
     try:
         content = json.dumps(
@@ -255,7 +290,14 @@ def problems_of_untrained(
     if shapes is None:
         return []
     entries = [TensorEntry(name, "F32", shape, 0, 0) for name, shape in shapes.items()]
-    return bind(found, entries, None, structure).problems
+    bound = bind(found, entries, None, structure)
+    if not bound.problems and rows is not None and bound.rows is not None and rows > bound.rows:
+        return [
+            f"the embedding was resized to {rows} rows, and of those the base and the adapter keep {bound.rows}: name the "
+            "new tokens in trainable_token_indices (of embedding and head, where these are two matrices), or both modules "
+            "in modules_to_save"
+        ]
+    return bound.problems
 
 
 def named_as(pairs: Collection[str], modules: Modules) -> Modules:
@@ -277,7 +319,9 @@ def name_in_base(module: str, modules: Modules) -> str | None:
     return shorter if shorter in modules else None
 
 
-def _target_problems(config: LoraConfigFile, target: Target, group: LoraPair, rank: int) -> list[str]:
+def _target_problems(
+    target: Target, group: LoraPair, rank: int, config: LoraConfigFile, structure: Structure
+) -> list[str]:
     wanted = target.parts(config)
     if target.kind == "embedding" and config.use_dora:
         return ["DoRA on an embedding is not kept: take it out of target_modules, or train without DoRA"]
@@ -285,14 +329,14 @@ def _target_problems(config: LoraConfigFile, target: Target, group: LoraPair, ra
         return [f"wanted {sorted(wanted)}, found {sorted(group.parts)}"]
     shapes = {part: entry.shape for part, entry in group.parts.items()}
     if target.kind == "saved":
-        return [] if target.shape in (None, shapes[""]) else [_resized(shapes[""], target)]
+        if target.shape in (None, shapes[""]) or _grown(shapes[""], target, structure):
+            return []
+        return [_resized(shapes[""], target)]
     if target.kind == "tokens":
         width = target.shape[1] if target.shape else shapes[TOKENS][-1]
         if shapes[TOKENS] != (len(target.tokens), width):
             return [f"{len(target.tokens)} tokens of {width} numbers are named, the tensor is {list(shapes[TOKENS])}"]
-        rows = target.shape[0] if target.shape else 1 << 24
-        beyond = [token for token in target.tokens if token >= rows]
-        return [f"the base has {rows} tokens, and the adapter rows for token {beyond[0]}"] if beyond else []
+        return []
     down, up = (EMBEDDING_A, EMBEDDING_B) if target.kind == "embedding" else (LORA_A, LORA_B)
     a, b = shapes[down], shapes[up]
     if target.kind == "parameter":
@@ -309,14 +353,60 @@ def _target_problems(config: LoraConfigFile, target: Target, group: LoraPair, ra
     return [f"{part} is {list(shapes[part])}" for part in one_a_row if shapes[part] != (b[0],)]
 
 
+def _grown(found: tuple[int, ...], target: Target, structure: Structure) -> bool:
+    """Whether a whole embedding or head only has more rows than the base's, those of tokens of the adapter's own."""
+    known = target.shape or ()
+    ends = target.module in {structure.embedding, structure.head} - {None}
+    return ends and bool(known) and len(found) == len(known) and found[1:] == known[1:] and found[0] > known[0]
+
+
 def _resized(found: tuple[int, ...], target: Target) -> str:
     known = list(target.shape or ())
-    if len(found) == len(known) == 2 and found[1] == known[1]:
+    if len(found) == len(known) and list(found[1:]) == known[1:] and found[0] < known[0]:
         return (
-            f"it is {list(found)}, the base's {known}: the vocabulary was resized for it. Resize the base, save it as a base "
-            "of its own with its tokenizer, and train on that"
+            f"it is {list(found)}, the base's {known}: resizing took rows away. The base has rows for more tokens than its "
+            "tokenizer; train without resizing it, with the new tokens in trainable_token_indices"
         )
     return f"it is {list(found)}, the base's {known}"
+
+
+def _rows_with_new(targets: Sequence[Target], groups: Mapping[str, LoraPair]) -> dict[str, int]:
+    """The parameters that get rows of tokens which the base has not -> their rows then."""
+    rows: dict[str, int] = {}
+    for target in targets:
+        if target.shape is None or target.holder not in groups:
+            continue
+        base = target.shape[0] if target.shape else 0
+        if target.kind == "saved":
+            shape = groups[target.holder].parts[""].shape
+            found = shape[0] if shape else base
+        else:
+            found = max((base, *(token + 1 for token in target.tokens)))
+        if found > base:
+            rows[target.parameter] = found
+            if target.also_head:
+                rows[f"{target.also_head}.weight"] = found
+    return rows
+
+
+def _token_problems(targets: Sequence[Target], rows: Mapping[str, int], structure: Structure) -> list[str]:
+    """What is wrong with rows of new tokens: they have to be there, all of them, in all that has a row per token."""
+    if not rows:
+        return []
+    most, here = max(rows.values()), some(sorted(rows))
+    for target in targets:
+        base = target.shape[0] if target.shape else 0
+        if target.new_tokens and sorted(target.new_tokens) != list(range(base, most)):
+            return [f"{here}: of the tokens {base} to {most - 1}, which the base has not, some have no row"]
+    ends = [one for one in (structure.embedding, structure.head) if one]
+    each = {name for one in ends for name in (f"{one}.weight", f"{one}.bias") if structure.shape_of(name)}
+    if left := sorted(name for name in each if rows.get(name) != most):
+        return [
+            f"{here} has rows of {most} tokens and {some(left)} has not; name both modules in modules_to_save, or in "
+            "trainable_token_indices"
+        ]
+    others = sorted(name for name in structure.embeddings - set(ends) if "per_layer" in name)
+    return [f"{others[0]} has a row per token too, which no adapter brings"] if others else []
 
 
 def _parameter_problems(target: Target, a: tuple[int, ...], b: tuple[int, ...], rank: int) -> list[str]:

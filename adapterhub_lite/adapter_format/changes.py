@@ -7,14 +7,16 @@ One description that adding, serving and merging read. W0 is the base's weight, 
     saved        the adapter's own parameter in place of the base's (PEFT's `modules_to_save`)
     tokens       some rows of an embedding in place of the base's (PEFT's `trainable_token_indices`)
 
+Rows that the base has not, of tokens added for the adapter, are those behind its own: of `saved` and `tokens`.
+
 Which tensors those are follows PEFT 0.21. Torch is imported where values are read, and only there.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from adapterhub_lite.adapter_format.lora_config import ALL_LINEAR, LoraConfigFile, named, values_for
 
@@ -108,6 +110,11 @@ class Target:
     def key(self) -> str:
         """What patterns of ranks and alphas are held against: a module, or a parameter that was named itself."""
         return self.parameter if self.kind == "parameter" else self.module
+
+    @property
+    def new_tokens(self) -> tuple[int, ...]:
+        """Those of its tokens that the base has no row for."""
+        return tuple(token for token in self.tokens if self.shape and token >= self.shape[0])
 
     def parts(self, config: LoraConfigFile) -> set[str]:
         """The parts that have to be in the file."""
@@ -238,6 +245,14 @@ class Change:
     value: "torch.Tensor | None" = None
 
     @property
+    def rows(self) -> int:
+        """Rows of the parameter as the adapter changes it: more than the base's where it brings tokens along."""
+        base = self.target.shape[0] if self.target.shape else 0
+        if self.target.kind == "saved" and self.value is not None:
+            return self.value.shape[0] if self.value.dim() else base
+        return max((base, *(token + 1 for token in self.target.tokens)))
+
+    @property
     def adds_up(self) -> bool:
         """Whether shares of it can be added to shares of others: what is put in place of something cannot."""
         return self.value is None and self.magnitude is None
@@ -246,10 +261,11 @@ class Change:
         """All that is held in memory."""
         return [t for t in (self.a, self.b, self.bias, self.magnitude, self.value) if t is not None]
 
-    def to(self, device: "torch.device | str") -> "Change":
-        """The same with its tensors on another device."""
+    def moved(self, move: Callable[["torch.Tensor"], "torch.Tensor"]) -> "Change":
+        """The same with what `move` makes of each tensor."""
         names = ("a", "b", "bias", "magnitude", "value")
-        return replace(self, **{n: t.to(device) for n in names if (t := getattr(self, n)) is not None})
+        own: dict[str, Any] = {n: move(t) for n in names if (t := getattr(self, n)) is not None}  # by field
+        return replace(self, **own)
 
     def delta(self) -> "torch.Tensor":
         """scaling * B A in float32, laid out as the parameter is."""
@@ -268,14 +284,15 @@ class Change:
         return product.transpose(1, 2) if self.target.transposed else product
 
     def applied(self, weight: "torch.Tensor") -> "torch.Tensor":
-        """The changed parameter in float32, for the base's own."""
+        """The changed parameter in float32, for the base's own; longer than that by the rows of new tokens."""
         weight = weight.float()
         if self.target.kind == "saved":
             assert self.value is not None
             return self.value.float().to(weight.device)
         if self.target.kind == "tokens":
             assert self.value is not None
-            changed = weight.clone()
+            changed = weight.new_zeros(max(self.rows, len(weight)), *weight.shape[1:])
+            changed[: len(weight)] = weight
             changed[list(self.target.tokens)] = self.value.float().to(weight.device)
             return changed
         turned = weight + self.delta().to(weight.device)

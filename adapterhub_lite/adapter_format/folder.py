@@ -12,6 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from adapterhub_lite.adapter_format.added_tokens import (
+    ADDED_TOKENS_FILE,
+    MAX_ADDED_BYTES,
+    AddedTokens,
+    read_added_tokens,
+)
 from adapterhub_lite.adapter_format.binding import Modules, beyond_files, bind, some
 from adapterhub_lite.adapter_format.changes import Structure
 from adapterhub_lite.adapter_format.lora_config import (
@@ -49,6 +55,7 @@ ALLOWED_SIZES = {
     RECORD_FILE: 1 << 20,
     CARD_FILE: MAX_CARD_BYTES,
     TEMPLATE_FILE: MAX_TEMPLATE_BYTES,
+    ADDED_TOKENS_FILE: MAX_ADDED_BYTES,
 }
 ALLOWED_FILES = frozenset(ALLOWED_SIZES)
 REQUIRED_FILES = (CONFIG_FILE, WEIGHTS_FILE)
@@ -124,7 +131,8 @@ def _entry_problem(entry: os.DirEntry[str]) -> str | None:
 class Inspection:
     """What was found in an adapter folder. With `problems` empty, `config` and `lora` are there.
 
-    `config` holds no patterns any more. `notes` say what was dropped, `left_alone` which entries were not opened.
+    `config` holds no patterns any more; `rows` are those of tokens, of the base and the adapter's own, where that is
+    known, and `added` the texts of its own. `notes` say what was dropped, `left_alone` which entries were not opened.
     """
 
     subject: str
@@ -135,6 +143,9 @@ class Inspection:
     config: LoraConfigFile | None = None
     lora: LoraRecord | None = None
     training: TrainingRecord | None = None
+    rows: int | None = None
+    added: AddedTokens | None = None
+    brings_tokens: bool = False
 
     def accepted(self) -> tuple[LoraConfigFile, LoraRecord]:
         """The configuration and the record of an adapter without problems.
@@ -177,6 +188,13 @@ def inspect_folder(
             found.problems.append(str(error).replace(str(folder), ""))
     if WEIGHTS_FILE in found.usable:
         _inspect_weights(found, folder / WEIGHTS_FILE, modules, structure)
+    if ADDED_TOKENS_FILE in found.usable:
+        _inspect_tokens(found, folder / ADDED_TOKENS_FILE)
+    elif found.brings_tokens:
+        found.notes.append(
+            "its new tokens have no texts here, so a prompt has them by their numbers alone; save the tokenizer into its "
+            "folder, as tokenizer.json"
+        )
     if TEMPLATE_FILE in found.usable and found.training is not None:
         digest = hashlib.sha256((folder / TEMPLATE_FILE).read_bytes()).hexdigest()
         if digest != found.training.template_digest:
@@ -184,6 +202,19 @@ def inspect_folder(
     if PROBES_FILE in found.usable:
         found.problems += probes_problems(folder / PROBES_FILE)
     return found
+
+
+def _inspect_tokens(found: Inspection, path: Path) -> None:
+    try:
+        found.added = read_added_tokens(path.read_bytes())
+    except ValueError as error:
+        found.problems.append(str(error))
+        return
+    last = found.added.tokens[-1]
+    if found.rows is not None and last.id >= found.rows:
+        found.problems.append(
+            f"its token {last.content!r:.80} has the number {last.id}, and base and adapter have {found.rows} rows together"
+        )
 
 
 def card_problems(content: bytes) -> list[str]:
@@ -217,6 +248,7 @@ def _inspect_weights(
         found.config, found.lora = binding.config, binding.lora
         found.problems += binding.problems
         found.notes += binding.notes
+        found.rows, found.brings_tokens = binding.rows, binding.brings_tokens
     broken = list(nonfinite_tensors(path, entries))
     if broken:
         found.problems.append(f"NaN or infinite values in {some(broken)}")

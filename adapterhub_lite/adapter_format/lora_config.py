@@ -421,9 +421,12 @@ def _problems(error: ValidationError) -> list[str]:
         )
         if place not in found or found[place]["type"] in ("list_type", "string_type", "int_type"):
             found[place] = one
-    inner = {place.rpartition(".")[0] for place in found}
+    inner = {place.rpartition(".")[0] for place in found if place}
     return [
+        # What is wrong with the whole has no place.
         f"adapter_config.json: {place:.80}: {one['msg']}, got {_short(one['input'])}"
+        if place
+        else f"adapter_config.json: {one['msg'].removeprefix('Value error, ')}"
         for place, one in found.items()
         if place not in inner
     ][:20]

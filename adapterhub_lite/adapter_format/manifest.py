@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_serializer, field_validator, model_validator
 
+from adapterhub_lite.adapter_format.added_tokens import ADDED_TOKENS_FILE
 from adapterhub_lite.adapter_format.lora_config import values_for
 from adapterhub_lite.adapter_format.probes import PROBES_FILE as PROBES_FILE
 from adapterhub_lite.adapter_format.strict_reading import StrictModel, strict_json
@@ -421,10 +422,12 @@ def adapter_digest(
     answer_schema: Mapping[str, Any] | None,
 ) -> str:
     """The identity of an adapter: over its weights, what decides in its configuration, its base, and, if any, the chat
-    template that it brings along and the schema of its answers."""
+    template and the tokens that it brings along and the schema of its answers."""
     decided = {"weights": files[WEIGHTS_FILE].sha256, "config": deciding_config, "base": base_fingerprint}
     if TEMPLATE_FILE in files:
         decided["template"] = files[TEMPLATE_FILE].sha256
+    if ADDED_TOKENS_FILE in files:
+        decided["added_tokens"] = files[ADDED_TOKENS_FILE].sha256
     if answer_schema is not None:
         decided["answer_schema"] = schema_text(answer_schema)
     return "sha256:" + hashlib.sha256(canonical_json(decided)).hexdigest()

@@ -115,9 +115,16 @@ def read_tensor_entries(path: Path, *, header_limit: int = MAX_HEADER_BYTES) -> 
     return entries
 
 
-def write_tensors(source: Path, target: Path, names: Mapping[str, str]) -> None:
-    """Copy the tensors of `source` that are in `names` (old name -> new name) to the new file `target`, byte for byte."""
-    kept = [entry for entry in read_tensor_entries(source) if entry.name in names]
+def write_tensors(source: Path, target: Path, names: Mapping[str, str], rows: Mapping[str, int] | None = None) -> None:
+    """Copy the tensors of `source` that are in `names` (old name -> new name) to the new file `target`, byte for byte.
+
+    Of those in `rows` (old name -> n), the first n rows are left out.
+    """
+    kept = [
+        _without_rows(entry, (rows or {}).get(entry.name, 0))
+        for entry in read_tensor_entries(source)
+        if entry.name in names
+    ]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for entry in kept:
@@ -135,6 +142,14 @@ def write_tensors(source: Path, target: Path, names: Mapping[str, str]) -> None:
                 block = file.read(min(BLOCK_BYTES, remaining))
                 out.write(block)
                 remaining -= len(block)
+
+
+def _without_rows(entry: TensorEntry, count: int) -> TensorEntry:
+    if not count:
+        return entry
+    each = (entry.end - entry.start) // entry.shape[0]
+    shape = (entry.shape[0] - count, *entry.shape[1:])
+    return TensorEntry(entry.name, entry.dtype, shape, entry.start + count * each, entry.end)
 
 
 def nonfinite_tensors(path: Path, entries: list[TensorEntry]) -> Iterator[str]:

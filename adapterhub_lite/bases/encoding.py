@@ -5,6 +5,7 @@ once: in front of a document, never in its middle, and the end token only where 
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -126,6 +127,26 @@ def ends_in(folder: Path) -> list[Any]:
     """What the two configurations in a folder say of end tokens."""
     files = [folder / name for name in ("generation_config.json", "config.json")]
     return [json.loads(path.read_bytes()).get("eos_token_id") for path in files if path.is_file()]
+
+
+# How byte-level tokenizers write bytes: printable ones as they are, the others from 256 on, as GPT-2 has it.
+PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
+OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
+BYTE_LETTERS = {chr(byte): byte for byte in PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(OTHERS)}
+BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def token_bytes(tokenizer: "PreTrainedTokenizerBase", token_id: int) -> bytes | None:
+    """The bytes that a token stands for, also where it is a piece of a character; None where that cannot be told."""
+    text = str(tokenizer.decode([token_id]))
+    if "\ufffd" not in text:
+        return text.encode()
+    piece = str(tokenizer.convert_ids_to_tokens(token_id))
+    if single := BYTE_PIECE.fullmatch(piece):
+        return bytes.fromhex(single[1])
+    if all(letter in BYTE_LETTERS for letter in piece):
+        return bytes(BYTE_LETTERS[letter] for letter in piece)
+    return text.encode() if "\ufffd" in piece else None
 
 
 def padding_id(tokenizer: "PreTrainedTokenizerBase") -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 from adapterhub_lite.bases.chat_template import TEMPLATE_FILE
 from adapterhub_lite.errors import UsageError
+from adapterhub_lite.files import settled_stamps
 
 # Written by the library that saved the folder; they change with its version, not with the model.
 VOLATILE_CONFIG_KEYS = frozenset({"transformers_version", "_name_or_path", "_model_name_or_path", "use_cache"})
@@ -78,8 +79,10 @@ def read_fingerprint(folder: str | Path) -> Fingerprint:
         )
     names = ["config.json", *TOKENIZER_FILES, *(path.name for path in weights)]
     files = [root / name for name in names if (root / name).is_file()]
-    # The time of modification can be set by whoever modifies; the inode and the time of change cannot.
-    stamp = {path.name: [s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns] for path in files for s in [path.stat()]}
+    stamps = settled_stamps(files)
+    if stamps is None:
+        return compute_fingerprint(root, weights)
+    stamp = {path.name: list(stamp) for path, stamp in zip(files, stamps, strict=True)}
     remembered = _read_memo(root, stamp)
     if remembered is not None:
         return remembered

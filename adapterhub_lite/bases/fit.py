@@ -1,19 +1,37 @@
-"""Whether an adapter is for a base: its modules that hold a matrix, and what it is called. From headers; no torch."""
+"""Whether an adapter is for a base: its modules that hold a matrix, its tokens, and what it is called.
+
+From headers; no torch. Tokens of an adapter's own are tried out with the base's tokenizer, for which transformers has to be
+there: what only keeps adapters has none, and that is said.
+"""
 
 import re
+import shutil
+from collections.abc import Sequence
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from adapterhub_lite.adapter_format.added_tokens import (
+    ADDED_TOKENS_FILE,
+    TOKENIZER_FILE,
+    AddedTokens,
+    added_tokens_of,
+    tokenizer_with,
+)
 from adapterhub_lite.adapter_format.binding import Modules
 from adapterhub_lite.adapter_format.folder import Inspection, inspect_folder
-from adapterhub_lite.adapter_format.manifest import TEMPLATE_FILE
+from adapterhub_lite.adapter_format.foreign.opening import Opened, carry, may_bring_tokens
+from adapterhub_lite.adapter_format.lora_config import read_lora_config
+from adapterhub_lite.adapter_format.manifest import CONFIG_FILE, TEMPLATE_FILE, WEIGHTS_FILE
 from adapterhub_lite.adapter_format.strict_reading import MAX_BASE_HEADER_BYTES, read_tensor_entries
 from adapterhub_lite.bases.bounded_template import can_lay_out, template_problem
 from adapterhub_lite.bases.fingerprint import ResolvedBase, is_commit
+from adapterhub_lite.bases.load import load_tokenizer
 from adapterhub_lite.bases.resolve import HUB_ID
 from adapterhub_lite.bases.structure import structure_in
 from adapterhub_lite.errors import BaseMismatchError
+from adapterhub_lite.files import FileStamp, settled_stamps
 
 
 def inspect_adapter(folder: Path, *, base: ResolvedBase | None = None, subject: str | None = None) -> Inspection:
@@ -25,12 +43,77 @@ def inspect_adapter(folder: Path, *, base: ResolvedBase | None = None, subject: 
         found = inspect_folder(folder, None, subject)
     else:
         found = inspect_folder(folder, base_modules(base.folder), subject, partial(structure_in, base.folder))
+    if found.added is not None and base is not None and has_tokenizers():
+        wrong = token_problem(found.added, base.folder)
+        found.problems += [wrong] if wrong else []
     if TEMPLATE_FILE in found.usable and not can_lay_out():
         found.notes.append(f"{TEMPLATE_FILE} was not tried out here: it is when the adapter is asked with a chat")
     elif TEMPLATE_FILE in found.usable:
         problem = template_problem((folder / TEMPLATE_FILE).read_bytes().decode("utf-8", "replace"))
         found.problems += [f"{TEMPLATE_FILE} lays out no chat: {problem}"] if problem else []
     return found
+
+
+# What most families call the modules that have a row per token.
+VOCABULARY = re.compile(r"(^|\.)(embed_tokens|wte|lm_head)$")
+
+
+def has_tokenizers() -> bool:
+    """Whether the tokenizer of a base can be loaded here."""
+    return find_spec("transformers") is not None
+
+
+def take_tokens(opened: Opened, source: Path, scratch: Path, base: Path) -> None:
+    """Put the texts of new tokens beside an adapter that has rows for tokens, out of the tokenizer that lies there.
+
+    `source` is what was opened, `scratch` the folder for copies, `base` that of the base.
+    """
+    places = [folder / TOKENIZER_FILE for folder in (opened.folder, source) if folder.is_dir()]
+    tokenizer = next((path for path in places if path.is_file() and not path.is_symlink()), None)
+    if tokenizer is None or (opened.folder / ADDED_TOKENS_FILE).exists() or not may_bring_tokens(opened.folder):
+        return
+    if not has_tokenizers():
+        opened.said.append(f"{TOKENIZER_FILE} was not read for new tokens, for want of transformers")
+        return
+    try:
+        added = added_tokens_of(tokenizer, frozenset(load_tokenizer(base).get_vocab()))
+    except (OSError, ValueError) as error:
+        opened.said.append(f"{TOKENIZER_FILE} was not read for new tokens: {error}")
+        return
+    # One that has no row was never seen in training: people add a padding token and do not resize.
+    kept = tuple(token for token in added.tokens if token.id < _rows(opened.folder, base)) if added else ()
+    if added is None or not kept:
+        return
+    added = AddedTokens(tokens=kept)
+    if not opened.folder.is_relative_to(scratch):
+        target = scratch / "with-tokens"
+        target.mkdir()
+        carry(opened.folder, target)
+        shutil.copyfile(opened.folder / WEIGHTS_FILE, target / WEIGHTS_FILE)
+        opened.folder = target
+    (opened.folder / ADDED_TOKENS_FILE).write_bytes(added.to_bytes())
+    opened.said.append(f"the texts of {len(added.tokens)} new tokens were taken out of {TOKENIZER_FILE}")
+
+
+def _rows(adapter: Path, base: Path) -> int:
+    """How many tokens a base and an adapter that was written here have rows for, at most."""
+    own = [shape[0] for name, shape in base_modules(base).items() if VOCABULARY.search(name)]
+    if not own:
+        return 1 << 24  # it calls them otherwise
+    entries = read_tensor_entries(adapter / WEIGHTS_FILE)
+    saved = [entry.shape[0] for entry in entries if VOCABULARY.search(entry.name.removesuffix(".weight"))]
+    given = read_lora_config((adapter / CONFIG_FILE).read_bytes()).trainable_token_indices or []
+    listed = [given] if isinstance(given, list) else list(given.values())
+    return max([*own, *saved, *(token + 1 for tokens in listed for token in tokens)])
+
+
+def token_problem(added: AddedTokens, base: Path) -> str | None:
+    """Why the tokenizer of the base in a folder does not take these tokens; None where it does."""
+    try:
+        tokenizer_with(added, load_tokenizer(base))
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def check_base(found: Inspection, base: ResolvedBase, *, differs: bool = False) -> str | None:
@@ -99,17 +182,19 @@ def base_modules(folder: Path) -> Modules:
 
     A head that shares the embedding's weight is listed as `lm_head` though no file holds it.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    stats = [(path, path.stat()) for path in files]
-    return _base_modules(
-        tuple((path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for path, stat in stats)
-    )
+    files = tuple(sorted(folder.glob("*.safetensors")))
+    stamps = settled_stamps(files)
+    return _read_modules(files) if stamps is None else _known_modules(files, stamps)
 
 
 @lru_cache(maxsize=8)
-def _base_modules(stamp: tuple[tuple[Path, int, int, int, int], ...]) -> Modules:
+def _known_modules(files: tuple[Path, ...], stamps: tuple[FileStamp, ...]) -> Modules:
+    return _read_modules(files)
+
+
+def _read_modules(files: Sequence[Path]) -> Modules:
     found: dict[str, tuple[int, ...]] = {}
-    for path, *_ in stamp:
+    for path in files:
         for entry in read_tensor_entries(path, header_limit=MAX_BASE_HEADER_BYTES):
             if entry.name.endswith(".weight") and len(entry.shape) == 2:
                 found[entry.name.removesuffix(".weight")] = entry.shape

@@ -1,7 +1,13 @@
-"""What the parts of a decoder's layers are, read off the modules themselves: norms, gated MLPs, attention.
+"""What a decoder's layers and their parts are, read off the modules themselves: norms, gated MLPs, attention.
 
-One description for whoever runs these parts in another way. Families differ in names and constants, not in kind: a part is
-described by what it holds, never by its class, and whoever uses a description compares with the module's own forward.
+One description for whoever runs these parts in another way, in training and in serving. Families differ in names and
+constants, not in kind: a part is described by what it holds, never by its class, and whoever uses a description compares
+with the module's own forward. A layer is, for the states x of its tokens,
+
+    x += m * after_attention(O attend(turn(Q y), turn(K y), V y))     y = before_attention(x)
+    x += m * after_mlp(D (act(G z) * U z))                            z = before_mlp(x)
+
+with the parts that it lacks left out.
 """
 
 from dataclasses import dataclass
@@ -37,7 +43,8 @@ class GateParts:
 class AttentionParts:
     """Projections to queries, keys and values, one by one or `joined` in this order; norms of each head, if any.
 
-    `rotates` is False in layers without positions; `window` is how many tokens a query sees, None for all before it.
+    `rotates` is False in layers without positions; `window` is how many tokens a query sees, None for all before it;
+    scores are capped at `softcap` where there is one.
     """
 
     queries: nn.Module | None
@@ -50,6 +57,83 @@ class AttentionParts:
     head_width: int
     rotates: bool
     window: int | None
+    softcap: float | None
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """A layer by the paths of its parts within it, "" for one that it lacks.
+
+    Several paths are products of one input. A norm of queries or keys is one of each head, or of all heads together, as
+    its weight is long.
+    """
+
+    query_key_value: tuple[str, ...]
+    attention_output: str
+    gate_up: tuple[str, ...]
+    mlp_output: str
+    activation: Activation
+    before_attention: str
+    after_attention: str
+    before_mlp: str
+    after_mlp: str
+    query_norm: str
+    key_norm: str
+
+    @property
+    def roles(self) -> tuple[tuple[str, ...], ...]:
+        """The linear layers, those with one input together, in the order in which a layer computes them."""
+        return self.query_key_value, (self.attention_output,), self.gate_up, (self.mlp_output,)
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """The norms that there are."""
+        named = (self.before_attention, self.after_attention, self.before_mlp, self.after_mlp)
+        return tuple(filter(None, (*named, self.query_norm, self.key_norm)))
+
+
+# The four places of norms, by the names of those that a layer has.
+FOUR = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+PLACES: dict[frozenset[str], tuple[str, str, str, str]] = {
+    frozenset(FOUR[:2]): (FOUR[0], "", FOUR[1], ""),
+    frozenset(FOUR): FOUR,
+    frozenset({FOUR[1], FOUR[3]}): ("", FOUR[1], "", FOUR[3]),
+}
+
+
+def layer_parts(layer: nn.Module) -> LayerParts | None:
+    """The parts of a layer that is one attention and one gated MLP with RMSNorms, None of any other."""
+    children = dict(layer.named_children())
+    attention = attention_parts(children["self_attn"]) if "self_attn" in children else None
+    gate = gate_parts(children["mlp"]) if "mlp" in children else None
+    if attention is None or gate is None:
+        return None
+    norms = frozenset(name for name, child in children.items() if norm_parts(child) is not None)
+    paths = {id(module): name for name, module in layer.named_modules()}
+    inner = [one for one in (attention.query_norm, attention.key_norm) if one is not None]
+    if norms not in PLACES or any(norm_parts(one) is None for one in inner):
+        return None
+    before_attention, after_attention, before_mlp, after_mlp = PLACES[norms]
+
+    def named(*modules: nn.Module | None) -> tuple[str, ...]:
+        return tuple(paths[id(module)] for module in modules if module is not None)
+
+    found = LayerParts(
+        query_key_value=named(attention.joined, attention.queries, attention.keys, attention.values),
+        attention_output=paths[id(attention.out)],
+        gate_up=named(gate.joined, gate.gate, gate.up),
+        mlp_output=paths[id(gate.down)],
+        activation=gate.activation,
+        before_attention=before_attention,
+        after_attention=after_attention,
+        before_mlp=before_mlp,
+        after_mlp=after_mlp,
+        query_norm="".join(named(attention.query_norm)),
+        key_norm="".join(named(attention.key_norm)),
+    )
+    described = {*found.norms, *(path for role in found.roles for path in role)}
+    # A weight that the description leaves out would be left out of the answers.
+    return found if {name.rpartition(".")[0] for name, _ in layer.named_parameters()} == described else None
 
 
 def norm_parts(module: nn.Module) -> NormParts | None:
@@ -101,7 +185,7 @@ def attention_parts(module: nn.Module) -> AttentionParts | None:
         return None
     if names not in (separate, {"qkv_proj", "o_proj"}):
         return None
-    if getattr(module, "attn_logit_softcapping", None) is not None or not getattr(module, "is_causal", True):
+    if not getattr(module, "is_causal", True):
         return None
     return AttentionParts(
         queries=children.get("q_proj"),
@@ -114,7 +198,21 @@ def attention_parts(module: nn.Module) -> AttentionParts | None:
         head_width=int(held.head_dim),
         rotates=bool(getattr(module, "use_rope", True)),
         window=window_of(module),
+        softcap=getattr(module, "attn_logit_softcapping", None),
     )
+
+
+def depends_on_length(config: Any) -> bool:  # a config of transformers
+    """Whether rotary frequencies depend on how long a row is: rows of one step would then change each other's."""
+
+    def kinds(value: object) -> set[str]:
+        if not isinstance(value, dict):
+            return set()
+        own = {str(value.get("rope_type"))}
+        return own.union(*map(kinds, value.values()))
+
+    text = config.get_text_config()
+    return bool(kinds(getattr(text, "rope_parameters", None)) & {"dynamic", "longrope"})
 
 
 def window_of(module: nn.Module) -> int | None:

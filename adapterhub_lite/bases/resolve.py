@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
-from adapterhub_lite.adapter_format.manifest import BaseRecord
+from adapterhub_lite.adapter_format.manifest import CONFIG_FILE, BaseRecord
 from adapterhub_lite.bases.embedded import EmbeddedBase, fetch_embedded_base
 from adapterhub_lite.bases.fingerprint import COMMIT, ResolvedBase, is_commit
 from adapterhub_lite.errors import HubPermissionError, HubUnreachableError, ResourceError, UnknownNameError
@@ -43,6 +43,8 @@ def resolve_base(
     `name` is an embedded base (`smollm2-135m`), a folder, or a Hub id (`org/model`, pinned to the commit that
     `revision` points to now). `progress` receives a short description of each slow step.
 
+    The folder of a Hub base in `home` is that base at its commit, not a nameless folder.
+
     What was fetched before is used without asking when `revision` is a commit, and when the hub cannot be reached or
     `HF_HUB_OFFLINE` is set, which is then logged once: a server can restart without a network.
 
@@ -59,9 +61,15 @@ def resolve_base(
         return ResolvedBase(name=text, model_id=embedded.base_model, folder=folder)
     path = Path(text).expanduser()
     if (path / "config.json").is_file():
-        return ResolvedBase(name=text, model_id=path.resolve().name, folder=path.resolve())
+        of_hub = _snapshot(path.resolve(), adapterhub_home(home) / "bases" / "hub")
+        return of_hub or ResolvedBase(name=text, model_id=path.resolve().name, folder=path.resolve())
     if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not path.exists():
         return fetch_from_hub(text, revision, adapterhub_home(home) / "bases", progress or (lambda _: None))
+    if (path / CONFIG_FILE).is_file():
+        raise UnknownNameError(
+            f"{text!r} holds an adapter, and a base is wanted: give the model that the adapter is for. To go on training it, give "
+            f"the trainer PeftModel.from_pretrained(base, {text!r}, is_trainable=True)."
+        )
     raise UnknownNameError.among("base", text, [*EMBEDDED_BASES, "a folder with config.json", "a Hub id org/model"])
 
 
@@ -217,3 +225,29 @@ def find_base(record: BaseRecord, home: Path) -> ResolvedBase | None:
     if not (cached / "config.json").is_file():
         return None
     return ResolvedBase(name=record.id, model_id=record.id, folder=cached, revision=record.revision)
+
+
+def known_bases(home: str | Path | None = None) -> list[ResolvedBase]:
+    """The bases that lie complete in this home, by name: those embedded, and each commit of the Hub's. Nothing is fetched."""
+    bases = adapterhub_home(home) / "bases"
+    found = [
+        ResolvedBase(name=name, model_id=embedded.base_model, folder=bases / name)
+        for name, embedded in EMBEDDED_BASES.items()
+        if (bases / name / "config.json").is_file()
+    ]
+    snapshots = [_snapshot(folder, bases / "hub") for folder in (bases / "hub").resolve().glob("models--*/snapshots/*")]
+    for one in snapshots:
+        if one is not None and (complete := _cached(one.name, str(one.revision), bases / "hub")):
+            found.append(complete)
+    return sorted(found, key=lambda base: (base.name, base.revision or ""))
+
+
+def _snapshot(folder: Path, cache: Path) -> ResolvedBase | None:
+    """The base of the Hub whose commit lies in `folder` of the cache; None for any other folder."""
+    repository = folder.parent.parent
+    repo_id = repository.name.removeprefix("models--").replace("--", "/", 1)
+    if repository.parent != cache.resolve() or folder.parent.name != "snapshots":
+        return None
+    if not COMMIT.fullmatch(folder.name) or not HUB_ID.fullmatch(repo_id):
+        return None
+    return ResolvedBase(name=repo_id, model_id=repo_id, folder=folder, revision=folder.name)

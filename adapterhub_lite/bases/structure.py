@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterhub_lite.adapter_format.changes import Structure
+from adapterhub_lite.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def structure_in(folder: Path) -> Structure:
@@ -30,10 +32,15 @@ def _built(folder: str, _content: str) -> Structure:
 
 
 def structure_for(config: Any) -> Structure:  # a config of transformers: its fields differ by family
-    """The structure of the causal language model that `config` describes."""
+    """The structure of the causal language model that `config` describes.
+
+    Raises:
+        ConfigurationError: it describes another kind of model.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
+    check_causal(config)
     config = copy.deepcopy(config)
     if getattr(config, "quantization_config", None) is not None:
         # Packed weights have other shapes than what they stand for.
@@ -41,6 +48,21 @@ def structure_for(config: Any) -> Structure:  # a config of transformers: its fi
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return structure_of(AutoModelForCausalLM.from_config(config))
+
+
+def check_causal(config: Any) -> None:  # a config of transformers
+    """Refuse what describes no causal language model.
+
+    Raises:
+        ConfigurationError: it does not.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ConfigurationError(
+            f"{type(config).__name__} describes no causal language model, and those are what is trained and served here. "
+            "Use transformers' own Trainer for others."
+        )
 
 
 def structure_of(model: "PreTrainedModel") -> Structure:
@@ -111,3 +133,18 @@ def is_product(module: "nn.Linear") -> bool:
 
 def _dense(module: "nn.Linear", name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (module.out_features, module.in_features) if name.endswith(".weight") else shape
+
+
+def token_bytes(config: "PretrainedConfig", dtype: "torch.dtype") -> int:
+    """Bytes that the keys and values of one token take in all layers, as far as a configuration says."""
+    layers = getattr(config, "per_layer_config", None)
+    if layers is not None:  # heads differ from layer to layer
+        return sum(_layer_bytes(layer, dtype) for layer in layers)
+    return _layer_bytes(config, dtype) * int(config.num_hidden_layers)
+
+
+def _layer_bytes(config: "PretrainedConfig", dtype: "torch.dtype") -> int:
+    heads = getattr(config, "num_attention_heads", None) or 1
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * int(kv_heads) * int(head_dim) * dtype.itemsize

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from adapterhub_lite.adapter_format.changes import Structure
+from adapterhub_lite.bases.fingerprint import ResolvedBase
 from adapterhub_lite.cli.output import DryRunOption, HomeOption, JsonOption, print_json, print_table, say, would
 from adapterhub_lite.errors import ConfigurationError, UnknownNameError
 
@@ -71,7 +72,7 @@ def doctor(
 
 def examine_base(base: str, home: str | Path | None) -> dict[str, str]:
     """What a base gets here, by topic; the base is loaded, and proven as the engine does at its start."""
-    from adapterhub_lite.bases import load_base_model, resolve_base
+    from adapterhub_lite.bases import load_base_model, load_tokenizer, resolve_base
     from adapterhub_lite.bases.structure import structure_of
     from adapterhub_lite.errors import AdapterHubError
     from adapterhub_lite.home import adapterhub_home
@@ -90,6 +91,7 @@ def examine_base(base: str, home: str | Path | None) -> dict[str, str]:
             answers["not planned"] = plan.predicted.unpredicted
     except AdapterHubError as error:
         answers["training, 1 x 512 tokens"] = f"no: {error}"
+    answers["training by all-linear"] = trained_by_default(resolved)
     model = load_base_model(resolved.folder)
     answers["class"] = type(model).__name__
     families, structure = find_families(model), structure_of(model)
@@ -105,18 +107,58 @@ def examine_base(base: str, home: str | Path | None) -> dict[str, str]:
             answers["why no faster way"] = "; ".join(verdict.reasons)
     except AdapterHubError as error:
         answers["serving"] = f"no: {error}"
-    layers = ", ".join(sorted({family.name.rsplit(".", 1)[-1] for family in families})) or "nothing"
+    layers = ", ".join(sorted({target_name(path) for family in families for path in family.paths})) or "nothing"
     answers["LoRA, served " + ("in one batch" if batched else "row by row")] = layers
     ends = [one for one in (structure.head, structure.embedding) if one]
-    experts = sorted({name.rpartition(".")[2] for name, shape in structure.parameters.items() if len(shape) == 3})
+    # The weight of a convolution by channel has three dimensions too, the second of which is 1.
+    experts = sorted({n.rpartition(".")[2] for n, s in structure.parameters.items() if len(s) == 3 and s[1] > 1})
     apart = [f"LoRA on {' and '.join(ends)}", "DoRA, lora_bias", "modules_to_save", "trainable_token_indices"]
     if experts:
         apart.insert(1, f"experts ({', '.join(experts)}), as target_parameters")
     answers["served " + ("apart from others" if batched else "row by row too")] = "; ".join(apart)
+    answers["tokens of an adapter's own"] = new_tokens_of(structure, len(load_tokenizer(resolved.folder)))
+    answers["merging"] = "a LoRA bias only where its layer has a bias"
     if structure.tied:
-        answers["merging"] = f"one of {' and '.join(ends)} alone needs --untie: the base has one matrix for both"
+        answers["merging"] += f"; one of {' and '.join(ends)} alone needs --untie: the base has one matrix for both"
     answers["refused"] = "; ".join([*unfit_layers(structure), "DoRA on an embedding", "bias, layer_replication, aLoRA"])
     return answers
+
+
+def target_name(path: str) -> str:
+    """What `target_modules` call a layer: its last name, with the one before where that is a number, as layers have."""
+    before, _, last = path.rpartition(".")
+    return f"{before.rpartition('.')[2]}.{last}" if last.isdigit() else last
+
+
+def trained_by_default(base: ResolvedBase) -> str:
+    """Whether the trainer's own choice of layers is trained, by the check that it makes; no weights are read."""
+    import torch
+
+    from adapterhub_lite.bases import load_tokenizer
+    from adapterhub_lite.memory import build_model, read_config
+    from adapterhub_lite.training.arguments import AdapterTrainingArguments
+    from adapterhub_lite.training.model.adapters import OpenedBase, with_adapter
+    from adapterhub_lite.training.model.before_training import check_before_training
+
+    args, opened = AdapterTrainingArguments(output_dir="unused"), OpenedBase(None, base, load_tokenizer(base.folder))
+    try:
+        with torch.device("meta"):
+            adapted = with_adapter(build_model(read_config(base), dtype=torch.float32), args, None, opened)
+            check_before_training(adapted, base, whole=True)
+    except ConfigurationError as error:
+        return f"no: {error} Name the layers in the target_modules of a peft_config"
+    return "yes"
+
+
+def new_tokens_of(structure: Structure, tokens: int) -> str:
+    """Whether an adapter may bring tokens along, by the rows of its base; `tokens` are those of its tokenizer."""
+    others = sorted(
+        name for name in structure.embeddings - {structure.embedding, structure.head} if "per_layer" in name
+    )
+    free = max(0, ((structure.shape_of(f"{structure.embedding}.weight") or (0,))[0]) - tokens)
+    if others:
+        return f"{free}, in rows that no token takes; not more: {others[0]} has a row per token too"
+    return f"yes; {free} in rows that no token takes, and more, for which embedding and head grow beside the base's"
 
 
 def unfit_layers(structure: Structure) -> list[str]:

@@ -29,6 +29,7 @@ from adapterhub_lite.cli.share.push_pull import pull, push
 from adapterhub_lite.cli.train.evaluate import evaluate
 from adapterhub_lite.cli.train.plan import plan
 from adapterhub_lite.cli.train.preview import preview
+from adapterhub_lite.cli.train.runs import runs
 from adapterhub_lite.cli.train.sweep import sweep
 from adapterhub_lite.cli.train.train import train
 from adapterhub_lite.errors import AdapterHubError, RunStoppedError
@@ -40,6 +41,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "preview": preview,
     "train": train,
     "sweep": sweep,
+    "runs": runs,
     "eval": evaluate,
     "add": add,
     "list": list_adapters,
@@ -74,7 +76,7 @@ VERBS: dict[str, Callable[..., None]] = {
 WIDE = 120
 # How `--help` groups them.
 PANELS = {
-    "Train": ("preview", "plan", "train", "sweep", "eval"),
+    "Train": ("preview", "plan", "train", "sweep", "runs", "eval"),
     "Keep": (
         "add",
         "list",

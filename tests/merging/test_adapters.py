@@ -1,5 +1,6 @@
 """Merging adapters: what PEFT gets wrong is a test here, against the deltas that PEFT itself applies."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,17 @@ def test_unequal_ranks_targets_and_scalings_add_up(add: Add, merge: Callable[...
     assert distance(deltas(merged.manifest.reference), truth) < EXACT
     lora = merged.manifest.lora
     assert (lora.rank, lora.scaling, lora.modules_bound) == (10, 1.0, 6)
+
+
+def test_a_merge_names_its_base(
+    add: Add, merge: Callable[..., Any], registry: AdapterRegistry, caplog: pytest.LogCaptureFixture
+) -> None:
+    add("a", seed=1)
+    add("b", seed=2)
+    caplog.clear()
+    manifest = merge(["a", "b"]).manifest
+    named = json.loads(registry.file(manifest, "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == manifest.base.id and not caplog.messages
 
 
 def test_patterns_of_rank_and_alpha_are_honoured(add: Add, merge: Callable[..., Any], deltas: Deltas) -> None:

@@ -25,6 +25,12 @@ def test_the_same_seed_gives_the_same_rows_and_another_seed_others(name: str) ->
 
 
 @pytest.mark.parametrize("name", sorted(TASKS))
+def test_questions_to_try_are_held_out(name: str) -> None:
+    task = TASKS[name]
+    assert set(task.questions(4)) == questions(task.rows(4, split="held-out"))
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
 @given(seed=st.integers(0, 1000), other=st.integers(0, 1000))
 def test_no_question_is_in_both_splits(name: str, seed: int, other: int) -> None:
     task = TASKS[name]

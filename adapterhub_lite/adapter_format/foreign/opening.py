@@ -15,17 +15,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from adapterhub_lite.adapter_format.added_tokens import (
+    ADDED_TOKENS_FILE,
+    MAX_TOKENIZER_BYTES,
+    TOKENIZER_FILE,
+)
 from adapterhub_lite.adapter_format.binding import some
 from adapterhub_lite.adapter_format.changes import PREFIX, is_saved, module_and_part
 from adapterhub_lite.adapter_format.folder import ALLOWED_SIZES, PICKLED_WEIGHTS
 from adapterhub_lite.adapter_format.foreign.archives import is_archive, unpack
 from adapterhub_lite.adapter_format.foreign.child import convert_in_child
 from adapterhub_lite.adapter_format.foreign.mlx import MLX_WEIGHTS, convert_mlx, is_mlx
+from adapterhub_lite.adapter_format.foreign.new_rows import own_rows, take_new_rows
 from adapterhub_lite.adapter_format.lora_config import MAX_CONFIG_BYTES, read_lora_config
-from adapterhub_lite.adapter_format.manifest import CONFIG_FILE, RECORD_FILE, WEIGHTS_FILE
+from adapterhub_lite.adapter_format.manifest import CONFIG_FILE, RECORD_FILE, TEMPLATE_FILE, WEIGHTS_FILE
 from adapterhub_lite.adapter_format.probes import PROBES_FILE
 from adapterhub_lite.adapter_format.strict_reading import (
-    MAX_BASE_HEADER_BYTES,
     TensorEntry,
     read_tensor_entries,
     strict_json,
@@ -87,7 +92,8 @@ WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 ADAPTER_NAME = re.compile(r"(.*\.lora_(?:A|B))\.([A-Za-z0-9_-]+)\.(weight|bias)")
 MAGNITUDE = re.compile(r"(.*\.lora_magnitude_vector)(?:\.([A-Za-z0-9_-]+?))??(?:\.weight)?")
 COPY = re.compile(
-    re.escape(PREFIX) + r"(?P<module>[A-Za-z0-9_.]+?)(?:\.base_layer|\.original_module|\.modules_to_save(?:\.\w+)?)?"
+    re.escape(PREFIX) + r"(?P<module>[A-Za-z0-9_.]+?)"
+    r"(?P<frozen>\.token_adapter\.base_layer|\.base_layer|\.original_module)?(?P<trained>\.modules_to_save(?:\.\w+)?)?"
     r"\.(?P<part>weight|bias)"
 )
 # What the tensors of other kinds of adapters are called, and whose they are.
@@ -104,10 +110,14 @@ FOREIGN = (
 
 @dataclass
 class Renaming:
-    """How a weights file becomes PEFT's: old name -> new name, and which tensors are copies of the base's."""
+    """How a weights file becomes PEFT's: old name -> new name, and which tensors are copies of the base's.
+
+    Of those in `rows` (old name -> n), the first n rows are such a copy, and those behind are of new tokens.
+    """
 
     names: dict[str, str] = field(default_factory=dict)
     copies: dict[str, tuple[str, str]] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -124,6 +134,7 @@ def plan_renaming(subject: str, entries: Iterable[TensorEntry]) -> Renaming:
     """
     found = Renaming()
     adapters: set[str] = set()
+    kept: dict[tuple[str, str], tuple[int, str]] = {}
     unwrapped, prefixed = [], []
     for entry in entries:
         name = ".".join(part for part in entry.name.split(".") if part not in WRAPPERS).removeprefix("module.")
@@ -142,9 +153,12 @@ def plan_renaming(subject: str, entries: Iterable[TensorEntry]) -> Renaming:
             name = PREFIX + name
         copy = COPY.fullmatch(name)
         if copy and not module_and_part(name):
-            found.copies[entry.name] = (copy["module"], copy["part"])
+            # PEFT may write one three times: as it is used, as it was trained, and as it was before.
+            where, order = (copy["module"], copy["part"]), 2 if copy["frozen"] else 1 if copy["trained"] else 0
+            kept[where] = min(kept.get(where, (order, entry.name)), (order, entry.name))
         else:
             found.names[entry.name] = name
+    found.copies = {name: where for where, (_, name) in kept.items()}
     if len(adapters) > 1:
         raise AdapterRejectedError(subject, [f"its weights hold several adapters: {some(sorted(adapters))}"])
     if len(set(found.names.values())) < len(found.names):
@@ -190,56 +204,30 @@ def rewrite(
                 subject,
                 [
                     f"it holds whole tensors of the base that {known} ({some(changed)}), and its configuration does not say "
-                    "that they are part of it (modules_to_save): for a resized vocabulary, save the resized base first"
+                    "that they are part of it (modules_to_save)"
                 ],
             )
     if plan.copies:
         notes.append(
             f"{len(plan.copies)} unchanged copies of the base's own tensors were dropped ({some(sorted(plan.copies))})"
         )
-    write_tensors(source, target, plan.names)
+    write_tensors(source, target, plan.names, plan.rows)
     return notes
 
 
 def _same_as_base(source: Path, name: str, where: tuple[str, str], base: Path | None) -> bool:
     """Whether a tensor of the adapter is the base's own, rounded to the adapter's dtype."""
-    found = _in_base(base, *where) if base else None
-    if found is None:
-        return False
-    from safetensors import safe_open
-
-    path, own = found
-    with safe_open(source, framework="pt") as ours, safe_open(path, framework="pt") as theirs:
-        one, other = ours.get_slice(name), theirs.get_slice(own)
-        shape = one.get_shape()
-        if shape != other.get_shape() or not shape:
-            return False
-        # In blocks of rows: an embedding may be gigabytes.
-        step = max(1, (1 << 22) // max(1, shape[-1]))
-        for start in range(0, shape[0], step):
-            block = one[start : start + step]
-            if not bool((block == other[start : start + step].to(block.dtype)).all()):
-                return False
-    return True
-
-
-def _in_base(base: Path, module: str, part: str) -> tuple[Path, str] | None:
-    """The file and name of a tensor of the base; a head without one is the embedding."""
-    wanted = [f"{module}.{part}", f"{module.partition('.')[2]}.{part}"]
-    entries = {
-        entry.name: path
-        for path in sorted(base.glob("*.safetensors"))
-        for entry in read_tensor_entries(path, header_limit=MAX_BASE_HEADER_BYTES)
-    }
-    if module.endswith("lm_head") and not any(name.endswith("lm_head.weight") for name in entries):
-        wanted += [name for name in ("head.weight", "output.weight") if name in entries]
-        wanted += [name for name in entries if re.fullmatch(r"(.*\.)?(embed_tokens|wte)\.weight", name)]
-    return next(((entries[name], name) for name in wanted if name in entries), None)
+    return own_rows(source, name, where, base, longer=False) is not None
 
 
 GGUF_MAGIC = b"GGUF"
 MAX_FOREIGN_BYTES = 4 << 30
-ARCHIVED_SIZES = {**ALLOWED_SIZES, MLX_WEIGHTS: MAX_FOREIGN_BYTES, PICKLED_WEIGHTS: MAX_FOREIGN_BYTES}
+ARCHIVED_SIZES = {
+    **ALLOWED_SIZES,
+    MLX_WEIGHTS: MAX_FOREIGN_BYTES,
+    PICKLED_WEIGHTS: MAX_FOREIGN_BYTES,
+    TOKENIZER_FILE: MAX_TOKENIZER_BYTES,
+}
 
 
 @dataclass
@@ -315,14 +303,14 @@ def _converted(opened: Opened, scratch: Path, kind: str, file: Path, subject: st
             raise AdapterRejectedError(subject, ["a GGUF adapter is converted for its base: give base= (--base)"])
         more = [str(target / CONFIG_FILE), str(base)]
     else:
-        _carry(opened.folder, target)
+        carry(opened.folder, target)
     opened.said.append(convert_in_child(subject, kind, file, target / WEIGHTS_FILE, *more))
     return Opened(target, opened.said, opened.left_alone)
 
 
-def _carry(folder: Path, target: Path) -> None:
+def carry(folder: Path, target: Path) -> None:
     """Copy the small files of an adapter; what is no plain file or too large is left to the survey of the original."""
-    for name in (CONFIG_FILE, PROBES_FILE, RECORD_FILE):
+    for name in (CONFIG_FILE, PROBES_FILE, RECORD_FILE, TEMPLATE_FILE, ADDED_TOKENS_FILE):
         path = folder / name
         if _plain(path) and path.stat().st_size <= ALLOWED_SIZES[name]:
             (target / name).write_bytes(path.read_bytes())
@@ -342,13 +330,43 @@ def _rename(opened: Opened, scratch: Path, subject: str, base: Path | None) -> N
         return
     target = scratch / "renamed"
     target.mkdir()
-    _carry(opened.folder, target)
+    carry(opened.folder, target)
+    if plan.copies:
+        _take_new_rows(opened, weights, target / CONFIG_FILE, plan, base)
     saved = _saved_modules(target / CONFIG_FILE)
     copies = bool(plan.copies)
     opened.said += rewrite(subject, weights, target / WEIGHTS_FILE, plan, base, saved)
     if copies and not any(is_saved(name, saved) for name in plan.names.values()):
         _without_saved_modules(target / CONFIG_FILE)
     opened.folder = target
+
+
+def may_bring_tokens(folder: Path) -> bool:
+    """Whether the adapter in a folder says that it has rows for tokens, or whole tensors of the base that may have new ones."""
+    try:
+        settings = read_lora_config((folder / CONFIG_FILE).read_bytes())
+        plan = plan_renaming("", read_tensor_entries(folder / WEIGHTS_FILE))
+    except (OSError, ValueError, AdapterRejectedError):
+        return False
+    return bool(settings.trainable_token_indices or settings.modules_to_save or plan.copies)
+
+
+def _take_new_rows(opened: Opened, weights: Path, config: Path, plan: Renaming, base: Path | None) -> None:
+    """Of embeddings that were resized, keep the rows of new tokens; what is wrong is said by the inspection."""
+    try:
+        settings = read_lora_config(config.read_bytes())
+        found = strict_json(config.read_bytes(), what=CONFIG_FILE, limit=MAX_CONFIG_BYTES)
+    except (OSError, ValueError):
+        return
+    where = dict(plan.copies)
+    plan.rows, changes = take_new_rows(
+        weights, plan.names, plan.copies, settings,
+        lambda name: own_rows(weights, name, where[name], base, longer=True),
+    )  # fmt: skip
+    if changes:
+        config.write_text(json.dumps(found | changes))
+    if plan.rows:
+        opened.said.append(f"of {len(plan.rows)} resized tensors the rows that the base has not were kept")
 
 
 def _saved_modules(path: Path) -> tuple[str, ...]:

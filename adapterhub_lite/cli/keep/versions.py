@@ -23,6 +23,7 @@ from adapterhub_lite.cli.output import (
     waiting,
     would,
 )
+from adapterhub_lite.runs.state import note_added
 
 MOST_ROWS = 50
 ReferenceArgument = Annotated[str, typer.Argument(help="name, name:version, name@alias or a digest.")]
@@ -95,13 +96,11 @@ def add(
             folder,
             name,
             base=resolved,
-            task=task,
-            examples=example or (),
-            tags=tag or (),
-            answer_schema=answer_schema,
+            task=task, examples=example or (), tags=tag or (), answer_schema=answer_schema,
             verify="probes" if probes else "files",
             convert=convert, base_differs=base_differs, tell=said.append,
         )  # fmt: skip
+    note_added(folder, manifest.reference)
     for line in said:
         say(line)
     if as_json:

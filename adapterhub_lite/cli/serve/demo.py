@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from adapterhub_lite.cli.output import HomeOption
+from adapterhub_lite.cli.output import HomeOption, say, waiting
 
 
 def demo(
@@ -36,4 +36,8 @@ def demo(
     """
     from adapterhub_app.launch import serve
 
-    serve(base, home=home, host=host, port=port, users=users, hub=endpoint, allowed_hosts=allowed_hosts)
+    loading = waiting(f"loading {base} and proving that it is computed right")
+    serve(
+        base, home=home, host=host, port=port, users=users, hub=endpoint, allowed_hosts=allowed_hosts,
+        loading=loading, tell=say,
+    )  # fmt: skip

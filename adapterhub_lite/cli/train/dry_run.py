@@ -1,11 +1,12 @@
 """`train --dry-run`: what a run would do and need, without reading a weight."""
 
 from dataclasses import asdict
+from typing import Any
 
 from adapterhub_lite.bases.resolve import EMBEDDED_BASES
 from adapterhub_lite.cli.output import say, would
 from adapterhub_lite.home import adapterhub_home
-from adapterhub_lite.training.settings import TYPICAL_LENGTH, TrainingRecipe
+from adapterhub_lite.training.settings import TYPICAL_LENGTH, TrainingRecipe, token_texts
 
 
 def rehearse(
@@ -36,14 +37,18 @@ def rehearse(
                 f"fetch {base}, which is not here yet, then {act}", as_json, rows=rows, settings=asdict(recipe)
             )
         source = str(made)
-    lengths = measure_rows(source, data, max_length=recipe.max_length, settings=recipe) if data is not None else None
+    lengths = None
+    if data is not None:
+        added = token_texts(recipe.added_tokens) or ()
+        lengths = measure_rows(source, data, max_length=recipe.max_length, settings=recipe, added_tokens=added)
+    planned, targets = with_new_rows(source, recipe) if recipe.added_tokens else (source, recipe.target_modules)
     plan = plan_memory(
-        source,
+        planned,
         batch_size=recipe.batch_size,
         sequence_length=lengths.of_step(recipe.batch_size) if lengths else recipe.max_length or TYPICAL_LENGTH,
         world_size=devices,
         rank=recipe.rank,
-        target_modules=recipe.target_modules,
+        target_modules=targets,
         preset=recipe.memory_preset,
         home=home,
     )
@@ -64,3 +69,20 @@ def rehearse(
         predicted_bytes=plan.predicted.total,
         settings=asdict(recipe),
     )
+
+
+def with_new_rows(base: str, recipe: TrainingRecipe) -> tuple[Any, Any]:
+    """What is planned for a run with added tokens: the base's configuration with their rows, and the adapter that has them."""
+    from adapterhub_lite.memory import GivenAdapter
+    from adapterhub_lite.training.arguments import AdapterTrainingArguments
+    from adapterhub_lite.training.data.lengths import tokenizer_of
+    from adapterhub_lite.training.data.vocabulary import new_tokens, with_tokens
+    from adapterhub_lite.training.model.adapters import to_be_planned
+    from adapterhub_lite.training.model.new_rows import check_can_bring
+
+    args = AdapterTrainingArguments(output_dir="unused", **{**recipe.arguments(), "report_to": "none"})
+    own, _ = tokenizer_of(base)
+    added = new_tokens(with_tokens(own, args.added_tokens or []), own)
+    check_can_bring(added, args)
+    grown, adapter = to_be_planned(base, added, args, None)
+    return grown, GivenAdapter.of(adapter)

@@ -1,5 +1,6 @@
 """`eval`: base and adapter compared by exact match, loss, the user's own functions, or whole benchmarks."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from adapterhub_lite.cli.output import (
     waiting,
     would,
 )
+from adapterhub_lite.cli.train.after import show_failures
 from adapterhub_lite.training.settings import RowSettings
 
 METRIC = (
@@ -62,10 +64,12 @@ def evaluate(
         act = f"measure {', '.join([*metrics, *(harness or [])])} of {manifest.reference} and {base}"
         return would(f"{act} on {len(rows)} rows", as_json, rows=len(rows))
     source = Path(data).name if data and Path(data).exists() else data or f"adapterhub-lite/tasks/{task}, held-out"
-    with waiting("measuring base and adapter"):
+    answered: list[evaluation.AnsweredRow] = []
+    with waiting("loading the base") as tell:
         found = evaluation.measure(
-            registry, manifest, base, rows, metrics, max_new_tokens=max_new_tokens, home=home, settings=settings
-        )
+            registry, manifest, base, rows, metrics, max_new_tokens=max_new_tokens, home=home, settings=settings,
+            answered_rows=answered, tell=lambda done: tell(f"{done} of {2 * len(rows)} answers, of base and adapter"),
+        )  # fmt: skip
     measured = [(one, source) for one in found]
     if harness:
         resolved = resolve_base(base, home=home)
@@ -81,5 +85,6 @@ def evaluate(
     print_table(
         f"{len(rows)} rows of {source}" if rows else "Benchmarks", ("metric", "base", manifest.reference), lines
     )
+    show_failures([asdict(row) for row in answered if row.adapter.strip() != row.wanted.strip()])
     if record:
         say(f"Recorded: see `adapterhub-lite show {manifest.reference}`.")

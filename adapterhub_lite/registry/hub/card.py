@@ -76,7 +76,7 @@ def _summary(manifest: AdapterManifest) -> str:
     task = f"Task: {_inline(manifest.task.rstrip('.'))}.\n\n" if manifest.task else ""
     revision = f", revision `{base.revision}`" if base.revision else ""
     parents = "".join(
-        f"\n- merged from `{parent.reference}` with weight {parent.weight:g}, digest `{parent.digest}`"
+        f"\n- merged from `{_inline(parent.reference)}` with weight {parent.weight:g}, digest `{parent.digest}`"
         for parent in manifest.parents
     )
     return (
@@ -89,7 +89,8 @@ def _summary(manifest: AdapterManifest) -> str:
 def _usage(manifest: AdapterManifest, repo_id: str) -> str:
     """Two programs that run as they are, and ask as the adapter was trained: by chat messages, or by raw text."""
     record, base, tag = manifest.training, hub_id(manifest.base.id), f"v{manifest.version}"
-    revision = f', revision="{manifest.base.revision}"' if is_commit(manifest.base.revision) else ""
+    pinned = manifest.base.revision
+    revision = f', revision="{pinned}"' if pinned and is_commit(pinned) else ""
     chats = record.text.of_chats if record and record.text else None
     embedded = (name for name, one in EMBEDDED_BASES.items() if one.base_model == manifest.base.id)
     served = base if revision else next(embedded, base)

@@ -15,7 +15,9 @@ from typing import Literal
 
 from filelock import FileLock
 
+from adapterhub_lite.adapter_format.added_tokens import ADDED_TOKENS_FILE, TOKENIZER_FILE
 from adapterhub_lite.adapter_format.folder import ALLOWED_SIZES
+from adapterhub_lite.adapter_format.foreign.opening import ARCHIVED_SIZES, may_bring_tokens
 from adapterhub_lite.adapter_format.manifest import (
     CONFIG_FILE,
     MANIFEST_FILE,
@@ -254,12 +256,11 @@ def _take_in(asked: _Pull, sha: str, tag: str | None, listed: Listing, folder: P
     manifest = read_manifest(_fetch(asked, sha, MANIFEST_FILE, listed, folder).read_bytes())
     if tag not in (None, f"v{manifest.version}"):
         raise IntegrityError(f"{repo.id} says {tag}, its manifest says v{manifest.version}. Do not trust it.")
-    if expected is not None and (manifest.digest, manifest.files) != (expected.digest, expected.files):
-        raise IntegrityError(
-            f"{repo.id} has another adapter as v{manifest.version} than the lock: wanted {expected.digest}, "
-            f"got {manifest.digest}. Nothing was taken in."
-        )
+    if expected is not None:
+        _check_locked(repo, manifest, expected)
     here = _intact(asked.store, asked.name, manifest.digest)
+    if here is not None and expected is not None and here.version != expected.version:
+        here = None  # it is asked for by the version that the lock gives it
     # What the policy refuses as it is here may have been signed meanwhile.
     if here is not None and not (SIGNATURE_FILE in listed and distrusted(asked.store, here)):
         return _checked(asked, PullReceipt(here, sha, "store"))
@@ -289,9 +290,20 @@ def _take_in(asked: _Pull, sha: str, tag: str | None, listed: Listing, folder: P
     return PullReceipt(taken, sha, "hub")
 
 
+def _check_locked(repo: HubRepo, manifest: AdapterManifest, locked: LockedAdapter) -> None:
+    same = {"digest": manifest.digest == locked.digest, "base": manifest.base.fingerprint == locked.base.fingerprint}
+    for name in sorted({*manifest.files, *locked.files}):
+        same[name] = manifest.files.get(name) == locked.files.get(name)
+    if wrong := [what for what, equal in same.items() if not equal]:
+        raise IntegrityError(
+            f"{repo.id} has another adapter as v{manifest.version} than the lock: wanted {locked.digest}, got "
+            f"{manifest.digest}, with another {', another '.join(wrong)}. Nothing was taken in."
+        )
+
+
 def _fetch(asked: _Pull, sha: str, name: str, listed: Listing, folder: Path, inside: str = "") -> Path:
     """One file of the adapter, of no more bytes than the hub lists, and no more than such a file may have."""
-    size, most = listed[name].size, ALLOWED_SIZES[name]
+    size, most = listed[name].size, ARCHIVED_SIZES[name]
     if size > most:
         raise AdapterRejectedError(asked.repo.id, [f"{name} has {size} bytes, at most {most} are taken"])
     asked.tell(f"fetching {name}, {size} bytes")
@@ -366,9 +378,9 @@ def _adopt(asked: _Pull, sha: str, listed: Listing, folder: Path) -> PullReceipt
         raise AdapterRejectedError(repo.id, missing)
     plain = folder / "adapter"
     shutil.rmtree(plain, ignore_errors=True)
-    for name in (CONFIG_FILE, WEIGHTS_FILE, TEMPLATE_FILE):
-        if name not in listed:
-            continue  # a template alone may be missing: then it was asked with the base's
+    for name in (CONFIG_FILE, WEIGHTS_FILE, TEMPLATE_FILE, ADDED_TOKENS_FILE, TOKENIZER_FILE):
+        if name not in listed or (name == TOKENIZER_FILE and not may_bring_tokens(plain)):
+            continue  # without a template it was asked with the base's
         try:
             fetched = _fetch(asked, sha, name, listed, folder, inside)
         except IntegrityError:

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
+from adapterhub_lite.adapter_format.added_tokens import ADDED_TOKENS_FILE
 from adapterhub_lite.adapter_format.folder import ALLOWED_SIZES, Inspection, Survey, survey_folder
 from adapterhub_lite.adapter_format.foreign.opening import open_adapter
 from adapterhub_lite.adapter_format.lora_config import LoraConfigFile
@@ -39,7 +40,7 @@ from adapterhub_lite.adapter_format.manifest import (
 from adapterhub_lite.bases import ResolvedBase, find_base
 from adapterhub_lite.bases.chat_template import TEMPLATE_FILE
 from adapterhub_lite.bases.fingerprint import is_commit
-from adapterhub_lite.bases.fit import check_base, inspect_adapter
+from adapterhub_lite.bases.fit import check_base, inspect_adapter, take_tokens
 from adapterhub_lite.errors import BaseMismatchError, DataError, IntegrityError, UsageError
 from adapterhub_lite.registry.operations.sign import incoming_signature, keep_signature, signature_problem
 from adapterhub_lite.registry.store.database import stored_digest
@@ -68,7 +69,7 @@ def scrub(value: Json) -> Json:
 
 logger = logging.getLogger(__name__)
 
-CARRIED_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, PROBES_FILE, TEMPLATE_FILE})
+CARRIED_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, PROBES_FILE, TEMPLATE_FILE, ADDED_TOKENS_FILE})
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,8 @@ def add_adapter(
         raise UsageError(f"There is no adapter folder {str(folder)!r}. Give the folder that training saved.")
     with store.staging() as scratch, store.staging() as staging:
         opened = open_adapter(folder, scratch, base=base.folder if base else None, convert=reading.convert)
+        if base is not None:
+            take_tokens(opened, folder, scratch, base.folder)
         survey = _stage(opened.folder, staging)
         training = _staged_record(staging)
         base = base or (find_base(training.base, store.home) if training else None)

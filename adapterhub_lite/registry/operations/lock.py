@@ -145,9 +145,12 @@ def verify_lock(store: Store, lock: Lock, *, bases: Sequence[ResolvedBase] = ())
 def adapter_problems(store: Store, locked: LockedAdapter) -> list[str]:
     """What of a locked adapter is missing here or different, byte for byte, or refused by the policy of signatures."""
     try:
-        manifest = store.resolve(locked.digest)
+        # By the name that it is asked for: the same bytes under another one are not what would answer.
+        manifest = store.resolve(locked.reference)
     except UnknownNameError:
-        return [f"the adapter {locked.digest} is not here; pull it with --locked"]
+        return [f"the adapter {locked.digest} is not here under that name; pull it with --locked"]
+    if manifest.digest != locked.digest:
+        return [f"it is {manifest.digest} here, locked is {locked.digest}"]
     refused = distrusted(store, manifest)
     problems = [refused] if refused else []
     for filename, promised in locked.files.items():

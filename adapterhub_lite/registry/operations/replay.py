@@ -8,6 +8,7 @@ from adapterhub_lite.adapter_format.manifest import AdapterManifest
 from adapterhub_lite.adapter_format.probes import PROBES_FILE, ProbeResult, read_probes, replay_probes, write_probes
 from adapterhub_lite.adapter_format.quantization import Quantization
 from adapterhub_lite.bases import ResolvedBase, find_base, load_base_model, load_tokenizer, saved_dtype
+from adapterhub_lite.bases.fit import inspect_adapter
 from adapterhub_lite.errors import BaseMismatchError, UsageError
 from adapterhub_lite.registry.store.store import Store
 
@@ -82,4 +83,7 @@ def adapted_model(folder: Path, base: ResolvedBase, quantization: str | None = N
     dtype = getattr(torch, name if name in ("float32", "float16", "bfloat16") else "float32")
     config = kind.bitsandbytes(dtype) if kind else None
     model = load_base_model(base.folder, dtype=dtype, quantization_config=config)
+    found = inspect_adapter(folder, base=base)
+    if found.brings_tokens:
+        model.resize_token_embeddings(found.rows, mean_resizing=False)
     return PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False).eval()

@@ -41,7 +41,7 @@ from adapterhub_lite.adapter_format.manifest import (
 )
 from adapterhub_lite.adapter_format.strict_reading import StrictModel
 from adapterhub_lite.errors import IntegrityError, RegistryError, ResourceError, UnknownNameError, UsageError
-from adapterhub_lite.file_locks import claim, lock_file
+from adapterhub_lite.files import claim, lock_file
 from adapterhub_lite.registry.store.database import (
     Database,
     find_manifest,

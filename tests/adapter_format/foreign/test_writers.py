@@ -203,6 +203,12 @@ REFUSED: dict[str, tuple[Change, str]] = {
         "several adapters: one, two",
     ),
     "pickled": (lambda f: pickled(f), r"--convert"),
+    # A base has its model's names, or leaves out their first part; these are another model's.
+    "the text half of a larger model": (
+        renamed(lambda n: n.replace("base_model.model.", "base_model.model.language_model.")),
+        "have tensors but are not targeted in the base: language_model.model",
+    ),
+    "nothing to adapt": (set_config(target_modules=None), "it names nothing to adapt: target_modules is empty"),
 }
 
 
@@ -342,7 +348,7 @@ def test_a_frozen_copy_of_the_head_is_dropped_and_a_trained_one_kept(
         assert manifest.lora.also == ("whole modules",) and len(kept) == len(tensors) + 1
     before = len(registry.list())
     for wrong, reason in (
-        (torch.cat([embedding, embedding[:8]]), "vocabulary was resized"),
+        (torch.cat([embedding, embedding[:8] + 1]) * 2, "rows of 280 tokens and model.embed_tokens.weight has not"),
         (embedding[:, :16].contiguous(), "the base's"),
     ):
         save_file({**tensors, "base_model.model.lm_head.weight": wrong.clone()}, folder / WEIGHTS)

@@ -22,10 +22,12 @@ from adapterhub_lite.adapter_format.manifest import (
     BaseRecord,
     DataRecord,
     MemoryRecord,
+    ParentRecord,
     TextRecord,
     TrainingRecord,
 )
 from adapterhub_lite.bases import ResolvedBase
+from adapterhub_lite.bases.resolve import EMBEDDED_BASES
 from adapterhub_lite.hub_server import HubServer
 from adapterhub_lite.registry import AdapterManifest, AdapterRegistry
 from adapterhub_lite.registry.hub.card import HUB_ID, card_files, card_metadata, draw_loss, hub_id, render_card
@@ -72,10 +74,26 @@ def test_the_python_in_it_parses(manifest: AdapterManifest) -> None:
         compile(block, "card", "exec")
 
 
+def test_the_base_is_pinned_where_it_has_a_commit_and_by_its_name_alone_where_not(manifest: AdapterManifest) -> None:
+    assert manifest.base.revision is None
+    loaded = next(line for line in render_card(manifest, "org/sql").splitlines() if "AutoModelForCausalLM.from" in line)
+    assert "revision" not in loaded
+    pinned = manifest.model_copy(update={"base": manifest.base.model_copy(update={"revision": "a" * 40})})
+    assert f'revision="{"a" * 40}"' in render_card(pinned, "org/sql")
+    embedded = manifest.base.model_copy(update={"id": EMBEDDED_BASES["smollm2-135m"].base_model})
+    assert '"smollm2-135m"' in render_card(manifest.model_copy(update={"base": embedded}), "org/sql")
+
+
 def test_an_example_cannot_break_out(manifest: AdapterManifest) -> None:
     text = render_card(manifest, "org/sql-lora")
     assert ModelCard(text).data.base_model != "evil"
     assert "\n    ```\n    ---\n    base_model: evil\n" in text
+
+
+def test_what_a_stranger_calls_a_parent_cannot_break_out(manifest: AdapterManifest) -> None:
+    parent = ParentRecord(reference="x`\n\n<img src=https://evil.example>`\n# Owned", digest=manifest.digest, weight=1)
+    text = render_card(manifest.model_copy(update={"parents": (parent,)}), "org/sql-lora")
+    assert "<img" not in text and "\n# Owned" not in text and "- merged from `x" in text
 
 
 @given(text=st.text(max_size=200))

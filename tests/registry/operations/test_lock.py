@@ -6,8 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from adapterhub_lite.adapter_format.manifest import FileRecord
 from adapterhub_lite.bases import ResolvedBase
-from adapterhub_lite.errors import DataError, IntegrityError, SchemaVersionError, UnknownNameError, UsageError
+from adapterhub_lite.errors import (
+    DataError,
+    IntegrityError,
+    RegistryError,
+    SchemaVersionError,
+    UnknownNameError,
+    UsageError,
+)
 from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.registry.hub.pull import pull_locked
 from adapterhub_lite.registry.operations.intake import import_adapter
@@ -79,6 +87,52 @@ def test_another_machine_is_brought_to_the_lock(
             expected=registry.resolve(entry.digest),
         )
     assert verify_lock(there.store, lock, bases=[home_base]) == []
+
+
+def test_the_same_bytes_under_another_name_or_version_are_not_what_is_locked(
+    registry: AdapterRegistry, adapter: Path, other_adapter: Path, home_base: ResolvedBase, tmp_path: Path
+) -> None:
+    """`sql:1` would answer with whatever it is here, while the lock was said to hold."""
+    from adapterhub_lite.hub_server import HubServer
+
+    registry.add(adapter, "sql", base=home_base)
+    lock = write_lock(
+        registry.store, ["sql"], tmp_path / "adapters.lock", sources={"sql": "org/sql"}, bases=[home_base]
+    )
+    with HubServer(tmp_path / "hub") as hub:
+        registry.push("sql", "org/sql", endpoint=hub.url)
+        renamed, later, taken = (AdapterRegistry(tmp_path / name) for name in ("renamed", "later", "taken"))
+        renamed.pull("org/sql", name="other", endpoint=hub.url, base=home_base)
+        assert "not here under that name" in verify_lock(renamed.store, lock, bases=[home_base])[0]
+        later.pull("org/sql", endpoint=hub.url, base=home_base)
+        third = Lock(adapters=(lock.adapters[0].model_copy(update={"version": 3, "revision": "v1"}),))
+        for there, wanted, reference in ((renamed, lock, "sql:1"), (later, third, "sql:3")):
+            (pulled,) = pull_locked(there.store, wanted, endpoint=hub.url, bases=[home_base])
+            assert pulled.reference == reference and verify_lock(there.store, wanted, bases=[home_base]) == []
+        taken.add(other_adapter, "sql", base=home_base)
+        taken.pull("org/sql", name="other", endpoint=hub.url, base=home_base)
+        assert "locked is sha256:" in verify_lock(taken.store, lock, bases=[home_base])[0]
+        with pytest.raises(RegistryError, match="sql:1"):
+            pull_locked(taken.store, lock, endpoint=hub.url, bases=[home_base])
+
+
+@pytest.mark.parametrize("what", ["base", "adapter_model.safetensors"])
+def test_what_differs_from_the_lock_is_named(
+    what: str, registry: AdapterRegistry, adapter: Path, home_base: ResolvedBase, tmp_path: Path
+) -> None:
+    from adapterhub_lite.hub_server import HubServer
+
+    registry.add(adapter, "sql", base=home_base)
+    (entry,) = write_lock(registry.store, ["sql"], tmp_path / "l", sources={"sql": "org/sql"}).adapters
+    base = entry.base.model_copy(update={"fingerprint": "0" * 64})
+    files = {**entry.files, what: FileRecord(size=1, sha256="0" * 64)}
+    changed = entry.model_copy(update={"base": base} if what == "base" else {"files": files})
+    there = AdapterRegistry(tmp_path / "there")
+    with HubServer(tmp_path / "hub") as hub:
+        registry.push("sql", "org/sql", endpoint=hub.url)
+        with pytest.raises(IntegrityError, match=f"with another {what}. Nothing was taken in"):
+            pull_locked(there.store, Lock(adapters=(changed,)), endpoint=hub.url)
+    assert there.list() == []
 
 
 def test_what_is_no_lock_is_said(registry: AdapterRegistry, locked: Path, tmp_path: Path) -> None:
