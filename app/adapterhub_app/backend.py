@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from adapterhub_app.access import Access
+from adapterhub_app.durations import Durations
 from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.serving import InferenceEngine
@@ -95,3 +96,4 @@ class Backend:
     hub: str | None = None
     access: Access = field(default_factory=Access)
     live: LiveAnswers = field(default_factory=LiveAnswers)
+    durations: Durations = field(default_factory=Durations)

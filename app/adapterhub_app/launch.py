@@ -4,18 +4,23 @@ import argparse
 import asyncio
 import os
 import socket
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import gradio as gr
 from starlette.middleware import Middleware
+from starlette.requests import cookie_parser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapterhub_app.access import Access
 from adapterhub_app.demo import build_demo
+from adapterhub_app.opening import Opening
 from adapterhub_app.theme import STYLE_SHEET, build_theme
+from adapterhub_app.training import MOST_FILE_BYTES
 from adapterhub_lite.bases import ResolvedBase, resolve_base
 from adapterhub_lite.errors import AdapterHubError, ResourceError, UsageError
 from adapterhub_lite.registry import AdapterRegistry
@@ -39,15 +44,26 @@ HEADERS = {
 }
 
 
-# Nothing on the page takes a file: Gradio's own doors for them stay shut.
+# Gradio's own doors for files: rows to train on, and adapters to add.
 UPLOADS = "/upload"
+# Gradio's cookie of somebody who has logged in begins so.
+LOGIN_COOKIE = "access-token"
 
 
 class SecurityHeaders:
-    """ASGI middleware: adds `HEADERS` to every answer, and refuses uploads. Plain ASGI, so that streams are not buffered."""
+    """ASGI middleware: adds `HEADERS` to every answer, and takes files from admins only. Plain, so streams are not buffered."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self.app, self.access = app, access
+
+    def takes_files(self, scope: Scope) -> bool:
+        """Whether who asks may give files to this page."""
+        if not self.access.has_login:
+            return self.access.open_role == "admin"
+        cookies = cookie_parser(dict(scope["headers"]).get(b"cookie", b"").decode("latin-1"))
+        tokens = getattr(scope.get("app"), "tokens", {})
+        names = [tokens.get(value) for name, value in cookies.items() if name.startswith(LOGIN_COOKIE)]
+        return any(name is not None and self.access.role_of(name) == "admin" for name in names)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
@@ -60,8 +76,10 @@ class SecurityHeaders:
                 ]
             await send(message)
 
-        if scope["type"] == "http" and UPLOADS in scope["path"]:
-            return await plain_refusal(403, "This page takes no files.")(scope, receive, send_with_headers)
+        if scope["type"] == "http" and UPLOADS in scope["path"] and not self.takes_files(scope):
+            return await plain_refusal(403, "This page takes files from admins only.")(
+                scope, receive, send_with_headers
+            )
         await self.app(scope, receive, send_with_headers)
 
 
@@ -101,17 +119,18 @@ def launch(
         ResourceError: the port asked for, or every port tried, is in use.
     """
     access = access or Access()
-    chosen = free_port(host, port)
+    free_port(host, port)  # before the page is built, which takes a second
 
-    async def start() -> gr.Blocks:
+    async def start() -> tuple[gr.Blocks, int]:
         demo = build_demo(engine, registry, base_name=base_name, base=base, access=access, hub=hub)
         guard = Middleware(BrowserGuard, hosts=(host, *hosts), frame_ancestors=frame_ancestors)
+        chosen = free_port(host, port)  # a second is long enough for another program to take one
         start_server(demo, host, chosen, access, guard)
-        return demo
+        return demo, chosen
 
     # Gradio creates its locks in the running event loop; without one it opens a loop for each and never closes it.
     with ThreadPoolExecutor(1, "app-start") as starter:
-        demo = starter.submit(asyncio.run, start()).result()
+        demo, chosen = starter.submit(asyncio.run, start()).result()
     everywhere = host in ("", "0.0.0.0", "::")  # noqa: S104 - compared with, not bound to
     running = RunningApp(url=f"http://{'127.0.0.1' if everywhere else host}:{chosen}/", demo=demo)
     moved = f" (port {DEFAULT_PORT} is in use)" if port is None and chosen != DEFAULT_PORT else ""
@@ -143,7 +162,8 @@ def start_server(demo: gr.Blocks, host: str, port: int, access: Access, guard: M
             ssr_mode=False,
             pwa=False,
             mcp_server=False,
-            app_kwargs={"middleware": [guard, Middleware(SecurityHeaders)]},
+            app_kwargs={"middleware": [guard, Middleware(SecurityHeaders, access=access), Middleware(Opening)]},
+            max_file_size=MOST_FILE_BYTES,
             theme=build_theme(),
             css_paths=STYLE_SHEET,
         )
@@ -184,11 +204,14 @@ def serve(
     users: str | Path | None = None,
     hub: str | None = None,
     allowed_hosts: str = "",
+    loading: AbstractContextManager[object] | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> None:
     """Load `base` and serve the app over the registry at `home` until it is interrupted.
 
     `users` is a file of logins (see `Access.read`), `hub` the endpoint to push to and pull from,
-    `allowed_hosts` names under which the page is reached, separated by commas.
+    `allowed_hosts` names under which the page is reached, separated by commas. `tell` hears what is being done (None: standard error), and
+    `loading` is entered while the base is loaded.
 
     Raises:
         UsageError: `host` is reachable from other machines, and no login is required.
@@ -200,9 +223,13 @@ def serve(
         )
     access = Access.read(users) if users else Access()
     free_port(host, port)  # before the base is loaded, which takes longer
-    registry, resolved = AdapterRegistry(home), resolve_base(base, home=home)
-    with InferenceEngine.from_base(base, registry=registry, home=home) as engine:
-        named = Path(base).name
+    tell = tell or (lambda text: print(text, file=sys.stderr, flush=True))
+    tell(f"Loading {base}; the address of the page follows.")
+    with loading or nullcontext():
+        registry, resolved = AdapterRegistry(home), resolve_base(base, home=home, progress=tell)
+        loaded = InferenceEngine.from_base(base, registry=registry, home=home)
+    with loaded as engine:
+        named = Path(resolved.name).name
         launch(
             engine, registry, host=host, port=port, base_name=named, base=resolved, access=access, hub=hub,
             hosts=allowed_hosts.split(","),

@@ -113,6 +113,76 @@ def test_eight_people_at_once_see_their_own_conversation_only(serve: Serve, brow
         context.close()
 
 
+def test_cards_number_keys_and_commands_switch(serve: Serve, page: "Page") -> None:
+    """Cards are in the order of the keys: the base, then adapters by name; a command may bring its question along."""
+    page.goto(serve().url)
+    cards = page.locator("#task-cards button")
+    expect(cards).to_have_count(4, timeout=PATIENCE)
+    expect(cards.nth(0)).to_have_attribute("aria-pressed", "true")
+    cards.filter(has_text="calendar event").click()
+    about = page.locator("#task-about")
+    expect(about).to_contain_text("A sentence to a calendar event", timeout=PATIENCE)
+    expect(cards.filter(has_text="calendar event")).to_have_attribute("aria-pressed", "true")
+    page.keyboard.press("Alt+4")
+    expect(about).to_contain_text("A question to SQL", timeout=PATIENCE)
+    page.locator("#wordmark").click()
+    page.keyboard.press("1")
+    expect(about).to_contain_text("The frozen base model", timeout=PATIENCE)
+    page.locator("#question textarea").fill("1 is typed here")
+    expect(about).to_contain_text("The frozen base model")
+    send(page, "/sql@prod Films of 1999?")
+    expect(page.locator(RECEIPTS)).to_contain_text([re.compile(r"sql@prod · .* tok/s")], timeout=PATIENCE)
+    expect(page.locator("#transcript .user.message")).to_have_text(["Films of 1999?"])
+    send(page, "/event")
+    expect(about).to_contain_text("A sentence to a calendar event", timeout=PATIENCE)
+    expect(page.locator(RECEIPTS)).to_have_count(1)
+    page.locator("#beside").click()
+    expect(page.locator(".answer-card:visible .card-heading p")).to_have_text(
+        ["base", "sql@prod", "event"], timeout=PATIENCE
+    )
+    expect(page.locator(".answer-card:visible").nth(2)).to_contain_text("tok/s", timeout=PATIENCE)
+
+
+def test_a_conversation_is_kept_as_a_file_and_opened_again(serve: Serve, page: "Page", tmp_path: Path) -> None:
+    page.goto(serve().url)
+    send(page, "größer als 3? {{x}} ${y}")
+    expect(page.locator(RECEIPTS)).to_contain_text(["tok/s"], timeout=PATIENCE)
+    expect(page.locator("#send")).to_be_visible(timeout=PATIENCE)
+    with page.expect_download() as saving:
+        page.locator("#save").click()
+    saving.value.save_as(tmp_path / "conversation.json")
+    assert json.loads((tmp_path / "conversation.json").read_text())[0]["text"] == "größer als 3? {{x}} ${y}"
+    (tmp_path / "other.json").write_text('{"messages": []}')
+    page.locator("#clear").click()
+    expect(page.locator(RECEIPTS)).to_have_count(0, timeout=PATIENCE)
+    for file, words in (("other.json", "no conversation of this app"), ("conversation.json", "tok/s")):
+        with page.expect_file_chooser() as choosing:
+            page.locator("#open").click()
+        choosing.value.set_files(tmp_path / file)
+        expect(page.locator(RECEIPTS)).to_contain_text([words], timeout=PATIENCE)
+    expect(page.locator("#transcript .user.message")).to_have_text(["größer als 3? {{x}} ${y}"])
+
+
+def test_json_in_an_answer_is_folded_and_unfolded(serve: Serve, page: "Page", tmp_path: Path) -> None:
+    turns = [
+        {"role": "user", "text": "a film"},
+        {"role": "assistant", "text": '{"film": {"title": "Heat"}, "year": 1995}', "by": "event", "notice": "so"},
+    ]
+    (tmp_path / "film.json").write_text(json.dumps(turns))
+    page.goto(serve().url)
+    expect(page.locator("#task-cards button")).to_have_count(4, timeout=PATIENCE)
+    with page.expect_file_chooser() as choosing:
+        page.locator("#open").click()
+    choosing.value.set_files(tmp_path / "film.json")
+    title = page.locator("#transcript .code", has_text="Heat").get_by_text('"Heat"')
+    expect(title).to_be_visible(timeout=PATIENCE)
+    page.locator("#transcript .code summary").nth(1).click()
+    expect(title).to_be_hidden()
+    expect(page.locator("#transcript .code").get_by_text("1995")).to_be_visible()
+    page.locator("#transcript .code summary").nth(1).press("Enter")
+    expect(title).to_be_visible()
+
+
 def test_hostile_texts_stay_text(serve: Serve, page: "Page", hand: Hand) -> None:
     elsewhere: list[str] = []
     page.on("request", lambda request: None if "127.0.0.1" in request.url else elsewhere.append(request.url))

@@ -42,7 +42,9 @@ def test_compare_shows_answers_side_by_side_with_their_differences(serve: Serve,
     answers = [cards.nth(place).locator("textarea").input_value() for place in range(3)]
     for place, title in enumerate(page.locator(".diff-title:visible").all_inner_texts(), start=1):
         wanted = nearest(answers[:place], answers[place])
-        assert title == ("Resembles none of the answers before it" if wanted is None else f"Against {TASKS[wanted]}")
+        assert title == (
+            "Too different from the other answers to mark words" if wanted is None else f"Against {TASKS[wanted]}"
+        )
 
 
 def test_blend_answers_live_goes_to_the_chat_and_is_saved(serve: Serve, page: "Page", hand: Hand, world: World) -> None:
@@ -140,9 +142,48 @@ def test_a_viewer_may_not_write_and_an_admin_may(
         context.close()
 
 
+def test_the_next_person_at_this_browser_does_not_see_it(serve: Serve, browser: "Browser", tmp_path: Path) -> None:
+    """With logins a reload brings the conversation back to who had it, and to nobody else."""
+    file = tmp_path / "logins.json"
+    file.write_text(json.dumps({n: {"password": f"{n} long enough"} for n in ("ana", "bo")}))
+    file.chmod(0o600)
+    url = serve(access=Access.read(file)).url
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(url)
+    log_in(page, "ana", "ana long enough")
+    expect(page.locator("#question textarea")).to_be_visible()
+    ask_and_wait(page, "mine alone")
+    page.reload()
+    expect(page.locator("#transcript .user.message")).to_have_text(["mine alone"])
+    context.clear_cookies()
+    page.goto(url)
+    log_in(page, "bo", "bo long enough")
+    expect(page.locator("#question textarea")).to_be_visible()
+    ask_and_wait(page, "bo's own")
+    expect(page.locator("#transcript .user.message")).to_have_text(["bo's own"])
+    context.close()
+
+
+def ask_and_wait(page: "Page", text: str) -> None:
+    """Send a question and wait for the whole answer."""
+    page.locator("#question textarea").fill(text)
+    page.locator("#question textarea").press("Enter")
+    expect(page.locator("#transcript .thought-group .title")).to_contain_text(["tok/s"], timeout=PATIENCE)
+
+
+def test_before_anything_happened_the_page_says_what_it_shows(serve: Serve, page: "Page") -> None:
+    """Who answers, and how a first run begins; nothing is offered to be picked where there is nothing."""
+    page.goto(serve().url)
+    expect(page.locator("#task-about")).to_have_text("The frozen base model, no adapter.", timeout=PATIENCE)
+    open_tab(page, "Runs")
+    expect(page.locator("#runs-empty")).to_contain_text("No runs yet", timeout=PATIENCE)
+    expect(page.locator("#runs-picked")).to_be_hidden()
+
+
 def test_every_tab_fits_both_widths_light_and_dark(serve: Serve, page: "Page") -> None:
     page.goto(serve().url)
-    for name in ("Chat", "Compare", "Blend", "Registry", "Plan"):
+    for name in ("Chat", "Train", "Compare", "Blend", "Registry", "Plan"):
         for width in (1280, 390):
             page.set_viewport_size({"width": width, "height": 844})
             open_tab(page, name)

@@ -1,12 +1,16 @@
 """Asking: the conversation grows, says who answered, and turns every fault into a sentence."""
 
 import itertools
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from adapterhub_app.backend import PendingAnswer
-from adapterhub_app.display.answers import STOPPED, AnswerSettings, grow_answer
+from adapterhub_app.display.answers import STOPPED, AnswerSettings, form_of, grow_answer
 from adapterhub_app.display.task import Task, describe_form, describe_task
 from adapterhub_app.display.transcript import (
     INTERRUPTED,
@@ -19,10 +23,17 @@ from adapterhub_app.display.transcript import (
     write_turns,
 )
 from adapterhub_app.tabs.chat import ask, retry
+from adapterhub_lite.serving import GenerationRequest
 from tests.app.world import World
 from tests.step_gate import StepGate
 
 SHORT = AnswerSettings(max_new_tokens=12)
+
+
+def status_count(world: World) -> int:
+    """Requests in the engine, in rows or waiting."""
+    status = world.engine.status()
+    return status.running + status.waiting
 
 
 def last(snapshots: Any) -> list[Turn]:
@@ -85,8 +96,14 @@ def test_stop_ends_ones_own_answer_and_nobody_elses(world: World, gate: StepGate
     backend = world.backend()
     mine = ask(backend, "me", "sql", "hello", [], AnswerSettings(max_new_tokens=300))
     other = ask(backend, "you", "sql", "hello", [], AnswerSettings(max_new_tokens=30))
-    for growing in (mine, other):
-        next(growing), next(growing)
+    next(mine), next(mine)
+    with ThreadPoolExecutor(1) as elsewhere:
+        begun = elsewhere.submit(lambda: (next(other), next(other)))
+        # By then the steps of the gate may all have gone into the first answer, which waits for more of them.
+        while not begun.done() and status_count(world) < 2:
+            time.sleep(0.02)
+        gate.allow(20)
+        begun.result(timeout=300)
     assert backend.live.stop("me") == 1
     gate.allow(300)
     assert last(mine)[-1].notice == STOPPED
@@ -161,9 +178,10 @@ def test_what_is_no_conversation_is_refused(sent: object) -> None:
 
 def test_bubbles_show_code_as_written_and_markup_as_text() -> None:
     turns = [Turn(role="assistant", text="SELECT *\n  FROM a<b><script>", by="<b>sql</b>", notice="so")]
-    answer, receipt = chat_bubbles(turns)
-    assert answer["content"][0]["text"] == "SELECT *\n  FROM a&lt;b&gt;&lt;script&gt;"
-    assert receipt["metadata"]["title"].startswith("<strong>&lt;b&gt;sql")
+    answer, receipt = chat_bubbles(turns, {})
+    words = answer["content"][0]["text"].replace("<b>", "").replace("</b>", "")
+    assert words == '<span class="code sql">SELECT *\n  FROM a&lt;b&gt;&lt;script&gt;</span>'
+    assert re.match('<strong class="task-\\d">&lt;b&gt;sql', receipt["metadata"]["title"])
 
 
 def test_a_task_whose_answers_have_a_form_shows_it(world: World, make_adapter: Any) -> None:
@@ -172,3 +190,18 @@ def test_a_task_whose_answers_have_a_form_shows_it(world: World, make_adapter: A
     assert describe_form({"type": "object"}) == "JSON (object)"
     world.registry.add(make_adapter(seed=9), "formed", base=world.base, answer_schema=schema)
     assert describe_task("formed", world.registry).endswith("answers {title: string, <b>: any}")
+
+
+def test_whether_an_answer_is_valid_is_checked_again_and_said(world: World, make_adapter: Any) -> None:
+    schema = {"type": "object", "properties": {"a": {"const": "b"}}, "required": ["a"], "additionalProperties": False}
+    world.registry.add(make_adapter(seed=10), "held", base=world.base, answer_schema=schema)
+    for tokens, form, words in ((220, "whole", "valid after its schema"), (2, "cut", "cut off, so not valid")):
+        answer = last(ask(world.backend(), "s", "held", "hello", [], AnswerSettings(max_new_tokens=tokens)))[-1]
+        assert answer.receipt is not None and answer.receipt.form == form and words in answer.receipt.line("")
+    result = world.engine.generate(GenerationRequest(prompt="x", max_new_tokens=4))
+    for text, reason, form in (
+        ('{"a": "b"}', "length", "whole"),
+        ('{"a": "c"}', "stop", "broken"),
+        ('{"a"', "length", "cut"),
+    ):
+        assert form_of(replace(result, text=text, finish_reason=reason), schema) == form

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from adapterhub_app.display.answers import STOPPED, AnswerSettings
 from adapterhub_app.tabs.compare import MOST_ADAPTERS, compare, diff_words, draw_diff, live_key, nearest
 from adapterhub_lite.serving import GenerationRequest
-from tests.app.world import World
+from tests.app.world import World, in_the_engine, until
 from tests.step_gate import StepGate
 
 SHORT = AnswerSettings(max_new_tokens=12)
@@ -26,10 +26,16 @@ def test_base_and_adapters_answer_as_each_would_alone(world: World) -> None:
         assert answer.receipt.digests == ((alone.adapter_digest,) if alone.adapter_digest else ())
 
 
-def test_the_answers_grow_together(world: World) -> None:
-    snapshots = list(compare(world.backend(), "s", "hello", ["sql", "event"], AnswerSettings(max_new_tokens=60)))
-    both_growing = [all(a.text and not a.is_complete for a in snapshot) for snapshot in snapshots]
-    assert any(both_growing)
+def test_the_answers_grow_together(world: World, gate: StepGate) -> None:
+    growing = compare(world.backend(), "s", "hello", ["sql", "event"], AnswerSettings(max_new_tokens=440))
+    snapshot = next(growing)
+    until(lambda: in_the_engine(world.engine) == 3)
+    gate.allow(30)  # with the 20 of the gate no more than 50 steps: no answer of 440 tokens ends in them
+    while not all(answer.text for answer in snapshot):
+        snapshot = next(growing)
+    assert not any(answer.is_complete for answer in snapshot)
+    gate.allow(10_000)
+    assert all(answer.is_complete for answer in list(growing)[-1])
 
 
 def test_one_that_cannot_answer_says_so_in_its_place(world: World) -> None:

@@ -1,5 +1,7 @@
 """The types of the app's fixtures: a small world, and what serves and operates its page."""
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,3 +38,17 @@ class Hand(Protocol):
     """Pick in a drop-down list by the keyboard, as a person would: page, selector of the list, text to type."""
 
     def __call__(self, page: Any, place: str, words: str) -> None: ...
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Wait until something is so, as long as for anything that a page shows."""
+    end = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def in_the_engine(engine: InferenceEngine) -> int:
+    """Requests in rows or in the queue."""
+    status = engine.status()
+    return status.running + status.waiting

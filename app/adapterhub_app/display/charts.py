@@ -8,11 +8,14 @@ import math
 import sys
 from collections.abc import Sequence
 
-from adapterhub_app.display.escape import shown
+from adapterhub_app.display.escape import in_template
 from adapterhub_lite.memory.estimate import COMPONENTS
 
 # A device more than this many times the largest bar would squeeze the bars: its line is left out.
 _ROOM_FOR_THE_LINE = 3.0
+
+# More points than this are a line without dots.
+MOST_DOTS = 12
 
 Bar = tuple[str, str, float]
 
@@ -29,17 +32,17 @@ def draw_plan(bars: Sequence[Bar], memory_gib: float) -> str:
     for name in presets:
         own = sorted(((part, gib) for preset, part, gib in bars if preset == name), key=lambda bar: _place(bar[0]))
         pieces = "".join(
-            f'<i class="{_colour(part)}" style="width:{100 * gib / scale:.2f}%" title="{shown(part)} {gib:.2f} GiB"></i>'
+            f'<i class="{_colour(part)}" style="width:{100 * gib / scale:.2f}%" title="{in_template(part)} {gib:.2f} GiB"></i>'
             for part, gib in own
         )
         label = ", ".join(f"{part} {gib:.2f}" for part, gib in own)
         rows.append(
             f'<div role="row" class="plan-bar{" chosen" if name == presets[0] else ""}">'
-            f'<span role="rowheader">{shown(name)}</span><div role="cell" aria-label="{shown(label)}">{pieces}{line}</div>'
+            f'<span role="rowheader">{in_template(name)}</span><div role="cell" aria-label="{in_template(label)}">{pieces}{line}</div>'
             f'<span role="cell">{totals[name]:.1f}</span></div>'
         )
     used = sorted({part for _, part, _ in bars}, key=_place)
-    legend = "".join(f'<li><i class="{_colour(part)}"></i>{shown(part)}</li>' for part in used)
+    legend = "".join(f'<li><i class="{_colour(part)}"></i>{in_template(part)}</li>' for part in used)
     device = f"The line is the device: {memory_gib:g} GiB." if has_line else f"The device holds {memory_gib:g} GiB."
     return (
         f'<figure class="plan-bars"><figcaption>GiB needed per device, by preset. {device}</figcaption>'
@@ -57,11 +60,18 @@ def _colour(part: str) -> str:
 
 def draw_loss(curve: Sequence[tuple[int, float]]) -> str:
     """Draw (step, loss) pairs as a line with labelled axes; non-finite losses are left out."""
-    points = [(step, loss) for step, loss in curve if math.isfinite(loss)]
-    if not points:
+    return draw_curves([("training", curve)])
+
+
+def draw_curves(curves: Sequence[tuple[str, Sequence[tuple[int, float]]]]) -> str:
+    """Draw named curves of (step, loss) pairs over each other, with labelled axes; non-finite losses are left out."""
+    found = [(name, [(step, loss) for step, loss in curve if math.isfinite(loss)]) for name, curve in curves]
+    found = [(name, points) for name, points in found if points]
+    if not found:
         return ""
+    every = [point for _, points in found for point in points]
     width, height, left, bottom = 480, 170, 44, 22
-    last, top = max(step for step, _ in points) or 1, round_up(max(loss for _, loss in points))
+    last, top = max(step for step, _ in every) or 1, round_up(max(loss for _, loss in every))
 
     def at(step: float, loss: float) -> tuple[float, float]:
         across = left + (width - left - 8) * step / last
@@ -75,12 +85,27 @@ def draw_loss(curve: Sequence[tuple[int, float]]) -> str:
         )
         x, y = at(share * last, 0)
         lines.append(f'<text class="below" x="{x}" y="{y + 16}">{round(share * last)}</text>')
-    path = " ".join(f"{x},{y}" for x, y in (at(step, loss) for step, loss in points))
-    final = points[-1]
-    said = f"Training loss by step: from {points[0][1]:.3g} at step {points[0][0]} to {final[1]:.3g} at step {final[0]}"
+    for number, (_, points) in enumerate(found):
+        path = " ".join(f"{x},{y}" for x, y in (at(step, loss) for step, loss in points))
+        dots = "".join(
+            f'<circle class="curve-{number}" cx="{x}" cy="{y}" r="3"/>'
+            for x, y in (at(step, loss) for step, loss in points if len(points) <= MOST_DOTS)
+        )
+        lines.append(f'<polyline class="curve-{number}" points="{path}"/>{dots}')
+    said = "; ".join(
+        f"{name.capitalize()} loss by step: from {points[0][1]:.3g} at step {points[0][0]} to {points[-1][1]:.3g} "
+        f"at step {points[-1][0]}"
+        for name, points in found
+    )
+    legend = "".join(
+        f'<span class="curve-{number}">{in_template(name)}: {points[0][1]:.3g} at step {points[0][0]}, '
+        f"{points[-1][1]:.3g} at step {points[-1][0]}</span>"
+        for number, (name, points) in enumerate(found)
+    )
+    caption = in_template(said) if len(found) == 1 else f"Loss by step {legend}"
     return (
-        f'<figure class="loss-curve"><figcaption>{said}</figcaption><svg viewBox="0 0 {width} {height}" role="img" '
-        f'aria-label="{said}">{"".join(lines)}<polyline points="{path}"/></svg></figure>'
+        f'<figure class="loss-curve"><figcaption>{caption}</figcaption><svg viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{in_template(said)}">{"".join(lines)}</svg></figure>'
     )
 
 

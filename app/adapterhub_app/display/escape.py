@@ -11,12 +11,18 @@ import re
 from adapterhub_lite.errors import AdapterHubError
 
 LOG = logging.getLogger("adapterhub_lite.app")
+_TEMPLATE_SIGNS = re.compile(r"[${}`\\]")
 _MARKDOWN_SIGNS = re.compile(r"[\\`*_{}\[\]()#+\-.!|>~$:@<&\"'/]")
 
 
 def shown(text: str) -> str:
     """Return `text` so that a component that renders HTML shows exactly these characters."""
     return html.escape(text, quote=True)
+
+
+def in_template(text: str) -> str:
+    """As `shown`, for values of `gr.HTML`, which reads `${...}` and `{{...}}` in what it is given as a template."""
+    return _TEMPLATE_SIGNS.sub(lambda sign: f"&#{ord(sign.group())};", shown(text))
 
 
 def literal_markdown(text: str) -> str:

@@ -70,19 +70,30 @@ class Task:
         return str(Task(fixed))
 
 
-def task_choices(registry: AdapterRegistry, base_name: str) -> list[tuple[str, str]]:
-    """Every task as (label, value): the base, then the adapters."""
-    return [(f"base · {base_name}", BASE), *adapter_choices(registry)]
+def task_choices(registry: AdapterRegistry, base_name: str, served: str | None = None) -> list[tuple[str, str]]:
+    """Every task as (label, value): the base, then the adapters, as `adapter_choices` has them."""
+    return [(f"base · {base_name}", BASE), *adapter_choices(registry, served)]
 
 
-def adapter_choices(registry: AdapterRegistry) -> list[tuple[str, str]]:
-    """Every adapter as (label, value): its newest version, then its aliases."""
+def adapter_choices(registry: AdapterRegistry, served: str | None = None) -> list[tuple[str, str]]:
+    """Every adapter as (label, value): its newest version, then its aliases; `served` leaves out those of other bases."""
     choices = []
     for manifest in newest_versions(registry):
-        choices.append((f"{manifest.name} · v{manifest.version}", manifest.name))
-        aliases = sorted(registry.aliases(manifest.name).items())
-        choices += [(f"{manifest.name}@{alias} · v{version}", f"{manifest.name}@{alias}") for alias, version in aliases]
+        if fits(manifest, served):
+            choices.append((f"{manifest.name} · v{manifest.version}", manifest.name))
+        for alias, version in sorted(registry.aliases(manifest.name).items()):
+            if version == manifest.version or served is None:
+                fitting = fits(manifest, served)
+            else:
+                fitting = fits(registry.resolve(f"{manifest.name}:{version}"), served)
+            if fitting:
+                choices.append((f"{manifest.name}@{alias} · v{version}", f"{manifest.name}@{alias}"))
     return choices
+
+
+def fits(manifest: AdapterManifest, served: str | None) -> bool:
+    """Whether an adapter was made for the base with the fingerprint `served`; None: whichever it is."""
+    return served is None or manifest.base.fingerprint == served
 
 
 def newest_versions(registry: AdapterRegistry) -> list[AdapterManifest]:
@@ -103,8 +114,11 @@ def manifests_of(task: Task, registry: AdapterRegistry) -> list[AdapterManifest]
     return [registry.resolve(reference) for reference, _ in task.parts]
 
 
-def describe_task(text: str | None, registry: AdapterRegistry) -> str:
-    """Describe a task in one line: its purpose, version and short digest; or the error if it cannot be resolved."""
+def describe_task(text: str | None, registry: AdapterRegistry, served: str | None = None) -> str:
+    """Describe a task in one line: its purpose, version and short digest; or why it cannot answer.
+
+    `served` is the fingerprint of the base that is served here, where that is to be compared.
+    """
     try:
         task = Task.parse(text)
         manifests = manifests_of(task, registry)
@@ -112,6 +126,12 @@ def describe_task(text: str | None, registry: AdapterRegistry) -> str:
         return str(error)
     if not manifests:
         return "The frozen base model, no adapter."
+    for other in manifests:
+        if not fits(other, served):
+            made_for = (
+                f"{other.reference} was made for the base {other.base.id} ({short_digest(other.base.fingerprint)})"
+            )
+            return f"{made_for}, and this page serves another one: it cannot answer here."
     if task.is_blend:
         return "Blend of " + ", ".join(f"{m.reference} ({short_digest(m.digest)})" for m in manifests) + "."
     manifest = manifests[0]

@@ -6,13 +6,15 @@ What a page sends back is validated strictly: unknown keys, wrong types and over
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from adapterhub_app.display.answers import Receipt
+from adapterhub_app.display.answers import MOST_TOKENS, Receipt
+from adapterhub_app.display.colours import colour_of
 from adapterhub_app.display.escape import shown
+from adapterhub_app.display.kinds import call_card, show_answer, token_strip
 from adapterhub_lite.adapter_format.strict_reading import StrictModel
 from adapterhub_lite.errors import DataError
 
@@ -33,6 +35,9 @@ class Turn(StrictModel):
     by: Annotated[str, Field(max_length=300)] | None = None
     receipt: Receipt | None = None
     notice: Annotated[str, Field(max_length=2_000)] | None = None
+    tokens: Annotated[
+        tuple[tuple[Annotated[str, Field(max_length=1_000)], float], ...], Field(max_length=MOST_TOKENS)
+    ] = ()
 
     @property
     def is_open(self) -> bool:
@@ -82,17 +87,39 @@ def close_open_turns(turns: Sequence[Turn]) -> list[Turn]:
     return [turn.model_copy(update={"notice": INTERRUPTED}) if turn.is_open else turn for turn in turns]
 
 
-def chat_bubbles(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """Convert turns to messages for the chat component; each answer is followed by the line that says who gave it."""
+def chat_bubbles(turns: Sequence[Turn], colours: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Convert turns to messages for the chat component; each answer is followed by the line that says who gave it.
+
+    `colours` are those of `task_colours`.
+    """
     bubbles: list[dict[str, Any]] = []
     for turn in turns:
-        bubbles.append({"role": turn.role, "content": _literal(turn.text)})
+        if turn.role == "user" or turn.is_open:
+            bubbles.append({"role": turn.role, "content": _literal(turn.text)})
+        else:
+            bubbles += answer_bubbles(turn)
         if turn.role == "assistant":
-            bubbles.append(receipt_bubble(turn))
+            bubbles.append(receipt_bubble(turn, colours))
+        if turn.tokens:
+            bubbles.append(_folded("How probable each token was", token_strip(turn.tokens)))
     return bubbles
 
 
-def receipt_bubble(turn: Turn) -> dict[str, Any]:
+def answer_bubbles(turn: Turn) -> list[dict[str, Any]]:
+    """A complete answer as what it is: its reasoning folded, calls of tools as cards, JSON and SQL laid out."""
+    answer = show_answer(turn.text)
+    bubbles = [_folded("Reasoning", shown(answer.reasoning))] if answer.reasoning else []
+    calls = "\n".join(call_card(name, arguments) for name, arguments in answer.calls)
+    html = "\n".join(part for part in (answer.html, calls) if part)
+    return [*bubbles, {"role": "assistant", "content": [{"type": "text", "text": html}]}]
+
+
+def _folded(title: str, html: str) -> dict[str, Any]:
+    content = [{"type": "text", "text": html}]
+    return {"role": "assistant", "content": content, "metadata": {"title": title, "status": "done"}}
+
+
+def receipt_bubble(turn: Turn, colours: Mapping[str, int]) -> dict[str, Any]:
     """The line under an answer: who gave it, its receipt or notice; the receipt's details when opened."""
     who = turn.by or "base"
     if turn.is_open:
@@ -100,7 +127,9 @@ def receipt_bubble(turn: Turn) -> dict[str, Any]:
     else:
         title = " · ".join(part for part in (turn.receipt.line("") if turn.receipt else "", turn.notice) if part)
         status, details = "done", turn.receipt.details() if turn.receipt else ""
-    heading = f"<strong>{shown(who)}</strong>{'' if turn.is_open else ' · '}{shown(title)}"
+    heading = (
+        f'<strong class="{colour_of(who, colours)}">{shown(who)}</strong>{"" if turn.is_open else " · "}{shown(title)}'
+    )
     return {"role": "assistant", "content": _literal(details), "metadata": {"title": heading, "status": status}}
 
 

@@ -81,7 +81,7 @@ def build_blend_tab(backend: Backend, task: gr.Dropdown, tabs: gr.Tabs) -> list[
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):
             pickers, weights = build_part_rows(backend)
-            gr.Markdown("The adapters' changes add up on the frozen base, each times its weight.", elem_classes="quiet")
+            gr.Markdown("The adapters' changes add up on the frozen base, each times its weight.", elem_classes="told")
         with gr.Column(scale=3, min_width=300):
             prompt = gr.Textbox(label="Prompt", lines=2, max_lines=6, elem_id="blend-prompt",
                                 placeholder="Moving a weight asks again")  # fmt: skip
@@ -141,7 +141,7 @@ def build_blend_tab(backend: Backend, task: gr.Dropdown, tabs: gr.Tabs) -> list[
 def build_part_rows(backend: Backend) -> tuple[list[gr.Dropdown], list[gr.Slider]]:
     """Lay out an adapter picker and a weight for each part of a blend."""
     pickers, weights = [], []
-    choices = adapter_choices(backend.registry)
+    choices = adapter_choices(backend.registry, backend.engine.base_fingerprint)
     for place in range(1, MOST_PARTS + 1):
         needed = place < MOST_PARTS
         label = f"Adapter {place}" + ("" if needed else ", optional")

@@ -53,9 +53,9 @@ def provenance(manifest: AdapterManifest) -> str:
     """Where a version comes from, as a Markdown list; text from the adapter is escaped."""
     lora, record = manifest.lora, manifest.training
     facts: list[tuple[str, str]] = [
-        ("digest", manifest.digest),
+        ("digest, the sha256 over its files", manifest.digest),
         ("base", f"{manifest.base.id}, revision {manifest.base.revision or 'local'}"),
-        ("base fingerprint", manifest.base.fingerprint),
+        ("fingerprint of the base, over weights, tokenizer and template", manifest.base.fingerprint),
         ("LoRA", f"rank {lora.rank}, alpha {lora.alpha:g}, on {lora.modules_bound} of {lora.modules_total} modules"),
         ("targets", ", ".join(lora.target_modules)),
         ("made", manifest.created),
@@ -64,7 +64,12 @@ def provenance(manifest: AdapterManifest) -> str:
     if manifest.recipe:
         facts.append(("merge", f"{manifest.recipe.method}, measured error {manifest.recipe.relative_error:.2g}"))
     if record:
-        facts.append(("data", f"{record.data.id}, {record.data.rows} rows, fingerprint {record.data.fingerprint[:12]}"))
+        facts.append(
+            (
+                "data",
+                f"{record.data.id}, {record.data.rows} rows, {record.data.fingerprint[:12]} (the same rows give the same digits)",
+            )
+        )
         loss = "" if record.final_loss is None else f", final loss {record.final_loss:.4g}"
         facts.append(("run", f"{record.steps} steps in {record.wall_seconds:.0f} s, preset {record.preset}{loss}"))
         facts.append(("peak memory", f"{record.memory.measured_peak_bytes / 2**20:.0f} MiB"))

@@ -4,15 +4,17 @@ import difflib
 import queue
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from typing import Any  # Gradio is untyped: its components, events and updates are Any
 
 import gradio as gr
 
 from adapterhub_app.backend import Backend, PendingAnswer
 from adapterhub_app.display.answers import Answer, AnswerSettings, grow_answer
-from adapterhub_app.display.escape import literal_markdown, sentence, shown
+from adapterhub_app.display.escape import in_template, literal_markdown, sentence
 from adapterhub_app.display.task import BASE, Task, adapter_choices
 from adapterhub_lite.errors import AdapterHubError
 
@@ -98,18 +100,27 @@ def draw_diff(names: Sequence[str], texts: Sequence[str]) -> str:
     """The last of `texts` marked against an earlier one, as HTML; `ins`, `del` and `span` are the only markup inside."""
     place = nearest(texts[:-1], texts[-1])
     if place is None:
-        return '<p class="diff-title">Resembles none of the answers before it</p>'
+        return '<p class="diff-title">Too different from the other answers to mark words</p>'
     if texts[place] == texts[-1]:
-        return f'<p class="diff-title">The same answer as {shown(names[place])}</p>'
+        return f'<p class="diff-title">The same answer as {in_template(names[place])}</p>'
     tags = {"added": "ins", "removed": "del", None: "span"}
     marked = "".join(
-        f"<{tags[kind]}>{shown(text)}</{tags[kind]}>" for text, kind in diff_words(texts[place], texts[-1])
+        f"<{tags[kind]}>{in_template(text)}</{tags[kind]}>" for text, kind in diff_words(texts[place], texts[-1])
     )
-    return f'<p class="diff-title">Against {shown(names[place])}</p><div class="diff-text">{marked}</div>'
+    return f'<p class="diff-title">Against {in_template(names[place])}</p><div class="diff-text">{marked}</div>'
 
 
-def build_compare_tab(backend: Backend) -> gr.Dropdown:
-    """Lay out the tab and connect it; returns its adapter picker, so that the page can refresh the choices."""
+@dataclass(frozen=True)
+class CompareTab:
+    """The parts that the page connects to others: what is asked, and of whom."""
+
+    prompt: gr.Textbox
+    picked: gr.Dropdown
+    run_on: Callable[[Any], None]
+
+
+def build_compare_tab(backend: Backend) -> CompareTab:
+    """Lay out the tab and connect it; `run_on` of the result makes it compare on another event too."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=280):
             prompt = gr.Textbox(
@@ -120,7 +131,7 @@ def build_compare_tab(backend: Backend) -> gr.Dropdown:
                 stop = gr.Button("Stop", variant="stop", visible=False, elem_id="compare-stop")
         with gr.Column(scale=1, min_width=260):
             picked = gr.Dropdown(
-                choices=adapter_choices(backend.registry), multiselect=True, max_choices=MOST_ADAPTERS,
+                choices=adapter_choices(backend.registry, backend.engine.base_fingerprint), multiselect=True, max_choices=MOST_ADAPTERS,
                 label=f"Up to {MOST_ADAPTERS} adapters", elem_id="compare-adapters",
             )  # fmt: skip
             length = gr.Slider(8, 256, value=64, step=8, label="Maximum answer length, tokens")
@@ -128,7 +139,7 @@ def build_compare_tab(backend: Backend) -> gr.Dropdown:
     gr.Markdown(
         "The base and every adapter answer in one batch, side by side. Differences are marked against "
         "the base or, if that is too different, against the most similar answer before it.",
-        elem_classes="quiet",
+        elem_classes="told",
     )
     columns = build_answer_columns()
     outputs = [notice, run, stop, *(part for column in columns for part in column)]
@@ -139,17 +150,13 @@ def build_compare_tab(backend: Backend) -> gr.Dropdown:
     def on_stop(request: gr.Request) -> None:
         backend.live.stop(live_key(str(request.session_hash)))
 
-    running = gr.on(
-        [run.click, prompt.submit],
-        on_run,
-        [prompt, picked, length],
-        outputs,
-        trigger_mode="once",
-        show_progress="hidden",
-    )
-    running.failure(None, None, [run, stop], js=_SERVER_WENT_AWAY)
+    def run_on(event: Any) -> None:
+        running = event(on_run, [prompt, picked, length], outputs, trigger_mode="once", show_progress="hidden")
+        running.failure(None, None, [run, stop], js=_SERVER_WENT_AWAY)
+
+    run_on(partial(gr.on, [run.click, prompt.submit]))
     stop.click(on_stop, queue=False)
-    return picked
+    return CompareTab(prompt, picked, run_on)
 
 
 def build_answer_columns() -> list[list[Any]]:

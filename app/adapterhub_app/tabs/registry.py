@@ -11,6 +11,7 @@ from adapterhub_app.backend import Backend
 from adapterhub_app.display.charts import draw_loss
 from adapterhub_app.display.escape import literal_markdown, sentence
 from adapterhub_app.display.task import short_digest
+from adapterhub_app.events import at_last
 from adapterhub_app.tabs.catalogue import (
     COLUMN_TYPES,
     COLUMN_WIDTHS,
@@ -117,10 +118,10 @@ def _require_repository(repo_id: str) -> None:
         raise UsageError("The repository is missing. Write it as owner/name, such as you/sql-lora.")
 
 
-def build_registry_tab(backend: Backend, task: gr.Dropdown, tabs: gr.Tabs) -> tuple[gr.Dataframe, gr.Dropdown]:
-    """Lay out the tab and connect it to the Chat tab's `task`; returns its table and version list, to refresh them."""
+def build_registry_tab(backend: Backend, task: gr.Dropdown, tabs: gr.Tabs, shown: list[Any]) -> None:
+    """Lay out the tab and connect it to the Chat tab's `task`; `shown` are the events at which it is seen anew."""
     search = gr.Textbox(
-        show_label=False, label="Search", placeholder="Search names, tasks, tags, aliases, digests", container=False,
+        value="", show_label=False, label="Search", placeholder="Search names, tasks, tags, aliases, digests", container=False,
         elem_id="registry-search",
     )  # fmt: skip
     table = gr.Dataframe(
@@ -136,9 +137,6 @@ def build_registry_tab(backend: Backend, task: gr.Dropdown, tabs: gr.Tabs) -> tu
         chat = gr.Button("Use in chat", elem_id="registry-chat", interactive=False, scale=1, min_width=120)
     build_changes(backend, picked, table, search)
     details = build_details()
-
-    def on_search(words: str) -> Any:
-        return catalogue_rows(backend.registry, words)
 
     def on_row(event: gr.SelectData) -> str:
         return f"{event.row_value[0]}:{event.row_value[1]}"
@@ -158,11 +156,18 @@ def build_registry_tab(backend: Backend, task: gr.Dropdown, tabs: gr.Tabs) -> tu
     def on_chat(reference: str) -> tuple[Any, Any]:
         return gr.Dropdown(value=reference), gr.Tabs(selected="chat")
 
-    search.change(on_search, search, table, queue=False, show_progress="hidden")
-    table.select(on_row, None, picked, queue=False, show_progress="hidden")
+    def on_search(words: str) -> Any:
+        return catalogue_rows(backend.registry, words)
+
+    def on_shown() -> Any:
+        return gr.Dropdown(choices=version_choices(backend.registry))
+
+    at_last([*shown, search.change], on_search, search, table)
+    at_last(shown, on_shown, None, picked)
+    # Of two clicks in a row the last one counts.
+    table.select(on_row, None, picked, trigger_mode="multiple", queue=False, show_progress="hidden")
     picked.change(on_pick, picked, [chat, *details], queue=False, show_progress="hidden")
     chat.click(on_chat, picked, [task, tabs], queue=False, show_progress="hidden")
-    return table, picked
 
 
 def build_details() -> list[Any]:
