@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.diagrams import IMAGES, PICTURES, svg
+from scripts.picture_sources import stale_pictures
 from scripts.reference import fill_reference, path_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,11 +39,17 @@ class FigureError(KeyError):
 
 
 def on_config(config: Any) -> Any:
-    """Replace a folder in the menu, written `how-to/`, by its pages."""
+    """Replace a folder in the menu, written `how-to/`, by its pages; refuse pictures that are older than what they show.
+
+    Raises:
+        BrokenPageError: a picture is.
+    """
     DOCUMENTED.clear()
     for name, picture in PICTURES.items():
         if (IMAGES / f"concept-{name}.svg").read_text() != svg(picture):
             raise BrokenPageError(f"concept-{name}.svg is older than what it shows: run `python -m scripts.diagrams`.")
+    if stale := stale_pictures():
+        raise BrokenPageError("\n".join(stale))
     docs = Path(config["docs_dir"])
     for entry in config["nav"] or []:
         for title, pages in entry.items():

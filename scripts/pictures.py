@@ -3,10 +3,12 @@
     python -m scripts.pictures [--only chat,plan] [--into docs/images]
 
 It drives the app as it is in headless Chromium, over the registry that `scripts/quickstart.sh` leaves, so the answers and
-receipts on the pictures are real ones. It wants a second `sql` and a merge as well:
+receipts on the pictures are real ones; docs/images/pictures.json says what they show (see `scripts.picture_sources`). It
+wants a second `sql` and a merge as well:
 
-    adapterhub-lite train sql --task sql --steps 8 --seed 1 && adapterhub-lite eval sql --task sql
+    adapterhub-lite train sql --task sql --steps 8 --seed 1 --validation-split 0.1 --save-steps 4 && adapterhub-lite eval sql --task sql
     adapterhub-lite merge sql:1 event --name both
+    adapterhub-lite train sql-r2 --task sql --steps 8 --rank 2 --validation-split 0.1 --save-steps 4 --no-add
 """
 
 import argparse
@@ -17,11 +19,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from adapterhub_app.launch import launch
 from adapterhub_lite.bases import resolve_base
 from adapterhub_lite.hub_server import HubServer
 from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.serving import InferenceEngine
+from scripts.picture_sources import agree
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
@@ -53,6 +58,23 @@ def chat(page: Any) -> None:
     ask(page, "base", SQL, 1)
     ask(page, "sql@prod", SQL, 2)
     ask(page, "event", EVENT, 3)
+
+
+def train(page: Any) -> None:
+    """The rows of an example task, as they are learned."""
+    page.locator("#train-example label").first.click()
+    page.locator("#train-plan", has_text="of memory").wait_for(timeout=PATIENCE)
+    page.evaluate("document.querySelector('#run-panel')?.remove()")  # a run of earlier is no part of this
+
+
+def runs(page: Any) -> None:
+    """Two runs laid over each other, and what differs."""
+    runs_there = page.locator("#runs-table [role=gridcell]", has_text=re.compile("/[0-9a-f]{12}"))
+    runs_there.nth(1).wait_for()
+    for run in runs_there.all()[:2]:
+        run.click()
+        page.wait_for_timeout(800)
+    page.locator("#runs-differences", has_text="rank").wait_for(timeout=PATIENCE)
 
 
 def compare(page: Any) -> None:
@@ -88,6 +110,8 @@ def plan(page: Any) -> None:
 
 TABS: dict[str, Callable[[Any], None]] = {
     "chat": chat,
+    "train": train,
+    "runs": runs,
     "compare": compare,
     "blend": blend,
     "registry": registry,
@@ -113,10 +137,18 @@ def photograph(browser: Any, url: str, tab: str, into: Path) -> list[Path]:
             page.evaluate("document.activeElement.blur()")
             page.wait_for_timeout(400)  # what fades into its new colours
             file = into / f"{tab}{'-dark' if dark else ''}{'' if width == 1280 else f'-{width}'}.png"
-            page.screenshot(path=file, full_page=width == 390 or tab in ("registry", "plan"))
+            page.screenshot(path=file, full_page=width == 390 or tab in ("train", "runs", "registry", "plan"))
+            shrink(file)
             written.append(file)
         context.close()
     return written
+
+
+def shrink(file: Path) -> None:
+    """Write a picture in 256 colours, each within a few of 255 values of the true one: a third of the bytes."""
+    with Image.open(file) as taken:
+        few = taken.convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few.save(file, optimize=True)
 
 
 def main() -> None:
@@ -141,6 +173,7 @@ def main() -> None:
         for tab in re.split(r"[, ]+", chosen.only):
             for file in photograph(browser, running.url, tab, chosen.into):
                 print(file)
+            agree([tab], chosen.into)
         browser.close()
         running.close()
 

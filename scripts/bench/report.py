@@ -68,10 +68,12 @@ def write_result(name: str, payload: dict[str, Any], *, folder: Path = RESULTS) 
 
 
 def inside_project(argument: str) -> str:
-    """An argument as it is typed in the project's root: paths inside the project are made relative."""
+    """An argument as it is typed in the project's root: paths inside are made relative, of others the name is left."""
     root = Path(__file__).resolve().parents[2]
     path = Path(argument)
-    return str(path.resolve().relative_to(root)) if path.exists() and path.resolve().is_relative_to(root) else argument
+    if path.exists() and path.resolve().is_relative_to(root):
+        return str(path.resolve().relative_to(root))
+    return path.name if path.is_absolute() else argument
 
 
 def processor() -> str:

@@ -18,6 +18,7 @@ from adapterhub_lite.errors import AdapterHubError
 from adapterhub_lite.evaluation import compare_with_base
 from adapterhub_lite.hub_server import HubServer
 from adapterhub_lite.registry import AdapterManifest, AdapterRegistry
+from adapterhub_lite.runs.state import note_added
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
 from adapterhub_lite.tasks import TASKS, Task
 from adapterhub_lite.training.recipe import train_adapter
@@ -116,6 +117,7 @@ def share_stage(
                 examples=[row["messages"][0]["content"] for row in rows[:4]],
             )
             reference = f"{name}:{manifest.version}"
+            note_added(Path(result["adapter"]), reference)
             receipt = registry.push(reference, f"quickstart/{name}-lora", endpoint=hub.url)
             pulled = second.pull(f"quickstart/{name}-lora", revision=receipt.tag, endpoint=hub.url)
             compare_copies(registry, manifest, second, pulled.manifest)

@@ -19,7 +19,7 @@ import torch
 from adapterhub_lite.bases import ResolvedBase, load_base_model, load_tokenizer, resolve_base
 from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.serving import GenerationRequest, InferenceEngine
-from adapterhub_lite.serving.model.kv_cache import RowSlice, pack
+from adapterhub_lite.serving.model.packed_step import RowSlice, pack
 from scripts.bench.report import write_result
 from scripts.bench.serve.serving_adapters import write_random_adapter
 from scripts.bench.serve.serving_families import measure_families, measure_hybrids
@@ -74,7 +74,6 @@ def measure_steps(base: ResolvedBase, scratch: Path) -> Figures:
     for name, engine in engines.items():
         runner = engine._runner
         with torch.inference_mode():
-            runner.cache.reserve(2 * CONTEXT)
             for row, folder in enumerate(folders if name != "base" else ()):
                 runner.lora.place(row, engine._pool.route(folder).parts)
         runner.forward(pack([RowSlice(row, 0, list(range(100, 100 + CONTEXT))) for row in range(ROWS)]))

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapterhub_lite.bases import ResolvedBase
-from adapterhub_lite.serving.model.kv_cache import RowSlice, pack
+from adapterhub_lite.serving.model.packed_step import RowSlice, pack
 from adapterhub_lite.serving.model.runner import ForwardKind, ModelRunner
 
 ROWS = 16

@@ -20,6 +20,7 @@ from adapterhub_lite.memory import MEMORY_PRESETS, Machine, Workload, dry_run, r
 from adapterhub_lite.memory.estimate import OVERHEAD_BYTES, ModelFacts, estimate
 from scripts.bench.report import RESULTS, write_result
 from scripts.bench.train.memory_accuracy import make_base, run_child
+from scripts.gpu_check.sizes import SHAPES as QWEN
 
 RANKS = (4, 8, 16, 32)
 PUBLISHED_GB: dict[str, dict[str, Any]] = {
@@ -27,18 +28,7 @@ PUBLISHED_GB: dict[str, dict[str, Any]] = {
     "7B": {"full": 40.68, "lora": {4: 24.77, 8: 24.95, 16: 24.94, 32: 25.98}},
 }
 TOKENS = 1024
-SHAPES: dict[str, dict[str, Any]] = {
-    "1.5B": {
-        "model_type": "qwen2",
-        "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
-        "num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True,
-    },
-    "7B": {
-        "model_type": "qwen2",
-        "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
-        "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False,
-    },
-}  # fmt: skip
+SHAPES = {size: QWEN[size] for size in PUBLISHED_GB}
 COLOURS = {"measured": "tab:green", "exact": "tab:blue", "estimate": "tab:gray"}
 # The presets that the published table has a figure for, or that have a goal: at each of its ranks, the others at 8.
 EVERY_RANK = ("lora-bf16", "lora-bf16-gc", "qlora-nf4-gc")

@@ -1,0 +1,1 @@
+"""One command that proves and measures what needs a GPU: see `__main__`."""
