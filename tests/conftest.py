@@ -4,7 +4,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
+from hypothesis import settings
 
 from tests.fixture_types import MakeAdapter
 
@@ -20,6 +22,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Read when triton is first imported, by whatever imports it: without a GPU its interpreter runs our kernels.
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# A busy machine is no fault: httpx's 5 s, the default of each call that names no other, are a minute here.
+PATIENCE = httpx._config.DEFAULT_TIMEOUT_CONFIG
+PATIENCE.connect = PATIENCE.read = PATIENCE.write = PATIENCE.pool = 60.0
+
+# Nor are hypothesis's 200 ms an example; `--hypothesis-profile=ci` knows no such limit either.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

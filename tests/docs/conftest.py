@@ -15,13 +15,19 @@ from tests.fixture_types import MakeAdapter
 
 
 @pytest.fixture
-def environment(home: Path, tiny_base: Path) -> dict[str, str]:
-    """What its commands find set. `smollm2-135m` is the real base where `$ADAPTERHUB_TEST_HOME` has one, else the tiny."""
+def environment(home: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What its commands find set. `smollm2-135m` is the real base where `$ADAPTERHUB_TEST_HOME` has one, else the tiny.
+
+    `vllm` is the pretended one, whatever there is.
+    """
     real = os.environ.get("ADAPTERHUB_TEST_HOME")
     source = Path(real) / "bases" / "smollm2-135m" if real else tiny_base
     shutil.copytree(source, home / "bases" / "smollm2-135m")
     found = {**os.environ, "NO_COLOR": "1", "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_XET": "1"}
-    found["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    vllm = tmp_path_factory.mktemp("bin") / "vllm"
+    vllm.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/serving/vllm/pretend_process.py "$@"\n')
+    vllm.chmod(0o755)
+    found["PATH"] = f"{vllm.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     found.pop("HF_ENDPOINT", None)
     return found
 

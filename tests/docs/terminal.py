@@ -6,7 +6,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.request import urlopen
 
 from tests.checkout import ROOT
@@ -108,7 +108,7 @@ class Terminal:
             except HTTPError as error:
                 if error.code < 500:
                     return
-            except URLError:
+            except OSError:  # refused, reset, or too busy to answer in time
                 pass
             time.sleep(0.2)
         raise AssertionError(f"{command} was not ready.\n{log.read_text()}")

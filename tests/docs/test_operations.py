@@ -19,6 +19,7 @@ from adapterhub_lite.serving.api.observe import Metrics
 from tests.checkout import ROOT
 
 FOLDER = ROOT / "docs" / "operations"
+COMPOSE = ("compose.yml", "compose.vllm.yml")
 SERIES = re.compile(r"adapterhub_\w+")
 
 
@@ -68,7 +69,9 @@ def test_the_commands_of_container_compose_and_unit_are_understood() -> None:
     for name in ("Dockerfile", "Dockerfile.cuda"):
         (command,) = re.findall(r"^CMD (.+)$", (FOLDER / name).read_text(), re.MULTILINE)
         parses(json.loads(command))
-    parses(yaml.safe_load((FOLDER / "compose.yml").read_text())["services"]["adapterhub"]["command"])
+    for name in COMPOSE:
+        command = yaml.safe_load((FOLDER / name).read_text())["services"]["adapterhub"]["command"]
+        parses([re.sub(r"\$\{\w+:-(\w+)\}", r"\1", word) for word in command])
     (command,) = re.findall(r"^ExecStart=(.+)$", (FOLDER / "adapterhub.service").read_text(), re.MULTILINE)
     parses(shlex.split(command)[1:])
 
@@ -80,11 +83,28 @@ def test_what_containers_copy_and_mount_is_there() -> None:
         for line in re.findall(r"^COPY (?!--from)(.+)$", text, re.MULTILINE):
             assert all((ROOT / source).exists() for source in line.split()[:-1]), line
         assert set(re.findall(r"\'\.\[(\w+)\]\'", text)) <= set(extras)
-    services = yaml.safe_load((FOLDER / "compose.yml").read_text())["services"]
-    mounted = [one.split(":")[0] for service in services.values() for one in service["volumes"]]
-    own = {"./keys.json", "./adapterhub-key"}
-    assert all((FOLDER / one).is_file() for one in mounted if one.startswith("./") and one not in own)
-    assert services["adapterhub"]["build"]["dockerfile"] == "docs/operations/Dockerfile"
+    for name in COMPOSE:
+        found = yaml.safe_load((FOLDER / name).read_text())
+        services = found["services"]
+        mounted = [one.split(":")[0] for service in services.values() for one in service["volumes"]]
+        own = {"./keys.json", "./adapterhub-key"}
+        assert all((FOLDER / one).is_file() for one in mounted if one.startswith("./") and one not in own)
+        assert {one for one in mounted if not one.startswith("./")} == set(found["volumes"])
+        assert services["adapterhub"]["build"]["dockerfile"] == "docs/operations/Dockerfile"
+
+
+def test_vllm_and_the_server_before_it_agree() -> None:
+    found = yaml.safe_load((FOLDER / "compose.vllm.yml").read_text())
+    services = found["services"]
+    front, engine = services["adapterhub"], services["vllm"]
+    options = dict(word.removeprefix("--").split("=", 1) for word in front["command"][1:])
+    assert options["engine"] == "http://vllm:8000" and "ports" not in engine
+    assert options["engine-key"] == "/run/secrets/vllm-key" and front["secrets"] == ["vllm-key"]
+    assert found["secrets"]["vllm-key"]["environment"] in engine["environment"]["VLLM_API_KEY"]
+    shared = f"loaded:{options['engine-folder']}"
+    assert shared in front["volumes"] and f"{shared}:ro" in engine["volumes"]
+    assert f"--max-lora-rank={options['vllm-max-rank']}" in engine["command"] and "--enable-lora" in engine["command"]
+    assert engine["environment"]["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "True"
 
 
 def checked(*command: object) -> None:
@@ -101,8 +121,9 @@ def test_hadolint_has_nothing_to_say(name: str) -> None:
     checked("hadolint", FOLDER / name)
 
 
-def test_compose_has_its_schema() -> None:
-    checked("check-jsonschema", "--builtin-schema", "vendor.compose-spec", FOLDER / "compose.yml")
+@pytest.mark.parametrize("name", COMPOSE)
+def test_compose_has_its_schema(name: str) -> None:
+    checked("check-jsonschema", "--builtin-schema", "vendor.compose-spec", FOLDER / name)
 
 
 def test_systemd_takes_the_unit(tmp_path: Path) -> None:

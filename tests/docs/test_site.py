@@ -15,7 +15,7 @@ import typer
 from adapterhub_lite.cli.main import VERBS, build_app
 from adapterhub_lite.serving.api.wire.meanings import MEANINGS
 from adapterhub_lite.training.settings import TrainingRecipe
-from scripts import diagrams, docs_hooks, reference
+from scripts import diagrams, docs_hooks, picture_sources, reference
 from scripts.docs_hooks import PLACE, RESULTS, WRITTEN, FigureError, fill_figures, write_figures
 from scripts.reference import PLACE as REFERENCE
 from tests.docs.terminal import PAGES, ROOT
@@ -77,6 +77,18 @@ def test_the_pictures_of_the_concepts_are_those_of_their_script() -> None:
     """Red after a change: `python -m scripts.diagrams` draws them anew."""
     for name, picture in diagrams.PICTURES.items():
         assert (diagrams.IMAGES / f"concept-{name}.svg").read_text() == diagrams.svg(picture)
+
+
+def test_the_pictures_of_the_app_show_what_it_is_now() -> None:
+    """Red after a change of what is drawn: the sentence says how to take the pictures again, or to agree to them."""
+    assert picture_sources.stale_pictures() == []
+
+
+def test_every_picture_of_a_page_is_one_that_a_script_makes_and_looks_after() -> None:
+    kept = {f"concept-{name}.svg" for name in diagrams.PICTURES}
+    kept |= {name for one in picture_sources.SHOWN for name in picture_sources.pictures_of(one)}
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        assert set(re.findall(r"images/([\w.-]+)\)", page.read_text())) <= kept, page
 
 
 @pytest.mark.parametrize("page", [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")])
