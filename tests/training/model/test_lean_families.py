@@ -1,5 +1,6 @@
 """The lean step of each family against transformers' and PEFT's own: as many parts lean as there are, the same gradients."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -48,8 +49,8 @@ LENGTHS = (9, 4, 7, 9)
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C compiler on this machine")
 
 
-def build(family: str, dtype: torch.dtype) -> Any:
-    torch.manual_seed(0)
+def build(family: str, dtype: torch.dtype, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **TINY, **FAMILIES[family])
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").float()
     for name, parameter in model.named_parameters():
@@ -122,14 +123,17 @@ def test_every_part_is_lean_and_the_gradients_are_peft_s(family: str) -> None:
 @needs_compiler
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_bf16_they_are_no_further_from_the_truth(family: str) -> None:
-    narrow = build(family, torch.bfloat16)
-    true = build(family, torch.float32).double()
-    true.load_state_dict(narrow.state_dict())
-    truth = of_each_row(true)
-    theirs = error(of_each_row(narrow), truth)
-    with lean(narrow):
-        # Two draws of the same noise: over the families the ratio is 0.8 to 1.25.
-        assert error(end_to_end(narrow), truth) <= 1.3 * theirs
+    """Over eight models: of one, two draws of the same noise are anything from 0.6 to 1.6 apart, by processor."""
+    ours, theirs = [], []
+    for seed in range(8):
+        narrow = build(family, torch.bfloat16, seed)
+        true = build(family, torch.float32, seed).double()
+        true.load_state_dict(narrow.state_dict())
+        truth = of_each_row(true)
+        theirs.append(error(of_each_row(narrow), truth))
+        with lean(narrow):
+            ours.append(error(end_to_end(narrow), truth))
+    assert math.hypot(*ours) <= 1.15 * math.hypot(*theirs), (ours, theirs)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
