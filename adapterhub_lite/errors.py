@@ -5,6 +5,7 @@ AdapterHubError                   what any caller may catch; its text is one sen
 │   ├── DataError                 a training row, file or data set is malformed
 │   ├── UnknownNameError          no such task, base, preset, adapter, version or alias
 │   ├── ReferenceSyntaxError      not of the form name, name:3, name@alias or a digest
+│   ├── BrokenBaseError           the files of a base are damaged or contradict each other
 │   └── ConfigurationError        settings that contradict each other, or that this machine cannot honour
 │       └── MissingExtraError     what was asked for needs an extra that is not installed; also an ImportError
 ├── AdapterRejectedError          an adapter failed validation; `.problems` lists every reason
@@ -77,6 +78,13 @@ class ReferenceSyntaxError(UsageError):
     """A reference that is not `name`, `name:version`, `name@alias` or a full digest.
 
     To do: write `name`, `name:3`, `name@alias` or the full digest.
+    """
+
+
+class BrokenBaseError(UsageError):
+    """The files of a base are damaged, contradict each other, or are not what transformers reads.
+
+    To do: fetch the base again, or correct the file that the text names.
     """
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from adapterhub_lite.adapter_format.manifest import EvaluationRecord
 from adapterhub_lite.bases import ResolvedBase, resolve_base
-from adapterhub_lite.bases.chat_template import template_digest
+from adapterhub_lite.bases.chat.template import template_digest
 from adapterhub_lite.errors import ConfigurationError, DataError
 from adapterhub_lite.installation import missing_extra
 from adapterhub_lite.registry import AdapterManifest, AdapterRegistry

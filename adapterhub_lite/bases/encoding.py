@@ -4,13 +4,14 @@ A tokenizer's post-processor may put tokens around whatever it encodes (BOS, `[C
 once: in front of a document, never in its middle, and the end token only where an answer or a document ends.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from adapterhub_lite.bases.broken import read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -124,9 +125,9 @@ def end_tokens(tokenizer: "PreTrainedTokenizerBase", *configs: Any) -> frozenset
 
 
 def ends_in(folder: Path) -> list[Any]:
-    """What the two configurations in a folder say of end tokens."""
+    """What the two configurations in a folder say of end tokens; raises as `read_object` does."""
     files = [folder / name for name in ("generation_config.json", "config.json")]
-    return [json.loads(path.read_bytes()).get("eos_token_id") for path in files if path.is_file()]
+    return [read_object(path).get("eos_token_id") for path in files if path.is_file()]
 
 
 # How byte-level tokenizers write bytes: printable ones as they are, the others from 256 on, as GPT-2 has it.

@@ -10,10 +10,10 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from adapterhub_lite.bases.chat_template import TEMPLATE_FILE
-from adapterhub_lite.errors import UsageError
+from adapterhub_lite.bases.broken import read_entries, read_object
+from adapterhub_lite.bases.chat.template import TEMPLATE_FILE
+from adapterhub_lite.errors import BrokenBaseError, UsageError
 from adapterhub_lite.files import settled_stamps
 
 # Written by the library that saved the folder; they change with its version, not with the model.
@@ -69,6 +69,7 @@ def read_fingerprint(folder: str | Path) -> Fingerprint:
 
     Raises:
         UsageError: there is no `config.json` or no `.safetensors` file in `folder`.
+        BrokenBaseError: one of them is damaged.
     """
     root = Path(folder)
     weights = sorted(root.glob("*.safetensors"))
@@ -93,7 +94,7 @@ def read_fingerprint(folder: str | Path) -> Fingerprint:
 
 def compute_fingerprint(root: Path, weights: list[Path]) -> Fingerprint:
     """Read every covered file of `root` and digest it."""
-    config: dict[str, Any] = json.loads((root / "config.json").read_bytes())
+    config = read_object(root / "config.json")
     kept = {key: value for key, value in config.items() if key not in VOLATILE_CONFIG_KEYS}
     config_digest = {"config": hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()}
     present = [name for name in TOKENIZER_FILES if (root / name).is_file()]
@@ -115,24 +116,19 @@ def _digest_of(digests: dict[str, str]) -> str:
 def tensor_digests(path: Path) -> dict[str, str]:
     """Digest each tensor of a safetensors file under the key `tensor:<name>:<dtype>:<shape>`."""
     digests: dict[str, str] = {}
+    entries = read_entries(path)
     with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(header_bytes))
-        data_start = 8 + header_bytes
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            start, end = entry["data_offsets"]
-            file.seek(data_start + start)
+        for entry in entries:
+            file.seek(entry.start)
             digest = hashlib.sha256()
-            remaining = end - start
+            remaining = entry.end - entry.start
             while remaining > 0:
                 block = file.read(min(BLOCK_BYTES, remaining))
                 if not block:
-                    raise UsageError(f"{path} is truncated: tensor {name!r} is incomplete. Fetch the base again.")
+                    raise BrokenBaseError(f"{path} became shorter while it was read. Fetch the base again.")
                 digest.update(block)
                 remaining -= len(block)
-            digests[f"tensor:{name}:{entry['dtype']}:{entry['shape']}"] = digest.hexdigest()
+            digests[f"tensor:{entry.name}:{entry.dtype}:{list(entry.shape)}"] = digest.hexdigest()
     return digests
 
 

@@ -25,7 +25,7 @@ from adapterhub_lite.adapter_format.foreign.opening import Opened, carry, may_br
 from adapterhub_lite.adapter_format.lora_config import read_lora_config
 from adapterhub_lite.adapter_format.manifest import CONFIG_FILE, TEMPLATE_FILE, WEIGHTS_FILE
 from adapterhub_lite.adapter_format.strict_reading import MAX_BASE_HEADER_BYTES, read_tensor_entries
-from adapterhub_lite.bases.bounded_template import can_lay_out, template_problem
+from adapterhub_lite.bases.chat.bounded import can_lay_out, template_problem
 from adapterhub_lite.bases.fingerprint import ResolvedBase, is_commit
 from adapterhub_lite.bases.load import load_tokenizer
 from adapterhub_lite.bases.resolve import HUB_ID

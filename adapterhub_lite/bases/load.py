@@ -1,10 +1,11 @@
 """Loading a resolved base into memory. The only place that calls `from_pretrained` for a base."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from adapterhub_lite.bases.broken import check_loaded, read_by_transformers, read_object
 
 if TYPE_CHECKING:
     import torch
@@ -36,12 +37,15 @@ def load_base_model(
     """Load the causal language model in `folder`, in evaluation mode; safetensors only, no code from the folder.
 
     `dtype` None keeps the dtype it was saved in; `attn_implementation` None lets transformers choose for the family.
+
+    Raises:
+        BrokenBaseError: transformers cannot load it, or its files are not those of the model that config.json describes.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    with no_progress_bars():
-        model = AutoModelForCausalLM.from_pretrained(
+    with no_progress_bars(), read_by_transformers("weights", folder):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype or "auto",
             quantization_config=quantization_config,
@@ -49,7 +53,12 @@ def load_base_model(
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
+            # Checked below, where the text can name the weights.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
+    model: PreTrainedModel = loaded[0]
+    check_loaded(model, loaded[1], Path(folder))
     model.eval()
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -64,15 +73,20 @@ def load_base_model(
 
 def saved_dtype(folder: str | Path) -> str:
     """The torch name of the dtype that the base in `folder` was saved in, as its configuration says."""
-    config = json.loads((Path(folder) / "config.json").read_bytes())
+    config = read_object(Path(folder) / "config.json")
     return str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
 
 
 def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer in `folder`; if it has no padding token, the end token is used for it."""
+    """Load the tokenizer in `folder`; if it has no padding token, the end token is used for it.
+
+    Raises:
+        BrokenBaseError: transformers cannot.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    with read_by_transformers("tokenizer", folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterhub_lite.adapter_format.changes import Structure
+from adapterhub_lite.bases.broken import read_by_transformers
 from adapterhub_lite.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ def structure_in(folder: Path) -> Structure:
 def _built(folder: str, _content: str) -> Structure:
     from transformers import AutoConfig
 
-    return structure_for(AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True))
+    with read_by_transformers("configuration", folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    return structure_for(config)
 
 
 def structure_for(config: Any) -> Structure:  # a config of transformers: its fields differ by family
@@ -36,6 +39,7 @@ def structure_for(config: Any) -> Structure:  # a config of transformers: its fi
 
     Raises:
         ConfigurationError: it describes another kind of model.
+        BrokenBaseError: no model can be built from it.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -47,7 +51,9 @@ def structure_for(config: Any) -> Structure:  # a config of transformers: its fi
         del config.quantization_config
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return structure_of(AutoModelForCausalLM.from_config(config))
+        with read_by_transformers("configuration", config.name_or_path):
+            model = AutoModelForCausalLM.from_config(config)
+        return structure_of(model)
 
 
 def check_causal(config: Any) -> None:  # a config of transformers

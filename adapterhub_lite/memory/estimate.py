@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from adapterhub_lite.bases import ResolvedBase
+from adapterhub_lite.bases.broken import read_by_transformers
 from adapterhub_lite.errors import ConfigurationError, UnknownNameError
 from adapterhub_lite.home import adapterhub_home
 from adapterhub_lite.loss_sizes import LossSize, frozen_head_bytes, trained_head_bytes
@@ -393,7 +394,5 @@ def _config_in(name: str) -> Any:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
             raise UnknownNameError.among("base", name, known)
         folder = fetch_config(name).parent
-    try:
+    with read_by_transformers("configuration", folder):
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UnknownNameError.among("base", name, known) from error

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from adapterhub_lite.bases.broken import read_by_transformers
 from adapterhub_lite.bases.structure import check_causal
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.memory.stand_ins import (
@@ -439,6 +440,7 @@ def build_model(config: Any, *, dtype: torch.dtype) -> Any:
 
     Raises:
         ConfigurationError: the configuration describes another kind of model.
+        BrokenBaseError: no model can be built from it.
     """
     from transformers import AutoModelForCausalLM
 
@@ -448,4 +450,5 @@ def build_model(config: Any, *, dtype: torch.dtype) -> Any:
         del config.quantization_config
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        with read_by_transformers("configuration", config.name_or_path):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)

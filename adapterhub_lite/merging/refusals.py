@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from adapterhub_lite.bases import ResolvedBase
+from adapterhub_lite.bases.broken import read_object
 from adapterhub_lite.errors import BaseMismatchError, MergeError
 from adapterhub_lite.registry import AdapterManifest
 
@@ -42,7 +43,7 @@ def refuse_base(manifest: AdapterManifest, base: ResolvedBase, *, from_pristine:
             f"{base.name} already has an adapter merged into it ({_merged_digest(receipt)}). Merge into the pristine "
             "base; to have two adapters in one model, first merge them with merge_adapters."
         )
-    config = json.loads((base.folder / "config.json").read_bytes())
+    config = read_object(base.folder / "config.json")
     if config.get("quantization_config"):
         raise MergeError(
             f"The weights of {base.name} are quantised: adding a delta and rounding again would lose most of it. "

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from adapterhub_lite.bases.bounded_template import PROCESSES, TemplateProcesses, render_bounded, template_problem
-from adapterhub_lite.bases.chat_template import render_chat
+from adapterhub_lite.bases.chat.bounded import PROCESSES, TemplateProcesses, render_bounded, template_problem
+from adapterhub_lite.bases.chat.template import render_chat
 from adapterhub_lite.errors import QueueFullError
 from tests.training.data.tokenizers import CHATML, QWEN_THINKING, TEMPLATES, make_tokenizer
 
@@ -83,7 +83,7 @@ def test_others_do_not_wait_for_it(own: TemplateProcesses) -> None:
 def test_who_asks_a_busy_template_is_told_to_come_again(
     own: TemplateProcesses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("adapterhub_lite.bases.bounded_template.BUSY_SECONDS", 0.01)
+    monkeypatch.setattr("adapterhub_lite.bases.chat.bounded.BUSY_SECONDS", 0.01)
     own._busy.add(CHATML)
     with pytest.raises(QueueFullError, match="Try again later"):
         own.render(CHATML, arguments(USER))
@@ -109,7 +109,7 @@ def test_it_starts_again_when_its_processes_were_killed(own: TemplateProcesses) 
 def test_it_sees_no_secret_of_the_server_and_ends_with_it() -> None:
     code = (
         "from pathlib import Path\n"
-        "from adapterhub_lite.bases.bounded_template import PROCESSES\n"
+        "from adapterhub_lite.bases.chat.bounded import PROCESSES\n"
         "PROCESSES.render('{{ messages }}', {'conversations': [[{'role': 'user', 'content': 'a'}]]})\n"
         "print(PROCESSES._process.pid, 'hf_secret' in Path(f'/proc/{PROCESSES._process.pid}/environ').read_text())\n"
         "import os; os._exit(0)"

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from transformers.utils.chat_parsing import parse_response
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from adapterhub_lite.bases.answer_reader import AnswerReader, ReadCall, joined, read_answer
-from adapterhub_lite.bases.call_form import ASKED, AnswerForm, Render, answer_form, without_tools
+from adapterhub_lite.bases.chat.answer_reader import AnswerReader, ReadCall, joined, read_answer
+from adapterhub_lite.bases.chat.call_form import ASKED, AnswerForm, Render, answer_form, without_tools
 from tests.bases.call_templates import HERMES, LLAMA, PLAIN, PYTHONIC, READABLE, THINKING
 
 TOOLS = [

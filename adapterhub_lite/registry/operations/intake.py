@@ -38,7 +38,7 @@ from adapterhub_lite.adapter_format.manifest import (
     read_record,
 )
 from adapterhub_lite.bases import ResolvedBase, find_base
-from adapterhub_lite.bases.chat_template import TEMPLATE_FILE
+from adapterhub_lite.bases.chat.template import TEMPLATE_FILE
 from adapterhub_lite.bases.fingerprint import is_commit
 from adapterhub_lite.bases.fit import check_base, inspect_adapter, take_tokens
 from adapterhub_lite.errors import BaseMismatchError, DataError, IntegrityError, UsageError

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterhub_lite.adapter_format.added_tokens import AddedTokens
-from adapterhub_lite.bases.chat_template import TEMPLATE_FILE
+from adapterhub_lite.bases.chat.template import TEMPLATE_FILE
 from adapterhub_lite.errors import BaseMismatchError, IntegrityError
 from adapterhub_lite.serving.adapters.sources import AdapterFiles, AdapterSource
 from adapterhub_lite.serving.adapters.split import Splits, WeightedReference, parse_blend

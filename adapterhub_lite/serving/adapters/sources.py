@@ -26,7 +26,7 @@ from adapterhub_lite.adapter_format.manifest import (
 )
 from adapterhub_lite.adapter_format.probes import PROBES_FILE
 from adapterhub_lite.bases import ResolvedBase
-from adapterhub_lite.bases.chat_template import TEMPLATE_FILE, digest_of
+from adapterhub_lite.bases.chat.template import TEMPLATE_FILE, digest_of
 from adapterhub_lite.bases.fit import check_base, inspect_adapter, take_tokens
 from adapterhub_lite.errors import AdapterRejectedError, IntegrityError, UnknownNameError
 from adapterhub_lite.files import settled_stamps

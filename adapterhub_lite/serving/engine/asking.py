@@ -7,8 +7,8 @@ from itertools import pairwise
 
 from transformers import PreTrainedTokenizerBase
 
-from adapterhub_lite.bases.bounded_template import render_bounded
-from adapterhub_lite.bases.chat_template import render_chat, template_digest, template_of, words_of
+from adapterhub_lite.bases.chat.bounded import render_bounded
+from adapterhub_lite.bases.chat.template import render_chat, template_digest, template_of, words_of
 from adapterhub_lite.bases.encoding import encode_after, encode_prompt
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.serving.adapters.finding import FoundAdapters

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from adapterhub_lite.adapter_format.probes import DEFAULT_PROBES, TOLERANCES
 from adapterhub_lite.bases import ResolvedBase, load_base_model
+from adapterhub_lite.bases.broken import read_object
 from adapterhub_lite.errors import BaseMismatchError, ConfigurationError, ServingError
 from adapterhub_lite.serving.vllm.backend import Backend, Loop
 from adapterhub_lite.serving.vllm.wire import Json, token_logprobs
@@ -145,7 +146,7 @@ def check_base(
     Raises:
         BaseMismatchError: it serves another base.
     """
-    limit = json.loads((base.folder / "config.json").read_bytes()).get("max_position_embeddings")
+    limit = read_object(base.folder / "config.json").get("max_position_embeddings")
     if backend.max_length <= 0:
         raise ConfigurationError(f"vLLM at {backend.url} does not say how long a text may be (max_model_len).")
     if limit and backend.max_length > limit:

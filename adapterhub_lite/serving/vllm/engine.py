@@ -6,7 +6,6 @@ first (`adapter_files`, `backend`). Once somebody reads, the answer is asked for
 ids (`wire`).
 """
 
-import json
 import threading
 import time
 import zlib
@@ -15,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from adapterhub_lite.bases import load_tokenizer
+from adapterhub_lite.bases.broken import read_object
 from adapterhub_lite.bases.encoding import end_tokens
 from adapterhub_lite.bases.fingerprint import ResolvedBase
 from adapterhub_lite.errors import ConfigurationError, EngineUnreachableError
@@ -95,7 +95,7 @@ class VllmEngine:
             self.close()
             raise
         self._max_length = self.backends[0].max_length
-        vocabulary = json.loads((base.folder / "config.json").read_bytes()).get("vocab_size") or len(self.tokenizer)
+        vocabulary = read_object(base.folder / "config.json").get("vocab_size") or len(self.tokenizer)
         self._encoder = PromptEncoder(self.tokenizer, self._max_length, vocabulary)
         for backend in self.backends:
             self._loop.start(backend.watch())

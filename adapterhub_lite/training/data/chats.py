@@ -20,8 +20,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from adapterhub_lite.bases.bounded_template import render_bounded
-from adapterhub_lite.bases.chat_template import GENERATION_MARK, render_chat, render_marked, template_of, words_of
+from adapterhub_lite.bases.chat.bounded import render_bounded
+from adapterhub_lite.bases.chat.template import GENERATION_MARK, render_chat, render_marked, template_of, words_of
 from adapterhub_lite.errors import DataError
 from adapterhub_lite.training.data.reading.shapes import SHAREGPT_ROLES, Turn, short, weight_of
 

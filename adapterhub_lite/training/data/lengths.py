@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from adapterhub_lite.bases import EMBEDDED_BASES, resolve_base
+from adapterhub_lite.bases import EMBEDDED_BASES, load_tokenizer, resolve_base
 from adapterhub_lite.bases.encoding import end_tokens
 from adapterhub_lite.errors import UnknownNameError
 from adapterhub_lite.home import adapterhub_home
@@ -51,6 +51,7 @@ def measure_rows(
     Raises:
         DataError: the rows cannot be used.
         UnknownNameError: there is no tokenizer under that name.
+        BrokenBaseError: it cannot be read.
         ConfigurationError: it has one of the added tokens already.
     """
     tokenizer, ends = tokenizer_of(base)
@@ -66,9 +67,13 @@ def tokenizer_of(base: str) -> tuple[PreTrainedTokenizerBase, frozenset[int]]:
 
     Raises:
         UnknownNameError: there is no tokenizer under that name.
+        BrokenBaseError: it cannot be read.
     """
     made = adapterhub_home() / "bases" / base
     known = str(made) if made.is_dir() else str(resolve_base(base).folder) if base in EMBEDDED_BASES else base
+    if Path(known, "config.json").is_file():
+        tokenizer = load_tokenizer(known)
+        return tokenizer, end_tokens(tokenizer, Path(known))
     try:
         tokenizer = AutoTokenizer.from_pretrained(known, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -4,7 +4,6 @@ An adapter is served on its base, by the base's own tokenizer and embedding: wha
 """
 
 import copy
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from adapterhub_lite.adapter_format.added_tokens import (
     tokens_beyond,
 )
 from adapterhub_lite.bases import ResolvedBase, load_tokenizer
-from adapterhub_lite.bases.chat_template import TEMPLATE_FILE, template_digest
+from adapterhub_lite.bases.broken import read_object
+from adapterhub_lite.bases.chat.template import TEMPLATE_FILE, template_digest
 from adapterhub_lite.bases.encoding import tokens_around
 from adapterhub_lite.errors import ConfigurationError
 
@@ -122,7 +122,7 @@ def rows_with(added: AddedTokens | None, rows: int) -> int:
 
 def embedding_rows(folder: Path) -> int | None:
     """Rows of the embedding of the base in a folder, where its configuration says so."""
-    config = json.loads((folder / "config.json").read_bytes())
+    config = read_object(folder / "config.json")
     rows = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
     return rows if isinstance(rows, int) else None
 

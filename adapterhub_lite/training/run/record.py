@@ -23,7 +23,7 @@ from adapterhub_lite.adapter_format.manifest import (
 from adapterhub_lite.adapter_format.probes import write_probes
 from adapterhub_lite.adapter_format.quantization import Quantization
 from adapterhub_lite.bases import ResolvedBase
-from adapterhub_lite.bases.chat_template import template_digest
+from adapterhub_lite.bases.chat.template import template_digest
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.training.arguments import AdapterTrainingArguments
 from adapterhub_lite.training.data.reading.tables import Dataset

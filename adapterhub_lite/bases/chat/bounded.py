@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterhub_lite.bases.chat_template import Turn
+from adapterhub_lite.bases.chat.template import Turn
 from adapterhub_lite.errors import ConfigurationError, QueueFullError, ResourceError
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class TemplateProcesses:
         environment["PYTHONPATH"] = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "adapterhub_lite.bases.render_worker", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "adapterhub_lite.bases.chat.render_worker", str(theirs.fileno())],
                 env=environment,
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
