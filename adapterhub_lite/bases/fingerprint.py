@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapterhub_lite.bases.broken import read_entries, read_object
+from adapterhub_lite.bases.broken import check_alone, read_entries, read_object
 from adapterhub_lite.bases.chat.template import TEMPLATE_FILE
 from adapterhub_lite.errors import BrokenBaseError, UsageError
 from adapterhub_lite.files import settled_stamps
@@ -69,7 +69,7 @@ def read_fingerprint(folder: str | Path) -> Fingerprint:
 
     Raises:
         UsageError: there is no `config.json` or no `.safetensors` file in `folder`.
-        BrokenBaseError: one of them is damaged.
+        BrokenBaseError: one of them is damaged, or an adapter lies beside them.
     """
     root = Path(folder)
     weights = sorted(root.glob("*.safetensors"))
@@ -78,6 +78,7 @@ def read_fingerprint(folder: str | Path) -> Fingerprint:
             f"{root} is not a base model: expected config.json and .safetensors weights in it. "
             "Give a folder written by save_pretrained."
         )
+    check_alone(root)
     names = ["config.json", *TOKENIZER_FILES, *(path.name for path in weights)]
     files = [root / name for name in names if (root / name).is_file()]
     stamps = settled_stamps(files)

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterhub_lite.bases.broken import check_loaded, read_by_transformers, read_object
+from adapterhub_lite.bases.broken import check_alone, check_loaded, read_by_transformers, read_object
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +44,7 @@ def load_base_model(
     import torch
     from transformers import AutoModelForCausalLM
 
+    check_alone(Path(folder))
     with no_progress_bars(), read_by_transformers("weights", folder):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,

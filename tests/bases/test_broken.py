@@ -16,6 +16,7 @@ from adapterhub_lite.bases.encoding import ends_in
 from adapterhub_lite.bases.structure import structure_in
 from adapterhub_lite.errors import BrokenBaseError
 from adapterhub_lite.memory import estimate_memory
+from tests.fixture_types import MakeAdapter
 
 Damage = Callable[[Path], object]
 QUERY = "model.layers.0.self_attn.q_proj"
@@ -109,6 +110,14 @@ def test_it_is_refused_with_what_is_wrong(what: str, base: Path, recwarn: pytest
         ends_in(base)
         load_base_model(base)
     assert str(base) in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_an_adapter_beside_it_is_not_put_on(base: Path, make_adapter: MakeAdapter) -> None:
+    """transformers would, in silence: the same folder would then be another base."""
+    shutil.copytree(make_adapter(seed=1), base, dirs_exist_ok=True)
+    for read in (load_base_model, base_fingerprint):
+        with pytest.raises(BrokenBaseError, match="holds an adapter"):
+            read(base)
 
 
 @pytest.mark.parametrize("what", ["an activation that there is not", "padding outside the vocabulary"])
