@@ -22,6 +22,12 @@ FLOATING = ("F64", "F32", "F16", "BF16")
 LONGEST_REASON = 300
 
 
+def fetch_again(folder: Path) -> str:
+    """How to get the files of the base in `folder` anew; of a snapshot of the hub's cache, its bytes lie in a folder beside."""
+    fetched = next((above for above in folder.parents if above.name.startswith("models--")), folder)
+    return f"Fetch the base again; what was fetched here by its name is, once {fetched} is deleted."
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file of a base.
 
@@ -31,9 +37,11 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
     except ValueError as error:
-        raise BrokenBaseError(f"{path} is not JSON: {str(error)[:LONGEST_REASON]}. Fetch the base again.") from None
+        raise BrokenBaseError(
+            f"{path} is not JSON: {str(error)[:LONGEST_REASON]}. {fetch_again(path.parent)}"
+        ) from None
     if not isinstance(found, dict):
-        raise BrokenBaseError(f"{path} holds no JSON object but a {type(found).__name__}. Fetch the base again.")
+        raise BrokenBaseError(f"{path} holds no JSON object but a {type(found).__name__}. {fetch_again(path.parent)}")
     return found
 
 
@@ -46,7 +54,7 @@ def read_entries(path: Path) -> list[TensorEntry]:
     try:
         return read_tensor_entries(path, header_limit=MAX_BASE_HEADER_BYTES)
     except ValueError as error:
-        raise BrokenBaseError(f"{path.parent}: {error}. Fetch the base again.") from None
+        raise BrokenBaseError(f"{path.parent}: {error}. {fetch_again(path.parent)}") from None
 
 
 def check_alone(folder: Path) -> None:
@@ -80,8 +88,8 @@ def read_by_transformers(part: str, source: str | Path) -> Iterator[None]:
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_REASON].rstrip(".")
         raise BrokenBaseError(
-            f"transformers cannot use the {part} of the base {source}. It says: {reason}. Fetch the base again, or correct "
-            "what it names."
+            f"transformers cannot use the {part} of the base {source}. It says: {reason}. Correct what "
+            f"it names. {fetch_again(Path(source))}"
         ) from error
 
 
@@ -95,13 +103,13 @@ def check_loaded(model: "PreTrainedModel", found: Mapping[str, Iterable[Any]], f
     family = type(model).__name__
     if absent := sorted(map(str, found.get("missing_keys", ()))):
         raise BrokenBaseError(
-            f"The files of {folder} lack {_some(absent)} of {family}, which transformers would draw at random. Fetch the base "
-            "again, or correct its config.json."
+            f"The files of {folder} lack {_some(absent)} of {family}, which transformers would draw at random. Its "
+            f"config.json may be of another model. {fetch_again(folder)}"
         )
     if other := sorted({str(name) for name, *_ in found.get("mismatched_keys", ())}):
         raise BrokenBaseError(
-            f"The files of {folder} have {_some(other)} in another shape than {family} as config.json describes it. Correct "
-            "config.json, or fetch the base again."
+            f"The files of {folder} have {_some(other)} in another shape than {family} as config.json describes it. Its "
+            f"config.json may be of another model. {fetch_again(folder)}"
         )
     if strange := _contradicting(model, sorted(map(str, found.get("unexpected_keys", ())))):
         raise BrokenBaseError(
@@ -111,10 +119,10 @@ def check_loaded(model: "PreTrainedModel", found: Mapping[str, Iterable[Any]], f
     if getattr(model.config, "quantization_config", None) is None and (whole := _whole_numbers(model, folder)):
         raise BrokenBaseError(
             f"{folder} stores {_some(whole)} as whole numbers, and its config.json has no quantization_config that says what "
-            "they stand for. Fetch the base again."
+            f"they stand for. {fetch_again(folder)}"
         )
     if broken := [name for name, parameter in model.named_parameters() if not _is_finite(parameter)]:
-        raise BrokenBaseError(f"{folder} has NaN or infinity in {_some(broken)}. Fetch the base again.")
+        raise BrokenBaseError(f"{folder} has NaN or infinity in {_some(broken)}. {fetch_again(folder)}")
 
 
 def _some(names: list[str]) -> str:

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapterhub_lite.bases.broken import check_alone, read_entries, read_object
+from adapterhub_lite.bases.broken import check_alone, fetch_again, read_entries, read_object
 from adapterhub_lite.bases.chat.template import TEMPLATE_FILE
 from adapterhub_lite.errors import BrokenBaseError, UsageError
 from adapterhub_lite.files import settled_stamps
@@ -126,7 +126,7 @@ def tensor_digests(path: Path) -> dict[str, str]:
             while remaining > 0:
                 block = file.read(min(BLOCK_BYTES, remaining))
                 if not block:
-                    raise BrokenBaseError(f"{path} became shorter while it was read. Fetch the base again.")
+                    raise BrokenBaseError(f"{path} became shorter while it was read. {fetch_again(path.parent)}")
                 digest.update(block)
                 remaining -= len(block)
             digests[f"tensor:{entry.name}:{entry.dtype}:{list(entry.shape)}"] = digest.hexdigest()

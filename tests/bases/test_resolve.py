@@ -1,6 +1,7 @@
 """From a name to a folder, and each way in which that can fail: one sentence, nothing half-written."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -115,6 +116,32 @@ def test_a_base_that_was_broken_off_is_not_served(fetched: ResolvedBase, home: P
     for revision in (None, fetched.revision):
         with pytest.raises(HubUnreachableError):
             resolve_base(REPO, home=home, revision=revision)
+
+
+def test_a_fetched_base_that_is_damaged_is_whole_once_the_advice_is_followed(tiny_base: Path, tmp_path: Path) -> None:
+    code = (
+        f"from adapterhub_lite.bases import load_base_model, resolve_base as of; load_base_model(of({REPO!r}).folder)"
+    )
+
+    def load() -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "HF_ENDPOINT": hub.url}
+        return subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        )
+
+    with HubServer(tmp_path / "hub") as hub:
+        api = HfApi(endpoint=hub.url, token=False)
+        api.create_repo(REPO)
+        api.upload_folder(folder_path=tiny_base, repo_id=REPO)
+        assert load().returncode == 0
+        (weights,) = Path(os.environ["ADAPTERHUB_HOME"]).glob("bases/hub/models--*/snapshots/*/model.safetensors")
+        blob = weights.resolve()
+        blob.write_bytes(blob.read_bytes()[:-100])
+        refused = load()
+        assert refused.returncode == 1 and "BrokenBaseError" in refused.stderr
+        (named,) = re.findall(r"once (\S+) is deleted", refused.stderr)
+        shutil.rmtree(named)
+        assert load().returncode == 0
 
 
 def test_what_lies_in_a_home_is_known_by_name_and_a_folder_of_the_hub_by_its_commit(
