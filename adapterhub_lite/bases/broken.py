@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterhub_lite.adapter_format.manifest import CONFIG_FILE
 from adapterhub_lite.adapter_format.strict_reading import MAX_BASE_HEADER_BYTES, TensorEntry, read_tensor_entries
 from adapterhub_lite.errors import AdapterHubError, BrokenBaseError
 
@@ -55,19 +54,6 @@ def read_entries(path: Path) -> list[TensorEntry]:
         return read_tensor_entries(path, header_limit=MAX_BASE_HEADER_BYTES)
     except ValueError as error:
         raise BrokenBaseError(f"{path.parent}: {error}. {fetch_again(path.parent)}") from None
-
-
-def check_alone(folder: Path) -> None:
-    """Refuse a base that lies beside an adapter: transformers would put it on the base, whichever base it names.
-
-    Raises:
-        BrokenBaseError: there is one in its folder.
-    """
-    if (folder / CONFIG_FILE).is_file():
-        raise BrokenBaseError(
-            f"{folder} holds an adapter ({CONFIG_FILE}) beside a base, and transformers would put it on. Move the adapter's files "
-            "to a folder of their own, or merge it into the base."
-        )
 
 
 @contextmanager

@@ -11,7 +11,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapterhub_lite.bases.broken import check_alone, fetch_again, read_entries, read_object
+from adapterhub_lite.adapter_format.manifest import CONFIG_FILE
+from adapterhub_lite.bases.broken import fetch_again, read_entries, read_object
 from adapterhub_lite.bases.chat.template import TEMPLATE_FILE
 from adapterhub_lite.errors import BrokenBaseError, UsageError
 from adapterhub_lite.files import settled_stamps
@@ -91,6 +92,19 @@ def read_fingerprint(folder: str | Path) -> Fingerprint:
     fingerprint = compute_fingerprint(root, weights)
     _write_memo(root, stamp, fingerprint)
     return fingerprint
+
+
+def check_alone(folder: Path) -> None:
+    """Refuse a base that lies beside an adapter: transformers would put it on the base, whichever base it names.
+
+    Raises:
+        BrokenBaseError: there is one in its folder.
+    """
+    if (folder / CONFIG_FILE).is_file():
+        raise BrokenBaseError(
+            f"{folder} holds an adapter ({CONFIG_FILE}) beside a base, and transformers would put it on. Move the adapter's files "
+            "to a folder of their own, or merge it into the base."
+        )
 
 
 def compute_fingerprint(root: Path, weights: list[Path]) -> Fingerprint:

@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterhub_lite.bases.broken import check_alone, check_loaded, read_by_transformers, read_object
+from adapterhub_lite.bases.broken import check_loaded, read_by_transformers, read_object
+from adapterhub_lite.bases.fingerprint import check_alone
 
 if TYPE_CHECKING:
     import torch
