@@ -9,7 +9,7 @@ from pathlib import Path
 from adapterhub_lite.adapter_format.manifest import AdapterManifest, AdapterReference
 from adapterhub_lite.errors import RegistryError, UsageError
 from adapterhub_lite.registry.store.database import delete_version, parse_stored
-from adapterhub_lite.registry.store.journal import record_act
+from adapterhub_lite.registry.store.journal import record_act, settle_journal
 from adapterhub_lite.registry.store.store import PULL_LOCK, PULLS, Store, leased_digests
 
 
@@ -63,6 +63,7 @@ def collect(store: Store, keep_newest: int, announced: GcPlan | None = None) -> 
     with store.lock(exclusive=True):
         leased_digests(store.home, clear=True)
         with store.write(locked=True) as connection:
+            settle_journal(connection, store.home)
             plan = plan_collection(store, keep_newest, announced)
             for reference in plan.versions:
                 _forget(store, connection, store.resolve(reference))

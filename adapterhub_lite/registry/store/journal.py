@@ -1,7 +1,7 @@
 """What the manifests cannot say (aliases, pins, removals, later evaluations) as lines of JSON, from which the database can be rebuilt.
 
 A line is on disk before the database commits it. An entry that never committed is superseded by the next one with the
-same number.
+same number, at the latest when a collection settles it.
 """
 
 import json
@@ -36,9 +36,34 @@ class JournalEntry(StrictModel):
 
 def record_act(connection: sqlite3.Connection, home: Path, **act: object) -> None:
     """Put one act into the journal: the line first, then the row that the caller's transaction commits."""
-    row = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'journal'").fetchone()
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    entry = JournalEntry.model_validate({"number": (row[0] if row else 0) + 1, "at": now, **act})
+    entry = JournalEntry.model_validate({"number": _committed(connection) + 1, "at": now, **act})
+    _append(home, entry)
+    insert_entry(connection, entry)
+
+
+def settle_journal(connection: sqlite3.Connection, home: Path) -> None:
+    """Let the lines of acts count for nothing whose process died before it committed: a rebuild would take them for done.
+
+    Call it in a transaction that writes. The last act that committed is written once more, which supersedes what follows.
+    """
+    committed = _committed(connection)
+    entries = read_journal(home)
+    if not entries or entries[-1].number <= committed:
+        return
+    kept = [entry for entry in entries if entry.number <= committed]
+    if kept:
+        _append(home, kept[-1])
+    else:
+        os.truncate(home / JOURNAL_FILE, 0)
+
+
+def _committed(connection: sqlite3.Connection) -> int:
+    row = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'journal'").fetchone()
+    return int(row[0]) if row else 0
+
+
+def _append(home: Path, entry: JournalEntry) -> None:
     line = json.dumps(entry.model_dump(mode="json", exclude_none=True), sort_keys=True).encode() + b"\n"
     # The caller holds the database's write lock, so nobody else appends.
     with (home / JOURNAL_FILE).open("ab+") as file:
@@ -51,7 +76,6 @@ def record_act(connection: sqlite3.Connection, home: Path, **act: object) -> Non
         file.write(line)
         file.flush()
         os.fsync(file.fileno())
-    insert_entry(connection, entry)
 
 
 def insert_entry(connection: sqlite3.Connection, entry: JournalEntry) -> None:

@@ -16,6 +16,7 @@ from adapterhub_lite.bases import ResolvedBase
 from adapterhub_lite.errors import ResourceError
 from adapterhub_lite.hub_server import HubServer
 from adapterhub_lite.registry import AdapterRegistry
+from adapterhub_lite.registry.store.journal import record_act
 
 HERE = Path(__file__).parent
 
@@ -47,6 +48,34 @@ def test_sigkill_at_random_instants(
     assert found["wrong"] == []
     assert found["acts"] > 0 and sum(found["interrupted"].values()) > kills // 3, found
     assert kills < 200 or {"add", "alias", "pull", "gc"} <= set(found["interrupted"]), found
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["the first act", "after others"])
+@pytest.mark.parametrize("act", ["remove", "alias"])
+def test_an_act_that_died_before_its_commit_is_no_act_once_it_is_swept(
+    act: str, earlier: bool, registry: AdapterRegistry, adapters_folder: Path, base: ResolvedBase
+) -> None:
+    """Its line is on disk; a rebuild would take the version away, or move the alias, that everybody still sees."""
+    for folder in sorted(adapters_folder.iterdir()):
+        registry.add(folder, "sql", base=base)
+    if earlier:
+        registry.set_alias("sql", "prod", version=1)
+    before = registry.list(), registry.aliases("sql")
+
+    class Killed(BaseException):
+        pass
+
+    with contextlib.suppress(Killed), registry.store.write() as connection:
+        what = {"act": "remove", "digest": before[0][1].digest} if act == "remove" else {"act": "set", "alias": "prod"}
+        record_act(connection, registry.home, name="sql", version=2, **what)
+        raise Killed
+    assert (registry.list(), registry.aliases("sql")) == before
+    registry.gc(keep_newest=10)
+    registry.rebuild()
+    assert (registry.list(), registry.aliases("sql")) == before
+    registry.set_alias("sql", "prod", version=3)
+    report = registry.examine()
+    assert report.problems == report.notes == ()
 
 
 def test_what_was_acknowledged_outlives_a_power_cut(
