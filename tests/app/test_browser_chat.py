@@ -11,6 +11,7 @@ import pytest
 from playwright.sync_api import expect
 
 from adapterhub_lite.serving.engine.core import EngineCore
+from tests.app.gestures import fill_unfolded
 from tests.app.world import Hand, Serve
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def test_an_answer_grows_stops_and_is_asked_again(
     hand(page, "#task", "sql@prod")
     page.locator("#chat-side button", has_text="Settings").click()
     length = page.get_by_label("number input for Maximum answer length, tokens").first
-    length.fill("400")
+    fill_unfolded(length, "400")
     length.press("Enter")
     send(page, "hello")
     answer = page.locator("#transcript .bot.message").first

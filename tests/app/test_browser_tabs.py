@@ -10,6 +10,7 @@ from playwright.sync_api import expect
 from adapterhub_app.access import Access
 from adapterhub_app.tabs.compare import nearest
 from adapterhub_lite.hub_server import HubServer
+from tests.app.gestures import fill_unfolded
 from tests.app.world import Hand, Serve, World
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def test_blend_answers_live_goes_to_the_chat_and_is_saved(serve: Serve, page: "P
     slider.press("ArrowRight")
     expect(receipt).to_contain_text(re.compile(r"0\.55×sql .*tok/s"), timeout=PATIENCE)
     page.locator("#blend-saving button").first.click()
-    page.locator("#blend-name input, #blend-name textarea").fill("from-browser")
+    fill_unfolded(page.locator("#blend-name input, #blend-name textarea"), "from-browser")
     page.locator("#blend-save").click()
     expect(page.locator("#blend-saved")).to_contain_text("Saved as from-browser:1", timeout=PATIENCE)
     expect(page.locator("#blend-saved")).to_contain_text("Measured error")
@@ -88,7 +89,7 @@ def test_registry_searches_shows_promotes_rolls_back_pushes_and_pulls(
         )
         expect(page.locator("#registry-card")).to_contain_text("exact match")
         page.locator("#registry-changes button").first.click()
-        page.locator("#registry-alias input, #registry-alias textarea").fill("live")
+        fill_unfolded(page.locator("#registry-alias input, #registry-alias textarea"), "live")
         for version, button, words in (
             ("sql:1", "promote", "now at version 1"),
             ("sql:2", "promote", "now at version 2"),
@@ -135,7 +136,7 @@ def test_a_viewer_may_not_write_and_an_admin_may(
         open_tab(page, "Registry")
         hand(page, "#registry-version", "sql:2")
         page.locator("#registry-changes button").first.click()
-        page.locator("#registry-alias input, #registry-alias textarea").fill("logged-in")
+        fill_unfolded(page.locator("#registry-alias input, #registry-alias textarea"), "logged-in")
         page.locator("#registry-promote").click()
         expect(page.locator("#registry-steps")).to_contain_text(words, timeout=PATIENCE)
         assert world.registry.aliases("sql").get("logged-in") == kept

@@ -17,6 +17,7 @@ from adapterhub_lite.hub_server import HubServer
 from adapterhub_lite.registry import AdapterRegistry
 from adapterhub_lite.runs.folder import list_runs
 from adapterhub_lite.serving import InferenceEngine
+from tests.app.gestures import fill_unfolded
 from tests.app.world import Hand
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def prepare(page: "Page", hand: Hand, url: str, file: Path, steps: int) -> None:
     hand(page, "#train-completion-column", "antwort")
     expect(found).to_contain_text("31 rows", timeout=PATIENCE)
     page.locator("#train-more button").first.click()
-    page.locator("#train-max-length input").fill("400")
+    fill_unfolded(page.locator("#train-max-length input"), "400")
     page.locator("#train-max-length input").press("Tab")
     expect(found).to_contain_text("longer than 400 tokens", timeout=PATIENCE)
     page.locator("#train-steps input").fill(str(steps))
@@ -145,7 +146,7 @@ def test_from_a_messy_file_to_another_home(
             page.goto(other.url)
             page.locator("#first-pull").click()
             page.locator("#registry-changes button").first.click()
-            page.locator("#registry-pull-repo input, #registry-pull-repo textarea").fill("me/strassen")
+            fill_unfolded(page.locator("#registry-pull-repo input, #registry-pull-repo textarea"), "me/strassen")
             page.locator("#registry-pull").click()
             expect(page.locator("#registry-steps")).to_contain_text(
                 re.compile(r"strassen:1 .* fetched and verified"), timeout=PATIENCE
