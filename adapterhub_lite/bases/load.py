@@ -55,8 +55,6 @@ def load_base_model(
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
-            # Checked below, where the text can name the weights.
-            ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
     model: PreTrainedModel = loaded[0]

@@ -72,7 +72,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "a tokenizer that is cut": (written("tokenizer.json", "{"), "the tokenizer of the base"),
     "more layers than weights": (configured(num_hidden_layers=3), r"lack model\.layers\.2.* and 6 more weights"),
     "fewer layers than weights": (configured(num_hidden_layers=1), r"hold model\.layers\.1.* has no place"),
-    "another vocabulary": (configured(vocab_size=300), "embed_tokens.weight in another shape"),
+    "another vocabulary": (configured(vocab_size=300), "cannot use the weights"),
     "another family": (configured(model_type="gpt2"), "lack"),
     "a weight that is missing": (weighted(lambda found: found.pop(LAST)), f"lack {LAST} of LlamaForCausalLM"),
     "a head that is missing": (configured(tie_word_embeddings=False), "lack lm_head.weight"),
@@ -81,7 +81,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         weighted(lambda found: found.update({f"{QUERY}.weight_scale": torch.ones(1)})),
         "has no place",
     ),
-    "another shape": (weighted(lambda found: found.update({f"{QUERY}.weight": torch.ones(30, 32)})), "another shape"),
+    "another shape": (
+        weighted(lambda found: found.update({f"{QUERY}.weight": torch.ones(30, 32)})),
+        "cannot use the weights",
+    ),
     "whole numbers": (
         weighted(lambda found: found.update({f"{QUERY}.weight": torch.ones(32, 32, dtype=torch.int8)})),
         "as whole numbers",
