@@ -73,9 +73,11 @@ def read_by_transformers(part: str, source: str | Path) -> Iterator[None]:
         if "allocate memory" in str(error):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_REASON].rstrip(".")
+        # A configuration that was made in memory has no files.
+        advice = fetch_again(Path(source)) if Path(source, "config.json").is_file() and str(source) else ""
+        named = f"the base {source}" if str(source) else "a base"
         raise BrokenBaseError(
-            f"transformers cannot use the {part} of the base {source}. It says: {reason}. Correct what "
-            f"it names. {fetch_again(Path(source))}"
+            f"transformers cannot use the {part} of {named}. It says: {reason}. Correct what it names. {advice}".rstrip()
         ) from error
 
 

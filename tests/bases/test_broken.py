@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adapterhub_lite.bases import base_fingerprint, load_base_model, load_tokenizer
 from adapterhub_lite.bases.encoding import ends_in
-from adapterhub_lite.bases.structure import structure_in
+from adapterhub_lite.bases.structure import structure_for, structure_in
 from adapterhub_lite.errors import BrokenBaseError
 from adapterhub_lite.memory import estimate_memory
 from tests.fixture_types import MakeAdapter
@@ -128,6 +128,19 @@ def test_so_does_a_plan(what: str, base: Path) -> None:
     DAMAGES[what][0](base)
     with pytest.raises(BrokenBaseError, match=DAMAGES[what][1]):
         estimate_memory(str(base), "lora-fp32", batch_size=1, sequence_length=16)
+
+
+def test_a_configuration_in_memory_is_no_folder_to_delete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaConfig
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    for name in ("", "org/model"):
+        config = LlamaConfig(vocab_size=8, pad_token_id=9, hidden_size=8, num_attention_heads=1, num_hidden_layers=1)
+        config.name_or_path = name
+        with pytest.raises(BrokenBaseError, match="Padding_idx") as refused:
+            structure_for(config)
+        assert "deleted" not in str(refused.value)
 
 
 def test_parts_that_a_family_leaves_out_may_lie_there(base: Path) -> None:
